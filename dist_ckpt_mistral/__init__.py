@@ -1,0 +1,1 @@
+"""Mistral checkpoints between Megatron's distributed format and Hugging Face."""

@@ -1,0 +1,51 @@
+"""Names and sizes of element types, as torch, safetensors and numpy say them. Needs none of the three."""
+
+from __future__ import annotations
+
+from dist_ckpt_mistral.errors import FormatError
+
+#: torch name (without ``torch.``) -> (safetensors name, size in bytes). safetensors 0.8 ``Dtype``; torch 2.13 ``dtype``.
+_TABLE = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+_FROM_SAFETENSORS = {name: dtype for dtype, (name, _) in _TABLE.items()}
+
+#: What model weights may be, and what ``--dtype`` accepts.
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+#: All torch names that this package can store.
+KNOWN_DTYPES = tuple(_TABLE)
+
+
+def itemsize_bytes(dtype: str) -> int:
+    """Size of one element of ``dtype`` (a torch name) in bytes."""
+    return _TABLE[dtype][1]
+
+
+def to_safetensors(dtype: str) -> str:
+    """The safetensors name of a torch name: ``bfloat16`` -> ``BF16``."""
+    return _TABLE[dtype][0]
+
+
+def from_safetensors(name: object, where: str) -> str:
+    """The torch name of a safetensors name: ``BF16`` -> ``bfloat16``; ``where`` names the tensor for the error."""
+    if not isinstance(name, str) or name not in _FROM_SAFETENSORS:
+        raise FormatError(f"unknown dtype for {where}: expected one of {', '.join(_FROM_SAFETENSORS)}, got {name!r}")
+    return _FROM_SAFETENSORS[name]
+
+
+def require_known(name: object, where: str) -> str:
+    """``name`` if it is a torch dtype name that this package can store; ``where`` names the tensor for the error."""
+    if not isinstance(name, str) or name not in _TABLE:
+        raise FormatError(f"unknown dtype for {where}: expected one of {', '.join(_TABLE)}, got {name!r}")
+    return name

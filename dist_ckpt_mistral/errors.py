@@ -1,0 +1,53 @@
+"""Every exception that this package raises on purpose.
+
+    DistCkptMistralError
+    ├── ConfigError                  a model configuration is wrong or contradicts itself
+    │   └── UnsupportedModelError    a model that the tensor table does not know
+    ├── LayoutError                  a parallel layout that Megatron would refuse
+    ├── FormatError                  bytes on disk are not what their format says
+    │   └── UnsafePickleError        a pickle asks for something outside the allowlist
+    ├── TensorMismatchError          tensors missing, unknown, or of another shape or dtype than the model's
+    ├── PlanError                    boxes that leave a gap, overlap, or reach outside their tensor
+    └── OutputError                  the destination cannot be written as asked
+
+The command line turns each into one line on stderr and exit code 1. Messages follow one template:
+``{what} for {tensor} in {file}: expected {value} ({why}), got {value}. {next step}``.
+"""
+
+from __future__ import annotations
+
+
+class DistCkptMistralError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(DistCkptMistralError):
+    """A model configuration is wrong or contradicts itself."""
+
+
+class UnsupportedModelError(ConfigError):
+    """A model that the tensor table does not know."""
+
+
+class LayoutError(DistCkptMistralError):
+    """A parallel layout that Megatron would refuse for this model."""
+
+
+class FormatError(DistCkptMistralError):
+    """Bytes on disk are not what their format says."""
+
+
+class UnsafePickleError(FormatError):
+    """A pickle asks for something outside the allowlist; nothing of it was executed."""
+
+
+class TensorMismatchError(DistCkptMistralError):
+    """Tensors are missing, unknown, or of another shape or dtype than the model's."""
+
+
+class PlanError(DistCkptMistralError):
+    """Boxes leave a gap, overlap, or reach outside their tensor."""
+
+
+class OutputError(DistCkptMistralError):
+    """The destination cannot be written as asked."""

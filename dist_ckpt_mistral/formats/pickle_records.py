@@ -1,0 +1,248 @@
+"""Pickles as records: read through an allowlist without executing anything, written without importing anything.
+
+Reading builds inert stand-ins for the few classes that a format uses; any other name is refused before it is looked up.
+Writing emits opcodes for classes by name, so that neither torch nor Megatron needs to be importable. Opcodes: CPython
+3.11, ``Lib/pickle.py``.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
+
+#: (module, name) -> what stands in for it.
+Allowlist = Mapping[tuple[str, str], Any]
+_PROTOCOL: Final = 2
+
+
+class Record:
+    """An unpickled object that is nothing but its class name, its constructor arguments and its attributes."""
+
+    def __new__(cls, *args: object) -> Record:  # noqa: PYI034  (subclasses are made at run time)
+        """Keep the arguments; nothing is called."""
+        self = object.__new__(cls)
+        if args:
+            self.__dict__["args"] = args
+        return self
+
+    def __init__(self, *args: object) -> None:
+        """Accept what the pickle passes."""
+
+
+class OpaqueRecord(Record):
+    """A record whose class defines its own pickle state: the state is kept as it came."""
+
+    def __setstate__(self, state: object) -> None:
+        """Keep ``state``, whatever it is."""
+        self.__dict__["state"] = state
+
+
+def record_class(name: str, base: type[Record] = Record) -> type[Record]:
+    """A new stand-in class. Make one for every load: a pickle may set attributes of the classes that it names."""
+    return type(name, (base,), {})
+
+
+class _AllowlistUnpickler(pickle.Unpickler):
+    """An unpickler that knows the allowlist and nothing else."""
+
+    def __init__(self, data: bytes, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None) -> None:
+        super().__init__(io.BytesIO(data))
+        self._find = find
+        self._persistent = persistent
+
+    def find_class(self, module_name: str, global_name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
+        return self._find(module_name, global_name)
+
+    def persistent_load(self, pid: Any) -> Any:  # noqa: ANN401  (what the pickle says)
+        if self._persistent is None:
+            raise UnsafePickleError(f"an unexpected persistent object {pid!r}")
+        return self._persistent(pid)
+
+
+def loads(
+    data: bytes,
+    find: Callable[[str, str], Any],
+    where: str,
+    *,
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:  # noqa: ANN401  (whatever the pickle holds)
+    """Unpickle ``data``. ``find(module, name)`` gives the stand-in of a global, or raises KeyError to refuse it.
+
+    Raises UnsafePickleError for a global outside the allowlist, FormatError for a broken pickle; ``where`` names the file.
+    The collector is off meanwhile: it would look again and again at millions of live records.
+    """
+
+    def checked(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
+        try:
+            return find(module, name)
+        except KeyError:
+            raise UnsafePickleError(
+                f"{where} is refused: its pickle asks for {module}.{name}, which is outside the allowlist. "
+                "Nothing of it was executed."
+            ) from None
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return _AllowlistUnpickler(data, checked, persistent).load()
+    except (FormatError, MemoryError):
+        raise
+    except Exception as error:  # a broken pickle raises nearly anything  # noqa: BLE001
+        raise FormatError(f"{where} is not a readable pickle: {error!r}") from error
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function by name."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """``function(*args)``, called by whoever unpickles it."""
+
+    function: Global
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """An object of ``cls`` made without its constructor, then given ``state``."""
+
+    cls: Global
+    state: Any
+
+
+@dataclass(frozen=True, slots=True)
+class PersistentId:
+    """An object that lies outside the pickle."""
+
+    value: Any
+
+
+def dumps(value: Any) -> bytes:  # noqa: ANN401  (records of any shape)
+    """Pickle plain values (None, bool, int, float, str, tuple, list, dict) and the records of this module."""
+    emitter = _Emitter()
+    emitter.emit(value)
+    return b"".join([pickle.PROTO, bytes([_PROTOCOL]), *emitter.parts, pickle.STOP])
+
+
+class _Emitter:
+    """Collects opcodes. Names and strings repeat for every chunk of a checkpoint, so they are memoized."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self._memo: dict[str | Global, bytes] = {}
+
+    def emit(self, value: Any) -> None:  # noqa: ANN401  (records of any shape)
+        _EMITTERS[type(value)](self, value)
+
+    def _remember(self, value: str | Global, opcodes: bytes) -> None:
+        known = self._memo.get(value)
+        if known is None:
+            number = len(self._memo)
+            self.parts += [opcodes, pickle.LONG_BINPUT, struct.pack("<I", number)]
+            self._memo[value] = pickle.LONG_BINGET + struct.pack("<I", number)
+        else:
+            self.parts.append(known)
+
+    def none(self, _: None) -> None:
+        self.parts.append(pickle.NONE)
+
+    def boolean(self, value: bool) -> None:  # noqa: FBT001  (dispatched by type)
+        self.parts.append(pickle.NEWTRUE if value else pickle.NEWFALSE)
+
+    def integer(self, value: int) -> None:
+        if 0 <= value < 1 << 8:
+            self.parts += [pickle.BININT1, bytes([value])]
+        elif -(1 << 31) <= value < 1 << 31:
+            self.parts += [pickle.BININT, struct.pack("<i", value)]
+        else:
+            encoded = pickle.encode_long(value)
+            self.parts += [pickle.LONG1, bytes([len(encoded)]), encoded]
+
+    def real(self, value: float) -> None:
+        self.parts += [pickle.BINFLOAT, struct.pack(">d", value)]
+
+    def text(self, value: str) -> None:
+        encoded = value.encode()
+        self._remember(value, pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded)
+
+    def named(self, value: Global) -> None:
+        self._remember(value, pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+
+    def sequence(self, value: tuple[Any, ...]) -> None:
+        self.parts.append(pickle.MARK)
+        for item in value:
+            self.emit(item)
+        self.parts.append(pickle.TUPLE)
+
+    def listing(self, value: list[Any]) -> None:
+        self.parts += [pickle.EMPTY_LIST, pickle.MARK]
+        for item in value:
+            self.emit(item)
+        self.parts.append(pickle.APPENDS)
+
+    def mapping(self, value: dict[Any, Any]) -> None:
+        self.pairs(list(value.items()))
+
+    def pairs(self, value: list[tuple[Any, Any]]) -> None:
+        self.parts += [pickle.EMPTY_DICT, pickle.MARK]
+        for key, item in value:
+            self.emit(key)
+            self.emit(item)
+        self.parts.append(pickle.SETITEMS)
+
+    def call(self, value: Call) -> None:
+        self.named(value.function)
+        self.sequence(value.args)
+        self.parts.append(pickle.REDUCE)
+
+    def instance(self, value: Instance) -> None:
+        self.named(value.cls)
+        self.parts += [pickle.EMPTY_TUPLE, pickle.NEWOBJ]
+        self.emit(value.state)
+        self.parts.append(pickle.BUILD)
+
+    def persistent(self, value: PersistentId) -> None:
+        self.emit(value.value)
+        self.parts.append(pickle.BINPERSID)
+
+    def pair_list(self, value: Pairs) -> None:
+        self.pairs(value.items)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A dict whose keys are records, which are not hashable here."""
+
+    items: list[tuple[Any, Any]]
+
+
+_EMITTERS: Final[Mapping[type, Callable[[_Emitter, Any], None]]] = {
+    type(None): _Emitter.none,
+    bool: _Emitter.boolean,
+    int: _Emitter.integer,
+    float: _Emitter.real,
+    str: _Emitter.text,
+    tuple: _Emitter.sequence,
+    list: _Emitter.listing,
+    dict: _Emitter.mapping,
+    Global: _Emitter.named,
+    Call: _Emitter.call,
+    Instance: _Emitter.instance,
+    PersistentId: _Emitter.persistent,
+    Pairs: _Emitter.pair_list,
+}

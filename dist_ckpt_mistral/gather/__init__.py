@@ -1,0 +1,1 @@
+"""The gather: boxes, tensor indexes, the pure byte plan, and its executor."""

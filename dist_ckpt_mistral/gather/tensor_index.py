@@ -1,0 +1,83 @@
+"""What every reader yields: the tensors of a checkpoint and where the bytes of each lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.gather.boxes import IntArray, Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class IndexedTensor:
+    """One global tensor and the chunks that store it; every chunk is a contiguous row-major array in one file.
+
+    ``dtype`` is a torch name and ``global_shape`` in elements. Of chunk ``i``, ``offsets[i]`` and ``shapes[i]`` (int64
+    ``[chunks, ndim]``) are its box in elements, ``files[i]`` the number of its file in the index and ``positions[i]``
+    the byte in that file where it starts. Chunks are in ascending order of their offsets.
+    """
+
+    name: str
+    dtype: str
+    global_shape: Shape
+    offsets: IntArray
+    shapes: IntArray
+    files: IntArray
+    positions: IntArray
+
+    @classmethod
+    def build(
+        cls,
+        name: str,
+        dtype: str,
+        global_shape: Shape,
+        chunks: Iterable[tuple[Shape, Shape, int, int]],
+    ) -> IndexedTensor:
+        """From chunks ``(offset, shape, file, position)`` in any order."""
+        rows = sorted(chunks)
+        ndim = len(global_shape)
+        return cls(
+            name=name,
+            dtype=dtype,
+            global_shape=global_shape,
+            offsets=np.array([row[0] for row in rows], dtype=np.int64).reshape(len(rows), ndim),
+            shapes=np.array([row[1] for row in rows], dtype=np.int64).reshape(len(rows), ndim),
+            files=np.array([row[2] for row in rows], dtype=np.int64),
+            positions=np.array([row[3] for row in rows], dtype=np.int64),
+        )
+
+    @classmethod
+    def whole(cls, name: str, dtype: str, shape: Shape, *, file: int, position: int) -> IndexedTensor:
+        """A tensor that lies in one piece in one file."""
+        return cls.build(name, dtype, shape, [((0,) * len(shape), shape, file, position)])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the global tensor."""
+        return math.prod(self.global_shape) * dtypes.itemsize_bytes(self.dtype)
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of stored chunks."""
+        return len(self.files)
+
+    def candidates(self, low: int, high: int) -> slice:
+        """Chunks that may meet rows ``[low, high)`` of the first axis: a range, as chunks are sorted by it."""
+        if not self.global_shape or self.num_chunks < 8:  # noqa: PLR2004  (below that, a look at all is cheaper)
+            return slice(None)
+        starts = self.offsets[:, 0]
+        longest = int(self.shapes[:, 0].max())
+        return slice(int(np.searchsorted(starts, low - longest, side="right")), int(np.searchsorted(starts, high)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorIndex:
+    """Tensors by name, and the files that their chunks lie in."""
+
+    files: tuple[Path, ...]
+    tensors: Mapping[str, IndexedTensor]

@@ -1,0 +1,1 @@
+"""Everything that imports Megatron, and nothing else does."""

@@ -1,0 +1,192 @@
+"""Megatron's ShardedTensors with Hugging Face names: the classes, and naming what a live model holds.
+
+Upstream: megatron-core dist_checkpointing/mapping.py, the same in 0.16 and 0.19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from dist_ckpt_mistral.errors import TensorMismatchError
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.tensor_table import (
+    HfPart,
+    KeyStyle,
+    StoredRows,
+    TensorRule,
+    TensorTable,
+    tensor_table,
+    why_ignored,
+)
+
+ShardedStateDict: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingTensor:
+    """A tensor that nobody has asked for yet."""
+
+    produce: Callable[[], torch.Tensor]
+
+
+Data: TypeAlias = torch.Tensor | PendingTensor | None
+
+
+class _OnDemand:
+    """Gives a sharded entry a ``data`` that is produced when first touched, and kept from then on."""
+
+    _data: Data
+
+    @property
+    def data(self) -> torch.Tensor | None:
+        """The local tensor, or None where Megatron is to allocate it."""
+        if isinstance(self._data, PendingTensor):
+            self._data = self._data.produce()
+        return self._data
+
+    @data.setter
+    def data(self, data: Data) -> None:
+        self._data = data
+
+
+@dataclass
+class HfShardedTensor(_OnDemand, ShardedTensor):  # type: ignore[misc]  # megatron is untyped
+    """Megatron's ShardedTensor, and the Hugging Face tensors that it holds rows of.
+
+    The rows of ``hf_parts`` are those of the stored tensor ``key``, without its layer axis. A local tensor of nothing
+    but vocabulary padding has no parts. ``data`` may be given as a ``PendingTensor``.
+    """
+
+    hf_parts: tuple[HfPart, ...] = ()
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """Names of the Hugging Face tensors that this local tensor holds rows of."""
+        return tuple(part.hf_name for part in self.hf_parts)
+
+    def validate_metadata_integrity(self) -> None:
+        """Check as Megatron does, but produce no tensor for it."""
+        held = self._data
+        self._data = None if isinstance(held, PendingTensor) else held
+        super().validate_metadata_integrity()
+        self._data = held
+
+
+@dataclass
+class HfShardedTensorFactory(_OnDemand, ShardedTensorFactory):  # type: ignore[misc]  # megatron is untyped
+    """Megatron's ShardedTensorFactory whose ``build_fn`` makes HfShardedTensors, and takes a ``PendingTensor``."""
+
+    def build(self) -> Any:  # noqa: ANN401  (whatever build_fn gives)
+        """Build the entries as Megatron does, but leave a pending tensor pending."""
+        return self.build_fn(self.key, self._data, self.replica_id, self.flattened_range)
+
+
+def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig) -> ShardedStateDict:
+    """A copy of a live model's sharded state dict whose tensors say which Hugging Face tensors they hold rows of.
+
+    Tensor data is shared, not copied, and the given dict stays as it is. Works for every key style and for the local
+    and the Transformer Engine spec; objects and optimizer state pass through unchanged.
+
+    Raises TensorMismatchError for tensors that ``config`` does not have, or has in another shape; all are named.
+    """
+    index = _hf_index(tensor_table(config))
+    problems = []
+
+    def annotated(entry: object) -> object:
+        try:
+            return _annotated(entry, index)
+        except TensorMismatchError as error:
+            problems.append(str(error))
+            return entry
+
+    copy: ShardedStateDict = dict_list_map_outplace(annotated, sharded_state_dict)
+    if problems:
+        raise TensorMismatchError("; ".join(problems) + ". Check that the configuration is this model's.")
+    return copy
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """One layer's part of a stored tensor: the rule that it follows, and where its rows lie."""
+
+    rule: TensorRule
+    layer: int | None
+    rows: StoredRows
+
+    def hf_parts(self, first_row: int, rows: int) -> tuple[HfPart, ...]:
+        """The Hugging Face tensors with rows among ``rows`` rows of the stored tensor, from ``first_row`` on."""
+        first = self.rows.first_row + first_row
+        return tuple(
+            HfPart(
+                hf_name=part.hf_name.format(layer=self.layer),
+                rows=replace(part.rows, offset=part.rows.offset - self.rows.first_row),
+            )
+            for part in self.rule.parts
+            if any(start < first + rows and first < start + length for _, start, length in part.rows)
+        )
+
+
+StoredIndex: TypeAlias = dict[tuple[str, tuple[int, ...]], StoredLayer]
+
+
+def stored_index(table: TensorTable) -> StoredIndex:
+    """All stored tensors in all key styles, by key and coordinates on the axes that only the stored tensor has."""
+    return {
+        (rows.mcore_key, rows.index): StoredLayer(rule, layer, rows)
+        for rule in table.rules
+        for style in KeyStyle
+        for layer in table.layers_of(rule)
+        for key in rule.keys
+        for rows in table.stored(rule, layer, style, key)
+    }
+
+
+def _annotated(entry: object, index: StoredIndex) -> object:
+    if isinstance(entry, HfShardedTensor | HfShardedTensorFactory) or why_ignored(getattr(entry, "key", "")):
+        return entry
+    if isinstance(entry, ShardedTensor):
+        return _annotated_tensor(index, "", entry)
+    if not isinstance(entry, ShardedTensorFactory):
+        return entry
+    build = partial(_build_annotated, entry.build_fn, entry.key, index)
+    factory = HfShardedTensorFactory(
+        entry.key, entry.data, build, entry.merge_fn, entry.replica_id, entry.flattened_range
+    )
+    factory.build()  # for its errors: they should come now, not at the save
+    return factory
+
+
+def _build_annotated(
+    build_fn: Callable[..., Any],
+    own_key: str,
+    index: StoredIndex,
+    key: str,
+    data: torch.Tensor,
+    replica_id: tuple[int, ...],
+    flattened_range: slice | None,
+) -> Any:  # noqa: ANN401  (whatever build_fn gives)
+    """Build as the live model does. Megatron's optimizers give a ``key`` with a prefix before the model's own."""
+    built = build_fn(key, data, replica_id, flattened_range)
+    return dict_list_map_outplace(partial(_annotated_tensor, index, key.removesuffix(own_key)), built)
+
+
+def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
+    lead = tensor.prepend_axis_num
+    stored = index.get((tensor.key.removeprefix(prefix), tensor.global_offset[:lead]))
+    if stored is None:
+        raise TensorMismatchError(f"unknown tensor {tensor.key!r} at {tuple(tensor.global_offset)}")
+    rows, *rest = tensor.global_shape[lead:]
+    expected, *expected_rest = stored.rows.global_shape[lead:]
+    if rest != expected_rest or (rows < expected if stored.rule.padded_vocabulary else rows != expected):
+        raise TensorMismatchError(
+            f"shape mismatch for {tensor.key!r}: expected {stored.rows.global_shape}, got {tuple(tensor.global_shape)}"
+        )
+    own = {field.name: getattr(tensor, field.name) for field in fields(ShardedTensor)}
+    return HfShardedTensor(**own, hf_parts=stored.hf_parts(tensor.global_offset[lead], tensor.local_shape[0]))

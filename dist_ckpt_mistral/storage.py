@@ -1,0 +1,241 @@
+"""The only place that opens files: reading at positions, writing at positions, publishing all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import resource
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from dist_ckpt_mistral.errors import FormatError, OutputError
+
+#: Names of unpublished outputs: a sibling of the output, so that publishing is a rename within one file system.
+_STAGING_MARK: Final = ".incomplete-"
+_REPLACED_MARK: Final = ".replaced-"
+#: File descriptors that the rest of the process needs while sources are open.
+_SPARE_DESCRIPTORS: Final = 64
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole content of a small file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file durably. It must not exist."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a small file durably, content only. The target must not exist."""
+    write_bytes(target, read_bytes(source))
+
+
+class SourceFiles:
+    """Files to read at positions from several threads. Opened on first use, closed together."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Remember ``paths``; file ``i`` of the other methods is ``paths[i]``."""
+        self._paths = tuple(paths)
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+        _allow_open_files(len(self._paths))
+
+    def __enter__(self) -> Self:
+        """Nothing is opened yet."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close all files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _descriptor(self, file: int) -> int:
+        descriptor = self._descriptors.get(file)
+        if descriptor is not None:
+            return descriptor
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise FormatError(f"cannot open {self._paths[file]}: {error.strerror}") from error
+            return self._descriptors[file]
+
+    def size_bytes(self, file: int) -> int:
+        """Size of a file."""
+        return os.fstat(self._descriptor(file)).st_size
+
+    def read_into(self, file: int, position: int, buffers: Sequence[memoryview]) -> None:
+        """Fill ``buffers`` one after the other with the bytes from ``position`` on. Raises FormatError if there are fewer."""
+        descriptor = self._descriptor(file)
+        wanted = sum(map(len, buffers))
+        done = os.preadv(descriptor, buffers, position)
+        while done < wanted:  # a short read: go on behind what came
+            rest = _behind(buffers, done)
+            step = os.preadv(descriptor, rest, position + done)
+            if step == 0:
+                path, size = self._paths[file], os.fstat(descriptor).st_size
+                raise FormatError(
+                    f"{path} is truncated: expected at least {position + wanted} bytes, got {size}. "
+                    "Copy the file again from where it came from."
+                )
+            done += step
+
+    def read(self, file: int, position: int, num_bytes: int) -> bytes:
+        """``num_bytes`` bytes from ``position`` on."""
+        buffer = bytearray(num_bytes)
+        self.read_into(file, position, [memoryview(buffer)])
+        return bytes(buffer)
+
+
+def _behind(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of ``buffers`` behind the first ``done`` bytes."""
+    rest: list[memoryview] = []
+    for buffer in buffers:
+        if done >= len(buffer):
+            done -= len(buffer)
+        else:
+            rest.append(buffer[done:])
+            done = 0
+    return rest
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files where ``count`` sources need it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+class TargetFile:
+    """One new file, written at positions from several threads."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        """Create ``path`` (which must not exist) with ``num_bytes`` bytes reserved."""
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask applies
+        try:
+            _reserve(self._descriptor, num_bytes)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def write(self, position: int, data: memoryview | bytes) -> None:
+        """Write all of ``data`` at ``position``."""
+        view = memoryview(data)
+        while len(view):
+            step = os.pwrite(self._descriptor, view, position)
+            view, position = view[step:], position + step
+
+    def sync(self) -> None:
+        """Make the content durable."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; what was not synced may be lost with the machine."""
+        os.close(self._descriptor)
+
+
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    """fallocate(2) where the file system has it. glibc's posix_fallocate would write zeros where it has not."""
+    os.ftruncate(descriptor, num_bytes)
+    libc = ctypes.CDLL(None, use_errno=True)
+    fallocate = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if fallocate is None or not num_bytes:
+        return
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if fallocate(descriptor, 0, 0, num_bytes) != 0 and ctypes.get_errno() == errno.ENOSPC:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def require_apart(source: Path, target: Path) -> None:
+    """Refuse an output that is, lies in, or contains the input."""
+    inside, outside = target.resolve(), source.resolve()
+    if inside == outside or outside in inside.parents or inside in outside.parents:
+        raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
+
+
+@contextlib.contextmanager
+def published(target: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path]:
+    """A staging directory that becomes ``target`` if the block ends well, and vanishes if it does not.
+
+    ``num_bytes`` is what the block will write; too little free space is refused before the first byte. An existing
+    ``target`` is refused unless ``overwrite``, and then stays whole until the new one is complete.
+    """
+    require_writable(target, overwrite=overwrite)
+    target = target.absolute()
+    staging = target.parent / f".{target.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(target.parent).free
+        if free_bytes < num_bytes:
+            raise OutputError(f"not enough space for {target}: {num_bytes} bytes are needed, {free_bytes} are free.")
+        staging.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot create {target}: {error.strerror or error}") from error
+    try:
+        yield staging
+        _sync_tree(staging)
+        _swap_in(staging, target)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was published.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def require_writable(target: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists, unless ``overwrite``; an empty directory counts as absent."""
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if os.path.lexists(target) and not is_empty and not overwrite:
+        raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
+
+
+def _swap_in(staging: Path, target: Path) -> None:
+    """Rename ``staging`` to ``target``; an old ``target`` is moved aside first and back if that fails."""
+    replaced = target.parent / f".{target.name}{_REPLACED_MARK}{secrets.token_hex(4)}"
+    has_old = os.path.lexists(target)
+    if has_old:
+        target.rename(replaced)
+    try:
+        staging.rename(target)
+    except OSError:
+        if has_old:
+            replaced.rename(target)
+        raise
+    _sync_directory(target.parent)
+    if has_old:
+        if replaced.is_dir() and not replaced.is_symlink():
+            shutil.rmtree(replaced)
+        else:
+            replaced.unlink()
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, _ in os.walk(root):
+        _sync_directory(Path(folder))
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,30 @@
+"""JSON as the formats define it: UTF-8, no duplicate keys, an object at the top."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dist_ckpt_mistral.errors import FormatError
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})  # type: ignore[func-returns-value]
+        raise FormatError(f"duplicate JSON keys {', '.join(map(repr, twice))}")
+    return result
+
+
+def loads_object(text: bytes | str, where: str) -> dict[str, Any]:
+    """Parse ``text``, which must be one JSON object; ``where`` names the file for the error."""
+    try:
+        value = json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except FormatError as error:
+        raise FormatError(f"{error} in {where}. Nothing was read from it.") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"invalid JSON in {where}: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"invalid JSON in {where}: expected an object, got {type(value).__name__}")
+    return value
