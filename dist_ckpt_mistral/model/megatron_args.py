@@ -6,11 +6,15 @@ Field names and the set that ``--use-checkpoint-args`` restores: megatron/traini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import padded_vocab_size
+
+_LOG = logging.getLogger(__name__)
 
 #: What every Mistral model has and other architectures may not: field -> value.
 _ARCHITECTURE: Final[Mapping[str, Any]] = {
@@ -61,7 +65,7 @@ def to_megatron_args(config: MistralConfig, *, dtype: str, tp: int, pp: int) -> 
         "hidden_dropout": 0.0,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
-        "padded_vocab_size": config.vocab_size,
+        "padded_vocab_size": padded_vocab_size(config.vocab_size, tp),
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": None,
@@ -74,8 +78,8 @@ def to_megatron_args(config: MistralConfig, *, dtype: str, tp: int, pp: int) -> 
     }
 
 
-def from_megatron_args(args: Mapping[str, Any], note: Callable[[str], None]) -> MistralConfig:
-    """The configuration in a checkpoint's own ``args``. ``note`` is told what the args leave open.
+def from_megatron_args(args: Mapping[str, Any]) -> MistralConfig:
+    """The configuration in a checkpoint's own ``args``. What the args leave open is logged as a warning.
 
     Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing.
     """
@@ -90,7 +94,7 @@ def from_megatron_args(args: Mapping[str, Any], note: Callable[[str], None]) -> 
     grouped = args.get("group_query_attention", args.get("num_query_groups") is not None)
     return MistralConfig(
         **sizes,
-        vocab_size=_vocab_size(args, note),
+        vocab_size=_vocab_size(args),
         num_key_value_heads=args["num_query_groups"] if grouped else args["num_attention_heads"],
         sliding_window=_sliding_window(args.get("window_size")),
         tie_word_embeddings=not args.get("untie_embeddings_and_output_weights", False),
@@ -98,16 +102,17 @@ def from_megatron_args(args: Mapping[str, Any], note: Callable[[str], None]) -> 
     )
 
 
-def _vocab_size(args: Mapping[str, Any], note: Callable[[str], None]) -> int:
+def _vocab_size(args: Mapping[str, Any]) -> int:
     """``args.vocab_size``, else the padded one: Megatron-LM does not store the true size with most tokenizers."""
     if args.get("vocab_size") is not None:
         # NullTokenizer appends an end-of-document token of its own (megatron tokenizer, 0.16 to 0.19).
         return int(args["vocab_size"]) + (args.get("tokenizer_type") == "NullTokenizer")
     if args.get("padded_vocab_size") is None:
         raise ConfigError("the checkpoint's args do not tell the vocabulary size. Give config.json with --config.")
-    note(
-        f"the checkpoint's args do not tell the vocabulary size before padding: all {args['padded_vocab_size']} rows are "
-        "taken. Give config.json with --config to leave padded rows behind"
+    _LOG.warning(
+        "the checkpoint's args do not tell the vocabulary size before padding: all %s rows are taken. "
+        "Give config.json with --config to leave padded rows behind.",
+        args["padded_vocab_size"],
     )
     return int(args["padded_vocab_size"])
 

@@ -1,0 +1,292 @@
+"""The conversions: a source, a target, the byte plan between them, and its publication."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dist_ckpt_mistral import dtypes, embedded, hub, storage
+from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
+from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
+from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
+from dist_ckpt_mistral.gather import executor
+from dist_ckpt_mistral.gather.plan import BytePlan, Link, plan_gather
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, new_checkpoint_map, reverse
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, HfTensor, TensorTable
+from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
+from dist_ckpt_mistral.verify import first_difference
+
+_LOG = logging.getLogger(__name__)
+
+#: ``save_pretrained``'s unit, and a size that every file system and browser takes.
+DEFAULT_FILE_BYTES: Final = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What a conversion wrote (or, on a dry run, would write). Sizes in bytes, file names relative to ``output``."""
+
+    output: Path
+    config_from: str
+    num_tensors: int
+    num_bytes: int
+    files: Mapping[str, int]
+    ignored: Ignored
+
+
+def to_hf(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    config: str | Path | None = None,
+    dtype: str | None = None,
+    max_file_bytes: int = DEFAULT_FILE_BYTES,
+    workers: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: executor.Progress | None = None,
+) -> Conversion:
+    """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
+
+    ``config`` is a config.json or a directory with one (and with the tokenizer), for checkpoints that lost theirs.
+    ``dtype`` converts, else every tensor keeps its own. A checkpoint that ``from_hf`` wrote gives back the original
+    files, byte for byte. Raises DistCkptMistralError; then nothing is published.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    storage.require_apart(checkpoint, output)
+    storage.require_writable(output, overwrite=overwrite or dry_run)
+    given = MistralConfig.from_hf(config) if config is not None else None
+    source = open_megatron(checkpoint, config=given)
+    _LOG.info("configuration: %s", source.config_from)
+    file_set = _hf_files(source, dtype, max_file_bytes)
+    files = file_set.files
+    plan = source.plan_into(file_set.tensor_index(output))
+    if not dry_run:
+        assets = Path(config) if config is not None and Path(config).is_dir() else source.assets
+        with storage.published(output, overwrite=overwrite, num_bytes=plan.num_bytes) as staging:
+            with _new_files({staging / name: file.num_bytes for name, file in files.items()}) as targets:
+                for target, file in zip(targets, files.values(), strict=True):
+                    target.write(0, file.head)
+                _execute(plan, targets, workers=workers, progress=progress)
+            _write_hf_assets(staging, source, file_set, assets)
+    return Conversion(
+        output=output,
+        config_from=source.config_from,
+        num_tensors=len(plan.segments),
+        num_bytes=plan.num_bytes,
+        files={name: file.num_bytes for name, file in files.items()},
+        ignored=source.ignored,
+    )
+
+
+def _hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
+    """The files to write: the original ones where they still describe the tensors, else as ``save_pretrained`` would."""
+    stored = {tensor.hf_name: (dtype or source.dtype_of(tensor), tensor.shape) for tensor in source.tensors}
+    if source.hf_files is not None:
+        original = {t.name: (t.dtype, t.shape) for file in source.hf_files.files.values() for t in file.tensors}
+        if original == stored:
+            return source.hf_files
+        _LOG.info("the tensors differ in dtype from the original files: the files are laid out anew")
+    tensors = [(t.hf_name, *stored[t.hf_name]) for t in source.tensors if not t.is_alias]
+    return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
+
+
+def _write_hf_assets(
+    staging: Path, source: ModelSource, files: FileSet, assets: Path | None
+) -> None:
+    """Everything of a Hugging Face directory that is not weights; the index last."""
+    carried = hf_directory.carried_files(assets)[0] if assets is not None else []
+    content = _config_json(source, files, next((path for path in carried if path.name == hf_directory.CONFIG_FILE), None))
+    storage.write_bytes(staging / hf_directory.CONFIG_FILE, content)
+    for path in carried:
+        if path.name != hf_directory.CONFIG_FILE:
+            storage.copy_file(path, staging / path.name)
+    if not any("tokenizer" in path.name or path.name.startswith("tekken") for path in carried):
+        _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
+    index_json = files.index_json()
+    if index_json is not None:
+        storage.write_bytes(staging / hf_directory.INDEX_FILE, index_json)
+
+
+def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> bytes:
+    """config.json: the original text where it is still true, else with the dtype that most of the weights have."""
+    sizes: dict[str, int] = {}
+    for file in files.files.values():
+        for tensor in file.tensors:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
+    dtype = max(sizes, key=lambda name: sizes[name])
+    if source.config.dtype == dtype and original is not None:
+        return storage.read_bytes(original)
+    content = source.config.to_hf()
+    content["dtype" if "dtype" in content else "torch_dtype"] = dtype
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def from_hf(
+    hf: str | Path,
+    checkpoint: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    dtype: str | None = None,
+    iteration: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: executor.Progress | None = None,
+) -> Conversion:
+    """Import a Hugging Face directory or hub id into a new Megatron checkpoint root.
+
+    ``tp``, ``pp`` and ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the
+    checkpoint is a ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every
+    tensor keeps its own. Raises DistCkptMistralError; then nothing is published.
+    """
+    directory, output = hub.local_directory(str(hf)), Path(checkpoint)
+    storage.require_apart(directory, output)
+    storage.require_writable(output, overwrite=overwrite)
+    source = open_hf(directory)
+    layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
+    layout.check(source.config)
+    _require_equal_aliases(source)
+    new = new_checkpoint_map(source.table)
+    links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
+    chunks = _chunks(source, links, layout, dtype)
+    written = torch_dist_writer.lay_out(chunks, _extra_states(source.table), num_files=layout.world_size)
+    step = Path(torch_dist.iteration_name(iteration))
+    plan = plan_gather(source.index, written.index(step), links)
+    weights_dtype = dtype or source.dtype_of(source.tensors[0])
+    with storage.published(output, overwrite=overwrite, num_bytes=sum(written.file_bytes)) as staging:
+        (staging / step).mkdir()
+        sizes = dict(zip(written.file_names, written.file_bytes, strict=True))
+        with _new_files({staging / step / name: size for name, size in sizes.items()}) as targets:
+            crc32_at = _execute(plan, targets, workers=workers, progress=progress)
+            written.write_around(targets, crc32_at)
+        _write_beside_shards(staging / step, source, layout, weights_dtype, iteration)
+        storage.write_bytes(staging / step / torch_dist.METADATA_FILE, written.metadata())
+        tracker = "release" if iteration is None else str(iteration)
+        storage.write_bytes(staging / torch_dist.TRACKER_FILE, tracker.encode())
+    return Conversion(
+        output=output,
+        config_from=source.config_from,
+        num_tensors=len(source.tensors),
+        num_bytes=plan.num_bytes,
+        files={str(step / name): size for name, size in sizes.items()},
+        ignored=source.ignored,
+    )
+
+
+def _require_equal_aliases(source: ModelSource) -> None:
+    """A file may hold a tied tensor twice, under both names: then both must be the same, for only one is kept."""
+    for tensor in source.tensors:
+        if tensor.is_alias:
+            main = tensor.rule.parts[0].hf_name
+            if first_difference(source, main, source, tensor.hf_name) is not None:
+                raise TensorMismatchError(
+                    f"{tensor.hf_name!r} in {source.path} differs from {main!r}, but the configuration ties them. "
+                    "Set tie_word_embeddings to false in config.json, or remove the tensor that is not meant."
+                )
+
+
+def _chunks(source: ModelSource, links: Sequence[Link], layout: ParallelLayout, dtype: str | None) -> Iterator[NewChunk]:
+    """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
+    stored_dtype = {link.target: source.index.tensors[link.source].dtype for link in links}
+    for rank in range(layout.world_size):
+        at: RankCoordinates = layout.coordinates(rank)
+        for chunk in layout.model_chunks(source.table.num_layers, at.pp):
+            for held in layout.held_tensors(source.table, chunk, at):
+                for box in held.boxes if held.is_main_replica else ():
+                    shape, global_shape = box.shape, box.global_shape
+                    if held.rule.padded_vocabulary:
+                        global_shape = held.rule.shape
+                        shape = (min(shape[0], global_shape[0] - box.global_offset[0]), *shape[1:])
+                    if shape[0] > 0:
+                        yield NewChunk(
+                            mcore_key=box.mcore_key,
+                            dtype=dtype or stored_dtype[box.mcore_key],
+                            global_shape=global_shape,
+                            offset=box.global_offset,
+                            shape=shape,
+                            file=rank,
+                        )
+
+
+def _extra_states(table: TensorTable) -> list[str]:
+    """The object keys that models of any layer spec and version look for."""
+    keys = []
+    for key in (*LOCAL_EXTRA_STATES, *TE_EXTRA_STATES):
+        count = table.num_layers if "{layer}" in key else 1
+        stacked = key.replace("{layer}.", "")
+        keys += [torch_dist_writer.object_key(stacked, index, count) for index in range(count)]
+    return keys
+
+
+def _write_beside_shards(
+    directory: Path, source: ModelSource, layout: ParallelLayout, dtype: str, iteration: int | None
+) -> None:
+    """metadata.json, common.pt and the small Hugging Face files; ``.metadata``, which makes it readable, comes later."""
+    storage.write_bytes(directory / torch_dist.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+    state: dict[str, Any] = {
+        "args": to_megatron_args(source.config, dtype=dtype, tp=layout.tp, pp=layout.pp),
+        "checkpoint_version": 3.0,
+        "iteration": iteration or 0,
+        "content_metadata": {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            embedded.KEY: embedded.to_record(source.config, source.table, source.hf_files),
+        },
+    }
+    storage.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
+    carried, left = hf_directory.carried_files(source.path)
+    if left:
+        _LOG.warning("too large to travel inside the checkpoint, left behind: %s", ", ".join(left))
+    (directory / embedded.ASSETS_FOLDER).mkdir()
+    for path in carried:
+        storage.copy_file(path, directory / embedded.ASSETS_FOLDER / path.name)
+
+
+@contextlib.contextmanager
+def _new_files(sizes: Mapping[Path, int]) -> Iterator[list[storage.TargetFile]]:
+    """New files of the given sizes in bytes; synced at the end of the block if it ends well, closed in any case."""
+    targets: list[storage.TargetFile] = []
+    try:
+        targets += (storage.TargetFile(path, num_bytes) for path, num_bytes in sizes.items())
+        yield targets
+        executor.run_all(lambda number: targets[number].sync(), range(len(targets)), workers=executor.default_workers())
+    finally:
+        for target in targets:
+            target.close()
+
+
+def _execute(
+    plan: BytePlan,
+    targets: Sequence[storage.TargetFile],
+    *,
+    workers: int | None,
+    progress: executor.Progress | None,
+) -> dict[tuple[int, int], int]:
+    """Run ``plan``; the CRC-32 of every segment by its file and position."""
+    gathered = executor.execute(
+        plan,
+        targets,
+        workers=workers or executor.default_workers(),
+        checksums=True,
+        progress=progress or (lambda _: None),
+    )
+    return {(plan.segments[done.segment].file, plan.segments[done.segment].position): done.crc32 for done in gathered}
+
+
+def require_weight_dtype(dtype: str | None) -> None:
+    """Refuse a ``dtype`` that model weights cannot have."""
+    if dtype is not None and dtype not in dtypes.WEIGHT_DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported: expected one of {', '.join(dtypes.WEIGHT_DTYPES)}")
+
+

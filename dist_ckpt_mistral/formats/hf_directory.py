@@ -1,0 +1,162 @@
+"""Hugging Face model directories: which files hold which tensors, and the small files that travel with the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from dist_ckpt_mistral import dtypes, storage, strict_json
+from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.formats.safetensors import SafetensorsFile, new_file, parse_header, read_header
+from dist_ckpt_mistral.gather.boxes import Shape
+from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+CONFIG_FILE: Final = "config.json"
+#: Other renderings of weights, which an error names.
+_OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+#: Weights and what only describes them: rebuilt on export, never carried.
+_NOT_CARRIED: Final = (*_OTHER_WEIGHTS, ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack", ".onnx", ".distcp")
+#: A tokenizer is at most some 20 MB; anything much larger is not a small file.
+_MAX_CARRIED_BYTES: Final = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSet:
+    """The files of one model by name, and the ``metadata`` of their index (empty for a single file)."""
+
+    files: Mapping[str, SafetensorsFile]
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensor_index(self, directory: Path) -> TensorIndex:
+        """Where every tensor lies, with the files under ``directory``: existing or planned."""
+        tensors = {
+            tensor.name: IndexedTensor.whole(
+                tensor.name, tensor.dtype, tensor.shape, file=number, position=file.data_start + tensor.begin
+            )
+            for number, file in enumerate(self.files.values())
+            for tensor in file.tensors
+        }
+        return TensorIndex(files=tuple(directory / name for name in self.files), tensors=tensors)
+
+    def index_json(self) -> bytes | None:
+        """The text of ``model.safetensors.index.json`` as transformers writes it; None for a model in one file.
+
+        ``total_size`` is in bytes of data, whatever an original index said; its other metadata is kept.
+        """
+        if list(self.files) == [SINGLE_FILE]:
+            return None
+        tensors = [(tensor, name) for name, file in self.files.items() for tensor in file.tensors]
+        content = {
+            "metadata": {**self.index_metadata, "total_size": sum(tensor.end - tensor.begin for tensor, _ in tensors)},
+            "weight_map": {tensor.name: name for tensor, name in tensors},
+        }
+        return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain values from which ``from_record`` makes the same file set."""
+        headers = {name: file.header for name, file in self.files.items()}
+        return {"headers": headers, "index_metadata": dict(self.index_metadata)}
+
+    @classmethod
+    def from_record(cls, record: object, where: str) -> FileSet:
+        """Read what ``to_record`` gave, after a journey. Raises FormatError if it is not that any more."""
+        headers = record.get("headers") if isinstance(record, dict) else None
+        metadata = record.get("index_metadata") if isinstance(record, dict) else None
+        if not isinstance(headers, dict) or not isinstance(metadata, dict):
+            raise FormatError(f"the layout of the Hugging Face files in {where} is damaged")
+        for name in headers:
+            _require_file_name(name, where)
+        return cls(
+            files={name: parse_header(str(text).encode(), f"the header of {name} in {where}") for name, text in headers.items()},
+            index_metadata=metadata,
+        )
+
+
+def is_model_directory(path: Path) -> bool:
+    """Whether ``path`` looks like a Hugging Face model directory."""
+    return path.is_dir() and any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, CONFIG_FILE))
+
+
+def read_directory(directory: Path) -> FileSet:
+    """Read the headers of the model files of a Hugging Face directory.
+
+    Raises FormatError for files that the index names and that are absent (all of them), and where index and files
+    disagree about what is where.
+    """
+    index = _read_index(directory)
+    weight_map = index["weight_map"] if index is not None else {}
+    names = sorted(set(weight_map.values())) if index is not None else [SINGLE_FILE]
+    absent = [name for name in names if not (directory / name).is_file()]
+    if absent:
+        raise FormatError(f"{INDEX_FILE} in {directory} names files that are absent: {', '.join(absent)}. Get them first.")
+    files = {name: read_header(directory / name) for name in names}
+    if index is None:
+        return FileSet(files=files)
+    _require_as_indexed(weight_map, files, directory)
+    metadata = index.get("metadata")
+    return FileSet(files=files, index_metadata=metadata if isinstance(metadata, dict) else {})
+
+
+def _read_index(directory: Path) -> dict[str, Any] | None:
+    """The index with a sound ``weight_map``, or None for a model in one file."""
+    path = directory / INDEX_FILE
+    if not path.is_file():
+        if (directory / SINGLE_FILE).is_file():
+            return None
+        other = sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(_OTHER_WEIGHTS))
+        hint = f" It holds {', '.join(other[:5])}, which is not supported." if other else ""
+        raise FormatError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}.{hint} Give a Hugging Face model directory.")
+    index = strict_json.loads_object(storage.read_bytes(path), str(path))
+    if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
+        raise FormatError(f"{path} has no weight_map")
+    for name in index["weight_map"].values():
+        _require_file_name(name, f"weight_map in {path}")
+    return index
+
+
+def _require_file_name(name: object, where: str) -> None:
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        raise FormatError(f"{where} names {name!r}: expected the plain name of a .safetensors file")
+
+
+def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile], directory: Path) -> None:
+    held = {(tensor.name, name) for name, file in files.items() for tensor in file.tensors}
+    wrong = sorted(held ^ set(weight_map.items()))
+    if wrong:
+        listing = ", ".join(f"{tensor} ({name})" for tensor, name in wrong)
+        raise FormatError(f"{INDEX_FILE} and the files in {directory} disagree about {listing}. Check that they belong together.")
+
+
+def plan_files(tensors: Sequence[tuple[str, str, Shape]], *, max_file_bytes: int) -> FileSet:
+    """Distribute ``(name, dtype, shape)`` over files as transformers' ``save_pretrained`` does: in order, first come."""
+    groups: list[list[tuple[str, str, Shape]]] = [[]]
+    group_bytes = 0
+    for tensor in tensors:
+        num_bytes = math.prod(tensor[2]) * dtypes.itemsize_bytes(tensor[1])
+        if groups[-1] and group_bytes + num_bytes > max_file_bytes:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(tensor)
+        group_bytes += num_bytes
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else [SINGLE_FILE]
+    return FileSet(files={name: new_file(group) for name, group in zip(names, groups, strict=True)})
+
+
+def carried_files(directory: Path) -> tuple[list[Path], list[str]]:
+    """The small files directly in ``directory``, sorted, and the names of those that are left behind for their size."""
+    carried, left = [], []
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".") or path.name.endswith(_NOT_CARRIED) or not path.is_file():
+            continue
+        if path.stat().st_size <= _MAX_CARRIED_BYTES:
+            carried.append(path)
+        else:
+            left.append(path.name)
+    return carried, left

@@ -1,0 +1,178 @@
+"""Writing Megatron ``torch_dist`` checkpoints that every megatron-core from 0.12 on loads, without torch and Megatron.
+
+First the layout (which archive where), then the data through a byte plan, then heads, tails and ``.metadata`` around it.
+Five-element ``TensorProperties`` and a ``common.pt`` are what all versions read (torch 2.6 to 2.15).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dist_ckpt_mistral.formats import pickle_records, torch_archive
+from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Pairs
+from dist_ckpt_mistral.formats.torch_archive import ArchiveLayout
+from dist_ckpt_mistral.gather.boxes import Shape
+from dist_ckpt_mistral.gather.executor import Gathered
+from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.storage import TargetFile
+
+#: The content of metadata.json (mcore dist_checkpointing/core.py, 0.12 to 0.16; later versions ignore the last two).
+BACKEND_JSON: Final = json.dumps(
+    {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+).encode()
+
+_METADATA: Final = "torch.distributed.checkpoint.metadata"
+_SIZE: Final = Global("torch", "Size")
+_CHUNK: Final = Global(_METADATA, "ChunkStorageMetadata")
+_INDEX: Final = Global(_METADATA, "MetadataIndex")
+_INFO: Final = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewChunk:
+    """One chunk to write: a box of the global tensor ``mcore_key``, in elements, into data file number ``file``."""
+
+    mcore_key: str
+    dtype: str
+    global_shape: Shape
+    offset: Shape
+    shape: Shape
+    file: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Placed:
+    """A chunk and the archive around it, which starts at byte ``position`` of its file."""
+
+    chunk: NewChunk
+    position: int
+    archive: ArchiveLayout
+
+    @property
+    def data_position(self) -> int:
+        return self.position + self.archive.data_offset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointLayout:
+    """Where everything of a new checkpoint lies: chunks in their order of files, then one archive for all objects."""
+
+    file_names: tuple[str, ...]
+    file_bytes: tuple[int, ...]
+    placed: tuple[_Placed, ...]
+    object_keys: tuple[str, ...]
+    object_position: int
+
+    def index(self, directory: Path) -> TensorIndex:
+        """The chunks as a target of a byte plan."""
+        by_key: dict[str, list[_Placed]] = {}
+        for placed in self.placed:
+            by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
+        tensors = {
+            key: IndexedTensor.build(
+                key,
+                group[0].chunk.dtype,
+                group[0].chunk.global_shape,
+                [(p.chunk.offset, p.chunk.shape, p.chunk.file, p.data_position) for p in group],
+            )
+            for key, group in by_key.items()
+        }
+        return TensorIndex(files=tuple(directory / name for name in self.file_names), tensors=tensors)
+
+    def write_around(self, targets: Sequence[TargetFile], crc32_at: Mapping[tuple[int, int], int]) -> None:
+        """Write heads and tails of all archives; ``crc32_at`` is by file number and position of the data."""
+        for placed in self.placed:
+            target, crc32 = targets[placed.chunk.file], crc32_at[placed.chunk.file, placed.data_position]
+            target.write(placed.position, placed.archive.head(crc32))
+            target.write(placed.data_position + placed.archive.data_bytes, placed.archive.tail(crc32))
+        targets[0].write(self.object_position, _EMPTY_OBJECT)
+
+    def metadata(self) -> bytes:
+        """The content of ``.metadata``."""
+        state: dict[str, Any] = {}
+        storage: list[tuple[Any, Any]] = []
+        for placed in self.placed:
+            chunk = placed.chunk
+            described = state.setdefault(chunk.mcore_key, _TensorDescription(chunk.dtype, chunk.global_shape, []))
+            described.chunks.append(Instance(_CHUNK, {"offsets": _size(chunk.offset), "sizes": _size(chunk.shape)}))
+            info = _info(self.file_names[chunk.file], placed.position, placed.archive.num_bytes)
+            storage.append((Instance(_INDEX, {"fqn": chunk.mcore_key, "offset": _size(chunk.offset)}), info))
+        described_all = {key: described.record() for key, described in state.items()}
+        for key in self.object_keys:
+            described_all[key] = Instance(Global(_METADATA, "BytesStorageMetadata"), {})
+            info = _info(self.file_names[0], self.object_position, len(_EMPTY_OBJECT))
+            storage.append((Instance(_INDEX, {"fqn": key}), info))
+        fields = {"state_dict_metadata": described_all, "planner_data": None, "storage_data": Pairs(storage), "storage_meta": None}
+        return pickle_records.dumps(Instance(Global(_METADATA, "Metadata"), fields))
+
+
+#: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
+_EMPTY_OBJECT: Final = torch_archive.object_archive([None])
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorDescription:
+    dtype: str
+    global_shape: Shape
+    chunks: list[Instance]
+
+    def record(self) -> Instance:
+        properties = (
+            Global("torch", self.dtype),
+            Call(Global("torch.serialization", "_get_layout"), ("torch.strided",)),
+            False,  # requires_grad
+            Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)),
+            False,  # pin_memory
+        )
+        fields = {
+            "properties": Instance(Global(_METADATA, "TensorProperties"), properties),
+            "size": _size(self.global_shape),
+            "chunks": self.chunks,
+        }
+        return Instance(Global(_METADATA, "TensorStorageMetadata"), fields)
+
+
+def _size(shape: Shape) -> Call:
+    return Call(_SIZE, (shape,))
+
+
+def _info(file: str, offset: int, num_bytes: int) -> Instance:
+    return Instance(_INFO, {"relative_path": file, "offset": offset, "length": num_bytes})
+
+
+def object_key(key: str, index: int, count: int) -> str:
+    """The name under which element ``index`` of ``count`` of a sharded object is stored (mcore mapping.py, 0.12+)."""
+    return f"{key}/shard_{index}_{count}"
+
+
+def lay_out(chunks: Iterable[NewChunk], object_keys: Iterable[str], *, num_files: int) -> CheckpointLayout:
+    """Place every chunk behind the one before it in its file, and the shared object archive behind the first file's."""
+    ends = [0] * num_files
+    placed = []
+    for chunk in chunks:
+        archive = ArchiveLayout.for_tensor(chunk.dtype, chunk.shape, ends[chunk.file])
+        placed.append(_Placed(chunk=chunk, position=ends[chunk.file], archive=archive))
+        ends[chunk.file] += archive.num_bytes
+    object_position = ends[0]
+    ends[0] += len(_EMPTY_OBJECT)
+    return CheckpointLayout(
+        file_names=tuple(f"__{rank}_0.distcp" for rank in range(num_files)),
+        file_bytes=tuple(ends),
+        placed=tuple(placed),
+        object_keys=tuple(object_keys),
+        object_position=object_position,
+    )
+
+
+def checksums(gathered: Iterable[Gathered], positions: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """CRC-32 by (file, position), from the segments of a plan; ``positions[i]`` is where segment ``i`` begins."""
+    return {positions[done.segment]: done.crc32 for done in gathered}

@@ -1,0 +1,161 @@
+"""One view of every place that a model can be read from: the tensors in Hugging Face's names, and where their bytes lie."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_ckpt_mistral import embedded
+from dist_ckpt_mistral.errors import ConfigError, FormatError
+from dist_ckpt_mistral.formats import hf_directory, torch_dist
+from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.gather.plan import BytePlan, Link, plan_gather
+from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.megatron_args import from_megatron_args
+from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelSource:
+    """A model that can be read: a Megatron checkpoint or a Hugging Face directory.
+
+    ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
+    how Hugging Face files hold or held it, ``assets`` the directory of the small files that belong to it.
+    """
+
+    path: Path
+    kind: str
+    config: MistralConfig
+    config_from: str
+    table: TensorTable
+    index: TensorIndex
+    tensors: tuple[HfTensor, ...]
+    links: Mapping[str, list[Link]]
+    ignored: Ignored
+    hf_files: FileSet | None
+    assets: Path | None
+
+    def dtype_of(self, tensor: HfTensor) -> str:
+        """The torch dtype name in which a tensor is stored."""
+        return self.index.tensors[self.links[tensor.hf_name][0].source].dtype
+
+    def plan_into(self, target: TensorIndex) -> BytePlan:
+        """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
+        return plan_gather(self.index, target, (link for name in target.tensors for link in self.links[name]))
+
+    def plan_of(self, names: list[str]) -> BytePlan:
+        """A plan that lays each of ``names`` out on its own, one segment each and in this order: for reading, not writing."""
+        by_name = {tensor.hf_name: tensor for tensor in self.tensors}
+        tensors = {
+            name: IndexedTensor.whole(name, self.dtype_of(by_name[name]), by_name[name].shape, file=number, position=0)
+            for number, name in enumerate(names)
+        }
+        return self.plan_into(TensorIndex(files=tuple(Path(name) for name in names), tensors=tensors))
+
+
+def open_source(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
+    """Open whatever ``path`` is. ``config`` overrides the configuration that a checkpoint brings along."""
+    if hf_directory.is_model_directory(path):
+        return open_hf(path, config=config)
+    return open_megatron(path, config=config)
+
+
+def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
+    """Open a Hugging Face directory; its config.json must be there unless ``config`` is given."""
+    if not path.is_dir():
+        raise FormatError(f"{path} is not a Hugging Face model directory: there is no such directory")
+    config_from = "the given configuration" if config else str(path / hf_directory.CONFIG_FILE)
+    config = config or MistralConfig.from_hf(path)
+    files = hf_directory.read_directory(path)
+    index = files.tensor_index(path)
+    table = tensor_table(config)
+    tensors, ignored = match_hf(table, {name: tensor.global_shape for name, tensor in index.tensors.items()}, str(path))
+    return ModelSource(
+        path=path,
+        kind="Hugging Face directory",
+        config=config,
+        config_from=config_from,
+        table=table,
+        index=index,
+        tensors=tuple(tensors),
+        links={tensor.hf_name: [_identity(tensor)] for tensor in tensors},
+        ignored=ignored,
+        hf_files=None if ignored else files,
+        assets=path,
+    )
+
+
+def _identity(tensor: HfTensor) -> Link:
+    origin = (0,) * len(tensor.shape)
+    return Link(source=tensor.hf_name, source_offset=origin, target=tensor.hf_name, target_offset=origin, shape=tensor.shape)
+
+
+def open_megatron(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
+    """Open a torch_dist checkpoint (root or iteration).
+
+    The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``.
+    """
+    checkpoint = torch_dist.open_torch_dist(path)
+    where = str(checkpoint.directory)
+    remembered = embedded.from_common_state(checkpoint.common_state, where)
+    config, config_from = _choose_config(checkpoint, config, remembered)
+    table = tensor_table(config)
+    shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
+    found = match_checkpoint(table, shapes, checkpoint.objects, where)
+    tensors = _described(table, remembered)
+    folder = checkpoint.directory / embedded.ASSETS_FOLDER
+    return ModelSource(
+        path=checkpoint.directory,
+        kind="Megatron torch_dist checkpoint",
+        config=config,
+        config_from=config_from,
+        table=table,
+        index=checkpoint.index(found.names()),
+        tensors=tensors,
+        links={tensor.hf_name: found.links(tensor) for tensor in tensors},
+        ignored=(*found.ignored, *_padding(table, found, shapes)),
+        hf_files=remembered.hf_files if remembered else None,
+        assets=folder if folder.is_dir() else None,
+    )
+
+
+def _described(table: TensorTable, remembered: embedded.Embedded | None) -> tuple[HfTensor, ...]:
+    """All tensors of the table; aliases only where the original files had them."""
+    files = remembered.hf_files.files if remembered and remembered.hf_files else {}
+    original = {tensor.name for file in files.values() for tensor in file.tensors}
+    return tuple(t for t in table.hf_tensors().values() if not t.is_alias or t.hf_name in original)
+
+
+def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tuple[int, ...]]) -> Ignored:
+    """The vocabulary rows that only pad it."""
+    padded = []
+    for rule in table.rules:
+        if rule.padded_vocabulary:
+            stored = found.stored(rule, None)[0]
+            rows = shapes[found.prefix + stored.mcore_key][0]
+            if rows > rule.shape[0]:
+                padded.append((f"{found.prefix}{stored.mcore_key}[{rule.shape[0]}:{rows}]", "rows that pad the vocabulary"))
+    return tuple(padded)
+
+
+def _choose_config(
+    checkpoint: torch_dist.TorchDistCheckpoint, given: MistralConfig | None, remembered: embedded.Embedded | None
+) -> tuple[MistralConfig, str]:
+    """The configuration to go by, and where it is from."""
+    if given is not None:
+        return given, "the given configuration"
+    if remembered is not None:
+        return remembered.config, "the Hugging Face configuration inside the checkpoint"
+    args = checkpoint.common_state.get("args")
+    if not isinstance(args, Mapping):
+        raise ConfigError(
+            f"{checkpoint.directory} holds neither a Hugging Face configuration nor Megatron's args. "
+            "Give the model's config.json with --config."
+        )
+    return from_megatron_args(args), "the args inside the checkpoint"

@@ -1,0 +1,95 @@
+"""Bit-exact comparison of two models, whatever they are stored as, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dist_ckpt_mistral.errors import TensorMismatchError
+from dist_ckpt_mistral.gather import executor
+from dist_ckpt_mistral.model_source import ModelSource
+from dist_ckpt_mistral.storage import SourceFiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One tensor that differs between A and B, and how."""
+
+    hf_name: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The outcome of a comparison; sizes in bytes."""
+
+    num_tensors: int
+    num_bytes: int
+    differences: tuple[Difference, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether both hold the same tensors, bit for bit."""
+        return not self.differences
+
+
+def compare(
+    a: ModelSource, b: ModelSource, *, workers: int | None = None, progress: executor.Progress | None = None
+) -> Comparison:
+    """Compare all tensors of ``a`` and ``b`` by their Hugging Face names: presence, shape, dtype, and every bit."""
+    in_a, in_b = ({tensor.hf_name: tensor for tensor in source.tensors if not tensor.is_alias} for source in (a, b))
+    differences = [Difference(hf_name=name, what="only in A" if name in in_a else "only in B") for name in in_a.keys() ^ in_b]
+    common = []
+    for name in (name for name in in_a if name in in_b):
+        described = [f"{source.dtype_of(held[name])} {list(held[name].shape)}" for source, held in ((a, in_a), (b, in_b))]
+        if described[0] == described[1]:
+            common.append(name)
+        else:
+            differences.append(Difference(hf_name=name, what=f"{described[0]} in A, {described[1]} in B"))
+    differences += _compare_bits(a, b, common, workers, progress or (lambda _: None))
+    return Comparison(
+        num_tensors=len(common),
+        num_bytes=a.plan_of(common).num_bytes,
+        differences=tuple(sorted(differences, key=lambda difference: difference.hf_name)),
+    )
+
+
+def _compare_bits(
+    a: ModelSource, b: ModelSource, names: list[str], workers: int | None, progress: executor.Progress
+) -> Iterator[Difference]:
+    plan_a, plan_b = a.plan_of(names), b.plan_of(names)
+    with SourceFiles(plan_a.source_files) as files_a, SourceFiles(plan_b.source_files) as files_b:
+
+        def work(number: int) -> str | None:
+            segment_a, segment_b = plan_a.segments[number], plan_b.segments[number]
+            at = 0
+            for band_a, band_b in zip(executor.bands(segment_a, files_a), executor.bands(segment_b, files_b), strict=True):
+                if band_a != band_b:
+                    return _describe(band_a, band_b, at, segment_a.source_dtype)
+                at += len(band_a)
+                progress(len(band_a))
+            return None
+
+        found = executor.run_all(work, range(len(names)), workers=workers or executor.default_workers())
+    return (Difference(hf_name=name, what=what) for name, what in zip(names, found, strict=True) if what is not None)
+
+
+def _describe(band_a: memoryview, band_b: memoryview, at: int, dtype: str) -> str:
+    """The first byte that differs."""
+    first = int(np.flatnonzero(np.frombuffer(band_a, np.uint8) != np.frombuffer(band_b, np.uint8))[0])
+    return f"bits differ from byte {at + first} of the {dtype} data on"
+
+
+def first_difference(a: ModelSource, name_a: str, b: ModelSource, name_b: str) -> str | None:
+    """How tensor ``name_a`` of ``a`` differs from ``name_b`` of ``b``, or None."""
+    plan_a, plan_b = a.plan_of([name_a]), b.plan_of([name_b])
+    segment_a, segment_b = plan_a.segments[0], plan_b.segments[0]
+    if segment_a.source_dtype != segment_b.source_dtype or segment_a.num_bytes != segment_b.num_bytes:
+        return "dtype or shape differ"
+    with SourceFiles(plan_a.source_files) as files_a, SourceFiles(plan_b.source_files) as files_b:
+        pairs = zip(executor.bands(segment_a, files_a), executor.bands(segment_b, files_b), strict=True)
+        return next(("bits differ" for band_a, band_b in pairs if band_a != band_b), None)
+
+
