@@ -1,1 +1,83 @@
-"""Mistral checkpoints between Megatron's distributed format and Hugging Face."""
+"""Mistral checkpoints between Megatron's distributed format and Hugging Face.
+
+    import dist_ckpt_mistral as dcm
+
+    dcm.from_hf("hf_dir", "ckpt")                      # Hugging Face -> Megatron torch_dist
+    dcm.to_hf("ckpt", "out")                           # and back, byte for byte
+    with dcm.open_checkpoint("ckpt") as checkpoint:    # lazily, by Hugging Face name
+        q = checkpoint["model.layers.0.self_attn.q_proj.weight"]
+
+    config = dcm.MistralConfig.from_hf("hf_dir")       # on the training side, with Megatron
+    state = dcm.sharded_state_dict(config, dcm.ParallelLayout(tp=2, pp=4), rank=3)
+
+Names are imported on first use, so that importing the package costs nothing and never imports Megatron or torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_ckpt_mistral.convert import Conversion, from_hf, to_hf
+    from dist_ckpt_mistral.errors import (
+        ConfigError,
+        DistCkptMistralError,
+        FormatError,
+        LayoutError,
+        OutputError,
+        PlanError,
+        TensorMismatchError,
+        UnsafePickleError,
+        UnsupportedModelError,
+    )
+    from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint, open_checkpoint
+    from dist_ckpt_mistral.megatron.hf_metadata import add_hf_metadata
+    from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
+    from dist_ckpt_mistral.model.config import MistralConfig
+    from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+    from dist_ckpt_mistral.model.tensor_table import KeyStyle
+    from dist_ckpt_mistral.report import Report, inspect
+    from dist_ckpt_mistral.verify import Comparison, compare
+
+_HOME = {
+    "Comparison": "verify",
+    "ConfigError": "errors",
+    "Conversion": "convert",
+    "DistCkptMistralError": "errors",
+    "FormatError": "errors",
+    "KeyStyle": "model.tensor_table",
+    "LayoutError": "errors",
+    "LazyCheckpoint": "lazy_checkpoint",
+    "MistralConfig": "model.config",
+    "OutputError": "errors",
+    "ParallelLayout": "model.parallel_layout",
+    "PlanError": "errors",
+    "Report": "report",
+    "TensorMismatchError": "errors",
+    "UnsafePickleError": "errors",
+    "UnsupportedModelError": "errors",
+    "add_hf_metadata": "megatron.hf_metadata",
+    "compare": "verify",
+    "from_hf": "convert",
+    "inspect": "report",
+    "open_checkpoint": "lazy_checkpoint",
+    "sharded_state_dict": "megatron.sharded_state_dict",
+    "to_hf": "convert",
+}
+
+__all__ = [  # noqa: PLE0604  (the same list, once)
+    *_HOME,
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (a module attribute of any kind)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

@@ -17,11 +17,11 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.gather import executor
 from dist_ckpt_mistral.gather.plan import BytePlan, Link, plan_gather
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, new_checkpoint_map, reverse
+from dist_ckpt_mistral.mapping import Ignored, new_checkpoint_map, reverse
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, RankCoordinates
-from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, HfTensor, TensorTable
+from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
 from dist_ckpt_mistral.verify import first_difference
 
@@ -89,7 +89,7 @@ def to_hf(
 
 
 def _hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
-    """The files to write: the original ones where they still describe the tensors, else as ``save_pretrained`` would."""
+    """The files to write: the original ones where they still fit the tensors, else as ``save_pretrained`` would."""
     stored = {tensor.hf_name: (dtype or source.dtype_of(tensor), tensor.shape) for tensor in source.tensors}
     if source.hf_files is not None:
         original = {t.name: (t.dtype, t.shape) for file in source.hf_files.files.values() for t in file.tensors}
@@ -100,12 +100,12 @@ def _hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fi
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
 
 
-def _write_hf_assets(
-    staging: Path, source: ModelSource, files: FileSet, assets: Path | None
-) -> None:
+def _write_hf_assets(staging: Path, source: ModelSource, files: FileSet, assets: Path | None) -> None:
     """Everything of a Hugging Face directory that is not weights; the index last."""
     carried = hf_directory.carried_files(assets)[0] if assets is not None else []
-    content = _config_json(source, files, next((path for path in carried if path.name == hf_directory.CONFIG_FILE), None))
+    content = _config_json(
+        source, files, next((path for path in carried if path.name == hf_directory.CONFIG_FILE), None)
+    )
     storage.write_bytes(staging / hf_directory.CONFIG_FILE, content)
     for path in carried:
         if path.name != hf_directory.CONFIG_FILE:
@@ -196,7 +196,9 @@ def _require_equal_aliases(source: ModelSource) -> None:
                 )
 
 
-def _chunks(source: ModelSource, links: Sequence[Link], layout: ParallelLayout, dtype: str | None) -> Iterator[NewChunk]:
+def _chunks(
+    source: ModelSource, links: Sequence[Link], layout: ParallelLayout, dtype: str | None
+) -> Iterator[NewChunk]:
     """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
     stored_dtype = {link.target: source.index.tensors[link.source].dtype for link in links}
     for rank in range(layout.world_size):
@@ -232,7 +234,7 @@ def _extra_states(table: TensorTable) -> list[str]:
 def _write_beside_shards(
     directory: Path, source: ModelSource, layout: ParallelLayout, dtype: str, iteration: int | None
 ) -> None:
-    """metadata.json, common.pt and the small Hugging Face files; ``.metadata``, which makes it readable, comes later."""
+    """Write metadata.json, common.pt and the small Hugging Face files; ``.metadata`` comes last and elsewhere."""
     storage.write_bytes(directory / torch_dist.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
     state: dict[str, Any] = {
         "args": to_megatron_args(source.config, dtype=dtype, tp=layout.tp, pp=layout.pp),
@@ -288,5 +290,3 @@ def require_weight_dtype(dtype: str | None) -> None:
     """Refuse a ``dtype`` that model weights cannot have."""
     if dtype is not None and dtype not in dtypes.WEIGHT_DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported: expected one of {', '.join(dtypes.WEIGHT_DTYPES)}")
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dist_ckpt_mistral.errors import FormatError
 
-#: torch name (without ``torch.``) -> (safetensors name, size in bytes). safetensors 0.8 ``Dtype``; torch 2.13 ``dtype``.
+#: torch name (without ``torch.``) -> (name in safetensors 0.8, size in bytes).
 _TABLE = {
     "float64": ("F64", 8),
     "float32": ("F32", 4),

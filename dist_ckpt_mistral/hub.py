@@ -26,6 +26,13 @@ def local_directory(path_or_id: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(path_or_id, ignore_patterns=_NOT_NEEDED))
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+    ) as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise FormatError(f"{path_or_id} is neither a directory nor a model that the hub gives: {first_line}") from error
+        raise FormatError(
+            f"{path_or_id} is neither a directory nor a model that the hub gives: {first_line}"
+        ) from error

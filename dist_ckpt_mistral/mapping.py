@@ -114,10 +114,14 @@ def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[Ten
     """The key style, and of every rule the key, of which most is present."""
 
     def held(rule: TensorRule, style: KeyStyle, key: str) -> int:
-        spelled = {stored.mcore_key for layer in table.layers_of(rule) for stored in table.stored(rule, layer, style, key)}
+        spelled = {
+            stored.mcore_key for layer in table.layers_of(rule) for stored in table.stored(rule, layer, style, key)
+        }
         return len(spelled & present)
 
-    scores = {style: sum(max(held(rule, style, key) > 0 for key in rule.keys) for rule in table.rules) for style in KeyStyle}
+    scores = {
+        style: sum(max(held(rule, style, key) > 0 for key in rule.keys) for rule in table.rules) for style in KeyStyle
+    }
     style = max(KeyStyle, key=lambda candidate: scores[candidate])
     return style, {rule: max(rule.keys, key=lambda key: held(rule, style, key)) for rule in table.rules}
 
@@ -135,9 +139,8 @@ def _misshapen(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
                 shape = tensors.get(found.prefix + stored.mcore_key)
                 if shape is not None and not _fits(shape, stored.global_shape, rule):
                     least = "at least " if rule.padded_vocabulary else ""
-                    problems[stored.mcore_key] = (
-                        f"shape of {found.prefix + stored.mcore_key}: expected {least}{list(stored.global_shape)}, got {list(shape)}"
-                    )
+                    name, expected = found.prefix + stored.mcore_key, list(stored.global_shape)
+                    problems[name] = f"shape of {name}: expected {least}{expected}, got {list(shape)}"
     return list(problems.values())
 
 
@@ -149,7 +152,7 @@ def _fits(shape: Shape, expected: Shape, rule: TensorRule) -> bool:
 
 
 def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tuple[list[HfTensor], Ignored]:
-    """Match the tensors of a Hugging Face model (name -> shape) against the table: those that are there, in table order.
+    """Match the tensors of a Hugging Face model (name -> shape) against the table: those it has, in table order.
 
     Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
     """

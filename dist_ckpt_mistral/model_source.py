@@ -1,4 +1,4 @@
-"""One view of every place that a model can be read from: the tensors in Hugging Face's names, and where their bytes lie."""
+"""One view of every place that a model can be read from: its tensors in Hugging Face's names, and their bytes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ModelSource:
         return plan_gather(self.index, target, (link for name in target.tensors for link in self.links[name]))
 
     def plan_of(self, names: list[str]) -> BytePlan:
-        """A plan that lays each of ``names`` out on its own, one segment each and in this order: for reading, not writing."""
+        """A plan for reading: one segment for each of ``names``, in this order."""
         by_name = {tensor.hf_name: tensor for tensor in self.tensors}
         tensors = {
             name: IndexedTensor.whole(name, self.dtype_of(by_name[name]), by_name[name].shape, file=number, position=0)
@@ -93,7 +93,9 @@ def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
 
 def _identity(tensor: HfTensor) -> Link:
     origin = (0,) * len(tensor.shape)
-    return Link(source=tensor.hf_name, source_offset=origin, target=tensor.hf_name, target_offset=origin, shape=tensor.shape)
+    return Link(
+        source=tensor.hf_name, source_offset=origin, target=tensor.hf_name, target_offset=origin, shape=tensor.shape
+    )
 
 
 def open_megatron(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
@@ -103,8 +105,8 @@ def open_megatron(path: Path, *, config: MistralConfig | None = None) -> ModelSo
     """
     checkpoint = torch_dist.open_torch_dist(path)
     where = str(checkpoint.directory)
-    remembered = embedded.from_common_state(checkpoint.common_state, where)
-    config, config_from = _choose_config(checkpoint, config, remembered)
+    remembered = read_embedded(checkpoint)
+    config, config_from = choose_config(checkpoint, config, remembered)
     table = tensor_table(config)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     found = match_checkpoint(table, shapes, checkpoint.objects, where)
@@ -140,14 +142,21 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
             stored = found.stored(rule, None)[0]
             rows = shapes[found.prefix + stored.mcore_key][0]
             if rows > rule.shape[0]:
-                padded.append((f"{found.prefix}{stored.mcore_key}[{rule.shape[0]}:{rows}]", "rows that pad the vocabulary"))
+                padded.append(
+                    (f"{found.prefix}{stored.mcore_key}[{rule.shape[0]}:{rows}]", "rows that pad the vocabulary")
+                )
     return tuple(padded)
 
 
-def _choose_config(
+def read_embedded(checkpoint: torch_dist.TorchDistCheckpoint) -> embedded.Embedded | None:
+    """What an import left in the checkpoint, if training has not dropped it since."""
+    return embedded.from_common_state(checkpoint.common_state, str(checkpoint.directory))
+
+
+def choose_config(
     checkpoint: torch_dist.TorchDistCheckpoint, given: MistralConfig | None, remembered: embedded.Embedded | None
 ) -> tuple[MistralConfig, str]:
-    """The configuration to go by, and where it is from."""
+    """The configuration to go by, and where it is from: given, embedded by an import, or Megatron's own args."""
     if given is not None:
         return given, "the given configuration"
     if remembered is not None:

@@ -59,7 +59,9 @@ class SourceFiles:
         """Nothing is opened yet."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close all files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
@@ -82,7 +84,7 @@ class SourceFiles:
         return os.fstat(self._descriptor(file)).st_size
 
     def read_into(self, file: int, position: int, buffers: Sequence[memoryview]) -> None:
-        """Fill ``buffers`` one after the other with the bytes from ``position`` on. Raises FormatError if there are fewer."""
+        """Fill ``buffers`` one after the other from ``position`` on. Raises FormatError if there are too few bytes."""
         descriptor = self._descriptor(file)
         wanted = sum(map(len, buffers))
         done = os.preadv(descriptor, buffers, position)
@@ -141,7 +143,7 @@ class TargetFile:
     def write(self, position: int, data: memoryview | bytes) -> None:
         """Write all of ``data`` at ``position``."""
         view = memoryview(data)
-        while len(view):
+        while view:
             step = os.pwrite(self._descriptor, view, position)
             view, position = view[step:], position + step
 

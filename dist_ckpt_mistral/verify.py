@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dist_ckpt_mistral.errors import TensorMismatchError
+from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather import executor
-from dist_ckpt_mistral.model_source import ModelSource
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.storage import SourceFiles
 
 
@@ -34,16 +37,57 @@ class Comparison:
         """Whether both hold the same tensors, bit for bit."""
         return not self.differences
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"equal": self.is_equal, **asdict(self)}
+
+
+def open_pair(a: Path, b: Path, *, config: MistralConfig | None = None) -> tuple[ModelSource, ModelSource]:
+    """Open both sides. A checkpoint that tells no configuration goes by ``config``, else by the other side's."""
+    if config is not None:
+        return open_source(a, config=config), open_source(b, config=config)
+    try:
+        source_a = open_source(a)
+    except ConfigError:
+        source_b = open_source(b)
+        return open_source(a, config=source_b.config), source_b
+    try:
+        return source_a, open_source(b)
+    except ConfigError:
+        return source_a, open_source(b, config=source_a.config)
+
 
 def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    config: str | Path | None = None,
+    workers: int | None = None,
+    progress: executor.Progress | None = None,
+) -> Comparison:
+    """Compare two models, each a Megatron checkpoint or a Hugging Face directory, tensor by tensor and bit by bit.
+
+    A checkpoint that tells no configuration goes by ``config``, else by the other side's. Raises DistCkptMistralError
+    if either cannot be read.
+    """
+    given = MistralConfig.from_hf(config) if config is not None else None
+    source_a, source_b = open_pair(Path(a), Path(b), config=given)
+    return compare_sources(source_a, source_b, workers=workers, progress=progress)
+
+
+def compare_sources(
     a: ModelSource, b: ModelSource, *, workers: int | None = None, progress: executor.Progress | None = None
 ) -> Comparison:
     """Compare all tensors of ``a`` and ``b`` by their Hugging Face names: presence, shape, dtype, and every bit."""
     in_a, in_b = ({tensor.hf_name: tensor for tensor in source.tensors if not tensor.is_alias} for source in (a, b))
-    differences = [Difference(hf_name=name, what="only in A" if name in in_a else "only in B") for name in in_a.keys() ^ in_b]
+    differences = [
+        Difference(hf_name=name, what="only in A" if name in in_a else "only in B") for name in in_a.keys() ^ in_b
+    ]
     common = []
     for name in (name for name in in_a if name in in_b):
-        described = [f"{source.dtype_of(held[name])} {list(held[name].shape)}" for source, held in ((a, in_a), (b, in_b))]
+        described = [
+            f"{source.dtype_of(held[name])} {list(held[name].shape)}" for source, held in ((a, in_a), (b, in_b))
+        ]
         if described[0] == described[1]:
             common.append(name)
         else:
@@ -65,7 +109,9 @@ def _compare_bits(
         def work(number: int) -> str | None:
             segment_a, segment_b = plan_a.segments[number], plan_b.segments[number]
             at = 0
-            for band_a, band_b in zip(executor.bands(segment_a, files_a), executor.bands(segment_b, files_b), strict=True):
+            for band_a, band_b in zip(
+                executor.bands(segment_a, files_a), executor.bands(segment_b, files_b), strict=True
+            ):
                 if band_a != band_b:
                     return _describe(band_a, band_b, at, segment_a.source_dtype)
                 at += len(band_a)
@@ -91,5 +137,3 @@ def first_difference(a: ModelSource, name_a: str, b: ModelSource, name_b: str) -
     with SourceFiles(plan_a.source_files) as files_a, SourceFiles(plan_b.source_files) as files_b:
         pairs = zip(executor.bands(segment_a, files_a), executor.bands(segment_b, files_b), strict=True)
         return next(("bits differ" for band_a, band_b in pairs if band_a != band_b), None)
-
-

@@ -79,8 +79,12 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
     path = directory / entry.file
     with SourceFiles([path]) as files:
         if files.size_bytes(0) < entry.offset + entry.num_bytes:
-            raise FormatError(f"{path} is truncated: the common state should end at byte {entry.offset + entry.num_bytes}")
-        value = ArchiveReader(files, 0, entry.offset, entry.num_bytes, f"the common state in {path}").object(_allowlist())
+            raise FormatError(
+                f"{path} is truncated: the common state should end at byte {entry.offset + entry.num_bytes}"
+            )
+        value = ArchiveReader(files, 0, entry.offset, entry.num_bytes, f"the common state in {path}").object(
+            _allowlist()
+        )
     if isinstance(value, list) and len(value) == 1:  # objects in shards are lists of one
         value = value[0]
     if not isinstance(value, dict):
@@ -108,9 +112,15 @@ def _allowlist() -> Callable[[str, str], Any]:
         if known is not None:
             return known
         spelled = f"{module}:{name}"
-        if (module, name) not in _RECORDS and not _MEGATRON_CLASS.fullmatch(spelled) and not _TORCH_STORAGE.fullmatch(spelled):
+        if (
+            (module, name) not in _RECORDS
+            and not _MEGATRON_CLASS.fullmatch(spelled)
+            and not _TORCH_STORAGE.fullmatch(spelled)
+        ):
             raise KeyError(spelled)
-        base = record_class(name) if (module, name) in {("argparse", "Namespace"), ("types", "SimpleNamespace")} else None
+        base = (
+            record_class(name) if (module, name) in {("argparse", "Namespace"), ("types", "SimpleNamespace")} else None
+        )
         made[module, name] = base or record_class(name, OpaqueRecord)
         return made[module, name]
 

@@ -21,7 +21,15 @@ CONFIG_FILE: Final = "config.json"
 #: Other renderings of weights, which an error names.
 _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 #: Weights and what only describes them: rebuilt on export, never carried.
-_NOT_CARRIED: Final = (*_OTHER_WEIGHTS, ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack", ".onnx", ".distcp")
+_NOT_CARRIED: Final = (
+    *_OTHER_WEIGHTS,
+    ".safetensors.index.json",
+    ".bin.index.json",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".distcp",
+)
 #: A tokenizer is at most some 20 MB; anything much larger is not a small file.
 _MAX_CARRIED_BYTES: Final = 256 << 20
 
@@ -73,7 +81,10 @@ class FileSet:
         for name in headers:
             _require_file_name(name, where)
         return cls(
-            files={name: parse_header(str(text).encode(), f"the header of {name} in {where}") for name, text in headers.items()},
+            files={
+                name: parse_header(str(text).encode(), f"the header of {name} in {where}")
+                for name, text in headers.items()
+            },
             index_metadata=metadata,
         )
 
@@ -94,7 +105,9 @@ def read_directory(directory: Path) -> FileSet:
     names = sorted(set(weight_map.values())) if index is not None else [SINGLE_FILE]
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
-        raise FormatError(f"{INDEX_FILE} in {directory} names files that are absent: {', '.join(absent)}. Get them first.")
+        raise FormatError(
+            f"{INDEX_FILE} in {directory} names files that are absent: {', '.join(absent)}. Get them first."
+        )
     files = {name: read_header(directory / name) for name in names}
     if index is None:
         return FileSet(files=files)
@@ -111,7 +124,9 @@ def _read_index(directory: Path) -> dict[str, Any] | None:
             return None
         other = sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(_OTHER_WEIGHTS))
         hint = f" It holds {', '.join(other[:5])}, which is not supported." if other else ""
-        raise FormatError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}.{hint} Give a Hugging Face model directory.")
+        raise FormatError(
+            f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}.{hint} Give a Hugging Face model directory."
+        )
     index = strict_json.loads_object(storage.read_bytes(path), str(path))
     if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise FormatError(f"{path} has no weight_map")
@@ -130,11 +145,13 @@ def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, Safet
     wrong = sorted(held ^ set(weight_map.items()))
     if wrong:
         listing = ", ".join(f"{tensor} ({name})" for tensor, name in wrong)
-        raise FormatError(f"{INDEX_FILE} and the files in {directory} disagree about {listing}. Check that they belong together.")
+        raise FormatError(
+            f"{INDEX_FILE} and the files in {directory} disagree about {listing}. Check that they belong together."
+        )
 
 
 def plan_files(tensors: Sequence[tuple[str, str, Shape]], *, max_file_bytes: int) -> FileSet:
-    """Distribute ``(name, dtype, shape)`` over files as transformers' ``save_pretrained`` does: in order, first come."""
+    """Distribute ``(name, dtype, shape)`` over files in order, as transformers' ``save_pretrained`` does."""
     groups: list[list[tuple[str, str, Shape]]] = [[]]
     group_bytes = 0
     for tensor in tensors:

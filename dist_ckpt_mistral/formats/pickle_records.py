@@ -75,7 +75,7 @@ def loads(
 ) -> Any:  # noqa: ANN401  (whatever the pickle holds)
     """Unpickle ``data``. ``find(module, name)`` gives the stand-in of a global, or raises KeyError to refuse it.
 
-    Raises UnsafePickleError for a global outside the allowlist, FormatError for a broken pickle; ``where`` names the file.
+    Raises UnsafePickleError for a global outside the allowlist, FormatError for a broken pickle in the file ``where``.
     The collector is off meanwhile: it would look again and again at millions of live records.
     """
 
@@ -94,7 +94,7 @@ def loads(
         return _AllowlistUnpickler(data, checked, persistent).load()
     except (FormatError, MemoryError):
         raise
-    except Exception as error:  # a broken pickle raises nearly anything  # noqa: BLE001
+    except Exception as error:  # a broken pickle raises nearly anything
         raise FormatError(f"{where} is not a readable pickle: {error!r}") from error
     finally:
         if was_enabled:
@@ -161,7 +161,7 @@ class _Emitter:
     def none(self, _: None) -> None:
         self.parts.append(pickle.NONE)
 
-    def boolean(self, value: bool) -> None:  # noqa: FBT001  (dispatched by type)
+    def boolean(self, value: bool) -> None:
         self.parts.append(pickle.NEWTRUE if value else pickle.NEWFALSE)
 
     def integer(self, value: int) -> None:

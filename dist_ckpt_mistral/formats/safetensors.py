@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
@@ -25,7 +25,7 @@ _MAX_HEADER_BYTES: Final = 100_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileTensor:
-    """One tensor of a safetensors file: torch dtype name, shape in elements, bytes ``[begin, end)`` of the data part."""
+    """One tensor of a file: torch dtype name, shape in elements, bytes ``[begin, end)`` of the data part."""
 
     name: str
     dtype: str
@@ -66,7 +66,9 @@ def read_header(path: Path) -> SafetensorsFile:
             raise FormatError(f"{path} is not a safetensors file: it has {size} bytes")
         length = int.from_bytes(files.read(0, 0, _LENGTH_BYTES), "little")
         if length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
-            raise FormatError(f"{path} is not a whole safetensors file: its header of {length} bytes does not fit in {size}")
+            raise FormatError(
+                f"{path} is not a whole safetensors file: its header of {length} bytes does not fit in {size}"
+            )
         text = files.read(0, _LENGTH_BYTES, length)
     return parse_header(text, str(path), data_bytes=size - _LENGTH_BYTES - length)
 
@@ -79,11 +81,14 @@ def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> S
     end = 0
     for tensor in tensors:
         if tensor.begin != end:
-            raise FormatError(f"data_offsets of {tensor.name!r} in {where} overlap or leave a gap: expected {end}, got {tensor.begin}")
+            raise FormatError(
+                f"data_offsets of {tensor.name!r} in {where} overlap or leave a gap: expected {end}, got {tensor.begin}"
+            )
         end = tensor.end
     if data_bytes is not None and end != data_bytes:
         raise FormatError(
-            f"{where} is truncated or has bytes too many: its header describes {end} bytes of data, the file has {data_bytes}. "
+            f"{where} is truncated or has bytes too many: expected {end} bytes of data, "
+            f"got {data_bytes}. "
             "Copy the file again from where it came from."
         )
     return SafetensorsFile(header=text.decode(), tensors=tuple(tensors))
@@ -95,7 +100,7 @@ def _file_tensor(name: str, entry: object, where: str) -> FileTensor:
         raise FormatError(f"bad header entry of {what}: {entry!r}")
     dtype = dtypes.from_safetensors(entry.get("dtype"), what)
     shape, span = entry.get("shape"), entry.get("data_offsets")
-    if not (_is_sizes(shape) and _is_sizes(span) and len(span) == 2):  # noqa: PLR2004  (begin and end)
+    if not (_is_sizes(shape) and _is_sizes(span)) or len(span) != 2:  # noqa: PLR2004  (begin and end)
         raise FormatError(f"bad shape or data_offsets of {what}: got {shape!r} and {span!r}")
     if span[1] - span[0] != math.prod(shape) * dtypes.itemsize_bytes(dtype):
         raise FormatError(
@@ -105,7 +110,7 @@ def _file_tensor(name: str, entry: object, where: str) -> FileTensor:
     return FileTensor(name=name, dtype=dtype, shape=tuple(shape), begin=span[0], end=span[1])
 
 
-def _is_sizes(value: Any) -> bool:  # noqa: ANN401  (straight from JSON)
+def _is_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 
@@ -124,5 +129,18 @@ def new_file(tensors: Iterable[tuple[str, str, Shape]]) -> SafetensorsFile:
 
 def _dtype_rank(dtype: str) -> int:
     """Rank of a dtype in the ``Dtype`` enum of safetensors 0.8, by which it orders tensors."""
-    order = ("bool", "uint8", "int8", "float8_e5m2", "float8_e4m3fn", "int16", "float16", "bfloat16", "int32", "float32", "float64", "int64")
+    order = (
+        "bool",
+        "uint8",
+        "int8",
+        "float8_e5m2",
+        "float8_e4m3fn",
+        "int16",
+        "float16",
+        "bfloat16",
+        "int32",
+        "float32",
+        "float64",
+        "int64",
+    )
     return order.index(dtype)

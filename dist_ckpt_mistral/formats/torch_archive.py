@@ -106,7 +106,7 @@ class ArchiveReader:
         return content
 
     def tensor(self) -> StoredTensor:
-        """The archive's only tensor. Raises FormatError for views, big-endian data and anything else than one tensor."""
+        """The archive's only tensor. Raises FormatError for a view, big-endian data and anything but one tensor."""
         if "byteorder" in self._members and self.read("byteorder") != b"little":
             raise FormatError(f"{self._where} is big-endian, which is not supported")
         value = pickle_records.loads(self.read("data.pkl"), _tensor_global, self._where, persistent=_storage)
@@ -116,7 +116,9 @@ class ArchiveReader:
         data = self.member("data/0")
         expected = _numel(shape) * dtypes.itemsize_bytes(dtype)
         if data.num_bytes != expected:
-            raise FormatError(f"{self._where} is damaged: expected {expected} bytes ({dtype} {list(shape)}), got {data.num_bytes}")
+            raise FormatError(
+                f"{self._where} is damaged: expected {expected} bytes ({dtype} {list(shape)}), got {data.num_bytes}"
+            )
         return StoredTensor(dtype=dtype, shape=shape, data=data)
 
     def object(self, find: Callable[[str, str], Any]) -> Any:  # noqa: ANN401  (whatever was saved)
@@ -126,7 +128,9 @@ class ArchiveReader:
     def _read(self, offset: int, num_bytes: int) -> bytes:
         """Bytes at ``offset`` of the archive, from an edge if they lie in one."""
         if offset < 0 or offset + num_bytes > self._size:
-            raise FormatError(f"{self._where} is damaged: bytes [{offset}, {offset + num_bytes}) of {self._size} are asked for")
+            raise FormatError(
+                f"{self._where} is damaged: bytes [{offset}, {offset + num_bytes}) of {self._size} are asked for"
+            )
         if offset + num_bytes <= len(self._head):
             return self._head[offset : offset + num_bytes]
         tail_start = self._size - len(self._tail)
@@ -206,7 +210,10 @@ class _Tensor:
         """Dtype and shape, if the tensor is the whole of its storage in row-major order."""
         is_plain = (
             isinstance(self.storage, _Storage)
-            and all(isinstance(sizes, tuple) and all(isinstance(n, int) and n >= 0 for n in sizes) for sizes in (self.shape, self.strides))
+            and all(
+                isinstance(sizes, tuple) and all(isinstance(n, int) and n >= 0 for n in sizes)
+                for sizes in (self.shape, self.strides)
+            )
             and self.offset == 0
             and len(self.shape) == len(self.strides)
         )
@@ -216,7 +223,9 @@ class _Tensor:
 
     def _is_row_major(self) -> bool:
         expected = list(itertools.accumulate(reversed((*self.shape[1:], 1)), lambda a, b: a * max(b, 1)))[::-1]
-        return all(n <= 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True)) or not _numel(self.shape)
+        return all(n <= 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True)) or not _numel(
+            self.shape
+        )
 
 
 def _numel(shape: Shape) -> int:
@@ -278,11 +287,22 @@ class ArchiveLayout:
         """For a tensor of a torch dtype name, where the archive will start at byte ``position`` of its file."""
         data_bytes = _numel(shape) * dtypes.itemsize_bytes(dtype)
         pickled = pickle_records.dumps(_tensor_record(dtype, shape))
-        before = len(_records(_head_records(pickled))) + _LOCAL.size + len(f"{_ROOT}/data/0") + 4 + _zip64_bytes(data_bytes, 2)
+        before = (
+            len(_records(_head_records(pickled)))
+            + _LOCAL.size
+            + len(f"{_ROOT}/data/0")
+            + 4
+            + _zip64_bytes(data_bytes, 2)
+        )
         alignment = _PAGE_BYTES if data_bytes >= _PAGE_BYTES else _ALIGNMENT
         data_offset = before + -(position + before) % alignment
         layout = cls(pickled=pickled, data_bytes=data_bytes, data_offset=data_offset, num_bytes=0)
-        return cls(pickled=pickled, data_bytes=data_bytes, data_offset=data_offset, num_bytes=data_offset + data_bytes + len(layout.tail(0)))
+        return cls(
+            pickled=pickled,
+            data_bytes=data_bytes,
+            data_offset=data_offset,
+            num_bytes=data_offset + data_bytes + len(layout.tail(0)),
+        )
 
     def head(self, crc32: int) -> bytes:
         """The bytes before the data, whose CRC-32 is ``crc32``."""
@@ -305,7 +325,9 @@ class ArchiveLayout:
         extra += struct.pack("<2H", _PADDING_FIELD, padding) + b"Z" * padding
         return _local_header(name, self.data_bytes, crc32, len(extra)) + name + extra
 
-    def _tail(self, end: int, small: list[tuple[str, bytes]], version: tuple[str, bytes], crc32: int, comment: bytes) -> bytes:
+    def _tail(
+        self, end: int, small: list[tuple[str, bytes]], version: tuple[str, bytes], crc32: int, comment: bytes
+    ) -> bytes:
         entries, offset = [], 0
         for name, content in small:
             entries.append((name, len(content), zlib.crc32(content), offset))
@@ -335,7 +357,9 @@ def pickled_archive(pickled: bytes) -> bytes:
 def _tensor_record(dtype: str, shape: Shape) -> Call:
     """What ``torch.save`` pickles for a contiguous tensor that fills its storage."""
     if dtype not in _STORAGE_OF:
-        raise FormatError(f"{dtype} tensors cannot be written to torch archives: expected one of {', '.join(_STORAGE_OF)}")
+        raise FormatError(
+            f"{dtype} tensors cannot be written to torch archives: expected one of {', '.join(_STORAGE_OF)}"
+        )
     strides = tuple(itertools.accumulate(reversed((*shape[1:], 1)), lambda a, b: a * max(b, 1)))[::-1] if shape else ()
     storage = PersistentId(("storage", Global("torch", _STORAGE_OF[dtype]), "0", "cpu", _numel(shape)))
     hooks = Call(Global("collections", "OrderedDict"), ())
@@ -367,7 +391,11 @@ def _central_directory(entries: list[tuple[str, int, int, int]], position: int, 
         path, size, at = f"{_ROOT}/{name}".encode(), min(num_bytes, _MAX32), min(offset, _MAX32)
         extra = _zip64_extra(*([num_bytes, num_bytes] if size == _MAX32 else []), *([offset] if at == _MAX32 else []))
         parts.append(
-            _CENTRAL.pack(b"PK\1\2", 45, 45, _UTF8_NAMES, 0, 0, 0, crc32, size, size, len(path), len(extra), 0, 0, 0, 0, at) + path + extra
+            _CENTRAL.pack(
+                b"PK\1\2", 45, 45, _UTF8_NAMES, 0, 0, 0, crc32, size, size, len(path), len(extra), 0, 0, 0, 0, at
+            )
+            + path
+            + extra
         )
     directory = b"".join(parts)
     end64 = b""

@@ -6,13 +6,14 @@ file, offset and length of the ``torch.save`` archive that holds it (torch/distr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral import storage, strict_json
+from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import common_state, pickle_records
 from dist_ckpt_mistral.formats.common_state import Entry
@@ -36,6 +37,13 @@ class StoredTensor:
     dtype: str
     global_shape: Shape
     chunks: tuple[tuple[Shape, Shape, Entry], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the global tensor; 0 for a dtype that this package does not know."""
+        return (
+            math.prod(self.global_shape) * dtypes.itemsize_bytes(self.dtype) if self.dtype in dtypes.KNOWN_DTYPES else 0
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +86,7 @@ class TorchDistCheckpoint:
 
 
 def resolve_directory(path: Path) -> Path:
-    """The one directory with ``.metadata`` that ``path`` means: itself, or the latest iteration of a checkpoint root."""
+    """The directory with ``.metadata`` that ``path`` means: itself, or the latest iteration of a checkpoint root."""
     if (path / METADATA_FILE).exists() or (path / BACKEND_FILE).exists():
         return path
     if not path.is_dir():
@@ -94,9 +102,7 @@ def resolve_directory(path: Path) -> Path:
         return directory
     steps = sorted(entry.name for entry in path.iterdir() if entry.name == _RELEASE or entry.name.startswith("iter_"))
     hint = f" It holds {', '.join(steps)}: give one of them." if steps else ""
-    raise FormatError(
-        f"{path} is not a Megatron checkpoint: it has neither {TRACKER_FILE} nor {METADATA_FILE}.{hint}"
-    )
+    raise FormatError(f"{path} is not a Megatron checkpoint: it has neither {TRACKER_FILE} nor {METADATA_FILE}.{hint}")
 
 
 def iteration_name(iteration: int | None) -> str:
@@ -156,7 +162,9 @@ def _tensor(name: str, described: Any, stored: Mapping[Shape | None, Entry], whe
     chunks = [(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in described.chunks]
     lost = [offset for offset, _ in chunks if offset not in stored]
     if lost:
-        raise FormatError(f"{where} says nowhere where {len(lost)} chunks of {name!r} are stored, the first at {lost[0]}")
+        raise FormatError(
+            f"{where} says nowhere where {len(lost)} chunks of {name!r} are stored, the first at {lost[0]}"
+        )
     shape = _sizes(described.size)
     if any(len(offset) != len(shape) or len(sizes) != len(shape) for offset, sizes in chunks):
         raise FormatError(f"{where} gives chunks of {name!r} another number of axes than its shape {list(shape)}")
@@ -173,7 +181,9 @@ def _entry(info: Any, where: str) -> Entry:  # noqa: ANN401  (a record)
     if not isinstance(file, str) or Path(file).name != file or file in {"", ".", ".."}:
         raise FormatError(f"{where} names the file {file!r}: expected a plain name of a file beside it")
     if getattr(info, "transform_descriptors", None):
-        raise FormatError(f"{where} describes transformed data ({info.transform_descriptors!r}), which is not supported")
+        raise FormatError(
+            f"{where} describes transformed data ({info.transform_descriptors!r}), which is not supported"
+        )
     return Entry(file, *_sizes((offset, num_bytes)))
 
 
@@ -191,13 +201,21 @@ def _require_files(
     """Every file must be there and reach as far as its entries do."""
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
-        raise FormatError(f"files are missing in {paths[0].parent}: {', '.join(absent)}. Copy the checkpoint again, whole.")
+        raise FormatError(
+            f"files are missing in {paths[0].parent}: {', '.join(absent)}. Copy the checkpoint again, whole."
+        )
     ends: dict[str, int] = {}
     for entry in entries:
         ends[entry.file] = max(ends.get(entry.file, 0), entry.offset + entry.num_bytes)
-    short = [f"{name} (expected at least {end} bytes, got {size})" for name, end in sorted(ends.items()) if (size := sources.size_bytes(number[name])) < end]
+    short = [
+        f"{name} (expected at least {end} bytes, got {size})"
+        for name, end in sorted(ends.items())
+        if (size := sources.size_bytes(number[name])) < end
+    ]
     if short:
-        raise FormatError(f"files in {paths[0].parent} are truncated: {', '.join(short)}. Copy the checkpoint again, whole.")
+        raise FormatError(
+            f"files in {paths[0].parent} are truncated: {', '.join(short)}. Copy the checkpoint again, whole."
+        )
 
 
 def _metadata_allowlist() -> Callable[[str, str], Any]:

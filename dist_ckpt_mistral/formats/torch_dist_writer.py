@@ -1,6 +1,6 @@
 """Writing Megatron ``torch_dist`` checkpoints that every megatron-core from 0.12 on loads, without torch and Megatron.
 
-First the layout (which archive where), then the data through a byte plan, then heads, tails and ``.metadata`` around it.
+First the layout (which archive where), then the data through a byte plan, then what stands around it.
 Five-element ``TensorProperties`` and a ``common.pt`` are what all versions read (torch 2.6 to 2.15).
 """
 
@@ -111,7 +111,12 @@ class CheckpointLayout:
             described_all[key] = Instance(Global(_METADATA, "BytesStorageMetadata"), {})
             info = _info(self.file_names[0], self.object_position, len(_EMPTY_OBJECT))
             storage.append((Instance(_INDEX, {"fqn": key}), info))
-        fields = {"state_dict_metadata": described_all, "planner_data": None, "storage_data": Pairs(storage), "storage_meta": None}
+        fields = {
+            "state_dict_metadata": described_all,
+            "planner_data": None,
+            "storage_data": Pairs(storage),
+            "storage_meta": None,
+        }
         return pickle_records.dumps(Instance(Global(_METADATA, "Metadata"), fields))
 
 

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """``rows`` equal pieces of ``row_bytes`` bytes, ``source_stride`` and ``target_stride`` bytes apart in each array."""
+    """``rows`` pieces of ``row_bytes`` bytes, ``source_stride`` and ``target_stride`` bytes apart in each array."""
 
     source_start: int
     source_stride: int
@@ -31,7 +31,9 @@ class Run:
     row_bytes: int
 
 
-def intersect(lows: IntArray, highs: IntArray, low: Sequence[int], high: Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
+def intersect(
+    lows: IntArray, highs: IntArray, low: Sequence[int], high: Sequence[int]
+) -> tuple[IntArray, IntArray, IntArray]:
     """Which of the boxes ``[lows, highs)`` meet the box ``[low, high)``, and where: (indices, lows, highs)."""
     inner_lows = np.maximum(lows, np.asarray(low, dtype=np.int64))
     inner_highs = np.minimum(highs, np.asarray(high, dtype=np.int64))
@@ -45,7 +47,9 @@ def require_tiling(offsets: IntArray, shapes: IntArray, global_shape: Shape, wha
     ``what`` begins the message, which names the first gap, overlap or box outside.
     """
     ends = offsets + shapes
-    outside = np.flatnonzero((offsets < 0).any(axis=1) | (shapes < 0).any(axis=1) | (ends > np.array(global_shape)).any(axis=1))
+    outside = np.flatnonzero(
+        (offsets < 0).any(axis=1) | (shapes < 0).any(axis=1) | (ends > np.array(global_shape)).any(axis=1)
+    )
     if outside.size:
         box = _describe(offsets[outside[0]], ends[outside[0]])
         raise PlanError(f"{what}: {box} lies outside the tensor of shape {list(global_shape)}")
@@ -108,7 +112,9 @@ def shared_runs(
     ndim = len(box)
     axes = [  # (extent, source stride, target stride), outermost first
         axis
-        for axis in zip(box, source_strides[len(source_strides) - ndim :], target_strides[len(target_strides) - ndim :], strict=True)
+        for axis in zip(
+            box, source_strides[len(source_strides) - ndim :], target_strides[len(target_strides) - ndim :], strict=True
+        )
         if axis[0] != 1
     ]
     row_bytes = itemsize

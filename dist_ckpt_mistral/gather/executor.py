@@ -16,7 +16,6 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.gather.plan import BytePlan, CopyArray, Segment
 from dist_ckpt_mistral.storage import SourceFiles, TargetFile
 
@@ -93,7 +92,7 @@ def run_all(work: Callable[[int], T], numbers: Sequence[int], *, workers: int) -
 
 
 def bands(segment: Segment, sources: SourceFiles, *, band_bytes: int = BAND_BYTES) -> Iterator[memoryview]:
-    """Yield the bytes of a segment in ``source_dtype``, at most ``band_bytes`` at a time. A band is valid until the next."""
+    """Yield the bytes of a segment in ``source_dtype``, ``band_bytes`` at a time. A band is valid until the next."""
     buffer = np.empty(min(band_bytes, segment.num_bytes), dtype=np.uint8)
     scratch = np.empty(band_bytes, dtype=np.uint8)
     for low in range(0, segment.num_bytes, band_bytes):
@@ -101,7 +100,7 @@ def bands(segment: Segment, sources: SourceFiles, *, band_bytes: int = BAND_BYTE
         band = buffer[: high - low]
         for copy in _overlapping(segment.copies, low, high):
             _gather(copy, low, band, scratch, sources)
-        yield memoryview(band)
+        yield band.data
 
 
 def _overlapping(copies: CopyArray, low: int, high: int) -> Iterator[tuple[int, ...]]:
@@ -123,7 +122,7 @@ def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray
         at = start + row * target_stride
         skip = max(0, -at)
         piece = band[at + skip : min(at + row_bytes, len(band))]
-        sources.read_into(file, position + row * source_stride + skip, [memoryview(piece)])
+        sources.read_into(file, position + row * source_stride + skip, [piece.data])
     if whole_first < whole_last:
         source_at, target_at = position + whole_first * source_stride, start + whole_first * target_stride
         count = whole_last - whole_first
@@ -137,17 +136,17 @@ def _gather_rows(
     """Fill ``target`` ``[rows, row_bytes]`` from rows that lie ``source_stride`` bytes apart."""
     rows, row_bytes = target.shape
     if source_stride == row_bytes and target.flags.c_contiguous:
-        sources.read_into(file, position, [memoryview(target.reshape(-1))])
+        sources.read_into(file, position, [target.reshape(-1).data])
         return
     if source_stride - row_bytes > _LONG_GAP_BYTES or source_stride > len(scratch):
         for row in range(rows):
-            sources.read_into(file, position + row * source_stride, [memoryview(target[row])])
+            sources.read_into(file, position + row * source_stride, [target[row].data])
         return
     step = len(scratch) // source_stride
     for first in range(0, rows, step):
         count = min(step, rows - first)
         span = scratch[: (count - 1) * source_stride + row_bytes]
-        sources.read_into(file, position + first * source_stride, [memoryview(span)])
+        sources.read_into(file, position + first * source_stride, [span.data])
         source = np.lib.stride_tricks.as_strided(span, (count, row_bytes), (source_stride, 1))
         np.copyto(target[first : first + count], source)
 
@@ -160,5 +159,4 @@ def _convert(band: memoryview, segment: Segment) -> memoryview:
 
     values = np.frombuffer(band, dtype=np.dtype(segment.source_dtype))
     with np.errstate(over="ignore"):  # float32 -> float16: too large becomes infinite, as in torch
-        return memoryview(values.astype(np.dtype(segment.dtype)).view(np.uint8))
-
+        return values.astype(np.dtype(segment.dtype)).view(np.uint8).data

@@ -94,9 +94,13 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
         by_target[link.target].append(link)
     for name in sorted({link.source for group in by_target.values() for link in group}):
         tensor = source.tensors[name]
-        require_tiling(tensor.offsets, tensor.shapes, tensor.global_shape, f"the stored chunks of {name!r} are not whole")
+        require_tiling(
+            tensor.offsets, tensor.shapes, tensor.global_shape, f"the stored chunks of {name!r} are not whole"
+        )
     segments = [
-        segment for tensor in target.tensors.values() for segment in _fill(source, tensor, by_target.get(tensor.name, []))
+        segment
+        for tensor in target.tensors.values()
+        for segment in _fill(source, tensor, by_target.get(tensor.name, []))
     ]
     segments.sort(key=lambda segment: (segment.file, segment.position))
     return BytePlan(source_files=source.files, target_files=target.files, segments=tuple(segments))
@@ -154,7 +158,9 @@ def _link_copies(source: IndexedTensor, target: IndexedTensor, link: Link, copie
         shift = [t - s for s, t in zip(link.source_offset[source_lead:], link.target_offset[target_lead:], strict=True)]
         moved = tuple(a + b for a, b in zip(low[source_lead:], shift, strict=True))
         extent = tuple(b - a for a, b in zip(low[source_lead:], high[source_lead:], strict=True))
-        for target_chunk, inner_low, inner_high in _meeting(target, (*link.target_offset[:target_lead], *moved), extent):
+        for target_chunk, inner_low, inner_high in _meeting(
+            target, (*link.target_offset[:target_lead], *moved), extent
+        ):
             back = tuple(a - b for a, b in zip(inner_low[target_lead:], shift, strict=True))
             runs = shared_runs(
                 box=tuple(b - a for a, b in zip(inner_low[target_lead:], inner_high[target_lead:], strict=True)),
@@ -166,7 +172,15 @@ def _link_copies(source: IndexedTensor, target: IndexedTensor, link: Link, copie
             )
             file, position = int(source.files[source_chunk]), int(source.positions[source_chunk])
             copies[target_chunk].extend(
-                (file, position + run.source_start, run.source_stride, run.target_start, run.target_stride, run.rows, run.row_bytes)
+                (
+                    file,
+                    position + run.source_start,
+                    run.source_stride,
+                    run.target_start,
+                    run.target_stride,
+                    run.rows,
+                    run.row_bytes,
+                )
                 for run in runs
             )
 

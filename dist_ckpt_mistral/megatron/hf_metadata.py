@@ -96,7 +96,7 @@ def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig)
 
     Raises TensorMismatchError for tensors that ``config`` does not have, or has in another shape; all are named.
     """
-    index = _hf_index(tensor_table(config))
+    index = stored_index(tensor_table(config))
     problems = []
 
     def annotated(entry: object) -> object:
@@ -148,45 +148,43 @@ def stored_index(table: TensorTable) -> StoredIndex:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class _AnnotatedBuild:
+    """The ``build_fn`` of a live model's factory, with Hugging Face names added to what it builds."""
+
+    build_fn: Callable[..., Any]
+    own_key: str
+    index: StoredIndex
+
+    def __call__(self, key: str, *args: object) -> Any:  # noqa: ANN401  (whatever build_fn gives)
+        """Build as the live model does. Megatron's optimizers put a prefix before the model's own key."""
+        annotated = partial(_annotated_tensor, self.index, key.removesuffix(self.own_key))
+        return dict_list_map_outplace(annotated, self.build_fn(key, *args))
+
+
 def _annotated(entry: object, index: StoredIndex) -> object:
     if isinstance(entry, HfShardedTensor | HfShardedTensorFactory) or why_ignored(getattr(entry, "key", "")):
         return entry
     if isinstance(entry, ShardedTensor):
         return _annotated_tensor(index, "", entry)
-    if not isinstance(entry, ShardedTensorFactory):
-        return entry
-    build = partial(_build_annotated, entry.build_fn, entry.key, index)
-    factory = HfShardedTensorFactory(
-        entry.key, entry.data, build, entry.merge_fn, entry.replica_id, entry.flattened_range
-    )
-    factory.build()  # for its errors: they should come now, not at the save
-    return factory
-
-
-def _build_annotated(
-    build_fn: Callable[..., Any],
-    own_key: str,
-    index: StoredIndex,
-    key: str,
-    data: torch.Tensor,
-    replica_id: tuple[int, ...],
-    flattened_range: slice | None,
-) -> Any:  # noqa: ANN401  (whatever build_fn gives)
-    """Build as the live model does. Megatron's optimizers give a ``key`` with a prefix before the model's own."""
-    built = build_fn(key, data, replica_id, flattened_range)
-    return dict_list_map_outplace(partial(_annotated_tensor, index, key.removesuffix(own_key)), built)
+    if isinstance(entry, ShardedTensorFactory):
+        own = {field.name: getattr(entry, field.name) for field in fields(ShardedTensorFactory)}
+        own["build_fn"] = _AnnotatedBuild(entry.build_fn, entry.key, index)
+        factory = HfShardedTensorFactory(**own)
+        factory.build()  # for its errors, which should come now and not at the save
+        return factory
+    return entry
 
 
 def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
     lead = tensor.prepend_axis_num
     stored = index.get((tensor.key.removeprefix(prefix), tensor.global_offset[:lead]))
     if stored is None:
-        raise TensorMismatchError(f"unknown tensor {tensor.key!r} at {tuple(tensor.global_offset)}")
-    rows, *rest = tensor.global_shape[lead:]
-    expected, *expected_rest = stored.rows.global_shape[lead:]
-    if rest != expected_rest or (rows < expected if stored.rule.padded_vocabulary else rows != expected):
-        raise TensorMismatchError(
-            f"shape mismatch for {tensor.key!r}: expected {stored.rows.global_shape}, got {tuple(tensor.global_shape)}"
-        )
+        raise TensorMismatchError(f"unknown tensor {tensor.key!r} with global_offset {tensor.global_offset}")
+    expected = stored.rows.global_shape
+    if stored.rule.padded_vocabulary:
+        expected = (max(expected[0], tensor.global_shape[0]), *expected[1:])
+    if tensor.global_shape != expected:
+        raise TensorMismatchError(f"shape mismatch for {tensor.key!r}: expected {expected}, got {tensor.global_shape}")
     own = {field.name: getattr(tensor, field.name) for field in fields(ShardedTensor)}
     return HfShardedTensor(**own, hf_parts=stored.hf_parts(tensor.global_offset[lead], tensor.local_shape[0]))

@@ -70,8 +70,9 @@ class MistralConfig:
             for name in ("rms_norm_eps", "rope_theta")
             if not _is_positive_number(getattr(self, name))
         ]
-        if not isinstance(self.tie_word_embeddings, bool):
-            problems.append(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+        tied: object = self.tie_word_embeddings  # from JSON: not yet known to be what the annotation says
+        if not isinstance(tied, bool):
+            problems.append(f"tie_word_embeddings must be true or false, got {tied!r}")
         if self.dtype is not None and self.dtype not in dtypes.KNOWN_DTYPES:
             problems.append(f"dtype must be one of {', '.join(dtypes.KNOWN_DTYPES)}, got {self.dtype!r}")
         if not problems and self.num_attention_heads % self.num_key_value_heads:
@@ -182,18 +183,20 @@ def _head_dim(values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it i
     if not (_is_positive_int(hidden) and _is_positive_int(heads)):
         return 1  # MistralConfig reports the sizes themselves
     if hidden % heads:
-        raise ConfigError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no head_dim")
+        raise ConfigError(
+            f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no head_dim"
+        )
     return hidden // heads
 
 
 def _rope_theta(values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
-    """transformers 5 moved ``rope_theta`` into ``rope_parameters``."""
+    """Transformers 5 moved ``rope_theta`` into ``rope_parameters``."""
     nested = values.get("rope_parameters")
     return nested["rope_theta"] if isinstance(nested, Mapping) and "rope_theta" in nested else values["rope_theta"]
 
 
 def _dtype(raw: Mapping[str, Any]) -> str | None:
-    """transformers 5 renamed ``torch_dtype`` to ``dtype``."""
+    """Transformers 5 renamed ``torch_dtype`` to ``dtype``."""
     dtype = raw.get("dtype", raw.get("torch_dtype"))
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
 

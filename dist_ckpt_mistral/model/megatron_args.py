@@ -86,10 +86,14 @@ def from_megatron_args(args: Mapping[str, Any]) -> MistralConfig:
     foreign = [f"{name}={args[name]!r}" for name, value in _ARCHITECTURE.items() if args.get(name, value) != value]
     foreign += [f"{name}={args[name]!r}" for name in _FOREIGN if args.get(name)]
     if foreign:
-        raise UnsupportedModelError(f"the checkpoint's args are not those of a dense Mistral model: {', '.join(foreign)}")
+        raise UnsupportedModelError(
+            f"the checkpoint's args are not those of a dense Mistral model: {', '.join(foreign)}"
+        )
     missing = [name for name in _SAME_VALUE if args.get(name) is None]
     if missing:
-        raise ConfigError(f"the checkpoint's args lack {', '.join(missing)}. Give the model's config.json with --config.")
+        raise ConfigError(
+            f"the checkpoint's args lack {', '.join(missing)}. Give the model's config.json with --config."
+        )
     sizes = {name: args[field] for field, name in _SAME_VALUE.items()}
     grouped = args.get("group_query_attention", args.get("num_query_groups") is not None)
     return MistralConfig(

@@ -91,7 +91,7 @@ class ParallelLayout:
         """Refuse what no model could be laid out with."""
         counts = {"tp": self.tp, "pp": self.pp, "dp": self.dp, "ep": self.ep}
         problems = [f"{name} must be at least 1, got {count}" for name, count in counts.items() if count < 1]
-        if self.vpp is not None and (self.vpp < 1 or (self.vpp > 1 and self.pp < 2)):
+        if self.vpp is not None and (self.vpp < 1 or (self.vpp > 1 and self.pp == 1)):
             problems.append(f"vpp={self.vpp} needs at least two pipeline stages, got pp={self.pp}")
         if self.pp_layers is not None and (self.vpp or 1) > 1:
             problems.append("pp_layers and vpp cannot be combined")
@@ -118,7 +118,9 @@ class ParallelLayout:
         ]
         stages = self.pp * (self.vpp or 1)
         if self.pp_layers is None and config.num_hidden_layers % stages:
-            problems.append(f"num_hidden_layers={config.num_hidden_layers} is not divisible by {stages} pipeline stages")
+            problems.append(
+                f"num_hidden_layers={config.num_hidden_layers} is not divisible by {stages} pipeline stages"
+            )
         if self.pp_layers is not None and sum(self.pp_layers) != config.num_hidden_layers:
             problems.append(f"pp_layers={self.pp_layers} do not add up to num_hidden_layers={config.num_hidden_layers}")
         if self.ep > 1:
@@ -194,7 +196,9 @@ class ParallelLayout:
         boxes = tuple(
             self._box(rule, rows, half, stored, tp_rank)
             for stored in table.stored(rule, layer, style)
-            for half in range(stored.first_row * halves // rule.shape[0], (stored.first_row + stored.rows) * halves // rule.shape[0])
+            for half in range(
+                stored.first_row * halves // rule.shape[0], (stored.first_row + stored.rows) * halves // rule.shape[0]
+            )
         )
         return HeldTensor(
             rule=rule,

@@ -112,7 +112,7 @@ class TensorTable:
         return tuple(range(self.num_layers)) if rule.place is Place.LAYER else (None,)
 
     def hf_tensors(self) -> dict[str, HfTensor]:
-        """Every Hugging Face tensor by name, in state-dict order: embedding, layer by layer, norm, head; then aliases."""
+        """Every Hugging Face tensor by name, in state-dict order: embedding, layers, norm, head; then aliases."""
         tensors = [*self._walk(Place.EMBEDDING), *self._walk(Place.LAYER), *self._walk(Place.OUTPUT)]
         tensors.sort(key=lambda tensor: tensor.is_alias)
         return {tensor.hf_name: tensor for tensor in tensors}
@@ -133,7 +133,7 @@ class TensorTable:
                         )
 
     def stored(self, rule: TensorRule, layer: int | None, style: KeyStyle, key: str = "") -> tuple[StoredRows, ...]:
-        """Where ``rule``'s tensor of ``layer`` lies in a checkpoint of ``style``; ``key`` picks one of ``rule.keys``."""
+        """Where the tensor of ``layer`` lies in a checkpoint of ``style``; ``key`` picks one of ``rule.keys``."""
         key = key or rule.mcore_key
         if layer is None or style is KeyStyle.STACKED:
             index = () if layer is None else (layer,)
@@ -308,15 +308,17 @@ _NOT_WEIGHTS: Final = (
     (re.compile(r"common_state($|/)"), "common state, read on its own"),
     (re.compile(r"(opt_param_scheduler|rerun_state_machine|iteration|checkpoint_version)\w*($|/|\.)"), "trainer state"),
 )
-_HF_NOT_WEIGHTS: Final = (
-    (re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recomputed from rope_theta by every reader"),
-)
+_HF_NOT_WEIGHTS: Final = ((re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recomputed from rope_theta by every reader"),)
 
 
 def model_prefix(mcore_keys: Iterator[str] | list[str]) -> str:
     """What stands before every model key, such as ``module.``; empty in what Megatron-LM writes."""
     found = sorted(
-        {key.removesuffix(_PREFIX_ANCHOR) for key in mcore_keys if key.endswith(_PREFIX_ANCHOR) and not why_ignored(key)},
+        {
+            key.removesuffix(_PREFIX_ANCHOR)
+            for key in mcore_keys
+            if key.endswith(_PREFIX_ANCHOR) and not why_ignored(key)
+        },
         key=len,
     )
     return found[0] if found else ""

@@ -1,0 +1,7 @@
+"""``python -m dist_ckpt_mistral``."""
+
+import sys
+
+from dist_ckpt_mistral.cli import main
+
+sys.exit(main())

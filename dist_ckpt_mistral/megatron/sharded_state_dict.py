@@ -1,0 +1,238 @@
+"""The sharded state dict of a Mistral model, for any rank of any layout: no model, no process group, no GPU.
+
+Entries equal those of a real ``GPTModel.sharded_state_dict()`` with the local layer spec (megatron-core 0.16 to 0.19:
+transformer/transformer_block.py, mlp.py and utils.py, models/common/language_module/language_module.py) and also say
+which Hugging Face tensors they hold rows of.
+
+Tensors may be supplied on demand. Creating and validating a state dict then produces none of them; a save produces
+those of main replicas, each once. From its first touch on an entry keeps its tensor: Megatron's writer holds all that
+a rank writes at once (dist_checkpointing/strategies/torch.py), so a save needs memory for just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
+from dist_ckpt_mistral.megatron.hf_metadata import (
+    Data,
+    HfShardedTensor,
+    HfShardedTensorFactory,
+    PendingTensor,
+    ShardedStateDict,
+    StoredIndex,
+    stored_index,
+)
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ModelChunk, ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, KeyStyle, TensorTable, tensor_table, why_ignored
+
+#: Produces the tensor that a ``HeldTensor`` describes, of its ``local_shape`` and the given dtype.
+Supplier: TypeAlias = Callable[[HeldTensor, torch.dtype], torch.Tensor]
+
+
+def sharded_state_dict(
+    config: MistralConfig,
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    data: Mapping[str, Any] | Supplier | None = None,
+    dtype: torch.dtype | None = None,
+    style: KeyStyle = KeyStyle.STACKED,
+    padded_vocab_size: int | None = None,
+) -> ShardedStateDict:
+    """What ``rank`` of ``layout`` holds of the model, for Megatron's ``dist_checkpointing.save`` and ``load``.
+
+    Keys are the tensors' names in the local module. With virtual pipeline stages they stand one level down, under
+    ``model0``, ``model1``, ... as in Megatron-LM.
+
+    Args:
+        config: The model.
+        layout: The parallel layout.
+        rank: Counts as Megatron does for ``layout`` (tp, then dp, then pp slowest).
+        data: None to let ``load`` allocate; or a mapping of the keys of the result to tensors, such as a module's
+            state dict; or a ``Supplier``, called when Megatron first touches a tensor.
+        dtype: Of every tensor; by default what ``config`` says.
+        style: How keys of layers are spelled; a load must ask in the style of the checkpoint.
+        padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to. A load may ask for any size.
+
+    Raises:
+        LayoutError: The layout does not fit the model, or ``rank`` or ``padded_vocab_size`` the layout.
+        ConfigError: Neither ``dtype`` nor ``config`` gives a dtype.
+        TensorMismatchError: ``data`` lacks tensors, has unknown ones, or some of another shape or dtype. What a
+            ``Supplier`` gives is checked when it is called.
+    """
+    layout.check(config)
+    at, table = layout.coordinates(rank), tensor_table(config)
+    dtype = _dtype(config) if dtype is None else dtype
+    chunks = layout.model_chunks(table.num_layers, at.pp)
+    held = [tuple(layout.held_tensors(table, each, at, style=style, vocab_rows=padded_vocab_size)) for each in chunks]
+    make = _Entries(table, stored_index(table), style, dtype)
+    entries = [
+        {
+            **{each.module_name: make.of(each, source(each)) for each in tensors},
+            **dict(_extra_states(table, chunk, at, style)),
+        }
+        for chunk, tensors, source in zip(chunks, held, _sources(data, held, dtype), strict=True)
+    ]
+    return {f"model{number}": each for number, each in enumerate(entries)} if len(entries) > 1 else entries[0]
+
+
+def _dtype(config: MistralConfig) -> torch.dtype:
+    if config.dtype is None:
+        raise ConfigError("no dtype for the weights: the configuration does not say one. Give dtype.")
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """Makes the entries of local tensors."""
+
+    table: TensorTable
+    index: StoredIndex
+    style: KeyStyle
+    dtype: torch.dtype
+
+    def of(self, held: HeldTensor, data: Data) -> HfShardedTensor | HfShardedTensorFactory:
+        """What Megatron's ``make_sharded_tensors_for_checkpoint`` and ``apply_swiglu_sharded_factory`` would make."""
+        # The factory of linear_fc1 has the key of the whole; singleton style names only gate and up.
+        whole = KeyStyle.PER_LAYER if self.style is KeyStyle.SINGLETON else self.style
+        key = self.table.stored(held.rule, held.layer, whole)[0].mcore_key
+        build = _Build(held, key, self.index, self.dtype)
+        if len(held.boxes) == 1:
+            return build(key, data, held.replica_id, None)[0]
+        return HfShardedTensorFactory(key, data, build, torch.cat, held.replica_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """Megatron's ``build_fn`` of one local tensor."""
+
+    held: HeldTensor
+    own_key: str
+    index: StoredIndex
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def __call__(
+        self, key: str, data: Data, replica_id: tuple[int, ...], flattened_range: slice | None
+    ) -> list[HfShardedTensor]:
+        """An entry for every box. Megatron's optimizers put a prefix before the key and give other ``data``."""
+        boxes, lead = self.held.boxes, self.held.prepended_axes
+        return [
+            HfShardedTensor(
+                key=key + box.mcore_key.removeprefix(self.own_key),
+                data=piece,
+                dtype=piece.dtype if isinstance(piece, torch.Tensor) else self.dtype,
+                local_shape=box.shape[lead:],
+                global_shape=box.global_shape,
+                global_offset=box.global_offset,
+                axis_fragmentations=box.fragments,
+                replica_id=replica_id,
+                prepend_axis_num=lead,
+                allow_shape_mismatch=self.held.rule.padded_vocabulary,
+                flattened_range=flattened_range,
+                hf_parts=self.index[box.mcore_key, box.global_offset[:lead]].hf_parts(
+                    box.global_offset[lead], box.shape[lead]
+                ),
+            )
+            for box, piece in zip(boxes, _pieces(data, len(boxes)), strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class _Splitter:
+    """Supplies a tensor once and hands out its pieces; a piece is kept until it is taken."""
+
+    produce: Callable[[], torch.Tensor]
+    count: int
+    waiting: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, number: int) -> torch.Tensor:
+        if number not in self.waiting:
+            self.waiting = dict(enumerate(self.produce().chunk(self.count)))
+        return self.waiting.pop(number)
+
+
+def _pieces(data: Data, count: int) -> list[Data]:
+    """``data`` cut into ``count`` equal pieces along its rows."""
+    if data is None or count == 1:
+        return [data] * count  # the very object: Megatron's optimizers know their parameters by identity
+    if isinstance(data, PendingTensor):
+        splitter = _Splitter(data.produce, count)
+        return [PendingTensor(partial(splitter.take, number)) for number in range(count)]
+    return list(data.chunk(count))
+
+
+def _extra_states(
+    table: TensorTable, chunk: ModelChunk, at: RankCoordinates, style: KeyStyle
+) -> Iterator[tuple[str, ShardedObject]]:
+    """The objects that a model of the local spec insists on; their payload is None."""
+    for local, layer in enumerate(chunk.layers):
+        for name in LOCAL_EXTRA_STATES:
+            if style is KeyStyle.STACKED:
+                where = (name.replace("{layer}.", ""), None, (table.num_layers,), (layer,))
+            else:
+                where = (name.format(layer=layer), None, (1,), (0,))
+            yield name.format(layer=local), ShardedObject(*where, replica_id=(0, at.tp, at.dp))
+
+
+def _sources(
+    data: Mapping[str, Any] | Supplier | None, held: list[tuple[HeldTensor, ...]], dtype: torch.dtype
+) -> list[Callable[[HeldTensor], Data]]:
+    """For every model chunk, what gives the data of its tensors."""
+    if data is None:
+        return [lambda _: None] * len(held)
+    if not isinstance(data, Mapping):
+        return [lambda each: PendingTensor(partial(_supplied, data, each, dtype))] * len(held)
+    names = [f"model{number}" for number in range(len(held))]
+    given = {f"{name}/": data.get(name, {}) for name in names} if len(held) > 1 else {"": data}
+    problems = [
+        problem
+        for (where, tensors), expected in zip(given.items(), held, strict=True)
+        for problem in _problems(where, tensors, expected, dtype)
+    ]
+    if problems:
+        raise TensorMismatchError("; ".join(problems) + ". Give the state dict of this rank's model.")
+    return [partial(_named, tensors) for tensors in given.values()]
+
+
+def _named(tensors: Mapping[str, torch.Tensor], held: HeldTensor) -> torch.Tensor:
+    return tensors[held.module_name]
+
+
+def _problems(where: str, given: Mapping[str, Any], held: tuple[HeldTensor, ...], dtype: torch.dtype) -> Iterator[str]:
+    expected = {each.module_name: each for each in held}
+    unknown = [name for name in given if name not in expected and not why_ignored(name)]
+    for name in unknown:
+        yield f"unknown tensor {where + name!r}"
+    for name, each in expected.items():
+        if name not in given:
+            yield f"no tensor for {where + name!r}"
+        else:
+            yield from _misfits(where + name, given[name], each, dtype)
+
+
+def _misfits(name: str, tensor: object, held: HeldTensor, dtype: torch.dtype) -> Iterator[str]:
+    if not isinstance(tensor, torch.Tensor):
+        yield f"wrong type for {name!r}: expected a tensor, got {type(tensor).__name__}"
+        return
+    if tuple(tensor.shape) != held.local_shape:
+        yield f"shape mismatch for {name!r}: expected {held.local_shape}, got {tuple(tensor.shape)}"
+    if tensor.dtype != dtype:
+        yield f"dtype mismatch for {name!r}: expected {dtype}, got {tensor.dtype}"
+
+
+def _supplied(supplier: Supplier, held: HeldTensor, dtype: torch.dtype) -> torch.Tensor:
+    tensor = supplier(held, dtype)
+    problems = list(_misfits(held.module_name, tensor, held, dtype))
+    if problems:
+        raise TensorMismatchError("the supplier gave another tensor: " + "; ".join(problems))
+    return tensor

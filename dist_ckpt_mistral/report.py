@@ -1,0 +1,245 @@
+"""What people look at: the content of a checkpoint or a Hugging Face directory, as data, as a table, as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_ckpt_mistral.errors import DistCkptMistralError
+from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model_source import choose_config, read_embedded
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+#: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
+JSON_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReport:
+    """One stored tensor. ``shape`` in elements, ``num_bytes`` of the whole, ``hf_names`` what it holds."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_chunks: int
+    num_bytes: int
+    hf_names: tuple[str, ...]
+    ignored: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that ``inspect`` says. ``files`` are names and sizes in bytes (None: the file is missing)."""
+
+    path: str
+    kind: str
+    format: str
+    config_from: str | None
+    config: dict[str, Any] | None
+    tensors: tuple[TensorReport, ...]
+    objects: tuple[tuple[str, str], ...]
+    files: dict[str, int | None]
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, stable within ``JSON_VERSION``."""
+        content = asdict(self)
+        content["objects"] = [{"name": name, "ignored": reason} for name, reason in self.objects]
+        return {"json_version": JSON_VERSION, **content}
+
+
+def inspect(path: Path, *, config: MistralConfig | None = None) -> Report:
+    """Look at a checkpoint or a Hugging Face directory without reading tensor data.
+
+    What is wrong with it becomes a problem of the report. Raises FormatError only if ``path`` is neither.
+    """
+    return _inspect_hf(path, config) if hf_directory.is_model_directory(path) else _inspect_megatron(path, config)
+
+
+def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
+    file_set = hf_directory.read_directory(path)
+    index = file_set.tensor_index(path)
+    problems: list[str] = []
+    ignored: dict[str, str] = {}
+    try:
+        config = config or MistralConfig.from_hf(path)
+        shapes = {name: tensor.global_shape for name, tensor in index.tensors.items()}
+        ignored = dict(match_hf(tensor_table(config), shapes, str(path))[1])
+    except DistCkptMistralError as error:
+        problems.append(str(error))
+    return Report(
+        path=str(path),
+        kind="Hugging Face directory",
+        format="safetensors",
+        config_from=str(path / hf_directory.CONFIG_FILE) if config else None,
+        config=_config_values(config),
+        tensors=tuple(
+            TensorReport(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.global_shape,
+                num_chunks=1,
+                num_bytes=tensor.num_bytes,
+                hf_names=() if tensor.name in ignored else (tensor.name,),
+                ignored=ignored.get(tensor.name),
+            )
+            for tensor in index.tensors.values()
+        ),
+        objects=(),
+        files={name: file.num_bytes for name, file in file_set.files.items()},
+        problems=tuple(problems),
+    )
+
+
+def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
+    checkpoint = torch_dist.open_torch_dist(path)
+    problems: list[str] = []
+    config_from, found = None, None
+    ignored: Ignored = ()
+    try:
+        config, config_from = choose_config(checkpoint, config, read_embedded(checkpoint))
+        shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
+        found = match_checkpoint(tensor_table(config), shapes, checkpoint.objects, str(checkpoint.directory))
+        ignored = found.ignored
+    except DistCkptMistralError as error:
+        problems.append(str(error))
+    files = _file_sizes(checkpoint)
+    absent = [name for name, size in files.items() if size is None]
+    if absent:
+        problems.append(f"files are missing: {', '.join(absent)}")
+    return Report(
+        path=str(checkpoint.directory),
+        kind="Megatron torch_dist checkpoint",
+        format=_generation(checkpoint),
+        config_from=config_from,
+        config=_config_values(config),
+        tensors=_tensor_reports(checkpoint, found, dict(ignored)),
+        objects=tuple((name, dict(ignored).get(name, "not a tensor")) for name in checkpoint.objects),
+        files=files,
+        problems=tuple(problems),
+    )
+
+
+def _tensor_reports(
+    checkpoint: torch_dist.TorchDistCheckpoint, found: CheckpointMap | None, ignored: dict[str, str]
+) -> tuple[TensorReport, ...]:
+    hf_names: dict[str, list[str]] = {}
+    if found is not None:
+        for tensor in found.table.hf_tensors().values():
+            for name in () if tensor.is_alias else dict.fromkeys(link.source for link in found.links(tensor)):
+                hf_names.setdefault(name, []).append(tensor.hf_name)
+    return tuple(
+        TensorReport(
+            name=stored.name,
+            dtype=stored.dtype,
+            shape=stored.global_shape,
+            num_chunks=len(stored.chunks),
+            num_bytes=stored.num_bytes,
+            hf_names=tuple(hf_names.get(stored.name, ())),
+            ignored=ignored.get(stored.name),
+        )
+        for stored in checkpoint.tensors.values()
+    )
+
+
+def _file_sizes(checkpoint: torch_dist.TorchDistCheckpoint) -> dict[str, int | None]:
+    entries = {entry.file for tensor in checkpoint.tensors.values() for _, _, entry in tensor.chunks}
+    names = sorted(entries | {entry.file for entry in checkpoint.objects.values()})
+    return {name: path.stat().st_size if (path := checkpoint.directory / name).is_file() else None for name in names}
+
+
+def _generation(checkpoint: torch_dist.TorchDistCheckpoint) -> str:
+    if (checkpoint.directory / common_state.COMMON_FILE).is_file():
+        return "torch_dist with common.pt (as megatron-core 0.12 to 0.16 write)"
+    if common_state.SHARDED_KEY in checkpoint.objects:
+        return "torch_dist with the common state in the shards (as megatron-core 0.17 and newer write)"
+    return "torch_dist without common state"
+
+
+def _config_values(config: MistralConfig | None) -> dict[str, Any] | None:
+    return None if config is None else {name: getattr(config, name) for name in config.__slots__ if name != "hf_config"}
+
+
+def render(report: Report) -> RenderableType:
+    """The report as a rich renderable."""
+    from rich.console import Group  # noqa: PLC0415  (only what is shown needs rich)
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(report):
+        facts.add_row(Text(name, style="bold"), value)
+    weights = [tensor for tensor in report.tensors if tensor.ignored is None]
+    table = Table("tensor", "dtype", "shape", "chunks", "size", "Hugging Face names", box=None, padding=(0, 2, 0, 0))
+    for tensor in weights:
+        shape = " x ".join(map(str, tensor.shape))
+        table.add_row(
+            tensor.name,
+            tensor.dtype,
+            shape,
+            str(tensor.num_chunks),
+            human_bytes(tensor.num_bytes),
+            _summary(tensor.hf_names),
+        )
+    problems = [Text(f"problem: {problem}", style="red") for problem in report.problems]
+    return Group(Text(report.path, style="bold"), facts, Text(""), table, *problems)
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    weights = [tensor for tensor in report.tensors if tensor.ignored is None]
+    facts = [
+        ("kind", f"{report.kind}, {report.format}"),
+        ("configuration", report.config_from or "none"),
+        ("files", f"{len(report.files)}, {human_bytes(sum(size or 0 for size in report.files.values()))}"),
+        ("weights", f"{len(weights)} tensors, {human_bytes(sum(tensor.num_bytes for tensor in weights))}"),
+    ]
+    if report.config is not None:
+        facts.insert(1, ("model", _model_line(report.config)))
+    reasons = Counter(tensor.ignored for tensor in report.tensors if tensor.ignored is not None)
+    reasons.update(reason for _, reason in report.objects)
+    facts += [("ignored", f"{count} entries: {reason}") for reason, count in sorted(reasons.items())]
+    return facts
+
+
+def _model_line(config: dict[str, Any]) -> str:
+    window = f", sliding window {config['sliding_window']}" if config["sliding_window"] else ""
+    tied = ", tied embeddings" if config["tie_word_embeddings"] else ""
+    return (
+        f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, ffn {config['intermediate_size']}, "
+        f"{config['num_attention_heads']} heads in {config['num_key_value_heads']} groups of dimension "
+        f"{config['head_dim']}, "
+        f"vocabulary {config['vocab_size']}{tied}{window}"
+    )
+
+
+def _summary(hf_names: Sequence[str]) -> str:
+    """The first name, and how many more there are."""
+    if not hf_names:
+        return ""
+    return hf_names[0] + (f" and {len(hf_names) - 1} more" if len(hf_names) > 1 else "")
+
+
+def save_html(report: Report, path: Path) -> None:
+    """Write the report as one self-contained page. Raises OSError."""
+    from rich.console import Console  # noqa: PLC0415  (only what is shown needs rich)
+
+    with Path("/dev/null").open("w") as nowhere:
+        console: Console = Console(record=True, width=180, file=nowhere)
+        console.print(render(report))
+        console.save_html(str(path))
+
+
+def human_bytes(num_bytes: int) -> str:
+    """``14.5 GB``: decimal units, as disks and Hugging Face count."""
+    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while size >= 1000 and len(units) > 1:  # noqa: PLR2004  (decimal units)
+        size, units = size / 1000, units[1:]
+    return f"{num_bytes} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
