@@ -141,7 +141,7 @@ def _tensor_reports(
             name=stored.name,
             dtype=stored.dtype,
             shape=stored.global_shape,
-            num_chunks=len(stored.chunks),
+            num_chunks=stored.num_chunks,
             num_bytes=stored.num_bytes,
             hf_names=tuple(hf_names.get(stored.name, ())),
             ignored=ignored.get(stored.name),
@@ -151,9 +151,10 @@ def _tensor_reports(
 
 
 def _file_sizes(checkpoint: torch_dist.TorchDistCheckpoint) -> dict[str, int | None]:
-    entries = {entry.file for tensor in checkpoint.tensors.values() for _, _, entry in tensor.chunks}
-    names = sorted(entries | {entry.file for entry in checkpoint.objects.values()})
-    return {name: path.stat().st_size if (path := checkpoint.directory / name).is_file() else None for name in names}
+    return {
+        name: path.stat().st_size if (path := checkpoint.directory / name).is_file() else None
+        for name in checkpoint.file_names
+    }
 
 
 def _generation(checkpoint: torch_dist.TorchDistCheckpoint) -> str:

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.pickle_records import OpaqueRecord, record_class
-from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, pickled_archive, torch_dtype_name
+from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, torch_dtype_name
+from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
 from dist_ckpt_mistral.storage import SourceFiles
 
 COMMON_FILE: Final = "common.pt"

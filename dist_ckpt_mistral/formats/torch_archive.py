@@ -1,4 +1,4 @@
-"""The zip archives of ``torch.save``: finding a tensor's bytes in one, and laying one out around bytes to come.
+"""The zip archives of ``torch.save``: finding a tensor's bytes in one, without torch.
 
 An archive holds ``data.pkl`` (a pickle), ``data/0`` (the bytes of the only storage), ``byteorder`` and ``version``, all
 stored uncompressed (torch 2.6 to 2.15, ``caffe2/serialize/inline_container.cc``). torch writes sizes and checksums only
@@ -7,7 +7,7 @@ into the central directory, so that is what is read here. ZIP and ZIP64: PKWARE 
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
 import struct
 import zlib
@@ -18,28 +18,22 @@ from typing import Any, Final
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
-from dist_ckpt_mistral.formats.pickle_records import Call, Global, PersistentId
 from dist_ckpt_mistral.gather.boxes import Shape
 from dist_ckpt_mistral.storage import SourceFiles
 
-_LOCAL: Final = struct.Struct("<4s5H3I2H")
-_CENTRAL: Final = struct.Struct("<4s6H3I5H2I")
-_END: Final = struct.Struct("<4s4H2IH")
-_END64: Final = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR64: Final = struct.Struct("<4sIQI")
-_MAX32: Final = 0xFFFFFFFF
-_ZIP64_FIELD: Final = 1
-_PADDING_FIELD: Final = 0x4246  # "FB": what torch pads local headers with
-_UTF8_NAMES: Final = 0x800
-_ROOT: Final = "archive"
+LOCAL: Final = struct.Struct("<4s5H3I2H")
+CENTRAL: Final = struct.Struct("<4s6H3I5H2I")
+END: Final = struct.Struct("<4s4H2IH")
+END64: Final = struct.Struct("<4sQ2H2I4Q")
+LOCATOR64: Final = struct.Struct("<4sIQI")
+MAX32: Final = 0xFFFFFFFF
+ZIP64_FIELD: Final = 1
 #: Archive heads and tails fit in this many bytes in every checkpoint seen.
 _EDGE_BYTES: Final = 2048
-#: torch aligns storages to 64 bytes; whole pages make copies cheaper.
-_ALIGNMENT: Final = 64
-_PAGE_BYTES: Final = 4096
+LITTLE_ENDIAN: Final = b"little"
 
 #: torch's typed storages, by the names that pickles use.
-_STORAGES: Final = {
+STORAGES: Final = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -51,7 +45,6 @@ _STORAGES: Final = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-_STORAGE_OF: Final = {dtype: storage for storage, dtype in _STORAGES.items()}
 _DTYPE_NAME: Final = re.compile(r"(u?int\d+|b?float\d+\w*|complex\d+|bool|qu?int\d+\w*|bits\w+)")
 
 
@@ -73,6 +66,35 @@ class StoredTensor:
     data: Member
 
 
+class TensorLocator:
+    """Finds tensors in the archives of one checkpoint.
+
+    Archives of equal chunks begin with the same bytes: where a head is known already, comparing it tells all.
+    """
+
+    def __init__(self, files: SourceFiles) -> None:
+        """Read from ``files``."""
+        self._files = files
+        self._known: dict[tuple[str, Shape, int], bytes] = {}
+
+    def locate(self, file: int, position: int, num_bytes: int, dtype: str, shape: Shape) -> int:
+        """The byte of ``file`` where the data begins of the archive at ``[position, position + num_bytes)``.
+
+        Raises FormatError unless the archive holds one tensor of the given torch dtype name and shape (in elements).
+        """
+        kind = (dtype, shape, num_bytes)
+        head = self._known.get(kind)
+        if head is None or self._files.read(file, position, len(head)) != head:
+            stored = ArchiveReader(self._files, file, position, num_bytes, "the archive").tensor()
+            if (stored.dtype, stored.shape) != (dtype, shape):
+                raise FormatError(
+                    f"it does not match the metadata: expected {dtype} {list(shape)}, "
+                    f"got {stored.dtype} {list(stored.shape)}"
+                )
+            head = self._known[kind] = self._files.read(file, position, stored.data.position - position)
+        return position + len(head)
+
+
 class ArchiveReader:
     """One archive inside a file. Reads its two edges once, and more only where that was not enough."""
 
@@ -89,10 +111,10 @@ class ArchiveReader:
         if name not in self._members:
             raise FormatError(f"{self._where} is not a torch.save archive: it has no {name}")
         offset, num_bytes, crc32 = self._members[name]
-        header = _LOCAL.unpack(self._read(offset, _LOCAL.size))
+        header = LOCAL.unpack(self._read(offset, LOCAL.size))
         if header[0] != b"PK\3\4":
             raise FormatError(f"{self._where} is damaged: no local header of {name} at byte {offset}")
-        begin = offset + _LOCAL.size + header[9] + header[10]
+        begin = offset + LOCAL.size + header[9] + header[10]
         if begin + num_bytes > self._size:
             raise FormatError(f"{self._where} is damaged: {name} reaches beyond its end")
         return Member(position=self._start + begin, num_bytes=num_bytes, crc32=crc32)
@@ -114,7 +136,7 @@ class ArchiveReader:
             raise FormatError(f"{self._where} holds no tensor")
         dtype, shape = value.checked(self._where)
         data = self.member("data/0")
-        expected = _numel(shape) * dtypes.itemsize_bytes(dtype)
+        expected = math.prod(shape) * dtypes.itemsize_bytes(dtype)
         if data.num_bytes != expected:
             raise FormatError(
                 f"{self._where} is damaged: expected {expected} bytes ({dtype} {list(shape)}), got {data.num_bytes}"
@@ -144,14 +166,14 @@ class ArchiveReader:
         directory = self._read(offset, directory_bytes)
         at = 0
         for _ in range(count):
-            if at + _CENTRAL.size > len(directory):
+            if at + CENTRAL.size > len(directory):
                 raise FormatError(f"{self._where} is damaged: its central directory is cut short")
-            entry = _CENTRAL.unpack_from(directory, at)
+            entry = CENTRAL.unpack_from(directory, at)
             signature, method, crc32, packed, size, name_bytes, extra_bytes, comment_bytes, header = (
                 *(entry[i] for i in (0, 4, 7, 8, 9, 10, 11, 12)),
                 entry[16],
             )
-            at += _CENTRAL.size
+            at += CENTRAL.size
             name = directory[at : at + name_bytes].decode(errors="replace")
             extra = directory[at + name_bytes : at + name_bytes + extra_bytes]
             at += name_bytes + extra_bytes + comment_bytes
@@ -163,29 +185,29 @@ class ArchiveReader:
     def _directory(self) -> tuple[int, int, int]:
         """(records, bytes, offset) of the central directory."""
         at = self._tail.rfind(b"PK\5\6")
-        if at < 0 or at + _END.size > len(self._tail):
+        if at < 0 or at + END.size > len(self._tail):
             raise FormatError(f"{self._where} is not a torch.save archive, or it is truncated")
-        _, _, _, _, count, num_bytes, offset, _ = _END.unpack_from(self._tail, at)
-        if _MAX32 not in (num_bytes, offset) and count != 0xFFFF:  # noqa: PLR2004  (the 16-bit mark of ZIP64)
+        _, _, _, _, count, num_bytes, offset, _ = END.unpack_from(self._tail, at)
+        if MAX32 not in (num_bytes, offset) and count != 0xFFFF:  # noqa: PLR2004  (the 16-bit mark of ZIP64)
             return count, num_bytes, offset
-        locator_at = self._size - len(self._tail) + at - _LOCATOR64.size
-        signature, _, end_at, _ = _LOCATOR64.unpack(self._read(locator_at, _LOCATOR64.size))
+        locator_at = self._size - len(self._tail) + at - LOCATOR64.size
+        signature, _, end_at, _ = LOCATOR64.unpack(self._read(locator_at, LOCATOR64.size))
         if signature != b"PK\6\7":
             raise FormatError(f"{self._where} is damaged: its ZIP64 locator is missing")
-        end = _END64.unpack(self._read(end_at, _END64.size))
+        end = END64.unpack(self._read(end_at, END64.size))
         return end[7], end[8], end[9]
 
 
 def _zip64_values(extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
     """``values`` with those that are 0xFFFFFFFF taken from the ZIP64 extra field, in order."""
-    if _MAX32 not in values:
+    if MAX32 not in values:
         return values
     at = 0
     while at + 4 <= len(extra):
         field, num_bytes = struct.unpack_from("<2H", extra, at)
-        if field == _ZIP64_FIELD:
+        if field == ZIP64_FIELD:
             longs = iter(struct.unpack_from(f"<{num_bytes // 8}Q", extra, at + 4))
-            return tuple(next(longs, value) if value == _MAX32 else value for value in values)
+            return tuple(next(longs, value) if value == MAX32 else value for value in values)
         at += 4 + num_bytes
     return values
 
@@ -222,17 +244,18 @@ class _Tensor:
         return dtypes.require_known(self.storage.dtype or self.dtype, where), self.shape
 
     def _is_row_major(self) -> bool:
-        expected = list(itertools.accumulate(reversed((*self.shape[1:], 1)), lambda a, b: a * max(b, 1)))[::-1]
-        return all(n <= 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True)) or not _numel(
-            self.shape
-        )
+        pairs = zip(self.shape, self.strides, row_major_strides(self.shape), strict=True)
+        return all(extent <= 1 or stride == expected for extent, stride, expected in pairs) or not math.prod(self.shape)
 
 
-def _numel(shape: Shape) -> int:
-    numel = 1
-    for extent in shape:
-        numel *= extent
-    return numel
+def row_major_strides(shape: Shape) -> Shape:
+    """Strides in elements of a contiguous tensor, as torch counts them (an empty axis counts as 1)."""
+    strides: list[int] = []
+    step = 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
 
 
 def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:  # noqa: ANN401  (from a pickle)
@@ -259,7 +282,7 @@ def _tensor_global(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins o
         ("torch", "Size"): tuple,
         ("torch.storage", "UntypedStorage"): "",
         ("collections", "OrderedDict"): dict,
-        **{("torch", storage): dtype for storage, dtype in _STORAGES.items()},
+        **{("torch", storage): dtype for storage, dtype in STORAGES.items()},
     }[module, name]
 
 
@@ -268,151 +291,3 @@ def _storage(pid: Any) -> _Storage:  # noqa: ANN401  (from a pickle)
     if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and pid[2] == "0"):  # noqa: PLR2004
         raise FormatError(f"an unexpected persistent object {pid!r}")
     return _Storage(pid[1] if isinstance(pid[1], str) and pid[1] else None, pid[4])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArchiveLayout:
-    """An archive around ``data_bytes`` bytes that are yet to come: where they go, and what stands around them.
-
-    ``data_offset`` and ``num_bytes`` are relative to the archive, which starts at a multiple of 64 in its file.
-    """
-
-    pickled: bytes
-    data_bytes: int
-    data_offset: int
-    num_bytes: int
-
-    @classmethod
-    def for_tensor(cls, dtype: str, shape: Shape, position: int) -> ArchiveLayout:
-        """For a tensor of a torch dtype name, where the archive will start at byte ``position`` of its file."""
-        data_bytes = _numel(shape) * dtypes.itemsize_bytes(dtype)
-        pickled = pickle_records.dumps(_tensor_record(dtype, shape))
-        before = (
-            len(_records(_head_records(pickled)))
-            + _LOCAL.size
-            + len(f"{_ROOT}/data/0")
-            + 4
-            + _zip64_bytes(data_bytes, 2)
-        )
-        alignment = _PAGE_BYTES if data_bytes >= _PAGE_BYTES else _ALIGNMENT
-        data_offset = before + -(position + before) % alignment
-        layout = cls(pickled=pickled, data_bytes=data_bytes, data_offset=data_offset, num_bytes=0)
-        return cls(
-            pickled=pickled,
-            data_bytes=data_bytes,
-            data_offset=data_offset,
-            num_bytes=data_offset + data_bytes + len(layout.tail(0)),
-        )
-
-    def head(self, crc32: int) -> bytes:
-        """The bytes before the data, whose CRC-32 is ``crc32``."""
-        start = _records(_head_records(self.pickled))
-        return start + self._data_header(crc32)
-
-    def tail(self, crc32: int) -> bytes:
-        """The bytes behind the data: the ``version`` record, the central directory, and padding to 64 bytes."""
-        end = self.data_offset + self.data_bytes
-        small = _head_records(self.pickled)
-        version = ("version", b"3\n")
-        bare = self._tail(end, small, version, crc32, b"")
-        return self._tail(end, small, version, crc32, b"\0" * (-(end + len(bare)) % _ALIGNMENT))
-
-    def _data_header(self, crc32: int) -> bytes:
-        name = f"{_ROOT}/data/0".encode()
-        offset = len(_records(_head_records(self.pickled)))
-        extra = _zip64_extra(self.data_bytes, self.data_bytes)
-        padding = self.data_offset - offset - _LOCAL.size - len(name) - len(extra) - 4
-        extra += struct.pack("<2H", _PADDING_FIELD, padding) + b"Z" * padding
-        return _local_header(name, self.data_bytes, crc32, len(extra)) + name + extra
-
-    def _tail(
-        self, end: int, small: list[tuple[str, bytes]], version: tuple[str, bytes], crc32: int, comment: bytes
-    ) -> bytes:
-        entries, offset = [], 0
-        for name, content in small:
-            entries.append((name, len(content), zlib.crc32(content), offset))
-            offset += len(_records([(name, content)]))
-        entries.append(("data/0", self.data_bytes, crc32, offset))
-        entries.append((version[0], len(version[1]), zlib.crc32(version[1]), end))
-        body = _records([version])
-        return body + _central_directory(entries, end + len(body), comment)
-
-
-def object_archive(value: Any) -> bytes:  # noqa: ANN401  (plain values)
-    """A whole ``torch.save`` archive of a plain value, without tensors."""
-    return pickled_archive(pickle_records.dumps(value))
-
-
-def pickled_archive(pickled: bytes) -> bytes:
-    """A whole ``torch.save`` archive around a pickle without tensors."""
-    records = [*_head_records(pickled), ("version", b"3\n")]
-    body, entries = b"", []
-    for name, content in records:
-        entries.append((name, len(content), zlib.crc32(content), len(body)))
-        body += _records([(name, content)])
-    bare = _central_directory(entries, len(body), b"")
-    return body + _central_directory(entries, len(body), b"\0" * (-(len(body) + len(bare)) % _ALIGNMENT))
-
-
-def _tensor_record(dtype: str, shape: Shape) -> Call:
-    """What ``torch.save`` pickles for a contiguous tensor that fills its storage."""
-    if dtype not in _STORAGE_OF:
-        raise FormatError(
-            f"{dtype} tensors cannot be written to torch archives: expected one of {', '.join(_STORAGE_OF)}"
-        )
-    strides = tuple(itertools.accumulate(reversed((*shape[1:], 1)), lambda a, b: a * max(b, 1)))[::-1] if shape else ()
-    storage = PersistentId(("storage", Global("torch", _STORAGE_OF[dtype]), "0", "cpu", _numel(shape)))
-    hooks = Call(Global("collections", "OrderedDict"), ())
-    return Call(Global("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, strides, False, hooks))
-
-
-def _head_records(pickled: bytes) -> list[tuple[str, bytes]]:
-    return [("data.pkl", pickled), ("byteorder", b"little")]
-
-
-def _records(records: list[tuple[str, bytes]]) -> bytes:
-    """Local headers and contents of small records."""
-    parts = []
-    for name, content in records:
-        path = f"{_ROOT}/{name}".encode()
-        parts += [_local_header(path, len(content), zlib.crc32(content), 0), path, content]
-    return b"".join(parts)
-
-
-def _local_header(path: bytes, num_bytes: int, crc32: int, extra_bytes: int) -> bytes:
-    size = min(num_bytes, _MAX32)
-    return _LOCAL.pack(b"PK\3\4", 45, _UTF8_NAMES, 0, 0, 0, crc32, size, size, len(path), extra_bytes)
-
-
-def _central_directory(entries: list[tuple[str, int, int, int]], position: int, comment: bytes) -> bytes:
-    """The directory of ``(name, size, crc32, offset)`` at ``position`` of the archive, and the end records."""
-    parts = []
-    for name, num_bytes, crc32, offset in entries:
-        path, size, at = f"{_ROOT}/{name}".encode(), min(num_bytes, _MAX32), min(offset, _MAX32)
-        extra = _zip64_extra(*([num_bytes, num_bytes] if size == _MAX32 else []), *([offset] if at == _MAX32 else []))
-        parts.append(
-            _CENTRAL.pack(
-                b"PK\1\2", 45, 45, _UTF8_NAMES, 0, 0, 0, crc32, size, size, len(path), len(extra), 0, 0, 0, 0, at
-            )
-            + path
-            + extra
-        )
-    directory = b"".join(parts)
-    end64 = b""
-    if position >= _MAX32:
-        count = len(entries)
-        end64 = _END64.pack(b"PK\6\6", _END64.size - 12, 45, 45, 0, 0, count, count, len(directory), position)
-        end64 += _LOCATOR64.pack(b"PK\6\7", 0, position + len(directory), 1)
-    end = _END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(directory), min(position, _MAX32), len(comment))
-    return directory + end64 + end + comment
-
-
-def _zip64_bytes(num_bytes: int, values: int) -> int:
-    return 4 + 8 * values if num_bytes >= _MAX32 else 0
-
-
-def _zip64_extra(*values: int) -> bytes:
-    """The ZIP64 extra field for ``values``, or nothing if none of them needs it."""
-    if not values or max(values) < _MAX32:
-        return b""
-    return struct.pack(f"<2H{len(values)}Q", _ZIP64_FIELD, 8 * len(values), *values)

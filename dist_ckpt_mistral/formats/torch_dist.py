@@ -6,9 +6,11 @@ file, offset and length of the ``torch.save`` archive that holds it (torch/distr
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +20,7 @@ from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import common_state, pickle_records
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.pickle_records import OpaqueRecord, record_class
-from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, torch_dtype_name
+from dist_ckpt_mistral.formats.torch_archive import TensorLocator, torch_dtype_name
 from dist_ckpt_mistral.gather.boxes import Shape
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.storage import SourceFiles
@@ -29,60 +31,95 @@ TRACKER_FILE: Final = "latest_checkpointed_iteration.txt"
 _RELEASE: Final = "release"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredTensor:
-    """One tensor as ``.metadata`` describes it. ``chunks`` are (offset, shape, entry), in elements."""
+    """One tensor as ``.metadata`` describes it: torch dtype name, shape in elements, and its chunks still as records.
+
+    There may be millions of chunks, most of them of optimizer state: they become numbers only when asked for.
+    """
 
     name: str
     dtype: str
     global_shape: Shape
-    chunks: tuple[tuple[Shape, Shape, Entry], ...]
+    described: Sequence[Any]
+    stored: Sequence[tuple[Any, Any]]
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of stored chunks."""
+        return len(self.described)
 
     @property
     def num_bytes(self) -> int:
         """Size of the global tensor; 0 for a dtype that this package does not know."""
-        return (
-            math.prod(self.global_shape) * dtypes.itemsize_bytes(self.dtype) if self.dtype in dtypes.KNOWN_DTYPES else 0
-        )
+        known = self.dtype in dtypes.KNOWN_DTYPES
+        return math.prod(self.global_shape) * dtypes.itemsize_bytes(self.dtype) if known else 0
+
+    def chunks(self) -> list[tuple[Shape, Shape, Entry]]:
+        """(offset, shape, where) of every chunk, in elements. Raises ValueError that says what does not fit."""
+        places = {index.offset: info for index, info in self.stored}
+        if len(places) != len(self.stored):
+            raise ValueError(f"chunks of {self.name!r} are stored more than once")
+        boxes = [(chunk.offsets, chunk.sizes) for chunk in self.described]
+        lost = [offset for offset, _ in boxes if offset not in places]
+        if lost:
+            raise ValueError(f"{len(lost)} chunks of {self.name!r} are stored nowhere, the first at {list(lost[0])}")
+        if len(boxes) != len(places):
+            raise ValueError(f"{len(boxes)} chunks of {self.name!r} are described, {len(places)} are stored")
+        _require_sizes(boxes, len(self.global_shape), self.name)
+        return [(offset, shape, _entry(places[offset])) for offset, shape in boxes]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TorchDistCheckpoint:
     """An opened checkpoint: what its metadata says. Tensor data is located on demand by ``index``."""
 
     directory: Path
+    file_names: tuple[str, ...]
     tensors: Mapping[str, StoredTensor]
     objects: Mapping[str, Entry]
     common_state: Mapping[str, Any] = field(repr=False)
 
     def index(self, names: Iterable[str]) -> TensorIndex:
-        """Find the bytes of every chunk of ``names``. Reads a few kilobytes of each archive.
+        """Find the bytes of every chunk of ``names``. Reads some hundred bytes of each archive.
 
         Raises FormatError for files that are missing or truncated (all of them), and for archives that are damaged or
         hold something else than the metadata says.
         """
-        wanted = [self.tensors[name] for name in names]
-        files = sorted({entry.file for tensor in wanted for _, _, entry in tensor.chunks})
-        number = {name: i for i, name in enumerate(files)}
+        try:
+            chunks = {name: self.tensors[name].chunks() for name in names}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise FormatError(f"{self.directory / METADATA_FILE} is damaged: {error}") from error
+        ends: dict[str, int] = {}
+        for _, _, entry in itertools.chain.from_iterable(chunks.values()):
+            ends[entry.file] = max(ends.get(entry.file, 0), entry.offset + entry.num_bytes)
+        files = sorted(ends)
         paths = tuple(self.directory / name for name in files)
+        _require_files(paths, ends)
+        number = {name: i for i, name in enumerate(files)}
         with SourceFiles(paths) as sources:
-            _require_files(paths, sources, (entry for tensor in wanted for _, _, entry in tensor.chunks), number)
-            tensors = {tensor.name: self._locate(tensor, sources, number) for tensor in wanted}
+            tensors = {name: self._locate(self.tensors[name], chunks[name], sources, number) for name in chunks}
         return TensorIndex(files=paths, tensors=tensors)
 
-    def _locate(self, tensor: StoredTensor, sources: SourceFiles, number: Mapping[str, int]) -> IndexedTensor:
-        chunks = []
-        for offset, shape, entry in tensor.chunks:
-            where = f"the chunk of {tensor.name!r} at byte {entry.offset} of {self.directory / entry.file}"
+    def _locate(
+        self,
+        tensor: StoredTensor,
+        chunks: list[tuple[Shape, Shape, Entry]],
+        sources: SourceFiles,
+        number: Mapping[str, int],
+    ) -> IndexedTensor:
+        dtype = dtypes.require_known(tensor.dtype, repr(tensor.name))
+        locator = TensorLocator(sources)
+        located = []
+        for offset, shape, entry in chunks:
             file = number[entry.file]
-            stored = ArchiveReader(sources, file, entry.offset, entry.num_bytes, where).tensor()
-            if (stored.dtype, stored.shape) != (tensor.dtype, shape):
-                raise FormatError(
-                    f"{where} does not match the metadata: expected {tensor.dtype} {list(shape)}, "
-                    f"got {stored.dtype} {list(stored.shape)}"
-                )
-            chunks.append((offset, shape, file, stored.data.position))
-        return IndexedTensor.build(tensor.name, tensor.dtype, tensor.global_shape, chunks)
+            try:
+                position = locator.locate(file, entry.offset, entry.num_bytes, dtype, shape)
+            except FormatError as error:
+                where = f"the chunk of {tensor.name!r} at byte {entry.offset} of {self.directory / entry.file}"
+                raise FormatError(f"{where}: {error}") from error
+            located.append((offset, shape, file, position))
+        return IndexedTensor.build(tensor.name, dtype, tensor.global_shape, located)
 
 
 def resolve_directory(path: Path) -> Path:
@@ -123,11 +160,13 @@ def open_torch_dist(path: Path) -> TorchDistCheckpoint:
         raise FormatError(f"{where} is missing: the checkpoint was not saved to its end, or not copied whole")
     metadata = pickle_records.loads(storage.read_bytes(directory / METADATA_FILE), _metadata_allowlist(), where)
     try:
-        tensors, objects = _parse(metadata, where)
+        files, tensors, objects = _parse(metadata)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{where} is not torch_dist metadata: {error!r}") from error
+        raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
     state = common_state.read(directory, objects.get(common_state.SHARDED_KEY))
-    return TorchDistCheckpoint(directory=directory, tensors=tensors, objects=objects, common_state=state)
+    return TorchDistCheckpoint(
+        directory=directory, file_names=files, tensors=tensors, objects=objects, common_state=state
+    )
 
 
 def _require_backend(directory: Path) -> None:
@@ -139,83 +178,76 @@ def _require_backend(directory: Path) -> None:
         raise FormatError(f"{path} says sharded_backend {backend!r}: expected 'torch_dist'")
 
 
-def _parse(metadata: Any, where: str) -> tuple[dict[str, StoredTensor], dict[str, Entry]]:  # noqa: ANN401  (a record)
-    """Tensors and objects by key. Whatever is missing raises one of the errors that ``open_torch_dist`` translates."""
-    entries: dict[str, dict[Shape | None, Entry]] = {}
+def _parse(metadata: Any) -> tuple[tuple[str, ...], dict[str, StoredTensor], dict[str, Entry]]:  # noqa: ANN401  (a record)
+    """File names, tensors and objects by key. Whatever is amiss raises what ``open_torch_dist`` translates."""
+    stored: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
     for index, info in metadata.storage_data.items():
-        at = getattr(index, "offset", None)  # torch leaves out what is None
-        offset = None if at is None else _sizes(at)
-        entries.setdefault(index.fqn, {})[offset] = _entry(info, where)
+        stored[index.fqn].append((index, info))
+    files = tuple(sorted({_require_file_name(info.relative_path) for info in metadata.storage_data.values()}))
     tensors, objects = {}, {}
     for name, described in metadata.state_dict_metadata.items():
-        stored = entries.get(name, {})
         if type(described).__name__ == "TensorStorageMetadata":
-            tensors[str(name)] = _tensor(str(name), described, stored, where)
-        elif len(stored) == 1:
-            objects[str(name)] = next(iter(stored.values()))
+            tensors[str(name)] = StoredTensor(
+                name=str(name),
+                dtype=str(described.properties.state[0]),
+                global_shape=_sizes(described.size),
+                described=described.chunks,
+                stored=stored.get(name, ()),
+            )
+        elif len(stored.get(name, ())) == 1:
+            objects[str(name)] = _entry(stored[name][0][1])
         else:
-            raise FormatError(f"{where} lists {name!r} and says nowhere where it is stored")
-    return tensors, objects
+            raise ValueError(f"{name!r} is listed, but it is not said where it is stored")
+    unlisted = [name for name in stored if name not in metadata.state_dict_metadata]
+    if unlisted:
+        raise ValueError(f"{', '.join(map(repr, unlisted))} are stored but not listed")
+    return files, tensors, objects
 
 
-def _tensor(name: str, described: Any, stored: Mapping[Shape | None, Entry], where: str) -> StoredTensor:  # noqa: ANN401
-    chunks = [(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in described.chunks]
-    lost = [offset for offset, _ in chunks if offset not in stored]
-    if lost:
-        raise FormatError(
-            f"{where} says nowhere where {len(lost)} chunks of {name!r} are stored, the first at {lost[0]}"
-        )
-    shape = _sizes(described.size)
-    if any(len(offset) != len(shape) or len(sizes) != len(shape) for offset, sizes in chunks):
-        raise FormatError(f"{where} gives chunks of {name!r} another number of axes than its shape {list(shape)}")
-    return StoredTensor(
-        name=name,
-        dtype=str(described.properties.state[0]),
-        global_shape=shape,
-        chunks=tuple((offset, sizes, stored[offset]) for offset, sizes in chunks),
-    )
-
-
-def _entry(info: Any, where: str) -> Entry:  # noqa: ANN401  (a record)
-    file, offset, num_bytes = info.relative_path, info.offset, info.length
+def _require_file_name(file: object) -> str:
+    """Shards lie beside ``.metadata``; anything but a plain name could point anywhere."""
     if not isinstance(file, str) or Path(file).name != file or file in {"", ".", ".."}:
-        raise FormatError(f"{where} names the file {file!r}: expected a plain name of a file beside it")
+        raise ValueError(f"it names the file {file!r}: expected the plain name of a file beside it")
+    return file
+
+
+def _entry(info: Any) -> Entry:  # noqa: ANN401  (a record)
     if getattr(info, "transform_descriptors", None):
-        raise FormatError(
-            f"{where} describes transformed data ({info.transform_descriptors!r}), which is not supported"
-        )
-    return Entry(file, *_sizes((offset, num_bytes)))
+        raise ValueError(f"it describes transformed data ({info.transform_descriptors!r}), which is not supported")
+    if not (type(info.offset) is type(info.length) is int and info.offset >= 0 and info.length >= 0):
+        raise ValueError(f"it places an archive at {info.offset!r}, {info.length!r} bytes long")
+    return Entry(info.relative_path, info.offset, info.length)
 
 
 def _sizes(value: Any) -> Shape:  # noqa: ANN401  (from a pickle)
     """A tuple of non-negative integers, as offsets and shapes must be."""
-    sizes = tuple(value)
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError(f"bad sizes {sizes!r}")
-    return sizes
+    if type(value) is not tuple or not all(type(size) is int and size >= 0 for size in value):
+        raise ValueError(f"expected sizes, got {value!r}")
+    return value
 
 
-def _require_files(
-    paths: tuple[Path, ...], sources: SourceFiles, entries: Iterable[Entry], number: Mapping[str, int]
-) -> None:
-    """Every file must be there and reach as far as its entries do."""
-    absent = [path.name for path in paths if not path.is_file()]
-    if absent:
-        raise FormatError(
-            f"files are missing in {paths[0].parent}: {', '.join(absent)}. Copy the checkpoint again, whole."
-        )
-    ends: dict[str, int] = {}
-    for entry in entries:
-        ends[entry.file] = max(ends.get(entry.file, 0), entry.offset + entry.num_bytes)
+def _require_sizes(boxes: Sequence[tuple[Any, Any]], ndim: int, name: str) -> None:
+    """Offsets and shapes of chunks must be tuples of ``ndim`` non-negative integers."""
+    for box in boxes:
+        for sizes in box:
+            if len(_sizes(sizes)) != ndim:
+                raise ValueError(f"a chunk of {name!r} has {len(sizes)} axes, the tensor has {ndim}")
+
+
+def _require_files(paths: tuple[Path, ...], ends: Mapping[str, int]) -> None:
+    """Every file must be there and reach as far as its entries do (``ends``, in bytes, by name)."""
+    sizes = {path.name: path.stat().st_size if path.is_file() else None for path in paths}
+    absent = [name for name, size in sizes.items() if size is None]
     short = [
-        f"{name} (expected at least {end} bytes, got {size})"
-        for name, end in sorted(ends.items())
-        if (size := sources.size_bytes(number[name])) < end
+        f"{name} (expected at least {ends[name]} bytes, got {size})"
+        for name, size in sizes.items()
+        if size is not None and size < ends[name]
     ]
-    if short:
-        raise FormatError(
-            f"files in {paths[0].parent} are truncated: {', '.join(short)}. Copy the checkpoint again, whole."
-        )
+    problems = [f"missing: {', '.join(absent)}"] if absent else []
+    problems += [f"truncated: {', '.join(short)}"] if short else []
+    if problems:
+        folder = paths[0].parent
+        raise FormatError(f"files in {folder} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
 
 
 def _metadata_allowlist() -> Callable[[str, str], Any]:

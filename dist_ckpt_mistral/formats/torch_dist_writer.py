@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.formats import pickle_records, torch_archive
+from dist_ckpt_mistral.formats import pickle_records, torch_archive_writer
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Pairs
-from dist_ckpt_mistral.formats.torch_archive import ArchiveLayout
+from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
 from dist_ckpt_mistral.gather.boxes import Shape
-from dist_ckpt_mistral.gather.executor import Gathered
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.storage import TargetFile
 
@@ -92,7 +91,7 @@ class CheckpointLayout:
         """Write heads and tails of all archives; ``crc32_at`` is by file number and position of the data."""
         for placed in self.placed:
             target, crc32 = targets[placed.chunk.file], crc32_at[placed.chunk.file, placed.data_position]
-            target.write(placed.position, placed.archive.head(crc32))
+            target.write(placed.position, placed.archive.head)
             target.write(placed.data_position + placed.archive.data_bytes, placed.archive.tail(crc32))
         targets[0].write(self.object_position, _EMPTY_OBJECT)
 
@@ -121,7 +120,7 @@ class CheckpointLayout:
 
 
 #: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
-_EMPTY_OBJECT: Final = torch_archive.object_archive([None])
+_EMPTY_OBJECT: Final = torch_archive_writer.object_archive([None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +175,3 @@ def lay_out(chunks: Iterable[NewChunk], object_keys: Iterable[str], *, num_files
         object_keys=tuple(object_keys),
         object_position=object_position,
     )
-
-
-def checksums(gathered: Iterable[Gathered], positions: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """CRC-32 by (file, position), from the segments of a plan; ``positions[i]`` is where segment ``i`` begins."""
-    return {positions[done.segment]: done.crc32 for done in gathered}

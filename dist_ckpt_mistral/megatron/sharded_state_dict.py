@@ -1,6 +1,6 @@
 """The sharded state dict of a Mistral model, for any rank of any layout: no model, no process group, no GPU.
 
-Entries equal those of a real ``GPTModel.sharded_state_dict()`` with the local layer spec (megatron-core 0.16 to 0.19:
+Entries equal those of a real ``GPTModel.sharded_state_dict()`` with the local layer spec (megatron-core 0.16 and 0.19:
 transformer/transformer_block.py, mlp.py and utils.py, models/common/language_module/language_module.py) and also say
 which Hugging Face tensors they hold rows of.
 

@@ -1,0 +1,177 @@
+"""Laying out the zip archives of ``torch.save`` around bytes that are yet to come, without torch."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats.pickle_records import Call, Global, PersistentId
+from dist_ckpt_mistral.formats.torch_archive import (
+    CENTRAL,
+    END,
+    END64,
+    LITTLE_ENDIAN,
+    LOCAL,
+    LOCATOR64,
+    MAX32,
+    STORAGES,
+    ZIP64_FIELD,
+    row_major_strides,
+)
+from dist_ckpt_mistral.gather.boxes import Shape
+
+_ROOT: Final = "archive"
+_FLAGS: Final = 0x808  # names are UTF-8; sizes and checksums stand behind the data
+_PADDING_FIELD: Final = 0x4246  # "FB": what torch pads local headers with
+#: torch aligns storages to 64 bytes; for much data, whole pages make copies cheaper.
+_ALIGNMENT: Final = 64
+_PAGE_BYTES: Final = 4096
+_LARGE_BYTES: Final = 64 << 10
+#: Sizes and offsets from here on are written as ZIP64: a page below the limit, so that padding never crosses it.
+_ZIP64_BYTES: Final = MAX32 - 2 * _PAGE_BYTES
+_VERSION: Final = b"3\n"
+_STORAGE_OF: Final = {dtype: storage for storage, dtype in STORAGES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listed:
+    """One record as the central directory lists it: ``offset`` is that of its local header in the archive."""
+
+    name: str
+    num_bytes: int
+    crc32: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveLayout:
+    """An archive around ``data_bytes`` bytes that are yet to come: what stands before them, and how long it will be.
+
+    As in torch's own archives sizes and checksums stand behind the data, so that ``head`` does not depend on it; heads
+    of equal chunks are equal, wherever they lie.
+    """
+
+    head: bytes
+    listed: tuple[_Listed, ...]
+    data_bytes: int
+    num_bytes: int
+
+    @property
+    def data_offset(self) -> int:
+        """Where the data begins in the archive."""
+        return len(self.head)
+
+    @classmethod
+    def for_tensor(cls, dtype: str, shape: Shape, position: int) -> ArchiveLayout:
+        """For a tensor of a torch dtype name, where the archive will start at byte ``position`` of its file.
+
+        Data is aligned in the file, to pages if there is much of it; so is the end, where the next archive starts.
+        """
+        data_bytes = math.prod(shape) * dtypes.itemsize_bytes(dtype)
+        alignment = _PAGE_BYTES if data_bytes >= _LARGE_BYTES else _ALIGNMENT
+        head, listed = _leading_records(pickle_records.dumps(_tensor_record(dtype, shape)))
+        data = _Listed(name="data/0", num_bytes=data_bytes, crc32=0, offset=len(head))
+        unaligned = position + len(head) + len(_local_header("data/0", 0))
+        head += _local_header("data/0", -unaligned % alignment)
+        bare = cls(head=head, listed=(*listed, data), data_bytes=data_bytes, num_bytes=0)
+        end = len(head) + data_bytes + len(bare._tail(0, 0))
+        return replace(bare, num_bytes=end + -(position + end) % alignment)
+
+    def tail(self, crc32: int) -> bytes:
+        """The bytes behind the data, whose CRC-32 is ``crc32``; padded to the length that was planned."""
+        padding = self.num_bytes - len(self.head) - self.data_bytes - len(self._tail(crc32, 0))
+        return self._tail(crc32, padding)
+
+    def _tail(self, crc32: int, padding: int) -> bytes:
+        """The descriptor of the data, the ``version`` record behind ``padding`` bytes, and the central directory."""
+        descriptor = _descriptor(self.data_bytes, crc32)
+        version_at = len(self.head) + self.data_bytes + len(descriptor)
+        version = _record("version", _VERSION, padding)
+        listed = [replace(record, crc32=crc32) if record.name == "data/0" else record for record in self.listed]
+        listed.append(_list("version", _VERSION, version_at))
+        return descriptor + version + _central_directory(listed, version_at + len(version))
+
+
+def object_archive(value: Any) -> bytes:  # noqa: ANN401  (plain values)
+    """A whole ``torch.save`` archive of a plain value, without tensors."""
+    return pickled_archive(pickle_records.dumps(value))
+
+
+def pickled_archive(pickled: bytes) -> bytes:
+    """A whole ``torch.save`` archive around a pickle without tensors; its length is a multiple of 64."""
+    head, listed = _leading_records(pickled)
+    listed.append(_list("version", _VERSION, len(head)))
+    bare = len(head) + len(_record("version", _VERSION, 0))
+    padding = -(bare + len(_central_directory(listed, bare))) % _ALIGNMENT
+    return head + _record("version", _VERSION, padding) + _central_directory(listed, bare + padding)
+
+
+def _tensor_record(dtype: str, shape: Shape) -> Call:
+    """What ``torch.save`` pickles for a contiguous tensor that fills its storage."""
+    if dtype not in _STORAGE_OF:
+        expected = ", ".join(_STORAGE_OF)
+        raise FormatError(f"{dtype} tensors cannot be written to torch archives: expected one of {expected}")
+    storage = PersistentId(("storage", Global("torch", _STORAGE_OF[dtype]), "0", "cpu", math.prod(shape)))
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    return Call(
+        Global("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, row_major_strides(shape), False, hooks)
+    )
+
+
+def _leading_records(pickled: bytes) -> tuple[bytes, list[_Listed]]:
+    """The records before the data."""
+    first = _record("data.pkl", pickled, 0)
+    second = _record("byteorder", LITTLE_ENDIAN, 0)
+    return first + second, [_list("data.pkl", pickled, 0), _list("byteorder", LITTLE_ENDIAN, len(first))]
+
+
+def _list(name: str, content: bytes, offset: int) -> _Listed:
+    return _Listed(name=name, num_bytes=len(content), crc32=zlib.crc32(content), offset=offset)
+
+
+def _record(name: str, content: bytes, padding: int) -> bytes:
+    return _local_header(name, padding) + content + _descriptor(len(content), zlib.crc32(content))
+
+
+def _local_header(name: str, padding: int) -> bytes:
+    """A local header that leaves sizes and checksum to the descriptor, with ``padding`` bytes in a field of torch's."""
+    path = f"{_ROOT}/{name}".encode()
+    extra = struct.pack("<2H", _PADDING_FIELD, padding) + b"Z" * padding
+    return LOCAL.pack(b"PK\3\4", 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(path), len(extra)) + path + extra
+
+
+def _descriptor(num_bytes: int, crc32: int) -> bytes:
+    return struct.pack("<4sI2Q" if num_bytes >= _ZIP64_BYTES else "<4s3I", b"PK\7\10", crc32, num_bytes, num_bytes)
+
+
+def _central_directory(listed: Iterable[_Listed], position: int) -> bytes:
+    """The directory of an archive, at byte ``position`` of it, and the end records."""
+    parts = []
+    for record in listed:
+        path = f"{_ROOT}/{record.name}".encode()
+        size, size_long = _or_zip64(record.num_bytes)
+        offset, offset_long = _or_zip64(record.offset)
+        longs = size_long * 2 + offset_long
+        extra = struct.pack("<2H", ZIP64_FIELD, len(longs)) + longs if longs else b""
+        fixed = (0, 0, _FLAGS, 0, 0, 0, record.crc32, size, size, len(path), len(extra), 0, 0, 0, 0, offset)
+        parts.append(CENTRAL.pack(b"PK\1\2", *fixed) + path + extra)
+    directory = b"".join(parts)
+    offset, is_long = _or_zip64(position)
+    end64 = b""
+    if is_long:
+        counts = (len(parts), len(parts), len(directory), position)
+        end64 = END64.pack(b"PK\6\6", END64.size - 12, 45, 45, 0, 0, *counts)
+        end64 += LOCATOR64.pack(b"PK\6\7", 0, position + len(directory), 1)
+    return directory + end64 + END.pack(b"PK\5\6", 0, 0, len(parts), len(parts), len(directory), offset, 0)
+
+
+def _or_zip64(value: int) -> tuple[int, bytes]:
+    """``value`` for a field of 32 bits, or the mark that it stands as 64 bits elsewhere, and those."""
+    return (MAX32, struct.pack("<Q", value)) if value >= _ZIP64_BYTES else (value, b"")

@@ -1,0 +1,117 @@
+"""One rank of a check that Megatron itself reads a checkpoint: ``python -m dist_ckpt_mistral.megatron.load_check``.
+
+Megatron's own ``dist_checkpointing.load`` fills this rank's sharded state dict. What every tensor should then hold is
+said again here in torch operations on the original Hugging Face files, which the safetensors library reads: only the
+names come from the table. Nothing needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from safetensors import safe_open
+
+from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensorFactory
+from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+
+#: prctl(2): the signal that a process gets when its parent dies.
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> None:
+    """Join the other ranks, load, compare, and leave the outcome in REPORTS/rankN.json."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tp", type=int, required=True)
+    parser.add_argument("--pp", type=int, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True, help="process id; this process does not outlive it")
+    parser.add_argument("hf", type=Path, help="Hugging Face directory")
+    parser.add_argument("checkpoint", help="iteration directory of the checkpoint")
+    parser.add_argument("reports", type=Path, help="directory of the outcomes, empty before the first rank starts")
+    arguments = parser.parse_args()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != arguments.parent:
+        raise SystemExit("the parent is gone")
+    layout = ParallelLayout(tp=arguments.tp, pp=arguments.pp)
+    dist.init_process_group(
+        "gloo",
+        init_method=(arguments.reports.absolute() / "rendezvous").as_uri(),
+        rank=arguments.rank,
+        world_size=layout.world_size,
+        timeout=timedelta(minutes=5),
+    )
+    outcome = check_rank(arguments.hf, arguments.checkpoint, layout, arguments.rank)
+    (arguments.reports / f"rank{arguments.rank}.json").write_text(json.dumps(outcome))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check_rank(hf: Path, checkpoint: str, layout: ParallelLayout, rank: int) -> dict[str, Any]:
+    """Load what ``rank`` holds and compare it: its layers, counts, bytes, and the names of tensors that differ."""
+    config = MistralConfig.from_hf(hf)
+    state = sharded_state_dict(config, layout, rank)
+    hf_names = {name: _hf_names(entry) for name, entry in state.items()}
+    loaded = dist_checkpointing.load(state, checkpoint)
+    tensors = {name: loaded[name] for name, names in hf_names.items() if names}
+    originals = _read(hf, [name for names in hf_names.values() for name in names])
+    tp_rank = layout.coordinates(rank).tp
+    different = [
+        name
+        for name, tensor in tensors.items()
+        if not _is_part(tensor, [originals[each] for each in hf_names[name]], config, layout.tp, tp_rank)
+    ]
+    return {
+        "layers": sorted({int(match[1]) for name in originals if (match := re.search(r"\.layers\.(\d+)\.", name))}),
+        "others": sorted(name for name in originals if ".layers." not in name),
+        "num_tensors": len(tensors),
+        "num_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "different": different,
+    }
+
+
+def _hf_names(entry: Any) -> tuple[str, ...]:  # noqa: ANN401  (an entry of a sharded state dict)
+    """The Hugging Face tensors that an entry holds rows of, in order; none for objects."""
+    pieces = entry.build() if isinstance(entry, HfShardedTensorFactory) else [entry]
+    return tuple(name for piece in pieces for name in getattr(piece, "hf_names", ()))
+
+
+def _read(hf: Path, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    """The named tensors of all safetensors files of a directory."""
+    found = {}
+    for path in sorted(hf.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_tensor(name) for name in set(names) & set(file.keys())})
+    return found
+
+
+def _is_part(tensor: torch.Tensor, originals: list[torch.Tensor], config: MistralConfig, tp: int, tp_rank: int) -> bool:
+    """Whether ``tensor`` is the part that ``tp_rank`` of ``tp`` holds of query, key and value; gate and up; or one tensor."""
+    if len(originals) == 3:  # noqa: PLR2004  (query, key, value: group by group)
+        groups = [each.view(config.num_key_value_heads, -1, config.hidden_size) for each in originals]
+        expected = torch.cat(groups, dim=1).flatten(0, 1).chunk(tp)[tp_rank]
+    elif len(originals) == 2:  # noqa: PLR2004  (gate and up, each cut on its own)
+        expected = torch.cat([each.chunk(tp)[tp_rank] for each in originals])
+    else:
+        expected = originals[0]
+        for axis, size in enumerate(tensor.shape):
+            if size != expected.shape[axis]:
+                expected = expected.chunk(tp, axis)[tp_rank]
+    return torch.equal(tensor.view(torch.int16), expected.contiguous().view(torch.int16))
+
+
+if __name__ == "__main__":
+    main()
