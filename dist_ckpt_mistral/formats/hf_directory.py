@@ -151,19 +151,31 @@ def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, Safet
 
 
 def plan_files(tensors: Sequence[tuple[str, str, Shape]], *, max_file_bytes: int) -> FileSet:
-    """Distribute ``(name, dtype, shape)`` over files in order, as transformers' ``save_pretrained`` does."""
-    groups: list[list[tuple[str, str, Shape]]] = [[]]
+    """Distribute ``(name, dtype, shape)`` over files in order, as transformers' ``save_pretrained`` does.
+
+    A tensor larger than a file gets one of its own, and the file before it goes on being filled (huggingface_hub 2.4,
+    serialization/_base.py).
+    """
+    groups: list[list[tuple[str, str, Shape]]] = []
+    group: list[tuple[str, str, Shape]] = []
     group_bytes = 0
     for tensor in tensors:
         num_bytes = math.prod(tensor[2]) * dtypes.itemsize_bytes(tensor[1])
-        if groups[-1] and group_bytes + num_bytes > max_file_bytes:
-            groups.append([])
-            group_bytes = 0
-        groups[-1].append(tensor)
+        if num_bytes > max_file_bytes:
+            groups.append([tensor])
+            continue
+        if group_bytes + num_bytes > max_file_bytes:
+            groups.append(group)
+            group, group_bytes = [], 0
+        group.append(tensor)
         group_bytes += num_bytes
+    groups += [group] if group else []
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [SINGLE_FILE]
-    return FileSet(files={name: new_file(group) for name, group in zip(names, groups, strict=True)})
+    return FileSet(
+        files={name: new_file(group) for name, group in zip(names, groups, strict=True)},
+        index_metadata={"total_parameters": sum(math.prod(shape) for _, _, shape in tensors)},
+    )
 
 
 def carried_files(directory: Path) -> tuple[list[Path], list[str]]:

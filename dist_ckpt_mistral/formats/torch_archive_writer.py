@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import zlib
@@ -74,20 +75,16 @@ class ArchiveLayout:
 
         Data is aligned in the file, to pages if there is much of it; so is the end, where the next archive starts.
         """
-        data_bytes = math.prod(shape) * dtypes.itemsize_bytes(dtype)
-        alignment = _PAGE_BYTES if data_bytes >= _LARGE_BYTES else _ALIGNMENT
-        head, listed = _leading_records(pickle_records.dumps(_tensor_record(dtype, shape)))
-        data = _Listed(name="data/0", num_bytes=data_bytes, crc32=0, offset=len(head))
-        unaligned = position + len(head) + len(_local_header("data/0", 0))
-        head += _local_header("data/0", -unaligned % alignment)
-        bare = cls(head=head, listed=(*listed, data), data_bytes=data_bytes, num_bytes=0)
-        end = len(head) + data_bytes + len(bare._tail(0, 0))
-        return replace(bare, num_bytes=end + -(position + end) % alignment)
+        return _tensor_layout(dtype, shape, position % _PAGE_BYTES)
 
     def tail(self, crc32: int) -> bytes:
         """The bytes behind the data, whose CRC-32 is ``crc32``; padded to the length that was planned."""
-        padding = self.num_bytes - len(self.head) - self.data_bytes - len(self._tail(crc32, 0))
-        return self._tail(crc32, padding)
+        return self._tail(crc32, self.num_bytes - len(self.head) - self.data_bytes - self.tail_bytes)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Length of the tail without padding."""
+        return len(self._tail(0, 0))
 
     def _tail(self, crc32: int, padding: int) -> bytes:
         """The descriptor of the data, the ``version`` record behind ``padding`` bytes, and the central directory."""
@@ -97,6 +94,20 @@ class ArchiveLayout:
         listed = [replace(record, crc32=crc32) if record.name == "data/0" else record for record in self.listed]
         listed.append(_list("version", _VERSION, version_at))
         return descriptor + version + _central_directory(listed, version_at + len(version))
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensor_layout(dtype: str, shape: Shape, position: int) -> ArchiveLayout:
+    """The layout at ``position`` in a page: the same for most chunks of a tensor."""
+    data_bytes = math.prod(shape) * dtypes.itemsize_bytes(dtype)
+    alignment = _PAGE_BYTES if data_bytes >= _LARGE_BYTES else _ALIGNMENT
+    head, listed = _leading_records(pickle_records.dumps(_tensor_record(dtype, shape)))
+    data = _Listed(name="data/0", num_bytes=data_bytes, crc32=0, offset=len(head))
+    unaligned = position + len(head) + len(_local_header("data/0", 0))
+    head += _local_header("data/0", -unaligned % alignment)
+    bare = ArchiveLayout(head=head, listed=(*listed, data), data_bytes=data_bytes, num_bytes=0)
+    end = len(head) + data_bytes + bare.tail_bytes
+    return replace(bare, num_bytes=end + -(position + end) % alignment)
 
 
 def object_archive(value: Any) -> bytes:  # noqa: ANN401  (plain values)

@@ -158,11 +158,12 @@ def open_torch_dist(path: Path) -> TorchDistCheckpoint:
     where = str(directory / METADATA_FILE)
     if not (directory / METADATA_FILE).is_file():
         raise FormatError(f"{where} is missing: the checkpoint was not saved to its end, or not copied whole")
-    metadata = pickle_records.loads(storage.read_bytes(directory / METADATA_FILE), _metadata_allowlist(), where)
-    try:
-        files, tensors, objects = _parse(metadata)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
+    with pickle_records.paused_collector():
+        metadata = pickle_records.loads(storage.read_bytes(directory / METADATA_FILE), _metadata_allowlist(), where)
+        try:
+            files, tensors, objects = _parse(metadata)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
     state = common_state.read(directory, objects.get(common_state.SHARDED_KEY))
     return TorchDistCheckpoint(
         directory=directory, file_names=files, tensors=tensors, objects=objects, common_state=state
@@ -183,7 +184,7 @@ def _parse(metadata: Any) -> tuple[tuple[str, ...], dict[str, StoredTensor], dic
     stored: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
     for index, info in metadata.storage_data.items():
         stored[index.fqn].append((index, info))
-    files = tuple(sorted({_require_file_name(info.relative_path) for info in metadata.storage_data.values()}))
+    files = {info.relative_path for info in metadata.storage_data.values()}
     tensors, objects = {}, {}
     for name, described in metadata.state_dict_metadata.items():
         if type(described).__name__ == "TensorStorageMetadata":
@@ -201,7 +202,7 @@ def _parse(metadata: Any) -> tuple[tuple[str, ...], dict[str, StoredTensor], dic
     unlisted = [name for name in stored if name not in metadata.state_dict_metadata]
     if unlisted:
         raise ValueError(f"{', '.join(map(repr, unlisted))} are stored but not listed")
-    return files, tensors, objects
+    return tuple(sorted(map(_require_file_name, files))), tensors, objects
 
 
 def _require_file_name(file: object) -> str:

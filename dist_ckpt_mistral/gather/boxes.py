@@ -5,10 +5,12 @@ A box is an offset and a shape in elements. Many boxes are two int64 arrays ``[n
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +21,7 @@ IntArray = npt.NDArray[np.int64]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Run(NamedTuple):
     """``rows`` pieces of ``row_bytes`` bytes, ``source_stride`` and ``target_stride`` bytes apart in each array."""
 
     source_start: int
@@ -53,27 +54,48 @@ def require_tiling(offsets: IntArray, shapes: IntArray, global_shape: Shape, wha
     if outside.size:
         box = _describe(offsets[outside[0]], ends[outside[0]])
         raise PlanError(f"{what}: {box} lies outside the tensor of shape {list(global_shape)}")
+    if not math.prod(global_shape) or grid_cuts(offsets, shapes, global_shape) is not None:
+        return
     filled = np.flatnonzero((shapes > 0).all(axis=1))
     lows, highs = offsets[filled], ends[filled]
-    if not math.prod(global_shape) or _is_grid(lows, highs, global_shape):
-        return
     fault = _first_fault(lows, highs, (), tuple(global_shape))
     if fault is not None:
         raise PlanError(f"{what}: {fault}")
 
 
-def _is_grid(lows: IntArray, highs: IntArray, global_shape: Shape) -> bool:
-    """Whether the boxes are the cells of one regular or irregular grid over all of ``global_shape``, each once."""
-    cell = np.zeros(len(lows), dtype=np.int64)
-    cells = 1
+def grid_cuts(offsets: IntArray, shapes: IntArray, global_shape: Shape) -> tuple[list[int], ...] | None:
+    """Of boxes that are the cells of a grid over all of ``global_shape``, where each axis is cut; else None.
+
+    The cuts of an axis are the starts of its cells and, last, its extent. In ascending order of their offsets, the
+    boxes are the cells in row-major order.
+    """
+    ends = offsets + shapes
+    cell = np.zeros(len(offsets), dtype=np.int64)
+    cuts: list[list[int]] = []
     for axis, extent in enumerate(global_shape):
-        cuts = np.unique(lows[:, axis])
-        place = np.searchsorted(cuts, lows[:, axis])
-        if not cuts.size or cuts[0] != 0 or not np.array_equal(highs[:, axis], np.append(cuts[1:], extent)[place]):
-            return False
-        cell = cell * cuts.size + place
-        cells *= cuts.size
-    return cells == len(lows) == np.unique(cell).size
+        starts = np.unique(offsets[:, axis])
+        place = np.searchsorted(starts, offsets[:, axis])
+        if not starts.size or starts[0] != 0 or not np.array_equal(ends[:, axis], np.append(starts[1:], extent)[place]):
+            return None
+        cell = cell * starts.size + place
+        cuts.append([*starts.tolist(), extent])
+    cells = math.prod(len(axis_cuts) - 1 for axis_cuts in cuts)
+    return tuple(cuts) if cells == len(offsets) == np.unique(cell).size else None
+
+
+def grid_cells(
+    cuts: Sequence[list[int]], low: Sequence[int], high: Sequence[int]
+) -> Iterator[tuple[int, Shape, Shape]]:
+    """The cells of a grid that meet the box ``[low, high)``: (number in row-major order, low and high of the meet)."""
+    axes = []
+    for axis_cuts, start, stop in zip(cuts, low, high, strict=True):
+        first, last = bisect.bisect_right(axis_cuts, start) - 1, bisect.bisect_left(axis_cuts, stop)
+        axes.append([(i, max(start, axis_cuts[i]), min(stop, axis_cuts[i + 1])) for i in range(first, last)])
+    for cells in itertools.product(*axes):
+        number = 0
+        for (i, _, _), axis_cuts in zip(cells, cuts, strict=True):
+            number = number * (len(axis_cuts) - 1) + i
+        yield number, tuple([cell[1] for cell in cells]), tuple([cell[2] for cell in cells])
 
 
 def _first_fault(lows: IntArray, highs: IntArray, prefix: tuple[tuple[int, int], ...], extents: Shape) -> str | None:
@@ -98,43 +120,34 @@ def _describe(low: Sequence[int] | IntArray, high: Sequence[int] | IntArray) -> 
 
 
 def shared_runs(
-    *, box: Shape, source_at: Shape, source_shape: Shape, target_at: Shape, target_shape: Shape, itemsize: int
+    box: Shape, source_start: int, source_strides: Shape, target_start: int, target_strides: Shape, itemsize: int
 ) -> Iterator[Run]:
-    """The byte runs of a box that lies at ``source_at`` in one row-major array and at ``target_at`` in another.
+    """The byte runs of a box that two row-major arrays share.
 
-    All in elements, ``itemsize`` in bytes; the two arrays may have different numbers of leading axes of extent 1 in the
-    box. Neighbouring axes that are contiguous in both arrays become one run; two axes that are not become a strided
-    run; further ones are unrolled.
+    ``box`` is in elements; starts and strides (those of the last ``len(box)`` axes), like ``itemsize``, in bytes.
+    Neighbouring axes that are contiguous in both arrays become one run; two axes that are not become a strided run;
+    further ones are unrolled.
     """
-    source_strides, target_strides = _strides(source_shape, itemsize), _strides(target_shape, itemsize)
-    source_start = sum(map(math.prod, zip(source_at, source_strides, strict=True)))
-    target_start = sum(map(math.prod, zip(target_at, target_strides, strict=True)))
-    ndim = len(box)
-    axes = [  # (extent, source stride, target stride), outermost first
-        axis
-        for axis in zip(
-            box, source_strides[len(source_strides) - ndim :], target_strides[len(target_strides) - ndim :], strict=True
-        )
-        if axis[0] != 1
-    ]
+    axes = [axis for axis in zip(box, source_strides, target_strides, strict=True) if axis[0] != 1]
     row_bytes = itemsize
     while axes and axes[-1][1] == axes[-1][2] == row_bytes:
         row_bytes *= axes.pop()[0]
     rows, source_stride, target_stride = axes.pop() if axes else (1, row_bytes, row_bytes)
     for index in itertools.product(*(range(extent) for extent, _, _ in axes)):
         yield Run(
-            source_start=source_start + sum(i * axis[1] for i, axis in zip(index, axes, strict=True)),
-            source_stride=source_stride,
-            target_start=target_start + sum(i * axis[2] for i, axis in zip(index, axes, strict=True)),
-            target_stride=target_stride,
-            rows=rows,
-            row_bytes=row_bytes,
+            source_start + sum(i * axis[1] for i, axis in zip(index, axes, strict=True)),
+            source_stride,
+            target_start + sum(i * axis[2] for i, axis in zip(index, axes, strict=True)),
+            target_stride,
+            rows,
+            row_bytes,
         )
 
 
-def _strides(shape: Shape, itemsize: int) -> list[int]:
-    """Byte strides of a row-major array."""
+@functools.lru_cache(maxsize=4096)
+def row_major_strides(shape: Shape, itemsize: int) -> Shape:
+    """Byte strides of a row-major array of ``shape`` elements."""
     strides = [itemsize] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return strides
+    return tuple(strides)

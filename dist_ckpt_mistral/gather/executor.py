@@ -158,5 +158,5 @@ def _convert(band: memoryview, segment: Segment) -> memoryview:
     import ml_dtypes  # noqa: F401, PLC0415  (registers bfloat16; only conversions need it)
 
     values = np.frombuffer(band, dtype=np.dtype(segment.source_dtype))
-    with np.errstate(over="ignore"):  # float32 -> float16: too large becomes infinite, as in torch
+    with np.errstate(over="ignore", invalid="ignore"):  # as in torch, too large becomes infinite and NaN stays NaN
         return values.astype(np.dtype(segment.dtype)).view(np.uint8).data

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import add, mul, sub
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import PlanError, TensorMismatchError
-from dist_ckpt_mistral.gather.boxes import Shape, intersect, require_tiling, shared_runs
+from dist_ckpt_mistral.gather.boxes import Shape, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 
 #: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
@@ -154,52 +155,27 @@ def _link_copies(source: IndexedTensor, target: IndexedTensor, link: Link, copie
     ndim = len(link.shape)
     source_lead, target_lead = len(source.global_shape) - ndim, len(target.global_shape) - ndim
     itemsize = dtypes.itemsize_bytes(source.dtype)
-    for source_chunk, low, high in _meeting(source, link.source_offset, link.shape):
-        shift = [t - s for s, t in zip(link.source_offset[source_lead:], link.target_offset[target_lead:], strict=True)]
-        moved = tuple(a + b for a, b in zip(low[source_lead:], shift, strict=True))
-        extent = tuple(b - a for a, b in zip(low[source_lead:], high[source_lead:], strict=True))
-        for target_chunk, inner_low, inner_high in _meeting(
-            target, (*link.target_offset[:target_lead], *moved), extent
-        ):
-            back = tuple(a - b for a, b in zip(inner_low[target_lead:], shift, strict=True))
-            runs = shared_runs(
-                box=tuple(b - a for a, b in zip(inner_low[target_lead:], inner_high[target_lead:], strict=True)),
-                source_at=_relative((*low[:source_lead], *back), source.offsets[source_chunk].tolist()),
-                source_shape=tuple(source.shapes[source_chunk].tolist()),
-                target_at=_relative(inner_low, target.offsets[target_chunk].tolist()),
-                target_shape=tuple(target.shapes[target_chunk].tolist()),
-                itemsize=itemsize,
-            )
-            file, position = int(source.files[source_chunk]), int(source.positions[source_chunk])
-            copies[target_chunk].extend(
-                (
-                    file,
-                    position + run.source_start,
-                    run.source_stride,
-                    run.target_start,
-                    run.target_stride,
-                    run.rows,
-                    run.row_bytes,
-                )
-                for run in runs
-            )
+    shift = tuple(map(sub, link.target_offset[target_lead:], link.source_offset[source_lead:]))
+    for source_chunk, low, high in source.meeting(link.source_offset, _end(link.source_offset, link.shape)):
+        source_at, source_shape, file, position = source.chunk(source_chunk)
+        source_strides = row_major_strides(source_shape, itemsize)
+        target_low = link.target_offset[:target_lead] + tuple(map(add, low[source_lead:], shift))
+        extent = tuple(map(sub, high[source_lead:], low[source_lead:]))
+        for target_chunk, inner_low, inner_high in target.meeting(target_low, _end(target_low, extent)):
+            target_at, target_shape, _, _ = target.chunk(target_chunk)
+            target_strides = row_major_strides(target_shape, itemsize)
+            in_source = low[:source_lead] + tuple(map(sub, inner_low[target_lead:], shift))
+            for run in shared_runs(
+                tuple(map(sub, inner_high[target_lead:], inner_low[target_lead:])),
+                position + sum(map(mul, map(sub, in_source, source_at), source_strides)),
+                source_strides[source_lead:],
+                sum(map(mul, map(sub, inner_low, target_at), target_strides)),
+                target_strides[target_lead:],
+                itemsize,
+            ):
+                copies[target_chunk].append((file, *run))
 
 
-def _meeting(tensor: IndexedTensor, offset: Shape, shape: Shape) -> list[tuple[int, Shape, Shape]]:
-    """Chunks of ``tensor`` that meet the box at ``offset``: (chunk, low, high) with the common box in elements."""
-    if not tensor.global_shape:
-        return [(0, (), ())]
-    full = (1,) * (len(offset) - len(shape)) + shape
-    high = [a + b for a, b in zip(offset, full, strict=True)]
-    window = tensor.candidates(offset[0], high[0])
-    lows = tensor.offsets[window]
-    hit, low_rows, high_rows = intersect(lows, lows + tensor.shapes[window], offset, high)
-    first = window.start or 0
-    return [
-        (first + int(chunk), tuple(low_row), tuple(high_row))
-        for chunk, low_row, high_row in zip(hit.tolist(), low_rows.tolist(), high_rows.tolist(), strict=True)
-    ]
-
-
-def _relative(point: Shape, origin: list[int]) -> Shape:
-    return tuple(a - b for a, b in zip(point, origin, strict=True))
+def _end(offset: Shape, shape: Shape) -> Shape:
+    """Where a box ends that has extent 1 on the leading axes that ``shape`` leaves out."""
+    return tuple(map(add, offset, (1,) * (len(offset) - len(shape)) + shape))

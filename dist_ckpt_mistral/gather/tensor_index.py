@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.gather.boxes import IntArray, Shape
+from dist_ckpt_mistral.gather.boxes import IntArray, Shape, grid_cells, grid_cuts, intersect
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class IndexedTensor:
     """One global tensor and the chunks that store it; every chunk is a contiguous row-major array in one file.
 
@@ -66,13 +67,27 @@ class IndexedTensor:
         """Number of stored chunks."""
         return len(self.files)
 
-    def candidates(self, low: int, high: int) -> slice:
-        """Chunks that may meet rows ``[low, high)`` of the first axis: a range, as chunks are sorted by it."""
-        if not self.global_shape or self.num_chunks < 8:  # noqa: PLR2004  (below that, a look at all is cheaper)
-            return slice(None)
-        starts = self.offsets[:, 0]
-        longest = int(self.shapes[:, 0].max())
-        return slice(int(np.searchsorted(starts, low - longest, side="right")), int(np.searchsorted(starts, high)))
+    @functools.cached_property
+    def _cuts(self) -> tuple[list[int], ...] | None:
+        return grid_cuts(self.offsets, self.shapes, self.global_shape)
+
+    @functools.cached_property
+    def _chunk_rows(self) -> list[tuple[Shape, Shape, int, int]]:
+        columns = (map(tuple, self.offsets.tolist()), map(tuple, self.shapes.tolist()))
+        return list(zip(*columns, self.files.tolist(), self.positions.tolist(), strict=True))
+
+    def chunk(self, number: int) -> tuple[Shape, Shape, int, int]:
+        """(offset, shape, file, position) of one chunk."""
+        return self._chunk_rows[number]
+
+    def meeting(self, low: Shape, high: Shape) -> Iterator[tuple[int, Shape, Shape]]:
+        """The chunks that meet the box ``[low, high)``: (number, low and high of the meet), in elements."""
+        if self._cuts is not None:
+            yield from grid_cells(self._cuts, low, high)
+            return
+        hit, lows, highs = intersect(self.offsets, self.offsets + self.shapes, low, high)
+        for number, low_row, high_row in zip(hit.tolist(), lows.tolist(), highs.tolist(), strict=True):
+            yield number, tuple(low_row), tuple(high_row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

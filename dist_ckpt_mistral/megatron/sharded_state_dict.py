@@ -194,11 +194,9 @@ def _sources(
         return [lambda each: PendingTensor(partial(_supplied, data, each, dtype))] * len(held)
     names = [f"model{number}" for number in range(len(held))]
     given = {f"{name}/": data.get(name, {}) for name in names} if len(held) > 1 else {"": data}
-    problems = [
-        problem
-        for (where, tensors), expected in zip(given.items(), held, strict=True)
-        for problem in _problems(where, tensors, expected, dtype)
-    ]
+    problems = [f"unknown model chunk {name!r}" for name in data if len(held) > 1 and name not in names]
+    for (where, tensors), expected in zip(given.items(), held, strict=True):
+        problems += _problems(where, tensors, expected, dtype)
     if problems:
         raise TensorMismatchError("; ".join(problems) + ". Give the state dict of this rank's model.")
     return [partial(_named, tensors) for tensors in given.values()]
