@@ -1,0 +1,231 @@
+"""What one rank does in multi-rank tests: ``python megatron_ranks.py FOLDER`` with torchrun's environment variables.
+
+FOLDER/jobs.json names the jobs and FOLDER/rankN.json gets their results; the fixture ``launch_ranks`` provides both.
+The oracle is always a real GPTModel of the installed megatron-core, filled by ``gpt_stage``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from gpt_stage import HfTensors, Stage, hf_rows
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+    is_main_replica,
+)
+from safetensors.torch import load_file
+
+from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensor, add_hf_metadata
+from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.tensor_table import KeyStyle
+
+
+def compare_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str) -> dict[str, Any]:
+    """Compare the factory's entries with a real model's, before and after factories are applied.
+
+    ``different`` lists what one side has and the other has not, ``wrong_rows`` entries whose Hugging Face metadata
+    points to other values, ``hf_elems`` how many Hugging Face elements the main replicas of this rank account for.
+    """
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    tensors = _hf_tensors(hf)
+    stage = Stage(model_config, model_layout)
+    stage.fill(tensors)
+    live = stage.sharded_state_dict(key_style)
+    made = sharded_state_dict(model_config, model_layout, dist.get_rank(), data=stage.state_dict(), style=key_style)
+    annotated = add_hf_metadata(live, model_config)
+    before = _difference(_described(live), _described(made)) + _difference(_described(annotated), _described(made))
+    for each in (live, made, annotated):
+        apply_factories(each)
+    entries = [entry for _, entry in _flat(annotated) if isinstance(entry, HfShardedTensor)]
+    return {
+        "entries": len(_described(live)),
+        "different": before
+        + _difference(_described(live), _described(made))
+        + _difference(_with_names(annotated), _with_names(made)),
+        "wrong_rows": [entry.key for entry in entries if _hf_elems(entry, tensors) is None],
+        "hf_elems": sum(_hf_elems(entry, tensors) or 0 for entry in entries if is_main_replica(entry.replica_id)),
+    }
+
+
+def _flat(state: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(state, dict | list):
+        for name, each in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from _flat(each, f"{path}/{name}")
+    else:
+        yield path, state
+
+
+def _described(state: dict[str, Any]) -> dict[str, str]:
+    """Everything that Megatron knows of every entry."""
+    return {path: _description(entry) for path, entry in _flat(state)}
+
+
+def _description(entry: Any) -> str:  # noqa: ANN401  (checks what it is)
+    fields = {
+        ShardedTensor: (
+            "key dtype local_shape global_shape global_offset axis_fragmentations replica_id prepend_axis_num "
+            "allow_shape_mismatch flattened_range"
+        ),
+        ShardedObject: "key data global_shape global_offset replica_id",
+        ShardedTensorFactory: "key replica_id flattened_range",
+    }
+    kind = next(kind for kind in fields if isinstance(entry, kind))
+    values = [f"{name}={getattr(entry, name)!r}" for name in fields[kind].split()]
+    if kind is ShardedTensor:
+        values.append(f"crc={crc32(entry.data.detach().contiguous().view(torch.uint8).numpy())}")
+    return f"{kind.__name__}({', '.join(values)})"
+
+
+def _with_names(state: dict[str, Any]) -> dict[str, str]:
+    return {path: repr(entry.hf_parts) for path, entry in _flat(state) if isinstance(entry, HfShardedTensor)}
+
+
+def _difference(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
+    return [
+        f"{path}: expected {expected.get(path)}, got {actual.get(path)}"
+        for path in sorted(expected.keys() | actual.keys())
+        if expected.get(path) != actual.get(path)
+    ]
+
+
+def _hf_elems(entry: HfShardedTensor, hf: HfTensors) -> int | None:
+    """Number of elements for which the metadata names a Hugging Face element; None if one has another value."""
+    first, *columns = entry.global_offset[entry.prepend_axis_num :]
+    if entry.data is None:
+        return None
+    data, count = entry.data.detach(), 0
+    for part in entry.hf_parts:
+        for hf_row, row, length in part.rows:
+            start, stop = max(row, first), min(row + length, first + len(data))
+            if start < stop:
+                mine = data[start - first : stop - first]
+                theirs = hf[part.hf_name][hf_row + start - row : hf_row + stop - row]
+                if columns:
+                    theirs = theirs[:, columns[0] : columns[0] + mine.shape[1]]
+                if not torch.equal(mine, theirs):
+                    return None
+                count += mine.numel()
+    return count
+
+
+def save_model(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, to: str) -> None:
+    """Save a real model that holds the given Hugging Face tensors."""
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    stage = Stage(model_config, model_layout)
+    stage.fill(_hf_tensors(hf))
+    _save(stage.sharded_state_dict(key_style), to)
+
+
+def save_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, to: str) -> dict[str, Any]:
+    """Save the factory's entries, their data supplied on demand; tell what was asked for, and when."""
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    stage = Stage(model_config, model_layout)
+    tensors = _hf_tensors(hf)
+    asked = []
+
+    def supply(held: HeldTensor, dtype: torch.dtype) -> torch.Tensor:
+        asked.append(held.module_name)
+        return hf_rows(tensors, stage, held.module_name, held.layer).to(dtype)
+
+    made = sharded_state_dict(model_config, model_layout, dist.get_rank(), data=supply, style=key_style)
+    main = [name for name, entry in made.items() if is_main_replica(entry.replica_id)]
+    asked_before = list(asked)
+    _save(made, to)
+    return {"asked_before": asked_before, "asked": asked, "main": [each for each in main if "_extra" not in each]}
+
+
+def _save(state: dict[str, Any], to: str) -> None:
+    if dist.get_rank() == 0:
+        Path(to).mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, to)
+
+
+def load_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, at: str) -> list[str]:
+    """Load a checkpoint with the factory's entries; tell what a real model that takes them holds wrongly."""
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    state = sharded_state_dict(model_config, model_layout, dist.get_rank(), style=key_style)
+    stage = _nan_filled(model_config, model_layout)
+    stage.load_state_dict(dist_checkpointing.load({"model": state}, at)["model"])
+    return stage.differences(_hf_tensors(hf))
+
+
+def load_into_model(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, at: str) -> list[str]:
+    """Load a checkpoint into a real model as Megatron does; tell which parameters it then holds wrongly."""
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    stage = _nan_filled(model_config, model_layout)
+    state = {"model": stage.sharded_state_dict(key_style)}  # nested, since load adds the common state beside it
+    stage.load_state_dict(dist_checkpointing.load(state, at)["model"])
+    return stage.differences(_hf_tensors(hf))
+
+
+@torch.no_grad()
+def _nan_filled(config: MistralConfig, layout: ParallelLayout) -> Stage:
+    stage = Stage(config, layout)
+    for _, parameter, _ in stage.parameters():
+        parameter.fill_(torch.nan)
+    return stage
+
+
+def _arguments(
+    config: dict[str, Any], layout: dict[str, Any], style: str
+) -> tuple[MistralConfig, ParallelLayout, KeyStyle]:
+    """Turn JSON arguments into records."""
+    pp_layers = layout.get("pp_layers")
+    parallel = ParallelLayout(**layout | {"pp_layers": pp_layers and tuple(pp_layers)})
+    return MistralConfig.from_hf(config), parallel, KeyStyle[style]
+
+
+def _hf_tensors(path: str) -> HfTensors:
+    """The tensors of a safetensors file, or of all such files in a directory."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _pretend_cuda() -> None:
+    """Megatron's writer and its tied embeddings call CUDA unasked; on a CPU there is nothing to do for them."""
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None  # noqa: ARG005
+    torch.Tensor.cuda = torch.Tensor.cpu  # type: ignore[assignment,method-assign]
+
+
+_TASKS: Final[Mapping[str, Callable[..., Any]]] = {
+    task.__name__: task for task in (compare_entries, save_model, save_entries, load_entries, load_into_model)
+}
+
+
+def main(folder: Path) -> None:
+    """Run the jobs in FOLDER/jobs.json, each under the parallel state of its layout."""
+    _pretend_cuda()
+    dist.init_process_group("gloo")
+    results, current = {}, None
+    for name, job in json.loads((folder / "jobs.json").read_text()).items():
+        print("job", name, flush=True)  # noqa: T201  (into the rank's log, which a failure shows)
+        task, layout = job.pop("task"), job["layout"]
+        if layout != current:
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(layout.get("tp", 1), layout.get("pp", 1), layout.get("vpp"))
+            current = layout
+        results[name] = _TASKS[task](**job)
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # Megatron's writers would hold up an ordinary exit
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
