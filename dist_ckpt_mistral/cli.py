@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral.errors import DistCkptMistralError
+from dist_ckpt_mistral.ranks import Ranks, from_environment
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.convert import Conversion
-    from dist_ckpt_mistral.gather.executor import Progress
+    from dist_ckpt_mistral.gather.executor import Effort
 
 EXIT_DONE: Final = 0
 EXIT_DATA: Final = 1
@@ -36,7 +41,9 @@ _CKPT: Final = "Megatron checkpoint: its root, or one iter_* or release director
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=level)
+    signal.signal(signal.SIGTERM, _interrupt)  # so that an unpublished output is removed
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
@@ -49,10 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_INTERRUPTED
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (the signature of a signal handler)
+    raise KeyboardInterrupt
+
+
 def _fail(error: Exception, *, debug: bool) -> int:
     if debug:
         raise error
-    print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # the ranks of a job fail together, with one voice
+        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
     return EXIT_DATA
 
 
@@ -93,9 +105,18 @@ def _command(
 
 def _add_writing_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=_WEIGHT_DTYPES, help="convert the weights (default: keep)")
-    command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a core, at most 8)")
+    _add_effort(command)
     command.add_argument(
         "--overwrite", action="store_true", help="replace an existing output, once the new one is complete"
+    )
+
+
+def _add_effort(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers", type=_positive, default=0, metavar="N", help="threads (default: one a core, at most 8)"
+    )
+    command.add_argument(
+        "--memory", type=_size, default="32MiB", metavar="SIZE", help="of all copy buffers together (default 32MiB)"
     )
 
 
@@ -143,7 +164,7 @@ def _add_verify(commands: Any) -> None:  # noqa: ANN401  (argparse keeps the typ
     command.add_argument("a", metavar="A", type=Path, help="checkpoint or Hugging Face directory")
     command.add_argument("b", metavar="B", type=Path, help="checkpoint or Hugging Face directory")
     _add_config(command)
-    command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a core, at most 8)")
+    _add_effort(command)
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -179,7 +200,8 @@ def _size(text: str) -> int:
 def _from_hf(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
 
-    with _progress("importing") as progress:
+    ranks = from_environment()
+    with _effort("importing", arguments, ranks) as effort:
         done = convert.from_hf(
             arguments.hf,
             arguments.checkpoint,
@@ -188,31 +210,34 @@ def _from_hf(arguments: argparse.Namespace) -> int:
             ep=arguments.ep,
             dtype=arguments.dtype,
             iteration=arguments.iteration,
-            workers=arguments.workers,
             overwrite=arguments.overwrite,
-            progress=progress,
+            effort=effort,
+            ranks=ranks,
         )
-    print(_sentence("wrote", done))
+    if ranks.is_first:
+        print(_sentence("wrote", done))
     return EXIT_DONE
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
 
-    with _progress("exporting") as progress:
+    ranks = from_environment()
+    with _effort("exporting", arguments, ranks) as effort:
         done = convert.to_hf(
             arguments.checkpoint,
             arguments.hf,
             config=arguments.config,
             dtype=arguments.dtype,
             max_file_bytes=arguments.max_file_size,
-            workers=arguments.workers,
             overwrite=arguments.overwrite,
             dry_run=arguments.dry_run,
-            progress=progress,
+            effort=effort,
+            ranks=ranks,
         )
-    print(_sentence("would write" if arguments.dry_run else "wrote", done))
-    if arguments.dry_run:
+    if ranks.is_first:
+        print(_sentence("would write" if arguments.dry_run else "wrote", done))
+    if ranks.is_first and arguments.dry_run:
         for name, num_bytes in done.files.items():
             print(f"  {name}  {num_bytes} bytes")
     return EXIT_DONE
@@ -248,10 +273,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral import verify  # noqa: PLC0415  (--help must not wait for numpy)
     from dist_ckpt_mistral.report import human_bytes  # noqa: PLC0415
 
-    with _progress("comparing") as progress:
-        outcome = verify.compare(
-            arguments.a, arguments.b, config=arguments.config, workers=arguments.workers, progress=progress
-        )
+    with _effort("comparing", arguments, Ranks()) as effort:
+        outcome = verify.compare(arguments.a, arguments.b, config=arguments.config, effort=effort)
     if arguments.json:
         print(json.dumps(outcome.to_json(), indent=2))
     else:
@@ -265,7 +288,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral import demo  # noqa: PLC0415  (--help must not wait for numpy)
 
-    demo.run(arguments.keep, say=print)
+    demo.run(arguments.keep, say=functools.partial(print, flush=True))  # it takes a while, also through a pipe
     return EXIT_DONE
 
 
@@ -278,9 +301,12 @@ def _given_config(arguments: argparse.Namespace) -> Any:  # noqa: ANN401  (Mistr
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Progress]:
-    """A progress bar in bytes on stderr, if that is a terminal."""
+def _effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
+    """The effort that was asked for, with a progress bar in bytes on stderr if that is a terminal."""
     from tqdm import tqdm  # noqa: PLC0415  (--help must not wait for it)
 
-    with tqdm(desc=what, unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:
-        yield bar.update
+    from dist_ckpt_mistral.gather.executor import Effort  # noqa: PLC0415  (--help must not wait for numpy)
+
+    hidden = None if ranks.is_first else True
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=hidden, leave=False, file=sys.stderr) as bar:
+        yield Effort(workers=arguments.workers, memory_bytes=arguments.memory, progress=bar.update)

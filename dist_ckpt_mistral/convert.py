@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from dist_ckpt_mistral import dtypes, embedded, hub, storage
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
 from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
-from dist_ckpt_mistral.gather import executor
+from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk
+from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.plan import BytePlan, Link, plan_gather
 from dist_ckpt_mistral.mapping import Ignored, new_checkpoint_map, reverse
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -23,12 +23,17 @@ from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
+from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.storage import TargetFile
 from dist_ckpt_mistral.verify import first_difference
+from dist_ckpt_mistral.writing import Checksums, write_output
 
 _LOG = logging.getLogger(__name__)
 
 #: ``save_pretrained``'s unit, and a size that every file system and browser takes.
 DEFAULT_FILE_BYTES: Final = 5_000_000_000
+_DEFAULT_EFFORT: Final = Effort()
+_ALONE: Final = Ranks()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +55,10 @@ def to_hf(
     config: str | Path | None = None,
     dtype: str | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
-    workers: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
-    progress: executor.Progress | None = None,
+    effort: Effort = _DEFAULT_EFFORT,
+    ranks: Ranks = _ALONE,
 ) -> Conversion:
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
 
@@ -62,28 +67,35 @@ def to_hf(
     files, byte for byte. Raises DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    storage.require_apart(checkpoint, output)
-    storage.require_writable(output, overwrite=overwrite or dry_run)
-    given = MistralConfig.from_hf(config) if config is not None else None
-    source = open_megatron(checkpoint, config=given)
+
+    def prepare() -> tuple[ModelSource, FileSet, BytePlan]:
+        require_weight_dtype(dtype)
+        storage.require_apart(checkpoint, output)
+        storage.require_writable(output, overwrite=overwrite or dry_run)
+        source = open_megatron(checkpoint, config=MistralConfig.from_hf(config) if config is not None else None)
+        file_set = _hf_files(source, dtype, max_file_bytes)
+        return source, file_set, source.plan_into(file_set.tensor_index(output))
+
+    source, file_set, plan = ranks.each(prepare)
     _LOG.info("configuration: %s", source.config_from)
-    file_set = _hf_files(source, dtype, max_file_bytes)
-    files = file_set.files
-    plan = source.plan_into(file_set.tensor_index(output))
+    assets = Path(config) if config is not None and Path(config).is_dir() else source.assets
+
+    def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
+        for number, file in enumerate(file_set.files.values()):
+            targets[number].write(0, file.head)
+        _write_hf_assets(staging, source, file_set, assets)
+
+    sizes = {name: file.num_bytes for name, file in file_set.files.items()}
     if not dry_run:
-        assets = Path(config) if config is not None and Path(config).is_dir() else source.assets
-        with storage.published(output, overwrite=overwrite, num_bytes=plan.num_bytes) as staging:
-            with _new_files({staging / name: file.num_bytes for name, file in files.items()}) as targets:
-                for target, file in zip(targets, files.values(), strict=True):
-                    target.write(0, file.head)
-                _execute(plan, targets, workers=workers, progress=progress)
-            _write_hf_assets(staging, source, file_set, assets)
+        write_output(
+            output, plan, sizes, complete=complete, checksums=False, overwrite=overwrite, effort=effort, ranks=ranks
+        )
     return Conversion(
         output=output,
         config_from=source.config_from,
         num_tensors=len(plan.segments),
         num_bytes=plan.num_bytes,
-        files={name: file.num_bytes for name, file in files.items()},
+        files=sizes,
         ignored=source.ignored,
     )
 
@@ -119,11 +131,11 @@ def _write_hf_assets(staging: Path, source: ModelSource, files: FileSet, assets:
 
 def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> bytes:
     """config.json: the original text where it is still true, else with the dtype that most of the weights have."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for file in files.files.values():
         for tensor in file.tensors:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
-    dtype = max(sizes, key=lambda name: sizes[name])
+            sizes[tensor.dtype] += tensor.end - tensor.begin
+    dtype = sizes.most_common(1)[0][0]
     if source.config.dtype == dtype and original is not None:
         return storage.read_bytes(original)
     content = source.config.to_hf()
@@ -140,9 +152,9 @@ def from_hf(
     ep: int = 1,
     dtype: str | None = None,
     iteration: int | None = None,
-    workers: int | None = None,
     overwrite: bool = False,
-    progress: executor.Progress | None = None,
+    effort: Effort = _DEFAULT_EFFORT,
+    ranks: Ranks = _ALONE,
 ) -> Conversion:
     """Import a Hugging Face directory or hub id into a new Megatron checkpoint root.
 
@@ -150,36 +162,45 @@ def from_hf(
     checkpoint is a ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every
     tensor keeps its own. Raises DistCkptMistralError; then nothing is published.
     """
-    directory, output = hub.local_directory(str(hf)), Path(checkpoint)
-    storage.require_apart(directory, output)
-    storage.require_writable(output, overwrite=overwrite)
-    source = open_hf(directory)
+    output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
-    layout.check(source.config)
-    _require_equal_aliases(source)
-    new = new_checkpoint_map(source.table)
-    links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
-    chunks = _chunks(source, links, layout, dtype)
-    written = torch_dist_writer.lay_out(chunks, _extra_states(source.table), num_files=layout.world_size)
     step = Path(torch_dist.iteration_name(iteration))
-    plan = plan_gather(source.index, written.index(step), links)
-    weights_dtype = dtype or source.dtype_of(source.tensors[0])
-    with storage.published(output, overwrite=overwrite, num_bytes=sum(written.file_bytes)) as staging:
-        (staging / step).mkdir()
-        sizes = dict(zip(written.file_names, written.file_bytes, strict=True))
-        with _new_files({staging / step / name: size for name, size in sizes.items()}) as targets:
-            crc32_at = _execute(plan, targets, workers=workers, progress=progress)
-            written.write_around(targets, crc32_at)
-        _write_beside_shards(staging / step, source, layout, weights_dtype, iteration)
+
+    def prepare() -> tuple[ModelSource, CheckpointLayout, BytePlan]:
+        require_weight_dtype(dtype)
+        storage.require_writable(output, overwrite=overwrite)
+        directory = hub.local_directory(str(hf))
+        storage.require_apart(directory, output)
+        source = open_hf(directory)
+        layout.check(source.config)
+        _require_equal_aliases(source)
+        new = new_checkpoint_map(source.table)
+        links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
+        chunks = _chunks(source, links, layout, dtype)
+        written = torch_dist_writer.lay_out(chunks, _extra_states(source.table), num_files=layout.world_size)
+        return source, written, plan_gather(source.index, written.index(step), links)
+
+    source, written, plan = ranks.each(prepare)
+
+    def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
+        crc32_at = {(plan.segments[i].file, plan.segments[i].position): crc32 for i, crc32 in checksums.items()}
+        written.write_around(targets, crc32_at)
+        _write_beside_shards(staging / step, source, layout, dtype or source.main_dtype, iteration)
         storage.write_bytes(staging / step / torch_dist.METADATA_FILE, written.metadata())
-        tracker = "release" if iteration is None else str(iteration)
-        storage.write_bytes(staging / torch_dist.TRACKER_FILE, tracker.encode())
+        storage.write_bytes(
+            staging / torch_dist.TRACKER_FILE, ("release" if iteration is None else str(iteration)).encode()
+        )
+
+    sizes = {str(step / name): size for name, size in zip(written.file_names, written.file_bytes, strict=True)}
+    write_output(
+        output, plan, sizes, complete=complete, checksums=True, overwrite=overwrite, effort=effort, ranks=ranks
+    )
     return Conversion(
         output=output,
         config_from=source.config_from,
         num_tensors=len(source.tensors),
         num_bytes=plan.num_bytes,
-        files={str(step / name): size for name, size in sizes.items()},
+        files=sizes,
         ignored=source.ignored,
     )
 
@@ -253,37 +274,6 @@ def _write_beside_shards(
     (directory / embedded.ASSETS_FOLDER).mkdir()
     for path in carried:
         storage.copy_file(path, directory / embedded.ASSETS_FOLDER / path.name)
-
-
-@contextlib.contextmanager
-def _new_files(sizes: Mapping[Path, int]) -> Iterator[list[storage.TargetFile]]:
-    """New files of the given sizes in bytes; synced at the end of the block if it ends well, closed in any case."""
-    targets: list[storage.TargetFile] = []
-    try:
-        targets += (storage.TargetFile(path, num_bytes) for path, num_bytes in sizes.items())
-        yield targets
-        executor.run_all(lambda number: targets[number].sync(), range(len(targets)), workers=executor.default_workers())
-    finally:
-        for target in targets:
-            target.close()
-
-
-def _execute(
-    plan: BytePlan,
-    targets: Sequence[storage.TargetFile],
-    *,
-    workers: int | None,
-    progress: executor.Progress | None,
-) -> dict[tuple[int, int], int]:
-    """Run ``plan``; the CRC-32 of every segment by its file and position."""
-    gathered = executor.execute(
-        plan,
-        targets,
-        workers=workers or executor.default_workers(),
-        checksums=True,
-        progress=progress or (lambda _: None),
-    )
-    return {(plan.segments[done.segment].file, plan.segments[done.segment].position): done.crc32 for done in gathered}
 
 
 def require_weight_dtype(dtype: str | None) -> None:

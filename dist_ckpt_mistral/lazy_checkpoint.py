@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from dist_ckpt_mistral.gather import executor
+from dist_ckpt_mistral.gather.executor import BandReader
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.storage import SourceFiles
@@ -28,6 +28,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         self._source = source
         self._tensors = {tensor.hf_name: tensor for tensor in source.tensors}
         self._files = SourceFiles(source.index.files)
+        self._reader = BandReader(self._files)
 
     @property
     def config(self) -> MistralConfig:
@@ -42,7 +43,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         value = torch.empty(tensor.shape, dtype=getattr(torch, self._source.dtype_of(tensor)))
         target = value.reshape(-1).view(torch.uint8).numpy().data
         at = 0
-        for band in executor.bands(self._source.plan_of([hf_name]).segments[0], self._files):
+        for band in self._reader.bands(self._source.plan_of([hf_name]).segments[0]):
             target[at : at + len(band)] = band
             at += len(band)
         return value

@@ -45,6 +45,11 @@ class ModelSource:
         """The torch dtype name in which a tensor is stored."""
         return self.index.tensors[self.links[tensor.hf_name][0].source].dtype
 
+    @property
+    def main_dtype(self) -> str:
+        """The torch dtype name of the embedding, which is that of the model."""
+        return self.dtype_of(self.tensors[0])
+
     def plan_into(self, target: TensorIndex) -> BytePlan:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
         return plan_gather(self.index, target, (link for name in target.tensors for link in self.links[name]))

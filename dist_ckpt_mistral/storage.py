@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -10,7 +9,7 @@ import resource
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -128,14 +127,16 @@ def _allow_open_files(count: int) -> None:
 
 
 class TargetFile:
-    """One new file, written at positions from several threads."""
+    """One file to write at positions, from several threads and processes."""
 
-    def __init__(self, path: Path, num_bytes: int) -> None:
-        """Create ``path`` (which must not exist) with ``num_bytes`` bytes reserved."""
+    def __init__(self, path: Path, num_bytes: int | None = None) -> None:
+        """Create ``path``, which must not exist, with ``num_bytes`` reserved; or join in writing an existing one."""
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask applies
+        created = 0 if num_bytes is None else os.O_CREAT | os.O_EXCL
+        self._descriptor = os.open(path, os.O_RDWR | created | os.O_CLOEXEC, 0o666)  # the umask applies
         try:
-            _reserve(self._descriptor, num_bytes)
+            if num_bytes is not None:
+                _reserve(self._descriptor, num_bytes)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -175,12 +176,11 @@ def require_apart(source: Path, target: Path) -> None:
         raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
 
 
-@contextlib.contextmanager
-def published(target: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path]:
-    """A staging directory that becomes ``target`` if the block ends well, and vanishes if it does not.
+def new_staging(target: Path, *, overwrite: bool, num_bytes: int) -> Path:
+    """A new directory beside ``target``, to be given to ``publish`` or ``discard`` when it is complete or has failed.
 
-    ``num_bytes`` is what the block will write; too little free space is refused before the first byte. An existing
-    ``target`` is refused unless ``overwrite``, and then stays whole until the new one is complete.
+    ``num_bytes`` is what will be written there; too little free space is refused before the first byte. An existing
+    ``target`` is refused unless ``overwrite``.
     """
     require_writable(target, overwrite=overwrite)
     target = target.absolute()
@@ -193,14 +193,18 @@ def published(target: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path
         staging.mkdir()
     except OSError as error:
         raise OutputError(f"cannot create {target}: {error.strerror or error}") from error
-    try:
-        yield staging
-        _sync_tree(staging)
-        _swap_in(staging, target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was published.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    return staging
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Make ``staging`` durable and give it the name ``target``; an old ``target`` stays whole until then."""
+    _sync_tree(staging)
+    _swap_in(staging, target.absolute())
+
+
+def discard(staging: Path) -> None:
+    """Remove what will not be published."""
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def require_writable(target: Path, *, overwrite: bool) -> None:

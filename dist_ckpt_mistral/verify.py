@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.gather import executor
+from dist_ckpt_mistral.gather.executor import BandReader, Effort, run_all
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.storage import SourceFiles
+
+_DEFAULT_EFFORT: Final = Effort()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,7 @@ def compare(
     b: str | Path,
     *,
     config: str | Path | None = None,
-    workers: int | None = None,
-    progress: executor.Progress | None = None,
+    effort: Effort = _DEFAULT_EFFORT,
 ) -> Comparison:
     """Compare two models, each a Megatron checkpoint or a Hugging Face directory, tensor by tensor and bit by bit.
 
@@ -72,12 +73,10 @@ def compare(
     """
     given = MistralConfig.from_hf(config) if config is not None else None
     source_a, source_b = open_pair(Path(a), Path(b), config=given)
-    return compare_sources(source_a, source_b, workers=workers, progress=progress)
+    return compare_sources(source_a, source_b, effort)
 
 
-def compare_sources(
-    a: ModelSource, b: ModelSource, *, workers: int | None = None, progress: executor.Progress | None = None
-) -> Comparison:
+def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Comparison:
     """Compare all tensors of ``a`` and ``b`` by their Hugging Face names: presence, shape, dtype, and every bit."""
     in_a, in_b = ({tensor.hf_name: tensor for tensor in source.tensors if not tensor.is_alias} for source in (a, b))
     differences = [
@@ -92,7 +91,7 @@ def compare_sources(
             common.append(name)
         else:
             differences.append(Difference(hf_name=name, what=f"{described[0]} in A, {described[1]} in B"))
-    differences += _compare_bits(a, b, common, workers, progress or (lambda _: None))
+    differences += _compare_bits(a, b, common, effort)
     return Comparison(
         num_tensors=len(common),
         num_bytes=a.plan_of(common).num_bytes,
@@ -100,26 +99,28 @@ def compare_sources(
     )
 
 
-def _compare_bits(
-    a: ModelSource, b: ModelSource, names: list[str], workers: int | None, progress: executor.Progress
-) -> Iterator[Difference]:
+def _compare_bits(a: ModelSource, b: ModelSource, names: list[str], effort: Effort) -> Iterator[Difference]:
     plan_a, plan_b = a.plan_of(names), b.plan_of(names)
     with SourceFiles(plan_a.source_files) as files_a, SourceFiles(plan_b.source_files) as files_b:
+        reader_a, reader_b = (BandReader(files, effort.band_bytes) for files in (files_a, files_b))
 
         def work(number: int) -> str | None:
             segment_a, segment_b = plan_a.segments[number], plan_b.segments[number]
             at = 0
-            for band_a, band_b in zip(
-                executor.bands(segment_a, files_a), executor.bands(segment_b, files_b), strict=True
-            ):
-                if band_a != band_b:
+            for band_a, band_b in zip(reader_a.bands(segment_a), reader_b.bands(segment_b), strict=True):
+                if not _equal(band_a, band_b):
                     return _describe(band_a, band_b, at, segment_a.source_dtype)
                 at += len(band_a)
-                progress(len(band_a))
+                effort.progress(len(band_a))
             return None
 
-        found = executor.run_all(work, range(len(names)), workers=workers or executor.default_workers())
+        found = run_all(work, range(len(names)), workers=effort.threads)
     return (Difference(hf_name=name, what=what) for name, what in zip(names, found, strict=True) if what is not None)
+
+
+def _equal(a: memoryview, b: memoryview) -> bool:
+    """Whether two bands are the same bytes; numpy compares without the interpreter lock and in vectors."""
+    return np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8))
 
 
 def _describe(band_a: memoryview, band_b: memoryview, at: int, dtype: str) -> str:
@@ -135,5 +136,5 @@ def first_difference(a: ModelSource, name_a: str, b: ModelSource, name_b: str) -
     if segment_a.source_dtype != segment_b.source_dtype or segment_a.num_bytes != segment_b.num_bytes:
         return "dtype or shape differ"
     with SourceFiles(plan_a.source_files) as files_a, SourceFiles(plan_b.source_files) as files_b:
-        pairs = zip(executor.bands(segment_a, files_a), executor.bands(segment_b, files_b), strict=True)
-        return next(("bits differ" for band_a, band_b in pairs if band_a != band_b), None)
+        pairs = zip(BandReader(files_a).bands(segment_a), BandReader(files_b).bands(segment_b), strict=True)
+        return next(("bits differ" for band_a, band_b in pairs if not _equal(band_a, band_b)), None)

@@ -147,6 +147,11 @@ def iteration_name(iteration: int | None) -> str:
     return _RELEASE if iteration is None else f"iter_{iteration:07d}"
 
 
+def tracker_text(iteration: int | None) -> bytes:
+    """The content of the tracker file that names ``iteration`` the latest."""
+    return (_RELEASE if iteration is None else str(iteration)).encode()
+
+
 def open_torch_dist(path: Path) -> TorchDistCheckpoint:
     """Open a checkpoint root or one iteration of it.
 

@@ -7,7 +7,7 @@ Five-element ``TensorProperties`` and a ``common.pt`` are what all versions read
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -87,8 +87,8 @@ class CheckpointLayout:
         }
         return TensorIndex(files=tuple(directory / name for name in self.file_names), tensors=tensors)
 
-    def write_around(self, targets: Sequence[TargetFile], crc32_at: Mapping[tuple[int, int], int]) -> None:
-        """Write heads and tails of all archives; ``crc32_at`` is by file number and position of the data."""
+    def write_around(self, targets: Mapping[int, TargetFile], crc32_at: Mapping[tuple[int, int], int]) -> None:
+        """Write what stands around the data; ``targets`` are by file, ``crc32_at`` by file and position of the data."""
         for placed in self.placed:
             target, crc32 = targets[placed.chunk.file], crc32_at[placed.chunk.file, placed.data_position]
             target.write(placed.position, placed.archive.head)

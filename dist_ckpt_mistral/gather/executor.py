@@ -7,8 +7,9 @@ written, checksummed or compared. Reading, writing and checksums release the int
 from __future__ import annotations
 
 import os
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -21,6 +22,11 @@ from dist_ckpt_mistral.storage import SourceFiles, TargetFile
 
 #: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
 BAND_BYTES: Final = 2 << 20
+_LEAST_BAND_BYTES: Final = 64 << 10
+#: Each thread has two buffers of a band's size: the band itself, and rows on their way into it.
+_BUFFERS: Final = 2
+#: What one thread takes at a time of a segment that needs no checksum, so that threads end together.
+_PART_BYTES: Final = 64 << 20
 #: A gap between two rows that is cheaper to jump over than to read.
 _LONG_GAP_BYTES: Final = 64 << 10
 
@@ -29,50 +35,67 @@ Progress = Callable[[int], None]
 T = TypeVar("T")
 
 
-def _no_progress(num_bytes: int) -> None:
+def no_progress(num_bytes: int) -> None:
     """Progress that nobody watches."""
 
 
-def default_workers() -> int:
-    """Threads that saturate a local disk: as many as there are cores, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gathered:
-    """A segment that has been written: its number in the plan and the CRC-32 of its stored bytes."""
+class Effort:
+    """How much of a machine to use. ``memory_bytes`` bounds the buffers of all threads together."""
 
-    segment: int
-    crc32: int
+    workers: int = 0
+    memory_bytes: int = 32 << 20
+    progress: Progress = no_progress
+
+    @property
+    def threads(self) -> int:
+        """Threads that saturate a local disk: as many as there are cores, at most 8, unless ``workers`` says."""
+        return self.workers or min(8, len(os.sched_getaffinity(0)))
+
+    @property
+    def band_bytes(self) -> int:
+        """Bytes that each thread gathers at a time: a multiple of 64."""
+        share = self.memory_bytes // (self.threads * _BUFFERS) // 64 * 64
+        return max(_LEAST_BAND_BYTES, min(BAND_BYTES, share))
 
 
 def execute(
     plan: BytePlan,
-    targets: Sequence[TargetFile],
+    targets: Mapping[int, TargetFile],
     *,
-    workers: int,
+    effort: Effort,
+    numbers: Sequence[int],
     checksums: bool,
-    progress: Progress = _no_progress,
-) -> list[Gathered]:
-    """Write every segment of ``plan`` into ``targets`` (one per target file), with ``workers`` threads.
+) -> dict[int, int]:
+    """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the target file.
 
-    Returns the segments in order, with their checksums if asked for (else 0). The first failure ends the run.
+    Returns the CRC-32 of every segment's stored bytes, by number, if ``checksums``. The first failure ends the run.
     """
-
-    def work(number: int) -> Gathered:
-        segment = plan.segments[number]
-        target, position, crc32 = targets[segment.file], segment.position, 0
-        for band in bands(segment, sources):
-            stored = _convert(band, segment)
-            target.write(position, stored)
-            if checksums:
-                crc32 = zlib.crc32(stored, crc32)
-            position += len(stored)
-            progress(len(stored))
-        return Gathered(segment=number, crc32=crc32)
-
+    parts = [
+        (number, low, min(low + step, plan.segments[number].num_bytes))
+        for number in numbers
+        for step in (max(1, plan.segments[number].num_bytes if checksums else _PART_BYTES),)
+        for low in range(0, plan.segments[number].num_bytes, step)
+    ]
     with SourceFiles(plan.source_files) as sources:
-        return run_all(work, range(len(plan.segments)), workers=workers)
+        reader = BandReader(sources, effort.band_bytes)
+
+        def work(part: int) -> int:
+            number, low, high = parts[part]
+            segment = plan.segments[number]
+            target, crc32 = targets[segment.file], 0
+            position = segment.position + segment.stored_bytes * low // segment.num_bytes
+            for band in reader.bands(segment, low, high):
+                stored = _convert(band, segment)
+                target.write(position, stored)
+                crc32 = zlib.crc32(stored, crc32) if checksums else 0
+                position += len(stored)
+                effort.progress(len(stored))
+            return crc32
+
+        done = run_all(work, range(len(parts)), workers=effort.threads)
+    found = {number: crc32 for (number, _, _), crc32 in zip(parts, done, strict=True)}
+    return {number: found.get(number, 0) for number in numbers} if checksums else {}
 
 
 def run_all(work: Callable[[int], T], numbers: Sequence[int], *, workers: int) -> list[T]:
@@ -91,16 +114,30 @@ def run_all(work: Callable[[int], T], numbers: Sequence[int], *, workers: int) -
         return [future.result() for future in futures]
 
 
-def bands(segment: Segment, sources: SourceFiles, *, band_bytes: int = BAND_BYTES) -> Iterator[memoryview]:
-    """Yield the bytes of a segment in ``source_dtype``, ``band_bytes`` at a time. A band is valid until the next."""
-    buffer = np.empty(min(band_bytes, segment.num_bytes), dtype=np.uint8)
-    scratch = np.empty(band_bytes, dtype=np.uint8)
-    for low in range(0, segment.num_bytes, band_bytes):
-        high = min(low + band_bytes, segment.num_bytes)
-        band = buffer[: high - low]
-        for copy in _overlapping(segment.copies, low, high):
-            _gather(copy, low, band, scratch, sources)
-        yield band.data
+class BandReader:
+    """Gathers segments band by band from open files, with buffers of its own for every thread."""
+
+    def __init__(self, sources: SourceFiles, band_bytes: int = BAND_BYTES) -> None:
+        """Read from ``sources``, at most ``band_bytes`` at a time."""
+        self._sources = sources
+        self._band_bytes = band_bytes
+        self._buffers = threading.local()
+
+    def bands(self, segment: Segment, low: int = 0, high: int | None = None) -> Iterator[memoryview]:
+        """Yield bytes ``[low, high)`` of a segment, in ``source_dtype``; a band is valid until the thread's next."""
+        high = segment.num_bytes if high is None else high
+        for start in range(low, high, self._band_bytes):
+            band, scratch = self._own_buffers()
+            band = band[: min(self._band_bytes, high - start)]
+            for copy in _overlapping(segment.copies, start, start + len(band)):
+                _gather(copy, start, band, scratch, self._sources)
+            yield band.data
+
+    def _own_buffers(self) -> tuple[ByteArray, ByteArray]:
+        if not hasattr(self._buffers, "pair"):
+            self._buffers.pair = tuple(np.empty(self._band_bytes, dtype=np.uint8) for _ in range(_BUFFERS))
+        pair: tuple[ByteArray, ByteArray] = self._buffers.pair
+        return pair
 
 
 def _overlapping(copies: CopyArray, low: int, high: int) -> Iterator[tuple[int, ...]]:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -63,9 +64,11 @@ def main() -> None:
 def check_rank(hf: Path, checkpoint: str, layout: ParallelLayout, rank: int) -> dict[str, Any]:
     """Load what ``rank`` holds and compare it: its layers, counts, bytes, and the names of tensors that differ."""
     config = MistralConfig.from_hf(hf)
-    state = sharded_state_dict(config, layout, rank)
+    state = sharded_state_dict(config, layout, rank, padded_vocab_size=config.vocab_size)  # nothing but real rows
     hf_names = {name: _hf_names(entry) for name, entry in state.items()}
+    started = time.perf_counter()
     loaded = dist_checkpointing.load(state, checkpoint)
+    load_seconds = time.perf_counter() - started
     tensors = {name: loaded[name] for name, names in hf_names.items() if names}
     originals = _read(hf, [name for names in hf_names.values() for name in names])
     tp_rank = layout.coordinates(rank).tp
@@ -79,6 +82,7 @@ def check_rank(hf: Path, checkpoint: str, layout: ParallelLayout, rank: int) -> 
         "others": sorted(name for name in originals if ".layers." not in name),
         "num_tensors": len(tensors),
         "num_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "load_seconds": load_seconds,
         "different": different,
     }
 
@@ -99,7 +103,7 @@ def _read(hf: Path, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
 
 
 def _is_part(tensor: torch.Tensor, originals: list[torch.Tensor], config: MistralConfig, tp: int, tp_rank: int) -> bool:
-    """Whether ``tensor`` is the part that ``tp_rank`` of ``tp`` holds of query, key and value; gate and up; or one tensor."""
+    """Whether ``tensor`` is what ``tp_rank`` of ``tp`` holds of query, key, value; of gate, up; or of one tensor."""
     if len(originals) == 3:  # noqa: PLR2004  (query, key, value: group by group)
         groups = [each.view(config.num_key_value_heads, -1, config.hidden_size) for each in originals]
         expected = torch.cat(groups, dim=1).flatten(0, 1).chunk(tp)[tp_rank]
@@ -110,7 +114,7 @@ def _is_part(tensor: torch.Tensor, originals: list[torch.Tensor], config: Mistra
         for axis, size in enumerate(tensor.shape):
             if size != expected.shape[axis]:
                 expected = expected.chunk(tp, axis)[tp_rank]
-    return torch.equal(tensor.view(torch.int16), expected.contiguous().view(torch.int16))
+    return torch.equal(tensor.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""The processes that share one job: this one alone, or the ranks that ``torchrun`` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+from dist_ckpt_mistral.errors import DistCkptMistralError
+
+T = TypeVar("T")
+
+#: A rank waits this long for the slowest: copying a share of a large checkpoint takes as long as it takes.
+_PATIENCE: Final = timedelta(hours=24)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process among the processes of a job. ``exchange`` gives every rank the values of all, in rank order."""
+
+    rank: int = 0
+    world_size: int = 1
+    exchange: Callable[[Any], list[Any]] = field(default=lambda value: [value], repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that creates, publishes and reports."""
+        return self.rank == 0
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Run ``work`` on every rank and give every rank all results, in rank order.
+
+        A failure on any rank fails all: the rank's own error where it happened, a DistCkptMistralError that names rank
+        and reason on the others.
+        """
+        own: BaseException | None = None
+        outcome: tuple[Any, str | None]
+        try:
+            outcome = (work(), None)
+        except (DistCkptMistralError, OSError) as error:
+            own, outcome = error, (None, str(error))
+        outcomes = self.exchange(outcome)
+        if own is not None:
+            raise own
+        for rank, (_, reason) in enumerate(outcomes):
+            if reason is not None:
+                raise DistCkptMistralError(f"rank {rank} of {self.world_size}: {reason}")
+        return [result for result, _ in outcomes]
+
+    def each(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank and give each its own result; a failure on any rank fails all."""
+        results: list[T] = []
+        self.together(lambda: results.append(work()))
+        return results[0]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the first rank alone and give all ranks its result, or its failure."""
+        result: T = self.together(lambda: work() if self.is_first else None)[0]  # type: ignore[assignment]  # of rank 0
+        return result
+
+
+def from_environment() -> Ranks:
+    """The ranks that ``torchrun`` announces in the environment (RANK, WORLD_SIZE, MASTER_ADDR ...), else this process.
+
+    Joins them over gloo; torch is imported only then.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return Ranks()
+    import torch.distributed as dist  # noqa: PLC0415  (one process needs no torch)
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    world_size = dist.get_world_size()
+
+    def exchange(value: Any) -> list[Any]:  # noqa: ANN401  (whatever the ranks have to say)
+        values: list[Any] = [None] * world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    return Ranks(rank=dist.get_rank(), world_size=world_size, exchange=exchange)
