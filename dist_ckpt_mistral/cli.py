@@ -16,7 +16,6 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Mistral checkpoints between Megatron's distributed format and Hugging Face.",
         epilog="Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, 3 verify found a difference.",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_from_hf(commands)
     _add_to_hf(commands)
@@ -84,11 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    try:
-        return f"dist-ckpt-mistral {metadata.version('dist-ckpt-mistral')}"
-    except metadata.PackageNotFoundError:
-        return "dist-ckpt-mistral, not installed"
+class _Version(argparse.Action):
+    """``--version``, which alone needs importlib.metadata: half of the time that ``--help`` takes."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata  # noqa: PLC0415  (slow)
+
+        try:
+            parser.exit(message=f"dist-ckpt-mistral {metadata.version('dist-ckpt-mistral')}\n")
+        except metadata.PackageNotFoundError:
+            parser.exit(message="dist-ckpt-mistral, not installed\n")
 
 
 def _command(

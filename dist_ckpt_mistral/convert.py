@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes, embedded, hub, storage
+from dist_ckpt_mistral import dtypes, embedded, hub, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk
 from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.gather.plan import BytePlan, Link, plan_gather
-from dist_ckpt_mistral.mapping import Ignored, new_checkpoint_map, reverse
+from dist_ckpt_mistral.gather.links import Link, reverse
+from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.mapping import Ignored, new_checkpoint_map
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, RankCoordinates
@@ -136,9 +137,11 @@ def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> 
         for tensor in file.tensors:
             sizes[tensor.dtype] += tensor.end - tensor.begin
     dtype = sizes.most_common(1)[0][0]
-    if source.config.dtype == dtype and original is not None:
-        return storage.read_bytes(original)
     content = source.config.to_hf()
+    if source.config.dtype == dtype and original is not None:
+        text = storage.read_bytes(original)
+        if strict_json.loads_object(text, str(original)) == content:
+            return text
     content["dtype" if "dtype" in content else "torch_dtype"] = dtype
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dist_ckpt_mistral.errors import TensorMismatchError
-from dist_ckpt_mistral.gather.boxes import Shape
-from dist_ckpt_mistral.gather.plan import Link
+from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.model.tensor_table import (
     HfTensor,
     KeyStyle,
@@ -22,6 +21,7 @@ from dist_ckpt_mistral.model.tensor_table import (
     why_hf_ignored,
     why_ignored,
 )
+from dist_ckpt_mistral.shapes import Shape
 
 Ignored = tuple[tuple[str, str], ...]
 
@@ -174,14 +174,3 @@ def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tu
             "Check that config.json belongs to these files."
         )
     return [tensor for name, tensor in known.items() if name in tensors], ignored
-
-
-def reverse(link: Link) -> Link:
-    """The same boxes, read the other way."""
-    return Link(
-        source=link.target,
-        source_offset=link.target_offset,
-        target=link.source,
-        target_offset=link.source_offset,
-        shape=link.shape,
-    )

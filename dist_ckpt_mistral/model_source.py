@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_ckpt_mistral import embedded
-from dist_ckpt_mistral.errors import ConfigError, FormatError
+from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
 from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.gather.plan import BytePlan, Link, plan_gather
+from dist_ckpt_mistral.gather.links import Link
+from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import from_megatron_args
 from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
 
 _LOG = logging.getLogger(__name__)
@@ -151,25 +152,3 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
                     (f"{found.prefix}{stored.mcore_key}[{rule.shape[0]}:{rows}]", "rows that pad the vocabulary")
                 )
     return tuple(padded)
-
-
-def read_embedded(checkpoint: torch_dist.TorchDistCheckpoint) -> embedded.Embedded | None:
-    """What an import left in the checkpoint, if training has not dropped it since."""
-    return embedded.from_common_state(checkpoint.common_state, str(checkpoint.directory))
-
-
-def choose_config(
-    checkpoint: torch_dist.TorchDistCheckpoint, given: MistralConfig | None, remembered: embedded.Embedded | None
-) -> tuple[MistralConfig, str]:
-    """The configuration to go by, and where it is from: given, embedded by an import, or Megatron's own args."""
-    if given is not None:
-        return given, "the given configuration"
-    if remembered is not None:
-        return remembered.config, "the Hugging Face configuration inside the checkpoint"
-    args = checkpoint.common_state.get("args")
-    if not isinstance(args, Mapping):
-        raise ConfigError(
-            f"{checkpoint.directory} holds neither a Hugging Face configuration nor Megatron's args. "
-            "Give the model's config.json with --config."
-        )
-    return from_megatron_args(args), "the args inside the checkpoint"

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_ckpt_mistral.errors import DistCkptMistralError
+from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.tensor_table import tensor_table
-from dist_ckpt_mistral.model_source import choose_config, read_embedded
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -66,12 +66,12 @@ def inspect(path: Path, *, config: MistralConfig | None = None) -> Report:
 
 def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
     file_set = hf_directory.read_directory(path)
-    index = file_set.tensor_index(path)
+    stored = [tensor for file in file_set.files.values() for tensor in file.tensors]
     problems: list[str] = []
     ignored: dict[str, str] = {}
     try:
         config = config or MistralConfig.from_hf(path)
-        shapes = {name: tensor.global_shape for name, tensor in index.tensors.items()}
+        shapes = {tensor.name: tensor.shape for tensor in stored}
         ignored = dict(match_hf(tensor_table(config), shapes, str(path))[1])
     except DistCkptMistralError as error:
         problems.append(str(error))
@@ -85,13 +85,13 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
             TensorReport(
                 name=tensor.name,
                 dtype=tensor.dtype,
-                shape=tensor.global_shape,
+                shape=tensor.shape,
                 num_chunks=1,
-                num_bytes=tensor.num_bytes,
+                num_bytes=tensor.end - tensor.begin,
                 hf_names=() if tensor.name in ignored else (tensor.name,),
                 ignored=ignored.get(tensor.name),
             )
-            for tensor in index.tensors.values()
+            for tensor in stored
         ),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
@@ -112,9 +112,10 @@ def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
     except DistCkptMistralError as error:
         problems.append(str(error))
     files = _file_sizes(checkpoint)
-    absent = [name for name, size in files.items() if size is None]
-    if absent:
-        problems.append(f"files are missing: {', '.join(absent)}")
+    try:
+        checkpoint.require_whole(files)
+    except FormatError as error:
+        problems.append(str(error))
     return Report(
         path=str(checkpoint.directory),
         kind="Megatron torch_dist checkpoint",
@@ -153,7 +154,7 @@ def _tensor_reports(
 def _file_sizes(checkpoint: torch_dist.TorchDistCheckpoint) -> dict[str, int | None]:
     return {
         name: path.stat().st_size if (path := checkpoint.directory / name).is_file() else None
-        for name in checkpoint.file_names
+        for name in checkpoint.file_bytes
     }
 
 

@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.safetensors import SafetensorsFile, new_file, parse_header, read_header
-from dist_ckpt_mistral.gather.boxes import Shape
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.shapes import Shape
+
+if TYPE_CHECKING:
+    from dist_ckpt_mistral.gather.tensor_index import TensorIndex
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -43,6 +45,11 @@ class FileSet:
 
     def tensor_index(self, directory: Path) -> TensorIndex:
         """Where every tensor lies, with the files under ``directory``: existing or planned."""
+        from dist_ckpt_mistral.gather.tensor_index import (  # noqa: PLC0415  (inspect must not wait for numpy)
+            IndexedTensor,
+            TensorIndex,
+        )
+
         tensors = {
             tensor.name: IndexedTensor.whole(
                 tensor.name, tensor.dtype, tensor.shape, file=number, position=file.data_start + tensor.begin

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeGuard
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.gather.boxes import Shape
+from dist_ckpt_mistral.shapes import Shape
 
 _LENGTH_BYTES: Final = 8
 _METADATA_KEY: Final = "__metadata__"

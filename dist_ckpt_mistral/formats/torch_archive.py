@@ -18,7 +18,7 @@ from typing import Any, Final
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
-from dist_ckpt_mistral.gather.boxes import Shape
+from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import SourceFiles
 
 LOCAL: Final = struct.Struct("<4s5H3I2H")

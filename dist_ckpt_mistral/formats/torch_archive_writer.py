@@ -26,7 +26,7 @@ from dist_ckpt_mistral.formats.torch_archive import (
     ZIP64_FIELD,
     row_major_strides,
 )
-from dist_ckpt_mistral.gather.boxes import Shape
+from dist_ckpt_mistral.shapes import Shape
 
 _ROOT: Final = "archive"
 _FLAGS: Final = 0x808  # names are UTF-8; sizes and checksums stand behind the data

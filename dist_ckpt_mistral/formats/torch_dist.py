@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
@@ -21,9 +21,11 @@ from dist_ckpt_mistral.formats import common_state, pickle_records
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.pickle_records import OpaqueRecord, record_class
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator, torch_dtype_name
-from dist_ckpt_mistral.gather.boxes import Shape
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import SourceFiles
+
+if TYPE_CHECKING:
+    from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 
 METADATA_FILE: Final = ".metadata"
 BACKEND_FILE: Final = "metadata.json"
@@ -72,10 +74,13 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TorchDistCheckpoint:
-    """An opened checkpoint: what its metadata says. Tensor data is located on demand by ``index``."""
+    """An opened checkpoint: what its metadata says. Tensor data is located on demand by ``index``.
+
+    ``file_bytes`` are the data files and where the last entry of each ends.
+    """
 
     directory: Path
-    file_names: tuple[str, ...]
+    file_bytes: Mapping[str, int]
     tensors: Mapping[str, StoredTensor]
     objects: Mapping[str, Entry]
     common_state: Mapping[str, Any] = field(repr=False)
@@ -86,20 +91,34 @@ class TorchDistCheckpoint:
         Raises FormatError for files that are missing or truncated (all of them), and for archives that are damaged or
         hold something else than the metadata says.
         """
+        from dist_ckpt_mistral.gather.tensor_index import TensorIndex  # noqa: PLC0415  (inspect must not wait for numpy)
+
         try:
             chunks = {name: self.tensors[name].chunks() for name in names}
         except (AttributeError, TypeError, ValueError) as error:
             raise FormatError(f"{self.directory / METADATA_FILE} is damaged: {error}") from error
-        ends: dict[str, int] = {}
-        for _, _, entry in itertools.chain.from_iterable(chunks.values()):
-            ends[entry.file] = max(ends.get(entry.file, 0), entry.offset + entry.num_bytes)
-        files = sorted(ends)
+        files = sorted({entry.file for _, _, entry in itertools.chain.from_iterable(chunks.values())})
+        self.require_whole(files)
         paths = tuple(self.directory / name for name in files)
-        _require_files(paths, ends)
         number = {name: i for i, name in enumerate(files)}
         with SourceFiles(paths) as sources:
             tensors = {name: self._locate(self.tensors[name], chunks[name], sources, number) for name in chunks}
         return TensorIndex(files=paths, tensors=tensors)
+
+    def require_whole(self, files: Iterable[str]) -> None:
+        """Raise FormatError unless each of ``files`` is there and reaches to its end, ignored entries included."""
+        paths = {name: self.directory / name for name in files}
+        sizes = {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
+        absent = [name for name, size in sizes.items() if size is None]
+        short = [
+            f"{name} (expected at least {self.file_bytes[name]} bytes, got {size})"
+            for name, size in sizes.items()
+            if size is not None and size < self.file_bytes[name]
+        ]
+        problems = [f"missing: {', '.join(absent)}"] if absent else []
+        problems += [f"truncated: {', '.join(short)}"] if short else []
+        if problems:
+            raise FormatError(f"files in {self.directory} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
 
     def _locate(
         self,
@@ -108,6 +127,8 @@ class TorchDistCheckpoint:
         sources: SourceFiles,
         number: Mapping[str, int],
     ) -> IndexedTensor:
+        from dist_ckpt_mistral.gather.tensor_index import IndexedTensor  # noqa: PLC0415  (likewise)
+
         dtype = dtypes.require_known(tensor.dtype, repr(tensor.name))
         locator = TensorLocator(sources)
         located = []
@@ -171,7 +192,7 @@ def open_torch_dist(path: Path) -> TorchDistCheckpoint:
             raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
     state = common_state.read(directory, objects.get(common_state.SHARDED_KEY))
     return TorchDistCheckpoint(
-        directory=directory, file_names=files, tensors=tensors, objects=objects, common_state=state
+        directory=directory, file_bytes=files, tensors=tensors, objects=objects, common_state=state
     )
 
 
@@ -184,12 +205,13 @@ def _require_backend(directory: Path) -> None:
         raise FormatError(f"{path} says sharded_backend {backend!r}: expected 'torch_dist'")
 
 
-def _parse(metadata: Any) -> tuple[tuple[str, ...], dict[str, StoredTensor], dict[str, Entry]]:  # noqa: ANN401  (a record)
-    """File names, tensors and objects by key. Whatever is amiss raises what ``open_torch_dist`` translates."""
+def _parse(metadata: Any) -> tuple[dict[str, int], dict[str, StoredTensor], dict[str, Entry]]:  # noqa: ANN401  (a record)
+    """Ends of files, tensors and objects by key. Whatever is amiss raises what ``open_torch_dist`` translates."""
     stored: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+    ends: dict[Any, int] = defaultdict(int)
     for index, info in metadata.storage_data.items():
         stored[index.fqn].append((index, info))
-    files = {info.relative_path for info in metadata.storage_data.values()}
+        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
     tensors, objects = {}, {}
     for name, described in metadata.state_dict_metadata.items():
         if type(described).__name__ == "TensorStorageMetadata":
@@ -207,7 +229,7 @@ def _parse(metadata: Any) -> tuple[tuple[str, ...], dict[str, StoredTensor], dic
     unlisted = [name for name in stored if name not in metadata.state_dict_metadata]
     if unlisted:
         raise ValueError(f"{', '.join(map(repr, unlisted))} are stored but not listed")
-    return tuple(sorted(map(_require_file_name, files))), tensors, objects
+    return {_require_file_name(file): ends[file] for file in sorted(ends, key=str)}, tensors, objects
 
 
 def _require_file_name(file: object) -> str:
@@ -238,22 +260,6 @@ def _require_sizes(boxes: Sequence[tuple[Any, Any]], ndim: int, name: str) -> No
         for sizes in box:
             if len(_sizes(sizes)) != ndim:
                 raise ValueError(f"a chunk of {name!r} has {len(sizes)} axes, the tensor has {ndim}")
-
-
-def _require_files(paths: tuple[Path, ...], ends: Mapping[str, int]) -> None:
-    """Every file must be there and reach as far as its entries do (``ends``, in bytes, by name)."""
-    sizes = {path.name: path.stat().st_size if path.is_file() else None for path in paths}
-    absent = [name for name, size in sizes.items() if size is None]
-    short = [
-        f"{name} (expected at least {ends[name]} bytes, got {size})"
-        for name, size in sizes.items()
-        if size is not None and size < ends[name]
-    ]
-    problems = [f"missing: {', '.join(absent)}"] if absent else []
-    problems += [f"truncated: {', '.join(short)}"] if short else []
-    if problems:
-        folder = paths[0].parent
-        raise FormatError(f"files in {folder} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
 
 
 def _metadata_allowlist() -> Callable[[str, str], Any]:

@@ -15,8 +15,8 @@ from typing import Any, Final
 from dist_ckpt_mistral.formats import pickle_records, torch_archive_writer
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Pairs
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
-from dist_ckpt_mistral.gather.boxes import Shape
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import TargetFile
 
 #: The content of metadata.json (mcore dist_checkpointing/core.py, 0.12 to 0.16; later versions ignore the last two).

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_ckpt_mistral.errors import PlanError
+from dist_ckpt_mistral.shapes import Shape
 
 IntArray = npt.NDArray[np.int64]
-Shape = tuple[int, ...]
 
 
 class Run(NamedTuple):

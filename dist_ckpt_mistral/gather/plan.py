@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import PlanError, TensorMismatchError
-from dist_ckpt_mistral.gather.boxes import Shape, require_tiling, row_major_strides, shared_runs
+from dist_ckpt_mistral.gather.boxes import require_tiling, row_major_strides, shared_runs
+from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.shapes import Shape
 
 #: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
 #: target offsets from the start of the segment. All in bytes.
@@ -33,20 +35,6 @@ COPY = np.dtype(
     ]
 )
 CopyArray = npt.NDArray[np.void]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """A box of a source tensor and a box of a target tensor hold the same elements in the same order.
-
-    ``shape`` has the fewer axes of the two; the further leading axes of the other have extent 1. In elements.
-    """
-
-    source: str
-    source_offset: Shape
-    target: str
-    target_offset: Shape
-    shape: Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.gather.boxes import IntArray, Shape, grid_cells, grid_cuts, intersect
+from dist_ckpt_mistral.gather.boxes import IntArray, grid_cells, grid_cuts, intersect
+from dist_ckpt_mistral.shapes import Shape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,7 @@
+"""Shapes and positions of tensors, in elements."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+Shape: TypeAlias = tuple[int, ...]
