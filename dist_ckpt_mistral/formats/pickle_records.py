@@ -12,7 +12,7 @@ import gc
 import io
 import pickle
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -138,103 +138,111 @@ class PersistentId:
     value: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A dict given as (key, value) pairs, which may be made one by one: keys that are records are not hashable here."""
+
+    items: Iterable[tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list whose items may be made one by one."""
+
+    items: Iterable[Any]
+
+
 def dumps(value: Any) -> bytes:  # noqa: ANN401  (records of any shape)
     """Pickle plain values (None, bool, int, float, str, tuple, list, dict) and the records of this module."""
     emitter = _Emitter()
     emitter.emit(value)
-    return b"".join([pickle.PROTO, bytes([_PROTOCOL]), *emitter.parts, pickle.STOP])
+    return pickle.PROTO + bytes([_PROTOCOL]) + emitter.opcodes + pickle.STOP
 
 
 class _Emitter:
     """Collects opcodes. Names and strings repeat for every chunk of a checkpoint, so they are memoized."""
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
+        self.opcodes = bytearray()
         self._memo: dict[str | Global, bytes] = {}
 
     def emit(self, value: Any) -> None:  # noqa: ANN401  (records of any shape)
         _EMITTERS[type(value)](self, value)
 
     def _remember(self, value: str | Global, opcodes: bytes) -> None:
-        known = self._memo.get(value)
-        if known is None:
-            number = len(self._memo)
-            self.parts += [opcodes, pickle.LONG_BINPUT, struct.pack("<I", number)]
-            self._memo[value] = pickle.LONG_BINGET + struct.pack("<I", number)
-        else:
-            self.parts.append(known)
+        number = struct.pack("<I", len(self._memo))
+        self._memo[value] = pickle.LONG_BINGET + number
+        self.opcodes += opcodes + pickle.LONG_BINPUT + number
 
     def none(self, _: None) -> None:
-        self.parts.append(pickle.NONE)
+        self.opcodes += pickle.NONE
 
     def boolean(self, value: bool) -> None:
-        self.parts.append(pickle.NEWTRUE if value else pickle.NEWFALSE)
+        self.opcodes += pickle.NEWTRUE if value else pickle.NEWFALSE
 
     def integer(self, value: int) -> None:
         if 0 <= value < 1 << 8:
-            self.parts += [pickle.BININT1, bytes([value])]
+            self.opcodes += pickle.BININT1 + bytes([value])
         elif -(1 << 31) <= value < 1 << 31:
-            self.parts += [pickle.BININT, struct.pack("<i", value)]
+            self.opcodes += pickle.BININT + struct.pack("<i", value)
         else:
             encoded = pickle.encode_long(value)
-            self.parts += [pickle.LONG1, bytes([len(encoded)]), encoded]
+            self.opcodes += pickle.LONG1 + bytes([len(encoded)]) + encoded
 
     def real(self, value: float) -> None:
-        self.parts += [pickle.BINFLOAT, struct.pack(">d", value)]
+        self.opcodes += pickle.BINFLOAT + struct.pack(">d", value)
 
     def text(self, value: str) -> None:
-        encoded = value.encode()
-        self._remember(value, pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded)
+        known = self._memo.get(value)
+        if known is not None:
+            self.opcodes += known
+        else:
+            encoded = value.encode()
+            self._remember(value, pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded)
 
     def named(self, value: Global) -> None:
-        self._remember(value, pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+        known = self._memo.get(value)
+        if known is not None:
+            self.opcodes += known
+        else:
+            self._remember(value, pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
 
     def sequence(self, value: tuple[Any, ...]) -> None:
-        self.parts.append(pickle.MARK)
+        self.opcodes += pickle.MARK
         for item in value:
             self.emit(item)
-        self.parts.append(pickle.TUPLE)
+        self.opcodes += pickle.TUPLE
 
-    def listing(self, value: list[Any]) -> None:
-        self.parts += [pickle.EMPTY_LIST, pickle.MARK]
+    def listing(self, value: Iterable[Any]) -> None:
+        self.opcodes += pickle.EMPTY_LIST + pickle.MARK
         for item in value:
             self.emit(item)
-        self.parts.append(pickle.APPENDS)
+        self.opcodes += pickle.APPENDS
 
     def mapping(self, value: dict[Any, Any]) -> None:
-        self.pairs(list(value.items()))
+        self.pairs(value.items())
 
-    def pairs(self, value: list[tuple[Any, Any]]) -> None:
-        self.parts += [pickle.EMPTY_DICT, pickle.MARK]
+    def pairs(self, value: Iterable[tuple[Any, Any]]) -> None:
+        self.opcodes += pickle.EMPTY_DICT + pickle.MARK
         for key, item in value:
             self.emit(key)
             self.emit(item)
-        self.parts.append(pickle.SETITEMS)
+        self.opcodes += pickle.SETITEMS
 
     def call(self, value: Call) -> None:
         self.named(value.function)
         self.sequence(value.args)
-        self.parts.append(pickle.REDUCE)
+        self.opcodes += pickle.REDUCE
 
     def instance(self, value: Instance) -> None:
         self.named(value.cls)
-        self.parts += [pickle.EMPTY_TUPLE, pickle.NEWOBJ]
+        self.opcodes += pickle.EMPTY_TUPLE + pickle.NEWOBJ
         self.emit(value.state)
-        self.parts.append(pickle.BUILD)
+        self.opcodes += pickle.BUILD
 
     def persistent(self, value: PersistentId) -> None:
         self.emit(value.value)
-        self.parts.append(pickle.BINPERSID)
-
-    def pair_list(self, value: Pairs) -> None:
-        self.pairs(value.items)
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """A dict whose keys are records, which are not hashable here."""
-
-    items: list[tuple[Any, Any]]
+        self.opcodes += pickle.BINPERSID
 
 
 _EMITTERS: Final[Mapping[type, Callable[[_Emitter, Any], None]]] = {
@@ -250,5 +258,6 @@ _EMITTERS: Final[Mapping[type, Callable[[_Emitter, Any], None]]] = {
     Call: _Emitter.call,
     Instance: _Emitter.instance,
     PersistentId: _Emitter.persistent,
-    Pairs: _Emitter.pair_list,
+    Pairs: lambda emitter, value: emitter.pairs(value.items),
+    Items: lambda emitter, value: emitter.listing(value.items),
 }

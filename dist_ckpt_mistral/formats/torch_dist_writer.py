@@ -7,13 +7,13 @@ Five-element ``TensorProperties`` and a ``common.pt`` are what all versions read
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from dist_ckpt_mistral.formats import pickle_records, torch_archive_writer
-from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Pairs
+from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.shapes import Shape
@@ -97,52 +97,47 @@ class CheckpointLayout:
 
     def metadata(self) -> bytes:
         """The content of ``.metadata``."""
-        state: dict[str, Any] = {}
-        storage: list[tuple[Any, Any]] = []
+        by_key: dict[str, list[_Placed]] = {}
         for placed in self.placed:
-            chunk = placed.chunk
-            described = state.setdefault(chunk.mcore_key, _TensorDescription(chunk.dtype, chunk.global_shape, []))
-            described.chunks.append(Instance(_CHUNK, {"offsets": _size(chunk.offset), "sizes": _size(chunk.shape)}))
-            info = _info(self.file_names[chunk.file], placed.position, placed.archive.num_bytes)
-            storage.append((Instance(_INDEX, {"fqn": chunk.mcore_key, "offset": _size(chunk.offset)}), info))
-        described_all = {key: described.record() for key, described in state.items()}
-        for key in self.object_keys:
-            described_all[key] = Instance(Global(_METADATA, "BytesStorageMetadata"), {})
-            info = _info(self.file_names[0], self.object_position, len(_EMPTY_OBJECT))
-            storage.append((Instance(_INDEX, {"fqn": key}), info))
+            by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
+        described = [(key, _tensor_metadata(group)) for key, group in by_key.items()]
+        described += [(key, Instance(Global(_METADATA, "BytesStorageMetadata"), {})) for key in self.object_keys]
         fields = {
-            "state_dict_metadata": described_all,
+            "state_dict_metadata": Pairs(described),
             "planner_data": None,
-            "storage_data": Pairs(storage),
+            "storage_data": Pairs(self._storage_data()),
             "storage_meta": None,
         }
         return pickle_records.dumps(Instance(Global(_METADATA, "Metadata"), fields))
+
+    def _storage_data(self) -> Iterator[tuple[Instance, Instance]]:
+        for placed in self.placed:
+            index = {"fqn": placed.chunk.mcore_key, "offset": _size(placed.chunk.offset)}
+            info = _info(self.file_names[placed.chunk.file], placed.position, placed.archive.num_bytes)
+            yield Instance(_INDEX, index), info
+        for key in self.object_keys:
+            yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[0], self.object_position, len(_EMPTY_OBJECT))
 
 
 #: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
 _EMPTY_OBJECT: Final = torch_archive_writer.object_archive([None])
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorDescription:
-    dtype: str
-    global_shape: Shape
-    chunks: list[Instance]
-
-    def record(self) -> Instance:
-        properties = (
-            Global("torch", self.dtype),
-            Call(Global("torch.serialization", "_get_layout"), ("torch.strided",)),
-            False,  # requires_grad
-            Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)),
-            False,  # pin_memory
-        )
-        fields = {
-            "properties": Instance(Global(_METADATA, "TensorProperties"), properties),
-            "size": _size(self.global_shape),
-            "chunks": self.chunks,
-        }
-        return Instance(Global(_METADATA, "TensorStorageMetadata"), fields)
+def _tensor_metadata(group: Sequence[_Placed]) -> Instance:
+    properties = (
+        Global("torch", group[0].chunk.dtype),
+        Call(Global("torch.serialization", "_get_layout"), ("torch.strided",)),
+        False,  # requires_grad
+        Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)),
+        False,  # pin_memory
+    )
+    chunks = ({"offsets": _size(placed.chunk.offset), "sizes": _size(placed.chunk.shape)} for placed in group)
+    fields = {
+        "properties": Instance(Global(_METADATA, "TensorProperties"), properties),
+        "size": _size(group[0].chunk.global_shape),
+        "chunks": Items(Instance(_CHUNK, chunk) for chunk in chunks),
+    }
+    return Instance(Global(_METADATA, "TensorStorageMetadata"), fields)
 
 
 def _size(shape: Shape) -> Call:

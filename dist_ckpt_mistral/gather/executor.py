@@ -153,6 +153,8 @@ def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray
     start = offset - low  # of row 0, in the band
     first = max(0, (-start - row_bytes) // target_stride + 1)  # the rows [first, last) touch the band
     last = min(rows, -((start - len(band)) // target_stride))
+    if first >= last:  # the band lies between two rows
+        return
     whole_first = first if start + first * target_stride >= 0 else first + 1
     whole_last = last if start + (last - 1) * target_stride + row_bytes <= len(band) else last - 1
     for row in {first, last - 1} - set(range(whole_first, whole_last)):  # cut by an edge of the band

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import add, mul, sub
+from operator import add, gt, mul, sub
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,10 @@ def _link_copies(source: IndexedTensor, target: IndexedTensor, link: Link, copie
     source_lead, target_lead = len(source.global_shape) - ndim, len(target.global_shape) - ndim
     itemsize = dtypes.itemsize_bytes(source.dtype)
     shift = tuple(map(sub, link.target_offset[target_lead:], link.source_offset[source_lead:]))
-    for source_chunk, low, high in source.meeting(link.source_offset, _end(link.source_offset, link.shape)):
+    source_end = _end(link.source_offset, link.shape)
+    if any(map(gt, source_end, source.global_shape)):
+        raise PlanError(f"a link ends at {list(source_end)}, outside {source.name!r} of {list(source.global_shape)}")
+    for source_chunk, low, high in source.meeting(link.source_offset, source_end):
         source_at, source_shape, file, position = source.chunk(source_chunk)
         source_strides = row_major_strides(source_shape, itemsize)
         target_low = link.target_offset[:target_lead] + tuple(map(add, low[source_lead:], shift))

@@ -1,0 +1,140 @@
+"""Mistral-shaped models and checkpoints of a given size, with random weights, for the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
+from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.tensor_table import KeyStyle, tensor_table
+from dist_ckpt_mistral.storage import TargetFile
+
+#: Optimizer state beside the weights: prefix of the key -> dtype, as mcore's fully_reshardable format has it.
+OPTIMIZER = {
+    "optimizer.state.param.": "float32",
+    "optimizer.state.exp_avg.": "float32",
+    "optimizer.state.exp_avg_sq.": "float32",
+}
+_LAYER_BYTES = 436_224_000  # one layer of the shape below in bfloat16
+_BLOCK_BYTES = 16 << 20
+
+
+def config_of_size(num_bytes: int) -> MistralConfig:
+    """A config in the shape of Mistral 7B (hidden 4096, ffn 14336, 32 heads in 8 groups) with as many layers as fit."""
+    vocabulary_bytes = 2 * 32768 * 4096 * 2
+    return MistralConfig.from_hf(
+        {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "vocab_size": 32768,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": max(1, round((num_bytes - vocabulary_bytes) / _LAYER_BYTES)),
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        }
+    )
+
+
+def make_hf_model(directory: Path, config: MistralConfig) -> None:
+    """Write a Hugging Face directory with random bytes for weights."""
+    directory.mkdir(parents=True)
+    (directory / hf_directory.CONFIG_FILE).write_text(json.dumps(config.to_hf()))
+    (directory / "tokenizer.json").write_text("{}")
+    tensors = [(name, "bfloat16", tensor.shape) for name, tensor in tensor_table(config).hf_tensors().items()]
+    file_set = hf_directory.plan_files(tensors, max_file_bytes=5_000_000_000)
+    for name, file in file_set.files.items():
+        with (directory / name).open("wb") as output:
+            output.write(file.head)
+            for block in _random_blocks(file.num_bytes - len(file.head)):
+                output.write(block)
+    index = file_set.index_json()
+    if index is not None:
+        (directory / hf_directory.INDEX_FILE).write_bytes(index)
+
+
+def _random_blocks(num_bytes: int) -> Iterator[bytes]:
+    """Bytes that no file system can compress and that do not repeat at page boundaries."""
+    noise = np.random.default_rng(0).bytes(_BLOCK_BYTES + 4096)
+    for number, start in enumerate(range(0, num_bytes, _BLOCK_BYTES)):
+        shift = number * 61 % 4096
+        yield noise[shift : shift + min(_BLOCK_BYTES, num_bytes - start)]
+
+
+def make_checkpoint(directory: Path, hf: Path, *, tp: int, pp: int) -> None:
+    """Import ``hf`` with the chunks of a layout."""
+    from_hf(hf, directory, tp=tp, pp=pp)
+
+
+def make_sparse_checkpoint(
+    directory: Path, config: MistralConfig, layout: ParallelLayout, *, style: KeyStyle, with_optimizer: bool
+) -> int:
+    """A checkpoint whose data are holes: everything around them is genuine. Returns its number of chunks.
+
+    For planning and reading at any size, with per-layer keys or with optimizer state beside the weights.
+    """
+    directory.mkdir(parents=True)
+    prefixes = {"": "bfloat16", **(OPTIMIZER if with_optimizer else {})}
+    chunks = _chunks(config, layout, style, prefixes)
+    written = torch_dist_writer.lay_out(chunks, [], num_files=layout.world_size)
+    targets = {number: TargetFile(directory / name, 0) for number, name in enumerate(written.file_names)}
+    written.write_around(targets, _ZeroChecksums())
+    for number, target in targets.items():
+        target.close()
+        with (directory / written.file_names[number]).open("r+b") as file:
+            file.truncate(written.file_bytes[number])
+    args = to_megatron_args(config, dtype="bfloat16", tp=layout.tp, pp=layout.pp)
+    (directory / common_state.COMMON_FILE).write_bytes(common_state.write({"args": args, "iteration": 0}))
+    (directory / torch_dist.BACKEND_FILE).write_bytes(torch_dist_writer.BACKEND_JSON)
+    (directory / torch_dist.METADATA_FILE).write_bytes(written.metadata())
+    return len(written.placed)
+
+
+class _ZeroChecksums(dict[tuple[int, int], int]):
+    """Checksums of data that nobody will read."""
+
+    def __missing__(self, key: tuple[int, int]) -> int:
+        return 0
+
+
+def _chunks(
+    config: MistralConfig, layout: ParallelLayout, style: KeyStyle, prefixes: dict[str, str]
+) -> Iterator[NewChunk]:
+    table = tensor_table(config)
+    for rank in range(layout.world_size):
+        at = layout.coordinates(rank)
+        for chunk in layout.model_chunks(config.num_hidden_layers, at.pp):
+            for held in layout.held_tensors(table, chunk, at, style=style):
+                for box in held.boxes if held.is_main_replica else ():
+                    for prefix, dtype in prefixes.items():
+                        yield NewChunk(
+                            mcore_key=prefix + box.mcore_key,
+                            dtype=dtype,
+                            global_shape=box.global_shape,
+                            offset=box.global_offset,
+                            shape=box.shape,
+                            file=rank,
+                        )
+
+
+def model_bytes(config: MistralConfig) -> int:
+    """Size of the weights in bfloat16."""
+    size = dtypes.itemsize_bytes("bfloat16")
+    return sum(math.prod(tensor.shape) * size for tensor in tensor_table(config).hf_tensors().values())
