@@ -108,6 +108,7 @@ def _command(
 
 
 def _add_writing_options(command: argparse.ArgumentParser) -> None:
+    _add_no_sync(command)
     command.add_argument("--dtype", choices=_WEIGHT_DTYPES, help="convert the weights (default: keep)")
     _add_effort(command)
     command.add_argument(
@@ -122,6 +123,11 @@ def _add_effort(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory", type=_size, default="32MiB", metavar="SIZE", help="of all copy buffers together (default 32MiB)"
     )
+
+
+def _add_no_sync(command: argparse.ArgumentParser) -> None:
+    help_text = "leave it to the operating system when data reach the disk; a power cut may then cost the output"
+    command.add_argument("--no-sync", action="store_true", help=help_text)
 
 
 def _add_from_hf(commands: Any) -> None:  # noqa: ANN401  (argparse keeps the type private)
@@ -313,4 +319,5 @@ def _effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[
 
     hidden = None if ranks.is_first else True
     with tqdm(desc=what, unit="B", unit_scale=True, disable=hidden, leave=False, file=sys.stderr) as bar:
-        yield Effort(workers=arguments.workers, memory_bytes=arguments.memory, progress=bar.update)
+        durable = not getattr(arguments, "no_sync", False)
+        yield Effort(workers=arguments.workers, memory_bytes=arguments.memory, durable=durable, progress=bar.update)

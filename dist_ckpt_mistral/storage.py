@@ -32,15 +32,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file durably. It must not exist."""
+    """Write a small file, which must not exist. ``publish`` makes it durable."""
     with path.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file durably, content only. The target must not exist."""
+    """Copy a small file, content only. The target must not exist."""
     write_bytes(target, read_bytes(source))
 
 
@@ -196,10 +194,13 @@ def new_staging(target: Path, *, overwrite: bool, num_bytes: int) -> Path:
     return staging
 
 
-def publish(staging: Path, target: Path) -> None:
-    """Make ``staging`` durable and give it the name ``target``; an old ``target`` stays whole until then."""
-    _sync_tree(staging)
+def publish(staging: Path, target: Path, *, durable: bool) -> None:
+    """Give ``staging`` the name ``target``, on the disk before that if ``durable``; an old ``target`` stays whole."""
+    if durable:
+        _sync_tree(staging)
     _swap_in(staging, target.absolute())
+    if durable:
+        _sync(target.absolute().parent)
 
 
 def discard(staging: Path) -> None:
@@ -226,7 +227,6 @@ def _swap_in(staging: Path, target: Path) -> None:
         if has_old:
             replaced.rename(target)
         raise
-    _sync_directory(target.parent)
     if has_old:
         if replaced.is_dir() and not replaced.is_symlink():
             shutil.rmtree(replaced)
@@ -235,12 +235,14 @@ def _swap_in(staging: Path, target: Path) -> None:
 
 
 def _sync_tree(root: Path) -> None:
-    for folder, _, _ in os.walk(root):
-        _sync_directory(Path(folder))
+    """Files before the directories that name them."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in (*names, "."):
+            _sync(Path(folder) / name)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

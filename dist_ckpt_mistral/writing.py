@@ -42,8 +42,7 @@ def write_output(
             def copy_share() -> Checksums:
                 with _as_output_errors(output):
                     found = execute(plan, targets, effort=effort, numbers=share(plan, ranks), checksums=checksums)
-                    open_targets = list(targets.values())
-                    run_all(lambda i: open_targets[i].sync(), range(len(open_targets)), workers=effort.threads)
+                    _sync(targets, effort)
                     return found
 
             shares = ranks.together(copy_share)
@@ -51,14 +50,19 @@ def write_output(
         def finish() -> None:
             with _as_output_errors(output), _open_all(staging, names) as all_targets:
                 complete(staging, all_targets, {number: crc for found in shares for number, crc in found.items()})
-                for target in all_targets.values():
-                    target.sync()
-                storage.publish(staging, output)
+                storage.publish(staging, output, durable=effort.durable)
 
         ranks.on_first(finish)
     finally:
         if ranks.is_first:
             storage.discard(staging)
+
+
+def _sync(targets: Mapping[int, TargetFile], effort: Effort) -> None:
+    """Make the content of all files durable, if asked for."""
+    if effort.durable:
+        files = list(targets.values())
+        run_all(lambda number: files[number].sync(), range(len(files)), workers=effort.threads)
 
 
 def share(plan: BytePlan, ranks: Ranks) -> list[int]:

@@ -41,10 +41,14 @@ def no_progress(num_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much of a machine to use. ``memory_bytes`` bounds the buffers of all threads together."""
+    """How much of a machine to use. ``memory_bytes`` bounds the buffers of all threads together.
+
+    With ``durable`` an output appears only when its bytes are on the disk; without, when the operating system has them.
+    """
 
     workers: int = 0
     memory_bytes: int = 32 << 20
+    durable: bool = True
     progress: Progress = no_progress
 
     @property
