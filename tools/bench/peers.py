@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from dist_ckpt_mistral.formats.torch_dist import resolve_directory
 
@@ -23,14 +24,14 @@ HEADS, GROUPS, DIM = 32, 8, 128
 
 def load_all(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The whole checkpoint in memory, by Megatron key."""
-    reader = dcp.FileSystemReader(resolve_directory(checkpoint))
+    reader = FileSystemReader(resolve_directory(checkpoint))
     described = reader.read_metadata().state_dict_metadata.items()
     state: dict[str, Any] = {
         key: torch.empty(value.size, dtype=value.properties.dtype)
         for key, value in described
         if isinstance(value, TensorStorageMetadata)
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    load(state, storage_reader=reader, no_dist=True)
     return state
 
 

@@ -4,8 +4,8 @@ Every round runs each command once, ``cp`` before and after, so that a machine w
 outputs of the round before are deleted first. Printed: seconds and ratio to the mean of the two ``cp``s, as minimum and
 median, and peak resident memory. Every round is appended to a results file, one JSON object a line.
 
-"warm" reads sources from the page cache and waits for no disk (``--no-sync``), as ``cp`` does; "durable" waits until the
-output is on the disk, for ``cp`` too (``sync -f``); "cold" drops the page cache before each command (needs root).
+"warm" reads sources from the page cache and waits for no disk (``--no-sync``), as ``cp`` does; "durable" waits until
+the output is on the disk, for ``cp`` too (``sync -f``); "cold" drops the page cache before each command (needs root).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measure(work: Path, layout: str, mode: str, rounds: int, peers: list[str], r
                 "mode": mode,
                 "round": number,
                 "command": name,
-                "baseline_s": mean,
+                "cp_s": mean,
                 **asdict(run),
             }
             with results.open("a") as file:
@@ -104,7 +104,7 @@ def measure(work: Path, layout: str, mode: str, rounds: int, peers: list[str], r
 
 
 def baseline(name: str, source: Path, work: Path, mode: str) -> float:
-    """Seconds of ``cp -r`` of the source; for ``verify``, of ``cmp`` of its files with themselves through another path."""
+    """Seconds of ``cp -r`` of the source; for ``verify``, of ``cmp`` of the Hugging Face files with a copy."""
     target = work / "out-cp"
     prepare(source, target, mode)
     if name == "verify":
@@ -146,9 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layout", choices=LAYOUTS, default="tp2pp2")
     parser.add_argument("--modes", nargs="+", choices=("warm", "durable", "cold"), default=["warm", "durable"])
-    parser.add_argument(
-        "--peers", nargs="*", default=[], help="dcp-full (torch DCP, save_file), model (builds a model)"
-    )
+    parser.add_argument("--peers", nargs="*", default=[], help="dcp-full, model: see peers.py")
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
     arguments = parser.parse_args()
     config = config_of_size(arguments.size)
