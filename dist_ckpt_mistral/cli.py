@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, debug=arguments.debug)
     except OSError as error:
         return _fail(error, debug=arguments.debug)
+    except MemoryError as error:
+        return _fail(MemoryError(f"out of memory ({error}): lower --workers or --memory"), debug=arguments.debug)
     except KeyboardInterrupt:
         print("interrupted: nothing was published", file=sys.stderr)
         return _EXIT_INTERRUPTED

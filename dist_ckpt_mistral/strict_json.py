@@ -20,6 +20,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def loads_object(text: bytes | str, where: str) -> dict[str, Any]:
     """Parse ``text``, which must be one JSON object; ``where`` names the file for the error."""
     try:
+        text = text if isinstance(text, str) else text.decode()  # json itself would take UTF-16 and UTF-32 too
         value = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except FormatError as error:
         raise FormatError(f"{error} in {where}. Nothing was read from it.") from error

@@ -1,0 +1,81 @@
+"""Memory does not grow with the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_ckpt_mistral.formats import hf_directory
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.tensor_table import tensor_table
+
+#: Private memory that a process of the tool may map, half of it reserved by python, numpy and thread stacks.
+_LIMIT_BYTES = 176 << 20
+
+_LIMITED = """
+import resource, sys
+from dist_ckpt_mistral.cli import main
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def limited(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the tool in a process whose private memory is limited by the kernel."""
+    command = [sys.executable, "-c", _LIMITED, str(_LIMIT_BYTES), *map(str, arguments)]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # numpy's own threads and buffers, which nobody needs
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of several times the limit, made of holes; its largest tensors are nearly as large as the limit."""
+    folder = tmp_path_factory.mktemp("large") / "hf"
+    folder.mkdir()
+    config = {
+        "model_type": "mistral",
+        "vocab_size": 32768,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = tensor_table(MistralConfig.from_hf(config)).hf_tensors()
+    file_set = hf_directory.plan_files(
+        [(name, "bfloat16", tensor.shape) for name, tensor in tensors.items()], max_file_bytes=1 << 40
+    )
+    file = file_set.files["model.safetensors"]
+    assert file.num_bytes > 3.4 * _LIMIT_BYTES
+    with (folder / "model.safetensors").open("wb") as output:
+        output.write(file.head)
+        output.truncate(file.num_bytes)
+    return folder
+
+
+def test_conversions_under_a_hard_limit(large: Path, tmp_path: Path) -> None:
+    """Import, export and verify run within a fraction of the model's size, with more workers than cores."""
+    checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
+    for command in (
+        ("from-hf", large, checkpoint, "--tp", 4, "--workers", 4, "--no-sync"),
+        ("to-hf", checkpoint, back, "--workers", 4, "--no-sync"),
+        ("verify", checkpoint, large, "--workers", 4),
+    ):
+        done = limited(*command)
+        assert done.returncode == 0, done.stderr
+    assert (back / "model.safetensors").stat().st_size == (large / "model.safetensors").stat().st_size
+
+
+def test_the_limit_is_real(large: Path, tmp_path: Path) -> None:
+    """The same run fails where buffers are allowed to exceed the limit: the kernel does watch."""
+    done = limited("from-hf", large, tmp_path / "checkpoint", "--workers", 64, "--memory", "1GB", "--no-sync")
+    assert done.returncode != 0
+    assert not (tmp_path / "checkpoint").exists()
