@@ -66,8 +66,30 @@ _HOME = {
     "to_hf": "convert",
 }
 
-__all__ = [  # noqa: PLE0604  (the same list, once)
-    *_HOME,
+__all__ = [
+    "Comparison",
+    "ConfigError",
+    "Conversion",
+    "DistCkptMistralError",
+    "FormatError",
+    "KeyStyle",
+    "LayoutError",
+    "LazyCheckpoint",
+    "MistralConfig",
+    "OutputError",
+    "ParallelLayout",
+    "PlanError",
+    "Report",
+    "TensorMismatchError",
+    "UnsafePickleError",
+    "UnsupportedModelError",
+    "add_hf_metadata",
+    "compare",
+    "from_hf",
+    "inspect",
+    "open_checkpoint",
+    "sharded_state_dict",
+    "to_hf",
 ]
 
 

@@ -44,10 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=level)
     signal.signal(signal.SIGTERM, _interrupt)  # so that an unpublished output is removed
     try:
-        command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
+        return _run(arguments)
     except DistCkptMistralError as error:
         return _fail(error, debug=arguments.debug)
+    except BrokenPipeError:  # whoever reads has seen enough, as in "inspect ... | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except OSError as error:
         return _fail(error, debug=arguments.debug)
     except MemoryError as error:
@@ -55,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was published", file=sys.stderr)
         return _EXIT_INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    code = command(arguments)
+    sys.stdout.flush()
+    return code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (the signature of a signal handler)
@@ -92,9 +101,10 @@ class _Version(argparse.Action):
         from importlib import metadata  # noqa: PLC0415  (slow)
 
         try:
-            parser.exit(message=f"dist-ckpt-mistral {metadata.version('dist-ckpt-mistral')}\n")
+            print(f"dist-ckpt-mistral {metadata.version('dist-ckpt-mistral')}")
         except metadata.PackageNotFoundError:
-            parser.exit(message="dist-ckpt-mistral, not installed\n")
+            print("dist-ckpt-mistral, not installed")
+        parser.exit()
 
 
 def _command(
@@ -199,7 +209,7 @@ def _not_negative(text: str) -> int:
 
 def _size(text: str) -> int:
     """``5GB`` (decimal) or ``5GiB`` (binary) in bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
     num_bytes = 0
     if match:
         power = " KMGT".index(match[2].upper() or " ")
@@ -275,7 +285,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         from rich.console import Console  # noqa: PLC0415  (only tables need rich)
 
-        Console(width=None if sys.stdout.isatty() else _PAGE_COLUMNS, highlight=False, markup=False).print(
+        Console(width=None if sys.stdout.isatty() else _PAGE_COLUMNS, highlight=False, markup=False, emoji=False).print(
             report.render(found)
         )
     return EXIT_DATA if found.problems else EXIT_DONE

@@ -98,9 +98,10 @@ def _import(original: Path, checkpoint: Path, say: Say) -> None:
 
 
 def _load(original: Path, checkpoint: Path, say: Say) -> None:
-    say(f"\n3. Let Megatron load it at tensor parallel {_LAYOUT.tp} x pipeline parallel {_LAYOUT.pp}. In each of")
-    say(f"   {_LAYOUT.world_size} processes Megatron's own dist_checkpointing.load fills what that rank holds, and the")
-    say("   result is compared with the rows of the original files that belong there.")
+    layout = f"tensor parallel {_LAYOUT.tp} x pipeline parallel {_LAYOUT.pp}"
+    say(f"\n3. Let Megatron load it at {layout}: in {_LAYOUT.world_size} processes Megatron's own")
+    say("   dist_checkpointing.load fills what that rank holds; the result is compared with the rows of the original")
+    say("   files that belong there.")
     with _timed() as seconds:
         outcomes = _load_with_megatron(original, checkpoint / torch_dist.iteration_name(None))
     for rank, outcome in enumerate(outcomes):

@@ -84,7 +84,7 @@ def match_checkpoint(
 
     Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
     """
-    prefix = model_prefix(list(tensors))
+    prefix = model_prefix(tensors)
     present = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
     style, keys = _spelling(table, present)
     found = CheckpointMap(table=table, prefix=prefix, style=style, keys=keys)
@@ -94,7 +94,7 @@ def match_checkpoint(
     for key in tensors:
         if key in used:
             continue
-        reason = why_ignored(key) or why_ignored(key.removeprefix(prefix))
+        reason = why_ignored(key, prefix)
         if reason is None:
             unknown.append(f"{key} {list(tensors[key])}")
         else:
@@ -106,7 +106,7 @@ def match_checkpoint(
             f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
             "Check that the configuration belongs to this checkpoint."
         )
-    ignored += [(key, why_ignored(key) or why_ignored(key.removeprefix(prefix)) or "not a tensor") for key in objects]
+    ignored += [(key, why_ignored(key, prefix) or "not a tensor") for key in objects]
     return CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, ignored=tuple(ignored))
 
 

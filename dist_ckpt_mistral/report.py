@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
+from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.tensor_table import model_prefix, tensor_table, why_ignored
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -103,14 +103,13 @@ def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
     checkpoint = torch_dist.open_torch_dist(path)
     problems: list[str] = []
     config_from, found = None, None
-    ignored: Ignored = ()
+    shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     try:
         config, config_from = choose_config(checkpoint, config, read_embedded(checkpoint))
-        shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
         found = match_checkpoint(tensor_table(config), shapes, checkpoint.objects, str(checkpoint.directory))
-        ignored = found.ignored
     except DistCkptMistralError as error:
         problems.append(str(error))
+    prefix = model_prefix(shapes)
     files = _file_sizes(checkpoint)
     try:
         checkpoint.require_whole(files)
@@ -122,16 +121,17 @@ def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
         format=_generation(checkpoint),
         config_from=config_from,
         config=_config_values(config),
-        tensors=_tensor_reports(checkpoint, found, dict(ignored)),
-        objects=tuple((name, dict(ignored).get(name, "not a tensor")) for name in checkpoint.objects),
+        tensors=_tensor_reports(checkpoint, found),
+        objects=tuple((name, why_ignored(name, prefix) or "not a tensor") for name in checkpoint.objects),
         files=files,
         problems=tuple(problems),
     )
 
 
 def _tensor_reports(
-    checkpoint: torch_dist.TorchDistCheckpoint, found: CheckpointMap | None, ignored: dict[str, str]
+    checkpoint: torch_dist.TorchDistCheckpoint, found: CheckpointMap | None
 ) -> tuple[TensorReport, ...]:
+    prefix = model_prefix(checkpoint.tensors)
     hf_names: dict[str, list[str]] = {}
     if found is not None:
         for tensor in found.table.hf_tensors().values():
@@ -145,7 +145,7 @@ def _tensor_reports(
             num_chunks=stored.num_chunks,
             num_bytes=stored.num_bytes,
             hf_names=tuple(hf_names.get(stored.name, ())),
-            ignored=ignored.get(stored.name),
+            ignored=why_ignored(stored.name, prefix),
         )
         for stored in checkpoint.tensors.values()
     )
@@ -234,7 +234,7 @@ def save_html(report: Report, path: Path) -> None:
     from rich.console import Console  # noqa: PLC0415  (only what is shown needs rich)
 
     with Path("/dev/null").open("w") as nowhere:
-        console: Console = Console(record=True, width=180, file=nowhere)
+        console: Console = Console(record=True, width=180, file=nowhere, markup=False, emoji=False)
         console.print(render(report))
         console.save_html(str(path))
 

@@ -8,7 +8,7 @@ models/mistral. A Megatron key is written here with ``{layer}`` in it; ``KeyStyl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -311,7 +311,7 @@ _NOT_WEIGHTS: Final = (
 _HF_NOT_WEIGHTS: Final = ((re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recomputed from rope_theta by every reader"),)
 
 
-def model_prefix(mcore_keys: Iterator[str] | list[str]) -> str:
+def model_prefix(mcore_keys: Iterable[str]) -> str:
     """What stands before every model key, such as ``module.``; empty in what Megatron-LM writes."""
     found = sorted(
         {
@@ -324,9 +324,10 @@ def model_prefix(mcore_keys: Iterator[str] | list[str]) -> str:
     return found[0] if found else ""
 
 
-def why_ignored(mcore_key: str) -> str | None:
-    """Why a stored Megatron entry is not a weight, or None if it might be one."""
-    return next((reason for pattern, reason in _NOT_WEIGHTS if pattern.match(mcore_key)), None)
+def why_ignored(mcore_key: str, prefix: str = "") -> str | None:
+    """Why a stored Megatron entry is not a weight, or None if it might be one; ``prefix`` may stand before its key."""
+    keys = (mcore_key, mcore_key.removeprefix(prefix))
+    return next((reason for pattern, reason in _NOT_WEIGHTS if any(map(pattern.match, keys))), None)
 
 
 def why_hf_ignored(hf_name: str) -> str | None:
