@@ -1,0 +1,65 @@
+"""Runs the command line in this process, as a fresh process would: its exit code and everything it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_ckpt_mistral.cli import main
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a command did: its exit code, and its lines on standard output and standard error."""
+
+    code: int
+    out: list[str]
+    err: list[str]
+
+
+def run(*arguments: object) -> Outcome:
+    """Run ``dist-ckpt-mistral`` with the given arguments."""
+    out, err = io.StringIO(), io.StringIO()
+    with _fresh_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+    return Outcome(code=code, out=out.getvalue().splitlines(), err=err.getvalue().splitlines())
+
+
+@contextlib.contextmanager
+def _fresh_process() -> Iterator[None]:
+    """As in a fresh process, where nobody has configured logging; afterwards all is as it was, signal handlers too."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    root.handlers.clear()
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        signal.signal(signal.SIGTERM, on_terminate)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything under ``folder``: files with their content, directories, and links with None."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in sorted(found.items())}
+
+
+def refusal(folder: Path, *arguments: object) -> str:
+    """The one line with which a command refuses: exit code 1, nothing printed, nothing under ``folder`` changed."""
+    before = tree(folder)
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (1, []), outcome
+    assert len(outcome.err) == 1, outcome.err
+    assert outcome.err[0].startswith("error: ")
+    assert tree(folder) == before
+    return outcome.err[0]

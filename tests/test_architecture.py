@@ -1,0 +1,154 @@
+"""The rules of the house, read off the syntax trees of the package: who may import whom, and what stands where."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import dist_ckpt_mistral
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, tensor_table
+
+ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
+#: Every module; each imports only from those before it.
+DOWNWARDS: Final = (
+    *("errors", "shapes", "dtypes", "strict_json", "ranks", "hub", "storage"),
+    *("model.row_blocks", "model.config", "model.tensor_table", "model.parallel_layout", "model.megatron_args"),
+    *("gather.boxes", "gather.links", "gather.tensor_index", "gather.plan", "gather.executor"),
+    *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
+    *("formats.torch_dist", "formats.torch_dist_writer", "formats.safetensors", "formats.hf_directory"),
+    *("mapping", "embedded", "checkpoint_config", "model_source", "writing", "verify", "convert"),
+    *("report", "lazy_checkpoint"),
+    *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.load_check"),
+    *("demo", "cli", "__main__"),
+)
+#: Packages that are nothing but their docstring; the topmost one only points to where its names live.
+PACKAGES: Final = ("__init__", "model.__init__", "gather.__init__", "formats.__init__", "megatron.__init__")
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    """The syntax tree of a module of the package."""
+    return ast.parse((ROOT / Path(*module.split("."))).with_suffix(".py").read_text())
+
+
+def imports(module: str) -> Iterator[tuple[str, bool]]:
+    """Every module that is imported, and whether that happens when the importing module itself is imported."""
+    at_once = {id(node) for node in tree_of(module).body}
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in {module}"
+            for alias in node.names:
+                path = Path(f"{node.module}.{alias.name}".replace(".", "/"))
+                is_module = (ROOT.parent / path).with_suffix(".py").is_file()
+                yield f"{node.module}.{alias.name}" if is_module else str(node.module), id(node) in at_once
+
+
+def strings(module: str) -> Iterator[str]:
+    """Every string of a module that is not a docstring."""
+    docstrings = set()
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstrings |= {id(statement.value) for statement in node.body[:1] if isinstance(statement, ast.Expr)}
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def test_every_module_has_its_place() -> None:
+    """The list above names all modules that there are, each once."""
+    found = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("*.py")]
+    assert sorted(found) == sorted([*DOWNWARDS, *PACKAGES])
+
+
+@pytest.mark.parametrize("module", DOWNWARDS)
+def test_imports_go_downwards(module: str) -> None:
+    """A module imports, at its top, in functions and for annotations, only what stands before it."""
+    own = {name.removeprefix("dist_ckpt_mistral").lstrip(".") for name, _ in imports(module) if "dist_ckpt" in name}
+    before = DOWNWARDS[: DOWNWARDS.index(module)]
+    assert own <= {*before, ""}
+    assert "" not in own or module == "demo"  # the package's own path
+
+
+@pytest.mark.parametrize("package", PACKAGES[1:])
+def test_packages_hold_nothing(package: str) -> None:
+    """Subpackages run nothing when imported: there is only their docstring."""
+    assert [type(node) for node in tree_of(package).body] == [ast.Expr]
+
+
+@pytest.mark.parametrize("module", DOWNWARDS)
+def test_who_needs_what(module: str) -> None:
+    """Megatron and torch are imported by megatron/ alone, numpy where bytes move; all else waits until it is used."""
+    foreign = [
+        (name.partition(".")[0], at_once)
+        for name, at_once in imports(module)
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, "dist_ckpt_mistral"}
+    ]
+    if module.startswith("megatron."):
+        assert {name for name, _ in foreign} <= {"megatron", "torch", "safetensors"}
+        return
+    assert {name for name, at_once in foreign if at_once} <= (
+        {"numpy"} if "gather." in module or module == "verify" else set()
+    )
+    assert "megatron" not in {name for name, _ in foreign}
+
+
+def names_of_tensors() -> set[str]:
+    """What the names of tensors consist of, in both worlds, without words that mean other things too."""
+    config = MistralConfig(
+        vocab_size=1,
+        hidden_size=1,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=1,
+    )
+    table = tensor_table(config)
+    names = [*table.hf_tensors(), *LOCAL_EXTRA_STATES, *TE_EXTRA_STATES]
+    names += [key for rule in table.rules for key in (*rule.keys, rule.module_name)]
+    words = {word for name in names for word in name.split(".")}
+    return words - {"weight", "model", "decoder", "layers", "{layer}", "norm", "embedding", "0"}
+
+
+@pytest.mark.parametrize("module", [each for each in DOWNWARDS if each != "model.tensor_table"])
+def test_tensor_names_stand_in_the_table_alone(module: str) -> None:
+    """No string outside the table contains a word that tensor names are made of."""
+    words = names_of_tensors()
+    assert {"q_proj", "linear_qkv", "mlp", "self_attn", "lm_head", "_extra_state"} <= words
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, sorted(words)))})\b")
+    assert [text for text in strings(module) if pattern.search(text)] == []
+
+
+@pytest.mark.parametrize("module", [*DOWNWARDS, *PACKAGES])
+def test_what_only_one_room_does(module: str) -> None:
+    """Only cli prints; only pickle_records unpickles, and nothing evaluates; only few open or make files."""
+    names = {node.id for node in ast.walk(tree_of(module)) if isinstance(node, ast.Name)}
+    attributes = {
+        (node.value.id if isinstance(node.value, ast.Name) else "", node.attr)
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.Attribute)
+    }
+    assert names.isdisjoint({"eval", "exec", "compile", "__import__"})
+    assert "print" not in names or module == "cli"
+    unpicklers = {("pickle", name) for name in ("load", "loads", "Unpickler")} | {("torch", "load")}
+    assert attributes.isdisjoint(unpicklers) or module == "formats.pickle_records"
+    touching = {"open", "read_bytes", "read_text", "write_bytes", "write_text", "unlink", "rename", "rmtree"}
+    touched = {attribute for owner, attribute in attributes if owner != "storage"} | names
+    own_reports = ("report", "demo", "megatron.load_check", "cli")
+    assert touched.isdisjoint(touching) or module in ("storage", *own_reports)
+
+
+def test_asserts_check_no_data() -> None:
+    """``python -O`` drops them: the package has none."""
+    found = [module for module in DOWNWARDS for node in ast.walk(tree_of(module)) if isinstance(node, ast.Assert)]
+    assert found == []

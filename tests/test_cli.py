@@ -1,0 +1,358 @@
+"""The command line as a user meets it: what it prints, what it needs, what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from html.parser import HTMLParser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run, tree
+from genuine import folder, shards, truth
+from hf_models import contents, random_model, saved
+from safetensors.torch import load_file, save_file
+from torch_reading import described, read_metadata
+
+from dist_ckpt_mistral.convert import from_hf
+
+HEAVY = ["numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"]
+COMMANDS = ["from-hf", "to-hf", "inspect", "verify", "demo"]
+
+#: Runs commands (JSON in the first argument) where the modules of the second cannot be imported; tells each one's code.
+WITHOUT = """
+import contextlib, io, json, sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in json.loads(sys.argv[2]):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from dist_ckpt_mistral.cli import main
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            code = main(command)
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, out.getvalue(), sorted(name for name in sys.modules if "." not in name)]))
+"""
+
+
+def without(modules: list[str], commands: list[list[str]]) -> list[tuple[int, str, set[str]]]:
+    """Exit code, output and imported modules after each of some commands, in a fresh process that lacks ``modules``."""
+    arguments = [json.dumps(commands), json.dumps(modules)]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=True, timeout=60
+    )
+    return [(code, out, set(names)) for code, out, names in map(json.loads, done.stdout.splitlines())]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """No --help waits for numpy, torch, rich or the like; each says what it is about."""
+    commands = [["--help"], *([command, "--help"] for command in COMMANDS)]
+    done = without([], commands)
+    assert [code for code, _, _ in done] == [0] * len(commands)
+    for (command, *_), (_, out, modules) in zip(commands, done, strict=True):
+        assert modules.isdisjoint(HEAVY)
+        assert out.startswith("usage: dist-ckpt-mistral" + ("" if command == "--help" else f" {command}"))
+    assert all(command in done[0][1] for command in COMMANDS)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    """``import dist_ckpt_mistral`` costs nothing; every public name is there, those of Megatron's side aside."""
+    script = "import sys, json, dist_ckpt_mistral as d; print(json.dumps([list(sys.modules), d.__all__, dir(d)]))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    modules, public, listed = json.loads(done.stdout)
+    assert set(HEAVY).isdisjoint(modules)
+    assert {"from_hf", "to_hf", "open_checkpoint", "MistralConfig", "sharded_state_dict"} <= set(public) <= set(listed)
+    on_megatrons_side = {"sharded_state_dict", "add_hf_metadata"}
+    names = [name for name in public if name not in on_megatrons_side]
+    script = f"import dist_ckpt_mistral as d; [getattr(d, name).__doc__ for name in {names}]"
+    subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, check=True, timeout=60)
+
+
+def test_help_is_quick() -> None:
+    """A process for --help takes less than 0.3 s of processor time, whatever else the machine is doing."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-m", "dist_ckpt_mistral", "--help"], capture_output=True, check=True, timeout=60
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(taken) < 0.3
+
+
+def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
+    """Import, export, conversion, comparison and inspection run where torch, megatron and transformers are absent."""
+    ckpt, config = str(folder("td_0192") / "checkpoint"), str(folder("td_0192"))
+    hf, again, back, half = (str(tmp_path / name) for name in ("hf", "again", "back", "half"))
+    commands = [
+        ["to-hf", ckpt, hf, "--config", config],
+        ["from-hf", hf, again, "--tp", "2"],
+        ["to-hf", again, back],
+        ["to-hf", again, half, "--dtype", "float16"],
+        ["verify", ckpt, back],
+        ["inspect", ckpt, "--config", config, "--json"],
+        ["inspect", hf, "--html", str(tmp_path / "page.html")],
+    ]
+    absent = ["torch", "megatron", "transformers", "safetensors", "mistral_common", "tensorstore", "zarr"]
+    done = without(absent, commands)
+    assert [code for code, _, _ in done] == [0] * len(commands)
+    assert contents(Path(back)) == contents(Path(hf))
+    assert described(load_file(Path(hf) / "model.safetensors")) == described(truth("td_0192"))
+    halves = {name: tensor.half() for name, tensor in truth("td_0192").items()}
+    assert described(load_file(Path(half) / "model.safetensors")) == described(halves)
+
+
+def test_what_is_absent_is_really_absent() -> None:
+    """The test above means something: there, torch cannot be imported."""
+    script = WITHOUT.replace("for command in", "import torch\nfor command in")
+    done = subprocess.run(
+        [sys.executable, "-c", script, "[]", '["torch"]'], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "No module named 'torch'" in done.stderr
+
+
+def test_inspection_of_a_checkpoint_as_json() -> None:
+    """The JSON has these keys and no others; shapes, chunks, sizes and names are those of the genuine checkpoint."""
+    outcome = run("inspect", folder("td_0192") / "checkpoint", "--config", folder("td_0192"), "--json")
+    assert (outcome.code, outcome.err) == (0, [])
+    told = json.loads("\n".join(outcome.out))
+    assert list(told) == [
+        "json_version",
+        "path",
+        "kind",
+        "format",
+        "config_from",
+        "config",
+        "tensors",
+        "objects",
+        "files",
+        "problems",
+    ]
+    assert (told["json_version"], told["kind"], told["problems"]) == (1, "Megatron torch_dist checkpoint", [])
+    assert "megatron-core 0.17 and newer" in told["format"]
+    assert (told["config"]["vocab_size"], told["config"]["sliding_window"]) == (250, None)
+    stored = read_metadata(shards("td_0192")).state_dict_metadata
+    keys = {"name", "dtype", "shape", "num_chunks", "num_bytes", "hf_names", "ignored"}
+    assert all(set(tensor) == keys for tensor in told["tensors"])
+    for tensor in told["tensors"]:
+        described_as = stored[tensor["name"]]
+        assert not isinstance(described_as, bytes)
+        properties, size, chunks = (getattr(described_as, name) for name in ("properties", "size", "chunks"))
+        assert (tensor["shape"], tensor["num_chunks"]) == (list(size), len(chunks))
+        assert f"torch.{tensor['dtype']}" == str(properties.dtype)
+        assert tensor["num_bytes"] == size.numel() * properties.dtype.itemsize
+    names = [name for tensor in told["tensors"] for name in tensor["hf_names"]]
+    assert sorted(names) == sorted(truth("td_0192"))
+    assert {each["name"] for each in told["objects"]} | {each["name"] for each in told["tensors"]} == set(stored)
+    assert {each["ignored"] for each in told["objects"]} == {
+        "Transformer Engine extra state",
+        "common state, read on its own",
+    }
+    assert told["files"] == {path.name: path.stat().st_size for path in shards("td_0192").glob("*.distcp")}
+
+
+def test_inspection_of_a_hugging_face_directory_as_json(tmp_path: Path) -> None:
+    """The same keys for a Hugging Face directory: its tensors under their own names, one chunk each, and its files."""
+    hf = saved(random_model(tie_word_embeddings=True), tmp_path / "hf", max_shard_size=4000)
+    told = json.loads("\n".join(run("inspect", hf, "--json").out))
+    assert (told["json_version"], told["kind"], told["problems"]) == (1, "Hugging Face directory", [])
+    tensors = {name: tensor for path in hf.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert {(t["name"], t["dtype"], *t["shape"]) for t in told["tensors"]} == {
+        (name, "bfloat16", *tensor.shape) for name, tensor in tensors.items()
+    }
+    assert all((t["num_chunks"], t["hf_names"], t["ignored"]) == (1, [t["name"]], None) for t in told["tensors"])
+    assert told["files"] == {path.name: path.stat().st_size for path in hf.glob("*.safetensors")}
+
+
+def test_inspection_tells_problems_and_exits_with_one(tmp_path: Path) -> None:
+    """What is wrong is told in all three forms, on stdout, with exit code 1; what could be read is told anyway."""
+    hf = saved(random_model(), tmp_path / "hf")
+    tensors = load_file(hf / "model.safetensors")
+    tensors["odd [/red] :smile: <b>name</b>"] = tensors.pop("model.norm.weight")
+    save_file(tensors, hf / "model.safetensors")
+    plain, as_json, as_html = (
+        run("inspect", hf, *more) for more in ((), ("--json",), ("--html", tmp_path / "page.html"))
+    )
+    for outcome in (plain, as_json, as_html):
+        assert (outcome.code, outcome.err) == (1, [])
+    problem = "1 tensors are unknown to the table: odd [/red] :smile: <b>name</b> [24]"
+    assert problem in json.loads("\n".join(as_json.out))["problems"][0]
+    assert any("model.layers.0.mlp.down_proj.weight" in line for line in plain.out)
+    assert problem in " ".join(" ".join(plain.out).split())
+    assert problem in " ".join(Page(tmp_path / "page.html").text.split())
+
+
+class Page(HTMLParser):
+    """The text of an HTML page, and every address in it."""
+
+    def __init__(self, path: Path) -> None:
+        """Parse the page at ``path``."""
+        super().__init__()
+        self.text = ""
+        self.addresses: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_data(self, data: str) -> None:
+        """Collect text."""
+        self.text += data
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Collect addresses."""
+        self.addresses += [f"{tag}:{value}" for name, value in attrs if name in ("src", "href") and value]
+
+
+def test_inspection_as_a_page(tmp_path: Path) -> None:
+    """--html writes one page that needs nothing else, with every stored tensor and its first Hugging Face name."""
+    page = tmp_path / "page.html"
+    outcome = run("inspect", folder("td_0161") / "checkpoint", "--config", folder("td_0161"), "--html", page)
+    assert (outcome.code, outcome.out, outcome.err) == (0, [f"wrote {page}"], [])
+    parsed = Page(page)
+    assert parsed.addresses == []
+    for text in (
+        "decoder.layers.mlp.linear_fc1.weight",
+        "model.layers.0.mlp.gate_proj.weight and 7 more",
+        "4 x 192 x 64",
+    ):
+        assert text in parsed.text
+    outcome = run("inspect", folder("td_0161") / "checkpoint", "--html", tmp_path / "no" / "page.html")
+    assert (outcome.code, outcome.out) == (1, [])
+    assert outcome.err[0].startswith("error: ")
+
+
+def test_a_dry_run_writes_nothing_and_tells_everything(tmp_path: Path) -> None:
+    """--dry-run leaves the disk alone and tells the very files and sizes that the real run then writes."""
+    case = shutil.copytree(folder("td_0192"), tmp_path / "case")
+    before = tree(tmp_path)
+    arguments = ("to-hf", case / "checkpoint", tmp_path / "hf", "--config", case, "--max-file-size", "100kB")
+    dry = run(*arguments, "--dry-run")
+    assert dry.code == 0
+    assert tree(tmp_path) == before
+    wet = run(*arguments)
+    assert wet.code == 0
+    assert dry.out[0] == wet.out[0].replace("wrote", "would write")
+    assert wet.out[0] == (
+        f"wrote 39 tensors (410.4 kB) in 5 files to {tmp_path / 'hf'}; "
+        "19 stored entries are not weights and stayed behind"
+    )
+    written = {path.name: path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors")}
+    assert [line.split() for line in dry.out[1:]] == [
+        [name, str(size), "bytes"] for name, size in sorted(written.items())
+    ]
+    (tmp_path / "hf" / "precious").touch()
+    assert run(*arguments, "--dry-run").code == 0
+    assert (tmp_path / "hf" / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [
+        ("4000", 4000),
+        ("4000B", 4000),
+        ("4kB", 4000),
+        ("4KiB", 4096),
+        ("4.5 k", 4500),
+        ("0.0045MB", 4500),
+        ("1TiB", 1 << 40),
+    ],
+)
+def test_sizes_are_told_in_any_unit(size: str, num_bytes: int, tmp_path: Path) -> None:
+    """Decimal and binary units, with and without B: files are cut as transformers cuts them at so many bytes."""
+    from_hf(saved(random_model(torch.float32), tmp_path / "original"), tmp_path / "ckpt")
+    arguments = ("to-hf", tmp_path / "ckpt", tmp_path / "hf", "--dtype", "bfloat16", "--max-file-size", size)
+    assert run(*arguments, "--workers", 3, "--memory", "1MiB", "--no-sync").code == 0
+    expected = saved(random_model(), tmp_path / "expected", max_shard_size=num_bytes)
+    assert contents(tmp_path / "hf") == contents(expected)
+
+
+def test_the_version_is_told() -> None:
+    """--version is that of the installed package, which is that of pyproject.toml; --help and it exit with 0."""
+    outcome = run("--version")
+    assert (outcome.code, outcome.err) == (0, [])
+    try:
+        version = metadata.version("dist-ckpt-mistral")
+    except metadata.PackageNotFoundError:
+        assert outcome.out == ["dist-ckpt-mistral, not installed"]
+        return
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert outcome.out == [f"dist-ckpt-mistral {version}"]
+    assert version == project["version"]
+
+
+def test_notes_go_to_stderr_and_results_to_stdout(tmp_path: Path) -> None:
+    """Which configuration was used, and that no tokenizer came along, are notes; one sentence is the result."""
+    outcome = run("to-hf", folder("td_0161") / "checkpoint", tmp_path / "hf", "--config", folder("td_0161"))
+    assert outcome.err == [
+        "configuration: the given configuration",
+        "no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one",
+    ]
+    assert len(outcome.out) == 1
+    outcome = run("from-hf", tmp_path / "hf", tmp_path / "ckpt", "--iteration", 3)
+    assert (outcome.code, outcome.err) == (0, [])
+    assert outcome.out == [f"wrote 39 tensors (410.4 kB) in 1 files to {tmp_path / 'ckpt'}"]
+
+
+def test_a_process_ends_with_the_exit_code(tmp_path: Path) -> None:
+    """``python -m dist_ckpt_mistral`` hands on the exit code; stderr is one line, without a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_ckpt_mistral", "inspect", tmp_path / "none"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path / 'none'} is not a checkpoint: there is no such directory\n"
+
+
+#: Exports, but stops for ever at the fifth write.
+STALLED = """
+import sys, time
+from dist_ckpt_mistral import cli, storage
+write, calls = storage.TargetFile.write, []
+def stalling(*arguments):
+    calls.append(arguments)
+    if len(calls) == 5:
+        print("stalled", flush=True)
+        time.sleep(60)
+    write(*arguments)
+storage.TargetFile.write = stalling
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_stopped_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """Terminated or interrupted in the middle of writing, it says so, exits with 130 and leaves no trace."""
+    case = shutil.copytree(folder("td_0161"), tmp_path / "case")
+    before = tree(tmp_path)
+    paths: list[str | Path] = [case / "checkpoint", tmp_path / "hf", "--config", case]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STALLED, "to-hf", *paths, "--workers", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stalled\n"
+        assert len(tree(tmp_path)) > len(before)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted: nothing was published"
+    assert tree(tmp_path) == before

@@ -1,0 +1,83 @@
+"""What torch's own distributed checkpointing makes of a checkpoint: the oracle for stored bytes, and a tool to edit."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+
+class _Foreign:
+    """Stands in for Megatron's classes, which say nothing about tensors, and which not every torch can import."""
+
+    def __setstate__(self, state: object) -> None:
+        """Forget what it was."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Python's own unpickler, with torch's own classes."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:  # noqa: ANN401  (a class or a function)
+        return _Foreign if module_name.startswith("megatron.") else super().find_class(module_name, global_name)
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Read ``.metadata`` as torch does. torch 2.15 gave TensorProperties a sixth field that older ones trip over."""
+    original: Any = TensorProperties.__setstate__
+    with (
+        mock.patch.object(TensorProperties, "__setstate__", lambda self, state: original(self, state[:5])),
+        (directory / ".metadata").open("rb") as file,
+    ):
+        metadata = _MetadataUnpickler(file).load()
+    assert isinstance(metadata, Metadata)
+    return metadata
+
+
+@contextlib.contextmanager
+def edited_metadata(directory: Path) -> Iterator[Any]:
+    """Edit ``.metadata`` as torch's own objects; what is yielded is pickled again by torch's own classes."""
+    metadata: Any = read_metadata(directory)
+    for name in ("all_local_plans", "mcore_data"):
+        vars(metadata).pop(name, None)
+    yield metadata
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+class _Reader(FileSystemReader):
+    """A reader that is torch's own but for the unpickling."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:  # noqa: ANN401  (torch's signature)
+        return read_metadata(Path(self.path))
+
+
+def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, put together by torch's plain DCP."""
+    described = read_metadata(directory).state_dict_metadata
+    state = {
+        key: torch.full(tuple(each.size), 77, dtype=each.properties.dtype)
+        for key, each in described.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group, and which of its parts torch deprecates
+        load(state, storage_reader=_Reader(directory), no_dist=True)
+    return state
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The row-major bytes of a tensor."""
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    """Dtype, shape and every bit of tensors, for comparisons that take NaN for equal to itself."""
+    return {name: (tensor.dtype, tuple(tensor.shape), raw_bytes(tensor)) for name, tensor in tensors.items()}
