@@ -270,7 +270,7 @@ def _metadata_allowlist() -> Callable[[str, str], Any]:
             *("Metadata", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
             *("ChunkStorageMetadata", "MetadataIndex"),
         ),
-        f"{checkpoint}.filesystem": ("_StorageInfo",),
+        f"{checkpoint}.filesystem": ("_StorageInfo", "_StoragePrefix"),
         f"{checkpoint}.planner": ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"),
         "megatron.core.dist_checkpointing.strategies.torch": ("MCoreSavePlan", "MCoreMetadata"),
     }

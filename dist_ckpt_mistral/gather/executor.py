@@ -27,6 +27,8 @@ _LEAST_BAND_BYTES: Final = 64 << 10
 _BUFFERS: Final = 2
 #: What one thread takes at a time of a segment that needs no checksum, so that threads end together.
 _PART_BYTES: Final = 64 << 20
+#: How much is written before the disk is told to begin with it, if the output is to be durable.
+_WRITEBACK_BYTES: Final = 16 << 20
 #: A gap between two rows that is cheaper to jump over than to read.
 _LONG_GAP_BYTES: Final = 64 << 10
 
@@ -88,12 +90,15 @@ def execute(
             number, low, high = parts[part]
             segment = plan.segments[number]
             target, crc32 = targets[segment.file], 0
-            position = segment.position + segment.stored_bytes * low // segment.num_bytes
+            begun = position = segment.position + segment.stored_bytes * low // segment.num_bytes
             for band in reader.bands(segment, low, high):
                 stored = _convert(band, segment)
                 target.write(position, stored)
                 crc32 = zlib.crc32(stored, crc32) if checksums else 0
                 position += len(stored)
+                if effort.durable and position - begun >= _WRITEBACK_BYTES:
+                    target.start_writeback(begun, position - begun)
+                    begun = position
                 effort.progress(len(stored))
             return crc32
 
