@@ -20,8 +20,8 @@ from dist_ckpt_mistral.errors import FormatError, OutputError
 _STAGING_MARK: Final = ".incomplete-"
 _REPLACED_MARK: Final = ".replaced-"
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
-#: File descriptors that the rest of the process needs while sources are open.
-_SPARE_DESCRIPTORS: Final = 64
+#: At most three such groups of files are open at once (two sources and a target), and then some others.
+_SHARE_OF_DESCRIPTORS: Final = 4
 
 
 def read_bytes(path: Path) -> bytes:
@@ -51,7 +51,7 @@ class SourceFiles:
         self._paths = tuple(paths)
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
-        _allow_open_files(len(self._paths))
+        allow_open_files(len(self._paths))
 
     def __enter__(self) -> Self:
         """Nothing is opened yet."""
@@ -116,13 +116,11 @@ def _behind(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
     return rest
 
 
-def _allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files where ``count`` sources need it."""
+def allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files to the hard one where ``count`` are much of it: others are open besides."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if soft != resource.RLIM_INFINITY and count > soft // _SHARE_OF_DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class TargetFile:

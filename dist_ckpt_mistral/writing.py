@@ -107,6 +107,7 @@ def _open_all(staging: Path, names: list[str]) -> Iterator[dict[int, TargetFile]
 
 @contextlib.contextmanager
 def _opened(paths: Mapping[int, Path]) -> Iterator[dict[int, TargetFile]]:
+    storage.allow_open_files(len(paths))
     targets: dict[int, TargetFile] = {}
     try:
         for number, path in paths.items():

@@ -429,7 +429,6 @@ def set_dtype(dtype: torch.dtype) -> Callable[[Any], None]:
         (lambda metadata: setattr(metadata, "storage_data", []), (".metadata",)),
         (lambda metadata: delattr(metadata, "state_dict_metadata"), (".metadata",)),
     ],
-    ids=str,
 )
 def test_damaged_metadata(
     edit: Callable[[Any], None], expected: tuple[str, ...], genuine: Path, tmp_path: Path
@@ -563,7 +562,6 @@ def test_nothing_of_a_pickle_is_executed(
         (lambda h: shift(h, -48), "'model.norm.weight' in {path} overlap or leave a gap"),
         (lambda h: shift(h, 48), "'model.norm.weight' in {path} overlap or leave a gap"),
     ],
-    ids=str,
 )
 def test_damaged_headers(edit: Callable[[dict[str, Any]], object], expected: str, hf: Path, tmp_path: Path) -> None:
     """Unknown dtypes, sizes that are none, overlaps and gaps in a safetensors header: the tensor and file are named."""
@@ -660,7 +658,6 @@ def test_element_types_that_no_archive_has(hf: Path, tmp_path: Path) -> None:
             "the header of model.safetensors",
         ),
     ],
-    ids=str,
 )
 def test_damaged_memory_of_the_import(
     edit: Callable[[dict[str, Any]], object], expected: str, ckpt: Path, tmp_path: Path
@@ -711,7 +708,6 @@ def rename_file(record: dict[str, Any], name: str) -> None:
             "vocab_size must be a positive integer, got -1; head_dim must be a positive integer, got 0; sliding_window",
         ),
     ],
-    ids=str,
 )
 def test_configs_whose_sizes_do_not_fit(
     changes: dict[str, object], expected: str, hf: Path, genuine: Path, tmp_path: Path

@@ -319,6 +319,22 @@ def test_a_process_ends_with_the_exit_code(tmp_path: Path) -> None:
     assert done.stderr == f"error: {tmp_path / 'none'} is not a checkpoint: there is no such directory\n"
 
 
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    """A checkpoint of many small files converts under a low limit of open files, which is raised as far as needed."""
+    original = saved(random_model(num_hidden_layers=64), tmp_path / "original")
+    script = (
+        "import resource, sys; from dist_ckpt_mistral.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (48, resource.getrlimit(resource.RLIMIT_NOFILE)[1])); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    there: list[str | Path] = ["from-hf", original, tmp_path / "ckpt", "--tp", "2", "--pp", "64"]
+    back: list[str | Path] = ["to-hf", tmp_path / "ckpt", tmp_path / "back"]
+    for arguments in (there, back):
+        subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=True, timeout=120)
+    assert len(list((tmp_path / "ckpt" / "release").glob("*.distcp"))) == 128
+    assert contents(tmp_path / "back") == contents(original)
+
+
 #: Exports, but stops for ever at the fifth write.
 STALLED = """
 import sys, time

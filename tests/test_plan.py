@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import os
 import re
 import time
 import zlib
@@ -559,6 +560,28 @@ def test_a_source_that_shrinks_is_named(tmp_path: Path) -> None:
     path.unlink()
     with SourceFiles([path]) as sources, pytest.raises(FormatError, match=f"cannot open {path}: No such file"):
         list(BandReader(sources).bands(plan.segments[0]))
+
+
+def test_short_reads_and_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the operating system gives or takes a few bytes at a time, all of them arrive, into several buffers too."""
+    preadv, pwrite = os.preadv, os.pwrite
+
+    def short_read(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        return preadv(descriptor, [buffers[0][:7]], position)
+
+    monkeypatch.setattr(os, "preadv", short_read)
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, position: pwrite(descriptor, data[:5], position))
+    content = bytes(range(200))
+    target = TargetFile(tmp_path / "file", 300)
+    target.write(50, memoryview(content))
+    target.close()
+    assert (tmp_path / "file").read_bytes() == bytes(50) + content + bytes(50)
+    buffers = [bytearray(3), bytearray(0), bytearray(20), bytearray(177)]
+    with SourceFiles([tmp_path / "file"]) as sources:
+        sources.read_into(0, 50, [memoryview(buffer) for buffer in buffers])
+        assert b"".join(buffers) == content
+        with pytest.raises(FormatError, match="expected at least 301 bytes, got 300"):
+            sources.read(0, 101, 200)
 
 
 def test_effort_bounds_memory() -> None:
