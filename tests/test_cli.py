@@ -327,12 +327,16 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_NOFILE, (48, resource.getrlimit(resource.RLIMIT_NOFILE)[1])); "
         "sys.exit(main(sys.argv[1:]))"
     )
-    there: list[str | Path] = ["from-hf", original, tmp_path / "ckpt", "--tp", "2", "--pp", "64"]
-    back: list[str | Path] = ["to-hf", tmp_path / "ckpt", tmp_path / "back"]
-    for arguments in (there, back):
+    ckpt, back = tmp_path / "ckpt", tmp_path / "back"
+    commands: list[list[str | Path]] = [
+        ["from-hf", original, ckpt, "--tp", "2", "--pp", "64"],
+        ["to-hf", ckpt, back],
+        ["verify", ckpt, ckpt],
+    ]
+    for arguments in commands:
         subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=True, timeout=120)
-    assert len(list((tmp_path / "ckpt" / "release").glob("*.distcp"))) == 128
-    assert contents(tmp_path / "back") == contents(original)
+    assert len(list((ckpt / "release").glob("*.distcp"))) == 128
+    assert contents(back) == contents(original)
 
 
 #: Exports, but stops for ever at the fifth write.

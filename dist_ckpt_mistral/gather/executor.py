@@ -6,25 +6,31 @@ written, checksummed or compared. Reading, writing and checksums release the int
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.gather.plan import BytePlan, CopyArray, Segment
 from dist_ckpt_mistral.storage import SourceFiles, TargetFile
 
 #: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
-BAND_BYTES: Final = 2 << 20
+BAND_BYTES: Final = 1 << 20
 _LEAST_BAND_BYTES: Final = 64 << 10
 #: Each thread has two buffers of a band's size: the band itself, and rows on their way into it.
 _BUFFERS: Final = 2
+#: Kernels copy into page-aligned memory up to three times faster (measured, AMD): buffers and writes begin at pages.
+_PAGE_BYTES: Final = 4096
 #: What one thread takes at a time of a segment that needs no checksum, so that threads end together.
 _PART_BYTES: Final = 64 << 20
 #: How much is written before the disk is told to begin with it, if the output is to be durable.
@@ -60,8 +66,8 @@ class Effort:
 
     @property
     def band_bytes(self) -> int:
-        """Bytes that each thread gathers at a time: a multiple of 64."""
-        share = self.memory_bytes // (self.threads * _BUFFERS) // 64 * 64
+        """Bytes that each thread gathers at a time: whole pages."""
+        share = self.memory_bytes // (self.threads * _BUFFERS) // _PAGE_BYTES * _PAGE_BYTES
         return max(_LEAST_BAND_BYTES, min(BAND_BYTES, share))
 
 
@@ -77,12 +83,7 @@ def execute(
 
     Returns the CRC-32 of every segment's stored bytes, by number, if ``checksums``. The first failure ends the run.
     """
-    parts = [
-        (number, low, min(low + step, plan.segments[number].num_bytes))
-        for number in numbers
-        for step in (max(1, plan.segments[number].num_bytes if checksums else _PART_BYTES),)
-        for low in range(0, plan.segments[number].num_bytes, step)
-    ]
+    parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
     with SourceFiles(plan.source_files) as sources:
         reader = BandReader(sources, effort.band_bytes)
 
@@ -91,7 +92,7 @@ def execute(
             segment = plan.segments[number]
             target, crc32 = targets[segment.file], 0
             begun = position = segment.position + segment.stored_bytes * low // segment.num_bytes
-            for band in reader.bands(segment, low, high):
+            for band in reader.bands(segment, low, high, until_page=-position % _PAGE_BYTES):
                 stored = _convert(band, segment)
                 target.write(position, stored)
                 crc32 = zlib.crc32(stored, crc32) if checksums else 0
@@ -105,6 +106,22 @@ def execute(
         done = run_all(work, range(len(parts)), workers=effort.threads)
     found = {number: crc32 for (number, _, _), crc32 in zip(parts, done, strict=True)}
     return {number: found.get(number, 0) for number in numbers} if checksums else {}
+
+
+def _parts(plan: BytePlan, numbers: Sequence[int], *, threads: int, whole: bool) -> list[tuple[int, int, int]]:
+    """What one thread takes at a time, as (segment, low, high) in bytes, in an order in which threads do not collide.
+
+    Kernels let one thread at a time write into a file: as many files as there are threads take turns.
+    """
+    by_file: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for number in numbers:
+        num_bytes = plan.segments[number].num_bytes
+        step = max(1, num_bytes if whole else _PART_BYTES)
+        spans = [(number, low, min(low + step, num_bytes)) for low in range(0, num_bytes, step)]
+        by_file[plan.segments[number].file].extend(spans)
+    queues = list(by_file.values())
+    turns = (zip_longest(*queues[first : first + threads]) for first in range(0, len(queues), threads))
+    return [part for turn in chain.from_iterable(turns) for part in turn if part is not None]
 
 
 def run_all(work: Callable[[int], T], numbers: Sequence[int], *, workers: int) -> list[T]:
@@ -132,28 +149,48 @@ class BandReader:
         self._band_bytes = band_bytes
         self._buffers = threading.local()
 
-    def bands(self, segment: Segment, low: int = 0, high: int | None = None) -> Iterator[memoryview]:
-        """Yield bytes ``[low, high)`` of a segment, in ``source_dtype``; a band is valid until the thread's next."""
+    def bands(
+        self, segment: Segment, low: int = 0, high: int | None = None, *, until_page: int = 0
+    ) -> Iterator[memoryview]:
+        """Yield bytes ``[low, high)`` of a segment, in ``source_dtype``; a band is valid until the thread's next.
+
+        The first band ends after ``until_page`` stored bytes, if not 0, so that all others are written to whole pages.
+        """
         high = segment.num_bytes if high is None else high
+        itemsize, stored_itemsize = dtypes.itemsize_bytes(segment.source_dtype), dtypes.itemsize_bytes(segment.dtype)
+        ahead = min(until_page // stored_itemsize * itemsize, high - low)
+        if ahead:
+            yield from self._bands(segment, low, low + ahead)
+        yield from self._bands(segment, low + ahead, high)
+
+    def _bands(self, segment: Segment, low: int, high: int) -> Iterator[memoryview]:
+        copies = _overlapping(segment.copies, low, high)
         for start in range(low, high, self._band_bytes):
             band, scratch = self._own_buffers()
             band = band[: min(self._band_bytes, high - start)]
-            for copy in _overlapping(segment.copies, start, start + len(band)):
-                _gather(copy, start, band, scratch, self._sources)
+            for first, last, copy in copies:
+                if first < start + len(band) and last > start:
+                    _gather(copy, start, band, scratch, self._sources)
             yield band.data
 
     def _own_buffers(self) -> tuple[ByteArray, ByteArray]:
         if not hasattr(self._buffers, "pair"):
-            self._buffers.pair = tuple(np.empty(self._band_bytes, dtype=np.uint8) for _ in range(_BUFFERS))
+            self._buffers.pair = tuple(_aligned_buffer(self._band_bytes) for _ in range(_BUFFERS))
         pair: tuple[ByteArray, ByteArray] = self._buffers.pair
         return pair
 
 
-def _overlapping(copies: CopyArray, low: int, high: int) -> Iterator[tuple[int, ...]]:
-    """The copies that write into ``[low, high)``, as plain tuples in the order of ``COPY``."""
-    ends = copies["target_offset"] + (copies["rows"] - 1) * copies["target_stride"] + copies["row_bytes"]
-    for copy in copies[(copies["target_offset"] < high) & (ends > low)]:
-        yield copy.item()
+def _aligned_buffer(num_bytes: int) -> ByteArray:
+    """A buffer that begins at a page."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
+
+
+def _overlapping(copies: CopyArray, low: int, high: int) -> list[tuple[int, int, tuple[int, ...]]]:
+    """The copies that write into ``[low, high)``: (first byte, end, plain numbers in the order of ``COPY``)."""
+    firsts = copies["target_offset"]
+    lasts = firsts + (copies["rows"] - 1) * copies["target_stride"] + copies["row_bytes"]
+    hit = (firsts < high) & (lasts > low)
+    return list(zip(firsts[hit].tolist(), lasts[hit].tolist(), copies[hit].tolist(), strict=True))
 
 
 def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray, sources: SourceFiles) -> None:
