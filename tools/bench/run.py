@@ -4,8 +4,9 @@ Every round runs each command once, ``cp`` before and after, so that a machine w
 outputs of the round before are deleted first. Printed: seconds and ratio to the mean of the two ``cp``s, as minimum and
 median, and peak resident memory. Every round is appended to a results file, one JSON object a line.
 
-"warm" reads sources from the page cache and waits for no disk (``--no-sync``), as ``cp`` does; "durable" waits until
-the output is on the disk, for ``cp`` too (``sync -f``); "cold" drops the page cache before each command (needs root).
+"warm" reads sources from the page cache, "cold" from the disk (it drops the page cache before each command, as root);
+both wait for no disk at the end (``--no-sync``), as ``cp`` does. "durable" is warm and waits until the output is on the
+disk, for ``cp`` too (``sync -f``).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def measure(work: Path, layout: str, mode: str, rounds: int, peers: list[str], r
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, list[float]] = {}
     for number in range(rounds):
-        for name, (command, source, output) in commands(work, layout, peers, no_sync=mode == "warm").items():
+        for name, (command, source, output) in commands(work, layout, peers, no_sync=mode != "durable").items():
             before = baseline(name, source, work, mode)
             prepare(source, output, mode)
             run = timed(command, sync=work if mode == "durable" else None)
