@@ -1,4 +1,4 @@
-"""Conversions against ``cp`` of the same bytes: ``python tools/bench/run.py [--size 4GB] [--rounds 5] [--cold] ...``.
+"""Conversions against ``cp`` of the same bytes: ``python tools/bench/run.py --work DIR [--rounds 5] ...``.
 
 Every round runs each command once, ``cp`` before and after, so that a machine whose speed drifts hurts both alike;
 outputs of the round before are deleted first. Printed: seconds and ratio to the mean of the two ``cp``s, as minimum and
