@@ -18,6 +18,8 @@ from dist_ckpt_mistral.model.tensor_table import model_prefix, tensor_table, why
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from dist_ckpt_mistral.convert import Conversion
+
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
 JSON_VERSION = 1
 
@@ -245,3 +247,10 @@ def human_bytes(num_bytes: int) -> str:
     while size >= 1000 and len(units) > 1:  # noqa: PLR2004  (decimal units)
         size, units = size / 1000, units[1:]
     return f"{num_bytes} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def conversion_line(verb: str, done: Conversion) -> str:
+    """What a conversion did, in one line."""
+    ignored = f"; {len(done.ignored)} stored entries are not weights and stayed behind" if done.ignored else ""
+    size = human_bytes(done.num_bytes)
+    return f"{verb} {done.num_tensors} tensors ({size}) in {len(done.files)} files to {done.output}{ignored}"

@@ -1,0 +1,23 @@
+"""``demo``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+
+from dist_ckpt_mistral.commands import options
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    command = options.declare(commands, "demo", run, "Show it all on a small model made on the spot, offline.")
+    command.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR and leave everything there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tell the story as it happens: it takes a while, also through a pipe."""
+    from dist_ckpt_mistral import demo  # noqa: PLC0415  (--help must not wait for numpy)
+
+    demo.run(arguments.keep, say=functools.partial(print, flush=True))
+    return options.EXIT_DONE

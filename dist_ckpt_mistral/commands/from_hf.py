@@ -1,0 +1,48 @@
+"""``from-hf``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.ranks import from_environment
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    command = options.declare(commands, "from-hf", run, "Import a Hugging Face model into a Megatron checkpoint.")
+    command.add_argument("hf", metavar="HF", help="Hugging Face directory or hub id")
+    command.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint root to create")
+    for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        help_text = f"cut the stored chunks for this {what} parallelism; any other loads too (default 1)"
+        command.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)
+    command.add_argument(
+        "--iteration", type=options.not_negative, metavar="N", help="store as this iteration (default: a release)"
+    )
+    command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
+    options.add_output(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Import, and say what was written."""
+    from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.report import conversion_line  # noqa: PLC0415
+
+    ranks = from_environment()
+    with options.effort("importing", arguments, ranks) as effort:
+        done = convert.from_hf(
+            arguments.hf,
+            arguments.checkpoint,
+            tp=arguments.tp,
+            pp=arguments.pp,
+            ep=arguments.ep,
+            dtype=arguments.dtype,
+            iteration=arguments.iteration,
+            overwrite=arguments.overwrite,
+            effort=effort,
+            ranks=ranks,
+        )
+    if ranks.is_first:
+        print(conversion_line("wrote", done))
+    return options.EXIT_DONE

@@ -1,0 +1,33 @@
+"""``inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dist_ckpt_mistral.commands import options
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    command = options.declare(commands, "inspect", run, "Say what is in a checkpoint or a Hugging Face directory.")
+    command.add_argument("path", metavar="CKPT_OR_HF", type=Path, help="what to look at")
+    options.add_config(command)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look, and show; problems that were found are the exit code's business too."""
+    from dist_ckpt_mistral import report  # noqa: PLC0415  (--help must not wait for it)
+
+    found = report.inspect(arguments.path, config=options.given_config(arguments))
+    if arguments.html is not None:
+        report.save_html(found, arguments.html)
+        print(f"wrote {arguments.html}")
+    elif arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        options.show(report.render(found))
+    return options.EXIT_DATA if found.problems else options.EXIT_DONE

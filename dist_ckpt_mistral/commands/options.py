@@ -1,0 +1,141 @@
+"""What commands share: how they are declared, options that mean the same everywhere, and how progress is shown."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from dist_ckpt_mistral.ranks import Ranks
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from dist_ckpt_mistral.gather.executor import Effort
+    from dist_ckpt_mistral.model.config import MistralConfig
+    from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+
+EXIT_DONE: Final = 0
+EXIT_DATA: Final = 1
+EXIT_DIFFERENT: Final = 3
+#: Help texts of arguments that several commands take.
+CKPT: Final = "Megatron checkpoint: its root, or one iter_* or release directory in it"
+CKPT_OR_HF: Final = "checkpoint or Hugging Face directory"
+WEIGHT_DTYPES: Final = ("bfloat16", "float16", "float32")
+#: The width of tables where there is no terminal to fit into.
+_PAGE_COLUMNS: Final = 160
+
+#: What ``add_subparsers`` gives: argparse keeps the type private.
+Commands: TypeAlias = Any
+
+
+def declare(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str
+) -> argparse.ArgumentParser:
+    """A new command ``name`` that ``run`` carries out; ``run`` returns the exit code."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(command=run)
+    return command
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """Options of every command that writes an output."""
+    help_text = "leave it to the operating system when data reach the disk; a power cut may then cost the output"
+    command.add_argument("--no-sync", action="store_true", help=help_text)
+    add_effort(command)
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output, once the new one is complete"
+    )
+
+
+def add_effort(command: argparse.ArgumentParser) -> None:
+    """Options that bound what of the machine is used."""
+    command.add_argument(
+        "--workers", type=positive, default=0, metavar="N", help="threads (default: one a core, at most 8)"
+    )
+    command.add_argument(
+        "--memory", type=size, default="32MiB", metavar="SIZE", help="of all copy buffers together (default 32MiB)"
+    )
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """The option for checkpoints that lost their configuration."""
+    command.add_argument(
+        "--config",
+        metavar="DIR_OR_JSON",
+        help="config.json, or a Hugging Face directory whose small files come along too",
+    )
+
+
+def add_layout(command: argparse.ArgumentParser, what: str) -> None:
+    """The options of a parallel layout; ``what`` ends the help text of each: what the layout is for."""
+    for axis, name in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("dp", "data")):
+        command.add_argument(f"--{axis}", type=positive, default=1, metavar="N", help=f"{name} parallelism {what}")
+    command.add_argument("--vpp", type=positive, metavar="N", help=f"model chunks per pipeline stage {what}")
+
+
+def given_layout(arguments: argparse.Namespace) -> ParallelLayout:
+    """The layout that the options of ``add_layout`` describe."""
+    from dist_ckpt_mistral.model.parallel_layout import ParallelLayout  # noqa: PLC0415  (--help must not wait)
+
+    return ParallelLayout(tp=arguments.tp, pp=arguments.pp, ep=arguments.ep, dp=arguments.dp, vpp=arguments.vpp)
+
+
+def given_config(arguments: argparse.Namespace) -> MistralConfig | None:
+    """The configuration that ``--config`` names, if it was given."""
+    if arguments.config is None:
+        return None
+    from dist_ckpt_mistral.model.config import MistralConfig  # noqa: PLC0415  (--help must not wait)
+
+    return MistralConfig.from_hf(arguments.config)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """``5GB`` (decimal) or ``5GiB`` (binary) in bytes."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    num_bytes = 0
+    if match:
+        power = " KMGT".index(match[2].upper() or " ")
+        num_bytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if num_bytes < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, got {text!r}")
+    return num_bytes
+
+
+@contextlib.contextmanager
+def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
+    """The effort that was asked for, with a progress bar in bytes on stderr if that is a terminal."""
+    from tqdm import tqdm  # noqa: PLC0415  (--help must not wait for it)
+
+    from dist_ckpt_mistral.gather.executor import Effort  # noqa: PLC0415  (--help must not wait for numpy)
+
+    hidden = None if ranks.is_first else True
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=hidden, leave=False, file=sys.stderr) as bar:
+        durable = not getattr(arguments, "no_sync", False)
+        yield Effort(workers=arguments.workers, memory_bytes=arguments.memory, durable=durable, progress=bar.update)
+
+
+def show(content: RenderableType) -> None:
+    """Print a table or the like: as wide as the terminal, or as a page where there is none."""
+    from rich.console import Console  # noqa: PLC0415  (only tables need rich)
+
+    width = None if sys.stdout.isatty() else _PAGE_COLUMNS
+    Console(width=width, highlight=False, markup=False, emoji=False).print(content)

@@ -1,0 +1,49 @@
+"""``to-hf``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.ranks import from_environment
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    command = options.declare(commands, "to-hf", run, "Export a Megatron checkpoint to a Hugging Face directory.")
+    command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
+    command.add_argument("hf", metavar="HF", type=Path, help="directory to create")
+    options.add_config(command)
+    command.add_argument(
+        "--max-file-size", type=options.size, default="5GB", metavar="SIZE", help="of one file (default 5GB)"
+    )
+    command.add_argument("--dry-run", action="store_true", help="check everything and say what would be written")
+    command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
+    options.add_output(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, and say what was written."""
+    from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.report import conversion_line  # noqa: PLC0415
+
+    ranks = from_environment()
+    with options.effort("exporting", arguments, ranks) as effort:
+        done = convert.to_hf(
+            arguments.checkpoint,
+            arguments.hf,
+            config=arguments.config,
+            dtype=arguments.dtype,
+            max_file_bytes=arguments.max_file_size,
+            overwrite=arguments.overwrite,
+            dry_run=arguments.dry_run,
+            effort=effort,
+            ranks=ranks,
+        )
+    if ranks.is_first:
+        print(conversion_line("would write" if arguments.dry_run else "wrote", done))
+    if ranks.is_first and arguments.dry_run:
+        for name, num_bytes in done.files.items():
+            print(f"  {name}  {num_bytes} bytes")
+    return options.EXIT_DONE
