@@ -103,12 +103,6 @@ class Stage:
 
 
 def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> TransformerConfig:
-    uneven = {}
-    if layout.pp_layers is not None:
-        uneven = {
-            "num_layers_in_first_pipeline_stage": layout.pp_layers[0],
-            "num_layers_in_last_pipeline_stage": layout.pp_layers[-1],
-        }
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -123,15 +117,12 @@ def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> Transf
         params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16,
         bf16=True,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
         use_cpu_initialization=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        **uneven,
+        **layout.transformer_config_fields(),
     )
 
 

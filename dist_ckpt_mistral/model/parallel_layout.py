@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -83,9 +83,16 @@ class ParallelLayout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    cp: int = 1
     dp: int = 1
     ep: int = 1
+    etp: int | None = None
     pp_layers: tuple[int, ...] | None = None
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+    pipeline_model_parallel_layout: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no model could be laid out with."""
@@ -104,6 +111,31 @@ class ParallelLayout:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.tp * self.dp * self.pp
+
+    def transformer_config_fields(self) -> dict[str, Any]:
+        """The keyword arguments of Megatron's ``TransformerConfig`` that describe this layout; only what is set.
+
+        Megatron has no ``pp_layers``: they become the equivalent ``pipeline_model_parallel_layout``.
+        """
+        layout = self.pipeline_model_parallel_layout
+        if self.pp_layers is not None:
+            layout = "E" + "|".join("t" * layers for layers in self.pp_layers) + "L"
+        fields = {
+            "virtual_pipeline_model_parallel_size": self.vpp,
+            "expert_tensor_parallel_size": self.etp,
+            "num_layers_in_first_pipeline_stage": self.num_layers_in_first_pipeline_stage,
+            "num_layers_in_last_pipeline_stage": self.num_layers_in_last_pipeline_stage,
+            "account_for_embedding_in_pipeline_split": self.account_for_embedding_in_pipeline_split or None,
+            "account_for_loss_in_pipeline_split": self.account_for_loss_in_pipeline_split or None,
+            "pipeline_model_parallel_layout": layout,
+        }
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+            **{name: value for name, value in fields.items() if value is not None},
+        }
 
     def check(self, config: MistralConfig) -> None:
         """Raise LayoutError with Megatron's reasons if it would refuse this layout for this model."""
