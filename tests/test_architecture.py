@@ -27,6 +27,7 @@ DOWNWARDS: Final = (
         "model.config",
         "model.tensor_table",
         "model.parallel_layout",
+        "model.megatron_fields",
         "model.megatron_vocabulary",
         "model.megatron_args",
         "model.bridge_config",

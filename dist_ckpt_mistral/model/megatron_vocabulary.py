@@ -12,9 +12,10 @@ from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE
 
 _LOG = logging.getLogger(__name__)
 
-#: Tokenizers that have no vocabulary but ``args.vocab_size``. Up to 0.17 each adds an end-of-document token to it, from
-#: 0.18 on the token is among them (megatron/core/tokenizers/text/libraries/null_tokenizer.py).
+#: Tokenizers that have no vocabulary but ``args.vocab_size``. Up to 0.17 each adds an end-of-document token to it; from
+#: 0.18 on, which brought the field, the token is among them (megatron/core/tokenizers/text/libraries/null_tokenizer.py).
 _WITHOUT_VOCABULARY: Final = ("NullTokenizer", "NullMultimodalTokenizer")
+_END_OF_DOCUMENT: Final = "null_tokenizer_eod_id"
 
 
 def vocab_size_of(args: Mapping[str, Any], where: str) -> int:
@@ -27,9 +28,7 @@ def vocab_size_of(args: Mapping[str, Any], where: str) -> int:
         if size is not None and not is_positive_int(size):
             raise ConfigError(f"{name} in {where}: expected a positive integer, got {size!r}")
     if given is not None and args.get("tokenizer_type") in _WITHOUT_VOCABULARY:
-        # One row too many only pads, one too few would lose a token: where nothing tells the two meanings apart, the
-        # larger one is taken.
-        return int(given) + (padded is None or given < padded)
+        return _null_vocab_size(int(given), padded, args, where)
     if given is not None and (padded is None or _pads_to(given, padded, args)):
         return int(given)
     if padded is None:
@@ -41,6 +40,25 @@ def vocab_size_of(args: Mapping[str, Any], where: str) -> int:
         padded,
     )
     return int(padded)
+
+
+def _null_vocab_size(given: int, padded: int | None, args: Mapping[str, Any], where: str) -> int:
+    """The size that a NullTokenizer stands for.
+
+    Scripts go on counting as up to 0.17, and Megatron-LM takes the padded size from a checkpoint whatever they say. One
+    row too many only pads, one too few loses a token: unless the user placed the token, the larger size is taken.
+    """
+    if args.get(_END_OF_DOCUMENT) is not None or (padded is not None and given >= padded):
+        return given
+    if _END_OF_DOCUMENT in args:
+        _LOG.warning(
+            "%s name a NullTokenizer of %s tokens, with or without one for the end of a document: %s rows are taken. "
+            "Give config.json with --config for another number.",
+            where,
+            given,
+            given + 1,
+        )
+    return given + 1
 
 
 def _pads_to(size: int, padded: int, args: Mapping[str, Any]) -> bool:

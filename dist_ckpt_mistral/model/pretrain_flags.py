@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import FIELDS, Field, to_megatron_args
+from dist_ckpt_mistral.model.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.megatron_fields import FIELDS, Field
 from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, ParallelLayout, padded_vocab_size
 
 #: ``ParallelLayout.transformer_config_fields`` -> what the args call them, and their flags.
