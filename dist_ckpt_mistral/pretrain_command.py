@@ -72,8 +72,8 @@ def megatron_args(
         layout=layout,
         vocab_rows=source.index.tensors[embedding].global_shape[0],
     )
-    groups["tokenizer"] = _tokenizer(source.assets)
     groups["checkpoint"] = [*_load(path, source), "--ckpt-format", "torch_dist"]
+    groups["tokenizer"] = _tokenizer(source.assets)
     return _command(source.config_from, args, groups)
 
 
@@ -81,8 +81,8 @@ def _for_hf(path: Path, config: MistralConfig | None, layout: ParallelLayout) ->
     config_from = "the given configuration" if config else str(path / hf_directory.CONFIG_FILE)
     config = config or MistralConfig.from_hf(path)
     args, groups = pretrain_flags(config, dtype=config.dtype or open_hf(path).main_dtype, layout=layout)
-    groups["tokenizer"] = _tokenizer(path)
     groups["checkpoint"] = ["--ckpt-format", "torch_dist"]
+    groups["tokenizer"] = _tokenizer(path)
     return _command(config_from, args, groups)
 
 

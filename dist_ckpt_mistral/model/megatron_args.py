@@ -140,7 +140,8 @@ def _sliding_window(args: Mapping[str, Any], where: str) -> int | None:
     window = tuple(int(size) for size in text.groups()) if text else given
     if not (isinstance(window, list | tuple) and [type(size) for size in window] == [int, int]):
         raise ConfigError(f"window_size in {where}: expected (before, after), got {given!r}")
-    before, after = window
+    before: int = window[0]
+    after: int = window[1]
     if before < 0:
         return None
     if after > 0:

@@ -13,7 +13,7 @@ from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE
 _LOG = logging.getLogger(__name__)
 
 #: Tokenizers that have no vocabulary but ``args.vocab_size``. Up to 0.17 each adds an end-of-document token to it; from
-#: 0.18 on, which brought the field, the token is among them (megatron/core/tokenizers/text/libraries/null_tokenizer.py).
+#: 0.18 on, which brought the field, the token is one of them (core/tokenizers/text/libraries/null_tokenizer.py).
 _WITHOUT_VOCABULARY: Final = ("NullTokenizer", "NullMultimodalTokenizer")
 _END_OF_DOCUMENT: Final = "null_tokenizer_eod_id"
 
