@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 import torch.distributed as dist
+import yaml
 from gpt_stage import Stage
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -29,7 +30,10 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine, initialize_rerun_state_machine
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.training import checkpointing
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+from megatron.training.config.container import ConfigContainerBase
+from megatron.training.config.yaml_utils import safe_yaml_representers
 from megatron.training.global_vars import set_args
 from megatron_ranks import _hf_tensors, _pretend_cuda
 
@@ -118,6 +122,28 @@ def load(*, flags: list[str], config: dict[str, Any], hf: str, save: str | None 
     return {"differences": stage.differences(_hf_tensors(hf)), "iteration": iteration}
 
 
+def dump_run_configs(*, flags: list[str], to: str) -> None:
+    """Write the model as Megatron-Bridge's run_config.yaml has it, in both forms, with the serializer that it uses.
+
+    Bridge's own classes add to Megatron's: a GPTModelConfig the name of its activation function, a provider the fields
+    of GPTModelConfig and YaRN (megatron/bridge/models/gpt/model_config.py and gpt_provider.py, 0.7).
+    """
+    args = _arguments(flags)
+    args.padded_vocab_size = None  # Bridge keeps the true size and pads it when it builds the model
+    model = gpt_config_from_args(args)
+    config = model.transformer
+    nested = model.as_dict()
+    nested["transformer"]["activation_func"] = "silu"
+    yarn = {name: getattr(config, name, None) for name in _SIZES if name.startswith("yarn")}
+    outer = {name: value for name, value in nested.items() if name != "transformer"}
+    flat = ConfigContainerBase._convert_value_to_dict(config) | yarn | outer  # noqa: SLF001  (what to_yaml calls)
+    if dist.get_rank() == 0:
+        Path(to).mkdir(parents=True)
+        with safe_yaml_representers():
+            for name, form in (("nested", nested | {"transformer": nested["transformer"] | yarn}), ("flat", flat)):
+                (Path(to) / f"{name}.yaml").write_text(yaml.safe_dump({"model": form}))
+
+
 def _arguments(flags: list[str]) -> Namespace:
     """Megatron-LM's args for flags, through its own parser, the checkpoint if it is asked for, and its own checks."""
     sys.argv = ["pretrain_gpt.py", *flags, *_HERE]
@@ -172,7 +198,7 @@ class _CudaIsCpu(torch.overrides.TorchFunctionMode):
         return func(*args, **given)
 
 
-_TASKS: Final[Mapping[str, Callable[..., Any]]] = {task.__name__: task for task in (parse, load)}
+_TASKS: Final[Mapping[str, Callable[..., Any]]] = {task.__name__: task for task in (parse, load, dump_run_configs)}
 
 
 def main(folder: Path) -> None:

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch_reading import described
 from transformers import AutoConfig
 
+from dist_ckpt_mistral import strict_yaml
 from dist_ckpt_mistral.convert import from_hf, to_hf
+from dist_ckpt_mistral.model.bridge_config import from_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.pretrain_command import megatron_args
@@ -131,6 +133,7 @@ class Results:
     hf: dict[str, Path]
     ranks: list[dict[str, Any]]
     saved: Path
+    run_configs: Path
     parsed: dict[str, Path]
 
 
@@ -155,15 +158,22 @@ def results(launch_megatron_lm: LaunchRanks, tmp_path_factory: pytest.TempPathFa
         layout = ParallelLayout(tp=4)
         jobs[f"parse {name}"] = {"task": "parse", "flags": megatron_args(parsed[name], layout=layout).flags}
     for name, path in hf.items():
-        layout = ParallelLayout(tp=2, dp=2)
-        jobs[f"parse {name}"] = {"task": "parse", "flags": megatron_args(path, layout=layout).flags}
+        flags = megatron_args(path, layout=ParallelLayout(tp=2, dp=2)).flags
+        jobs[f"parse {name}"] = {"task": "parse", "flags": flags}
+        jobs[f"dump {name}"] = {"task": "dump_run_configs", "flags": flags, "to": str(folder / "run_configs" / name)}
     four = described_model(folder / "four", **RELEASED["Mistral-Nemo-2407"] | {"num_hidden_layers": 4})
     for name, (fields, _) in LAYOUTS.items():
         jobs[f"lay out {name}"] = {
             "task": "parse",
             "flags": megatron_args(four, layout=ParallelLayout(**fields)).flags,
         }
-    return Results(hf=hf, ranks=launch_megatron_lm(4, jobs), saved=folder / "saved", parsed=parsed | hf)
+    return Results(
+        hf=hf,
+        ranks=launch_megatron_lm(4, jobs),
+        saved=folder / "saved",
+        run_configs=folder / "run_configs",
+        parsed=parsed | hf,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -243,6 +253,15 @@ def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Result
     for rank in results.ranks:
         told = rank[f"parse {name}"]
         assert {key: told[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", ["nested", "flat"])
+def test_run_configs_from_megatrons_own_serializer(form: str, name: str, results: Results) -> None:
+    """The model section that Megatron serializes, all fields in it, gives the configuration that transformers wrote."""
+    path = results.run_configs / name / f"{form}.yaml"
+    read = from_run_config(strict_yaml.loads_object(path.read_bytes(), str(path)), str(path))
+    assert read == MistralConfig.from_hf(results.hf[name])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
