@@ -20,19 +20,10 @@ ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 #: Every module; each imports only from those before it.
 DOWNWARDS: Final = (
     *("errors", "shapes", "dtypes", "strict_json", "strict_yaml", "ranks", "hub", "storage"),
-    *(
-        "model.checks",
-        "model.yarn",
-        "model.row_blocks",
-        "model.config",
-        "model.tensor_table",
-        "model.parallel_layout",
-        "model.megatron_fields",
-        "model.megatron_vocabulary",
-        "model.megatron_args",
-        "model.bridge_config",
-        "model.pretrain_flags",
-    ),
+    *("model.checks", "model.yarn", "model.row_blocks", "model.config", "model.tensor_table"),
+    *("model.pipeline_layout", "model.rank_grid", "model.parallel_layout"),
+    *("model.megatron_fields", "model.megatron_vocabulary", "model.megatron_args", "model.bridge_config"),
+    "model.pretrain_flags",
     *("gather.boxes", "gather.links", "gather.tensor_index", "gather.plan", "gather.executor"),
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
     *(

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from dist_ckpt_mistral.errors import ConfigError
+from dist_ckpt_mistral.errors import ConfigError, LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.megatron_fields import FIELDS, Field
 from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER
 
 #: ``ParallelLayout.transformer_config_fields`` -> what the args call them, and their flags.
 _LAYOUT: Final[Mapping[str, Field]] = {
@@ -46,8 +47,11 @@ _LAYOUT: Final[Mapping[str, Field]] = {
     "pipeline_model_parallel_layout": Field(
         names=("pipeline_model_parallel_layout",), flag="--pipeline-model-parallel-layout"
     ),
+    "use_tp_pp_dp_mapping": Field(names=("use_tp_pp_dp_mapping",), flag="--use-tp-pp-dp-mapping", default=False),
 }
 _LAYOUT_GROUP: Final = "parallelism"
+#: The one other rank order of Megatron-LM (megatron/training/initialize.py).
+_PIPELINE_BEFORE_DATA: Final = "tp-cp-ep-pp-dp"
 
 
 def pretrain_flags(
@@ -70,7 +74,7 @@ def pretrain_flags(
     values: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
     described = [(field, field.group, args.get(field.name)) for field in FIELDS]
-    parts = layout.transformer_config_fields()
+    parts = {**layout.transformer_config_fields(), "use_tp_pp_dp_mapping": _pipeline_before_data(layout)}
     described += [(_LAYOUT[name], _LAYOUT_GROUP, value) for name, value in parts.items()]
     for field, group, value in described:
         if field.flag is not None and value is not None and value != field.default:
@@ -85,6 +89,15 @@ def _spelled(value: Any) -> Iterator[str]:  # noqa: ANN401  (an args value of an
         yield ",".join(map(str, value))
     elif not isinstance(value, bool):
         yield str(value)
+
+
+def _pipeline_before_data(layout: ParallelLayout) -> bool:
+    """Whether the rank order is the other one that Megatron-LM knows. Raises LayoutError for a third."""
+    if layout.order not in (DEFAULT_ORDER, _PIPELINE_BEFORE_DATA):
+        raise LayoutError(
+            f"order={layout.order!r} has no flag: Megatron-LM knows {DEFAULT_ORDER!r} and {_PIPELINE_BEFORE_DATA!r}"
+        )
+    return layout.order == _PIPELINE_BEFORE_DATA
 
 
 def _padding(vocab_size: int, tp: int, vocab_rows: int | None) -> dict[str, Any]:
