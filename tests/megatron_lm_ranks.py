@@ -55,13 +55,14 @@ _SIZES: Final = (
     *("attention_dropout", "hidden_dropout", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage"),
     "num_layers_in_last_pipeline_stage",
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "context_parallel_size"),
     *("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
     *("yarn_mscale", "yarn_mscale_all_dim", "yarn_correction_range_round_to_int"),
 )
 _OTHER_ARGS: Final = (
     *("rotary_base", "rotary_percent", "position_embedding_type", "max_position_embeddings", "seq_length"),
     *("vocab_size", "make_vocab_size_divisible_by", "padded_vocab_size", "untie_embeddings_and_output_weights"),
-    *("ckpt_format", "load", "tokenizer_type", "tokenizer_model"),
+    *("use_tp_pp_dp_mapping", "ckpt_format", "load", "tokenizer_type", "tokenizer_model"),
 )
 
 

@@ -81,6 +81,16 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"pp": 2, "num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
         {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
     ),
+    "embedding and loss": (
+        {"pp": 2, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+        {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+    ),
+    "context": ({"cp": 2, "tp": 2}, {"context_parallel_size": 2, "use_tp_pp_dp_mapping": False}),
+    "pipeline before data": ({"pp": 2, "dp": 2, "order": "tp-cp-ep-pp-dp"}, {"use_tp_pp_dp_mapping": True}),
+    "a layout in words": (
+        {"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "Et|t|t|tL"},
+        {"virtual_pipeline_model_parallel_size": 2},
+    ),
     "stages": ({"pp": 4, "pp_layers": (1, 0, 2, 1)}, {"layers_here": [1, 0, 2, 1]}),
 }
 #: Sizes of released models, as far as they matter here.

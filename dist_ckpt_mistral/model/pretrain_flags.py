@@ -75,6 +75,8 @@ def pretrain_flags(
     groups: dict[str, list[str]] = {}
     described = [(field, field.group, args.get(field.name)) for field in FIELDS]
     parts = {**layout.transformer_config_fields(), "use_tp_pp_dp_mapping": _pipeline_before_data(layout)}
+    if "pipeline_model_parallel_layout" in parts:
+        parts.pop("virtual_pipeline_model_parallel_size", None)  # validate_args counts it, and refuses to be told
     described += [(_LAYOUT[name], _LAYOUT_GROUP, value) for name, value in parts.items()]
     for field, group, value in described:
         if field.flag is not None and value is not None and value != field.default:
