@@ -114,5 +114,5 @@ def _load(path: Path, source: ModelSource) -> list[str]:
                 f"got {name!r}. Move it into one, with a {torch_dist.TRACKER_FILE} beside it."
             )
         flags = ["--load", str(root), *(["--ckpt-step", str(int(step))] if step.isdecimal() else [])]
-    has_optimizer = any(reason == OPTIMIZER_STATE for _, reason in source.ignored)
+    has_optimizer = any(reason.startswith(OPTIMIZER_STATE) for _, reason in source.ignored)
     return flags if has_optimizer else [*flags, "--finetune", "--no-load-optim", "--no-load-rng"]

@@ -303,5 +303,7 @@ def test_what_has_no_flags_is_refused(tmp_path: Path, imported: Path) -> None:
     path.write_text(json.dumps(LITTLE | {"rope_theta": 10000.5, "dtype": "bfloat16"}))
     assert "rope_theta=10000.5 has no flag" in refusal(tmp_path, "megatron-args", tmp_path)
     assert "is not divisible by tp=3" in refusal(tmp_path, "megatron-args", imported, "--tp", "3")
+    line = refusal(tmp_path, "megatron-args", imported, "--tp", "2", "--order", "dp-tp-cp-ep-pp")
+    assert "order='dp-tp-cp-ep-pp' has no flag: Megatron-LM knows 'tp-cp-ep-dp-pp' and 'tp-cp-ep-pp-dp'" in line
     moved = shutil.copytree(imported / "release", tmp_path / "moved")
     assert "expected iter_0000000 or release in a root, got 'moved'" in refusal(tmp_path, "megatron-args", moved)

@@ -300,7 +300,7 @@ TIED_OUTPUT_NAME: Final = "output_layer.weight"
 #: Prefixes that other writers put before every model key (NeMo 2: ``module.``; wrapped models: ``model.``).
 _PREFIX_ANCHOR: Final = "embedding.word_embeddings.weight"
 
-#: Why an export leaves out what the optimizer keeps.
+#: How every reason begins for which an export leaves out what the optimizer keeps.
 OPTIMIZER_STATE: Final = "optimizer state"
 #: Stored entries that are not weights: pattern of the key -> why an export leaves it out.
 _NOT_WEIGHTS: Final = (
