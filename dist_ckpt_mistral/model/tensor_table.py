@@ -300,9 +300,11 @@ TIED_OUTPUT_NAME: Final = "output_layer.weight"
 #: Prefixes that other writers put before every model key (NeMo 2: ``module.``; wrapped models: ``model.``).
 _PREFIX_ANCHOR: Final = "embedding.word_embeddings.weight"
 
+#: How every reason begins for which an export leaves out what the optimizer keeps.
+OPTIMIZER_STATE: Final = "optimizer state"
 #: Stored entries that are not weights: pattern of the key -> why an export leaves it out.
 _NOT_WEIGHTS: Final = (
-    (re.compile(r"(chained_\d+\.)?optimizer\."), "optimizer state"),
+    (re.compile(r"(chained_\d+\.)?optimizer\."), OPTIMIZER_STATE),
     (re.compile(r"(.*[./])?_extra_state($|/|\d)"), "Transformer Engine extra state"),
     (re.compile(r"rng_state($|/|\.)"), "random number generator state"),
     (re.compile(r"common_state($|/)"), "common state, read on its own"),
