@@ -69,6 +69,15 @@ class CheckpointMap:
             )
         )
 
+    def shapes(self) -> dict[str, Shape]:
+        """Every such tensor and the least shape that it must have: without vocabulary padding."""
+        return {
+            self.stored_name(stored.mcore_key): stored.global_shape
+            for rule in self.table.rules
+            for layer in self.table.layers_of(rule)
+            for stored in self.stored(rule, layer)
+        }
+
     def key_of(self, tensor: HfTensor) -> str:
         """The stored tensor that holds the first row of a Hugging Face tensor."""
         return next(link.source for link in self.links(tensor))

@@ -21,10 +21,10 @@ ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 DOWNWARDS: Final = (
     *("errors", "shapes", "dtypes", "strict_json", "ranks", "hub", "storage"),
     *("model.row_blocks", "model.config", "model.tensor_table", "model.parallel_layout", "model.megatron_args"),
-    *("gather.boxes", "gather.links", "gather.tensor_index", "gather.plan", "gather.executor"),
+    *("gather.boxes", "gather.links", "gather.tensor_index", "gather.flat_ranges", "gather.plan", "gather.executor"),
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
     *("formats.torch_dist", "formats.torch_dist_writer", "formats.safetensors", "formats.hf_directory"),
-    *("mapping", "embedded", "checkpoint_config", "model_source", "writing", "verify", "convert"),
+    *("mapping", "embedded", "checkpoint_config", "model_source", "writing", "verify", "chunking", "convert"),
     *("report", "lazy_checkpoint"),
     *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.load_check"),
     *("demo", "commands.options"),
