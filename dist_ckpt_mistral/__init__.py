@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_table import KeyStyle
     from dist_ckpt_mistral.report import Report, inspect
+    from dist_ckpt_mistral.resharding import reshard
     from dist_ckpt_mistral.verify import Comparison, compare
 
 _HOME = {
@@ -62,6 +63,7 @@ _HOME = {
     "from_hf": "convert",
     "inspect": "report",
     "open_checkpoint": "lazy_checkpoint",
+    "reshard": "resharding",
     "sharded_state_dict": "megatron.sharded_state_dict",
     "to_hf": "convert",
 }
@@ -88,6 +90,7 @@ __all__ = [
     "from_hf",
     "inspect",
     "open_checkpoint",
+    "reshard",
     "sharded_state_dict",
     "to_hf",
 ]

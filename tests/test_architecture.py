@@ -25,11 +25,21 @@ DOWNWARDS: Final = (
     *("gather.boxes", "gather.links", "gather.tensor_index", "gather.flat_ranges", "gather.plan", "gather.executor"),
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
     *("formats.torch_dist", "formats.torch_dist_writer", "formats.safetensors", "formats.hf_directory"),
-    *("mapping", "embedded", "checkpoint_config", "model_source", "writing", "verify", "chunking", "convert"),
+    *(
+        "mapping",
+        "embedded",
+        "checkpoint_config",
+        "model_source",
+        "writing",
+        "verify",
+        "chunking",
+        "convert",
+        "resharding",
+    ),
     *("report", "lazy_checkpoint"),
     *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.load_check"),
     *("demo", "commands.options"),
-    *(f"commands.{name}" for name in ("from_hf", "to_hf", "inspect", "verify", "demo")),
+    *(f"commands.{name}" for name in ("from_hf", "to_hf", "reshard", "inspect", "verify", "demo")),
     *("cli", "__main__"),
 )
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
