@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint, open_checkpoint
     from dist_ckpt_mistral.megatron.hf_metadata import add_hf_metadata
+    from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -63,6 +64,7 @@ _HOME = {
     "from_hf": "convert",
     "inspect": "report",
     "open_checkpoint": "lazy_checkpoint",
+    "optimizer_state_dict": "megatron.optimizer_state",
     "reshard": "resharding",
     "sharded_state_dict": "megatron.sharded_state_dict",
     "to_hf": "convert",
@@ -90,6 +92,7 @@ __all__ = [
     "from_hf",
     "inspect",
     "open_checkpoint",
+    "optimizer_state_dict",
     "reshard",
     "sharded_state_dict",
     "to_hf",

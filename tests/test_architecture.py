@@ -37,7 +37,7 @@ DOWNWARDS: Final = (
         "resharding",
     ),
     *("report", "lazy_checkpoint"),
-    *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.load_check"),
+    *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.optimizer_state", "megatron.load_check"),
     *("demo", "commands.options"),
     *(f"commands.{name}" for name in ("from_hf", "to_hf", "reshard", "inspect", "verify", "demo")),
     *("cli", "__main__"),
