@@ -19,7 +19,7 @@ from genuine import GENUINE, folder, shards, truth
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
-from torch_reading import described, edited_metadata, load_tensors, read_metadata
+from torch_reading import described, edited_metadata, load_in_own_shapes, load_tensors, read_metadata
 from transformers import AutoModelForCausalLM
 
 from dist_ckpt_mistral.convert import to_hf
@@ -76,7 +76,7 @@ def test_stored_bytes_lie_where_torch_finds_them(case: str) -> None:
             data = np.fromfile(index.files[file], np.uint8, count=shape.prod() * itemsize, offset=at)
             whole[tuple(map(slice, offset, offset + shape))] = data.reshape(*shape, itemsize)
         found[name] = (getattr(torch, tensor.dtype), tensor.global_shape, whole.tobytes())
-    assert found == described(load_tensors(shards(case)))
+    assert found == described(load_in_own_shapes(shards(case)))
 
 
 @pytest.mark.parametrize("case", ["td_0123", "singleton_0161", "td_0192"])

@@ -17,7 +17,7 @@ from hf_models import megatron_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch_reading import described, edited_metadata, load_tensors, read_metadata
+from torch_reading import described, edited_metadata, load_in_own_shapes, read_metadata
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
@@ -39,26 +39,8 @@ SIZES: Final[dict[str, Any]] = {"num_key_value_heads": 4, "head_dim": 16}
 
 def full_state(case: str, name: str) -> dict[str, torch.Tensor]:
     """A state of every parameter as torch's DCP loads it, by the key and in the shape of the parameter."""
-    directory = folder(case) / "checkpoint"
-    prefix, tensors = f"optimizer.state.{name}.", load_tensors(directory)
-    weights = {key: tensor for key, tensor in tensors.items() if not key.startswith("optimizer")}
-    return {
-        key.removeprefix(prefix): blocks_put_together(tensor, weights[key.removeprefix(prefix)].shape)
-        for key, tensor in tensors.items()
-        if key.startswith(prefix)
-    }
-
-
-def blocks_put_together(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """What Megatron's fully_sharded_model_space stores as [X/x, Y/y, xy], as [X, Y]; other tensors as they are."""
-    if stored.shape == shape:
-        return stored
-    block = [size // blocks for size, blocks in zip(shape, stored.shape[:-1], strict=True)]
-    whole = torch.empty(shape, dtype=stored.dtype)
-    for index in itertools.product(*map(range, stored.shape[:-1])):
-        place = tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, block, strict=True))
-        whole[place] = stored[index].reshape(block)
-    return whole
+    prefix, tensors = f"optimizer.state.{name}.", load_in_own_shapes(folder(case) / "checkpoint")
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def exported(case: str, to: Path, **options: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401  (of to_hf)
