@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from math import gcd, lcm
 from typing import Any
 
 from hypothesis import strategies as st
@@ -19,15 +20,17 @@ def models(draw: st.DrawFn) -> tuple[MistralConfig, ParallelLayout]:
     """A small dense model, and a layout that fits it."""
     tp = draw(st.integers(1, 4))
     pipeline, num_layers = draw(pipelines())
-    groups = tp * draw(_SMALL)
+    groups = draw(
+        st.sampled_from([*(each for each in range(1, tp) if tp % each == 0), *(tp * each for each in (1, 2))])
+    )
     config = MistralConfig(
         vocab_size=draw(st.integers(1, 300)),
         hidden_size=draw(_SMALL),
         intermediate_size=tp * draw(_SMALL),
         num_hidden_layers=num_layers,
-        num_attention_heads=groups * draw(_SMALL),
+        num_attention_heads=lcm(groups, tp) * draw(_SMALL),
         num_key_value_heads=groups,
-        head_dim=draw(_SMALL),
+        head_dim=tp // gcd(tp, 2 * groups) * draw(_SMALL),
         tie_word_embeddings=draw(st.booleans()),
         dtype="bfloat16",
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -19,13 +18,14 @@ from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.gather.plan import BytePlan, CopyArray, Segment
 from dist_ckpt_mistral.storage import SourceFiles, TargetFile
 
 #: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
-BAND_BYTES: Final = 1 << 20
+BAND_BYTES: Final = 512 << 10
 _LEAST_BAND_BYTES: Final = 64 << 10
 #: Each thread has two buffers of a band's size: the band itself, and rows on their way into it.
 _BUFFERS: Final = 2
@@ -95,7 +95,7 @@ def execute(
             for band in reader.bands(segment, low, high, until_page=-position % _PAGE_BYTES):
                 stored = _convert(band, segment)
                 target.write(position, stored)
-                crc32 = zlib.crc32(stored, crc32) if checksums else 0
+                crc32 = zlib_ng.crc32(stored, crc32) if checksums else 0
                 position += len(stored)
                 if effort.durable and position - begun >= _WRITEBACK_BYTES:
                     target.start_writeback(begun, position - begun)
