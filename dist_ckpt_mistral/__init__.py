@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_table import KeyStyle
+    from dist_ckpt_mistral.pretrain_command import PretrainCommand, megatron_args
     from dist_ckpt_mistral.report import Report, inspect
     from dist_ckpt_mistral.resharding import reshard
     from dist_ckpt_mistral.verify import Comparison, compare
@@ -55,6 +56,7 @@ _HOME = {
     "OutputError": "errors",
     "ParallelLayout": "model.parallel_layout",
     "PlanError": "errors",
+    "PretrainCommand": "pretrain_command",
     "Report": "report",
     "TensorMismatchError": "errors",
     "UnsafePickleError": "errors",
@@ -63,6 +65,7 @@ _HOME = {
     "compare": "verify",
     "from_hf": "convert",
     "inspect": "report",
+    "megatron_args": "pretrain_command",
     "open_checkpoint": "lazy_checkpoint",
     "optimizer_state_dict": "megatron.optimizer_state",
     "reshard": "resharding",
@@ -83,6 +86,7 @@ __all__ = [
     "OutputError",
     "ParallelLayout",
     "PlanError",
+    "PretrainCommand",
     "Report",
     "TensorMismatchError",
     "UnsafePickleError",
@@ -91,6 +95,7 @@ __all__ = [
     "compare",
     "from_hf",
     "inspect",
+    "megatron_args",
     "open_checkpoint",
     "optimizer_state_dict",
     "reshard",

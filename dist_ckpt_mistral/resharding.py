@@ -22,6 +22,7 @@ from dist_ckpt_mistral.formats import torch_dist, torch_dist_writer
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.torch_dist import TorchDistCheckpoint
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject, object_bytes
+from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
@@ -45,8 +46,6 @@ _DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
 #: Checksums of the old files (mcore dist_checkpointing/validation.py, 0.18 and newer; nothing needs them to load).
 _INTEGRITY_FILE: Final = "integrity.json"
-#: What Megatron-Bridge keeps beside the tracker: the state of training at the latest iteration.
-_BRIDGE_STATE: Final = "latest_train_state.pt"
 _DATA_SUFFIX: Final = ".distcp"
 
 
@@ -260,7 +259,6 @@ def _write_root(old: _Old, root: Path) -> None:
     if iteration is None:
         return
     storage.write_bytes(root / torch_dist.TRACKER_FILE, iteration.encode())
-    old_root = old.stored.directory.resolve().parent
-    bridge, tracker = old_root / _BRIDGE_STATE, old_root / torch_dist.TRACKER_FILE
-    if bridge.is_file() and tracker.is_file() and storage.read_bytes(tracker).strip() == iteration.encode():
-        storage.copy_file(bridge, root / _BRIDGE_STATE)
+    train_state = old.stored.directory.resolve().parent / TRAIN_STATE_FILE
+    if train_state.is_file() and torch_dist.iteration_name(read_step(train_state)) == str(old.step):
+        storage.copy_file(train_state, root / TRAIN_STATE_FILE)

@@ -19,19 +19,21 @@ from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_ST
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 #: Every module; each imports only from those before it.
 DOWNWARDS: Final = (
-    *("errors", "shapes", "dtypes", "strict_json", "ranks", "hub", "storage"),
-    *("model.row_blocks", "model.config", "model.tensor_table", "model.pipeline_layout", "model.rank_grid"),
-    *("model.parallel_layout", "model.megatron_args"),
+    *("errors", "shapes", "dtypes", "strict_json", "strict_yaml", "ranks", "hub", "storage"),
+    *("model.checks", "model.yarn", "model.row_blocks", "model.config", "model.tensor_table"),
+    *("model.pipeline_layout", "model.rank_grid", "model.parallel_layout"),
+    *("model.megatron_fields", "model.megatron_vocabulary", "model.megatron_args", "model.bridge_config"),
+    "model.pretrain_flags",
     *("gather.boxes", "gather.links", "gather.tensor_index", "gather.flat_ranges", "gather.plan", "gather.executor"),
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
-    *("formats.stored_metadata", "formats.torch_dist", "formats.torch_dist_writer"),
+    *("formats.train_state", "formats.stored_metadata", "formats.torch_dist", "formats.torch_dist_writer"),
     *("formats.safetensors", "formats.hf_directory"),
     *("mapping", "embedded", "checkpoint_config", "model_source", "writing", "verify"),
     *("chunking", "convert", "resharding"),
-    *("report", "lazy_checkpoint"),
+    *("pretrain_command", "report", "lazy_checkpoint"),
     *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.optimizer_state", "megatron.load_check"),
     *("demo", "commands.options"),
-    *(f"commands.{name}" for name in ("from_hf", "to_hf", "reshard", "inspect", "verify", "demo")),
+    *(f"commands.{name}" for name in ("from_hf", "to_hf", "reshard", "inspect", "verify", "megatron_args", "demo")),
     *("cli", "__main__"),
 )
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.

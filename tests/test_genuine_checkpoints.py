@@ -216,6 +216,9 @@ def test_megatrons_own_args_serve(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 def test_a_checkpoint_without_any_configuration_asks_for_one(tmp_path: Path) -> None:
     """Without args and without config there is nothing to go by, and nothing is guessed."""
-    with pytest.raises(Exception, match=r"neither a Hugging Face configuration nor Megatron's args\. Give .* --config"):
+    with pytest.raises(
+        Exception,
+        match=r"neither a Hugging Face configuration nor Megatron's args nor run_config\.yaml\. Give .* --config",
+    ):
         to_hf(folder("td_0192") / "checkpoint", tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []

@@ -254,7 +254,7 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     step = root / "iter_0000007"
     shutil.copytree(shards("common_0192"), step)
     (root / "latest_checkpointed_iteration.txt").write_text("7\n")
-    (root / "latest_train_state.pt").write_bytes(b"state")
+    torch.save({"step": torch.tensor(7)}, root / "latest_train_state.pt")
     (step / "run_config.yaml").write_text("model: {}")
     (step / "tokenizer" / "deep").mkdir(parents=True)
     (step / "tokenizer" / "deep" / "vocab.json").write_text("{}")
@@ -272,7 +272,7 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
     assert "integrity.json tells checksums of the old files" in caplog.text
     assert "__9_9.distcp stays behind" in caplog.text
-    (root / "latest_checkpointed_iteration.txt").write_text("8")
+    torch.save({"step": torch.tensor(8)}, root / "latest_train_state.pt")
     dcm.reshard(step, tmp_path / "older", dcm.ParallelLayout(), config=folder("common_0192"))
     assert (tmp_path / "older" / "latest_checkpointed_iteration.txt").read_text() == "7"
     assert not (tmp_path / "older" / "latest_train_state.pt").exists()

@@ -237,7 +237,7 @@ class _Emitter:
         if known is not None:
             self.opcodes += known
         else:
-            encoded = value.encode()
+            encoded = value.encode(errors="surrogatepass")  # as pickle itself
             self._remember(value, pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded)
 
     def named(self, value: Global) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ from dist_ckpt_mistral.formats import common_state
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor, read_metadata
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
+from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.storage import SourceFiles
 
 if TYPE_CHECKING:
@@ -124,23 +125,36 @@ def resolve_directory(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FormatError(f"{path} is not a checkpoint: there is no such directory")
-    tracker = path / TRACKER_FILE
-    if tracker.is_file():
-        step = storage.read_bytes(tracker).decode(errors="replace").strip()
-        if step != _RELEASE and not re.fullmatch(r"\d{1,18}", step):
-            raise FormatError(f"{tracker} should hold an iteration or {_RELEASE!r}, got {step[:40]!r}")
-        directory = path / (_RELEASE if step == _RELEASE else iteration_name(int(step)))
-        if not directory.is_dir():
-            raise FormatError(f"{tracker} names {directory.name}, which is absent")
-        return directory
+    latest = {name: read(path / name) for name, read in _TRACKERS.items() if (path / name).is_file()}
+    if len(set(latest.values())) > 1:
+        raise FormatError(f"{path} is ambiguous: {', '.join(f'{n} names {d}' for n, d in latest.items())}. Give one.")
+    for tracker, name in latest.items():
+        if not (path / name).is_dir():
+            raise FormatError(f"{path / tracker} names {name}, which is absent")
+        return path / name
     steps = sorted(entry.name for entry in path.iterdir() if entry.name == _RELEASE or entry.name.startswith("iter_"))
     hint = f" It holds {', '.join(steps)}: give one of them." if steps else ""
     raise FormatError(f"{path} is not a Megatron checkpoint: it has neither {TRACKER_FILE} nor {METADATA_FILE}.{hint}")
 
 
+def _tracked(tracker: Path) -> str:
+    """The directory that Megatron-LM's tracker file names."""
+    step = storage.read_bytes(tracker).decode(errors="replace").strip()
+    if step != _RELEASE and not re.fullmatch(r"\d{1,18}", step):
+        raise FormatError(f"{tracker} should hold an iteration or {_RELEASE!r}, got {step[:40]!r}")
+    return _RELEASE if step == _RELEASE else iteration_name(int(step))
+
+
 def iteration_name(iteration: int | None) -> str:
     """Megatron's directory name of an iteration; None is a release (weights without training state)."""
     return _RELEASE if iteration is None else f"iter_{iteration:07d}"
+
+
+#: The files in a checkpoint root that say which directory is the latest, and how to read each.
+_TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
+    TRACKER_FILE: _tracked,
+    TRAIN_STATE_FILE: lambda path: iteration_name(read_step(path)),
+}
 
 
 def iteration_of(directory_name: str) -> str | None:

@@ -17,7 +17,7 @@ from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER, RankCoordinates, Ra
 from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME, KeyStyle, Place, StoredRows, TensorRule, TensorTable
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
-_VOCABULARY_MULTIPLE: Final = 128
+VOCABULARY_MULTIPLE: Final = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +252,7 @@ class ParallelLayout(PipelineLayout):
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Megatron-LM's padded vocabulary: the next multiple of 128 x tp (``--make-vocab-size-divisible-by`` 128)."""
-    multiple = _VOCABULARY_MULTIPLE * tp
+    multiple = VOCABULARY_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple
 
 

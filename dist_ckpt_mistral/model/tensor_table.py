@@ -327,10 +327,12 @@ _FLAT_STATES: Final = (
     ),
 )
 
+#: How every reason begins for which an export leaves out what the optimizer keeps.
+OPTIMIZER_STATE: Final = "optimizer state"
 #: Stored entries that are not weights: pattern of the key -> why an export leaves it out.
 _NOT_WEIGHTS: Final = (
-    *((pattern, f"optimizer state in flat buffers ({name})") for pattern, name in _FLAT_STATES),
-    (_OPTIMIZER, "optimizer state"),
+    *((pattern, f"{OPTIMIZER_STATE} in flat buffers ({name})") for pattern, name in _FLAT_STATES),
+    (_OPTIMIZER, OPTIMIZER_STATE),
     (re.compile(r"(.*[./])?_extra_state($|/|\d)"), "Transformer Engine extra state"),
     (re.compile(r"rng_state($|/|\.)"), "random number generator state"),
     (re.compile(r"common_state($|/)"), "common state, read on its own"),
