@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     )
     from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint, open_checkpoint
     from dist_ckpt_mistral.megatron.hf_metadata import add_hf_metadata
+    from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_table import KeyStyle
     from dist_ckpt_mistral.pretrain_command import PretrainCommand, megatron_args
     from dist_ckpt_mistral.report import Report, inspect
+    from dist_ckpt_mistral.resharding import reshard
     from dist_ckpt_mistral.verify import Comparison, compare
 
 _HOME = {
@@ -65,6 +67,8 @@ _HOME = {
     "inspect": "report",
     "megatron_args": "pretrain_command",
     "open_checkpoint": "lazy_checkpoint",
+    "optimizer_state_dict": "megatron.optimizer_state",
+    "reshard": "resharding",
     "sharded_state_dict": "megatron.sharded_state_dict",
     "to_hf": "convert",
 }
@@ -93,6 +97,8 @@ __all__ = [
     "inspect",
     "megatron_args",
     "open_checkpoint",
+    "optimizer_state_dict",
+    "reshard",
     "sharded_state_dict",
     "to_hf",
 ]
