@@ -154,10 +154,10 @@ def open_torch_dist(path: Path) -> TorchDistCheckpoint:
     """
     directory = resolve_directory(path)
     _require_backend(directory)
-    where = str(directory / METADATA_FILE)
-    if not (directory / METADATA_FILE).is_file():
-        raise FormatError(f"{where} is missing: the checkpoint was not saved to its end, or not copied whole")
-    metadata = read_metadata(storage.read_bytes(directory / METADATA_FILE), where)
+    path = directory / METADATA_FILE
+    if not path.is_file():
+        raise FormatError(f"{path} is missing: the checkpoint was not saved to its end, or not copied whole")
+    metadata = read_metadata(lambda: storage.read_bytes(path), str(path))
     state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY))
     return TorchDistCheckpoint(directory=directory, metadata=metadata, common_state=state)
 
