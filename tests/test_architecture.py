@@ -19,7 +19,7 @@ from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_ST
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 #: Every module; each imports only from those before it.
 DOWNWARDS: Final = (
-    *("errors", "shapes", "dtypes", "strict_json", "ranks", "hub", "storage"),
+    *("errors", "shapes", "name_ranges", "dtypes", "strict_json", "ranks", "hub", "storage"),
     *("model.row_blocks", "model.config", "model.tensor_table", "model.parallel_layout", "model.megatron_args"),
     *("gather.boxes", "gather.links", "gather.tensor_index", "gather.plan", "gather.executor"),
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
