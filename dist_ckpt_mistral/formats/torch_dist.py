@@ -15,6 +15,7 @@ from dist_ckpt_mistral.formats import common_state
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor, read_metadata
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.storage import SourceFiles
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ class TorchDistCheckpoint:
             for name, size in sizes.items()
             if size is not None and size < self.file_bytes[name]
         ]
-        problems = [f"missing: {', '.join(absent)}"] if absent else []
-        problems += [f"truncated: {', '.join(short)}"] if short else []
+        problems = [f"missing: {listed(absent)}"] if absent else []
+        problems += [f"truncated: {listed(short)}"] if short else []
         if problems:
             raise FormatError(f"files in {self.directory} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
 
