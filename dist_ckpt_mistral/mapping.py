@@ -26,6 +26,7 @@ from dist_ckpt_mistral.model.tensor_table import (
     why_hf_ignored,
     why_ignored,
 )
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.shapes import Shape
 
 Ignored = tuple[tuple[str, str], ...]
@@ -128,7 +129,7 @@ def match_checkpoint(
     problems = [*_missing(found, tensors), *_misshapen(found, tensors)]
     ignored, unknown = _left(found, tensors)
     if unknown:
-        problems.append(f"{len(unknown)} tensors are unknown to the table: {', '.join(unknown)}")
+        problems.append(f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}")
     if problems:
         raise TensorMismatchError(
             f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
@@ -216,7 +217,7 @@ def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[Ten
 
 def _missing(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
     missing = [name for name in found.names() if name not in tensors]
-    return [f"{len(missing)} tensors are missing: {', '.join(missing)}"] if missing else []
+    return [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
 
 
 def _misshapen(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
@@ -249,8 +250,8 @@ def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tu
     ignored = tuple((name, reason) for name in tensors if name not in known and (reason := why_hf_ignored(name)))
     dropped = {name for name, _ in ignored}
     unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in known and name not in dropped]
-    problems = [f"{len(missing)} tensors are missing: {', '.join(missing)}"] if missing else []
-    problems += [f"{len(unknown)} tensors are unknown to the table: {', '.join(unknown)}"] if unknown else []
+    problems = [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
+    problems += [f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}"] if unknown else []
     problems += [
         f"shape of {name}: expected {list(tensor.shape)}, got {list(tensors[name])}"
         for name, tensor in known.items()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.tensor_table import model_prefix, tensor_table, why_ignored
+from dist_ckpt_mistral.name_ranges import grouped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
 JSON_VERSION = 1
+#: A table with more rows than this shows tensors of the same kind in one.
+_MOST_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,9 +184,8 @@ def render(report: Report) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(report):
         facts.add_row(Text(name, style="bold"), value)
-    weights = [tensor for tensor in report.tensors if tensor.ignored is None]
     table = Table("tensor", "dtype", "shape", "chunks", "size", "Hugging Face names", box=None, padding=(0, 2, 0, 0))
-    for tensor in weights:
+    for tensor in _rows([tensor for tensor in report.tensors if tensor.ignored is None]):
         shape = " x ".join(map(str, tensor.shape))
         table.add_row(
             tensor.name,
@@ -195,6 +197,26 @@ def render(report: Report) -> RenderableType:
         )
     problems = [Text(f"problem: {problem}", style="red") for problem in report.problems]
     return Group(Text(report.path, style="bold"), facts, Text(""), table, *problems)
+
+
+def _rows(tensors: list[TensorReport]) -> Iterable[TensorReport]:
+    """The tensors; of very many, those of the same kind in all layers or experts as one, with the sums of both."""
+    if len(tensors) <= _MOST_ROWS:
+        return tensors
+    by_kind: dict[tuple[str, tuple[int, ...]], dict[str, TensorReport]] = defaultdict(dict)
+    for tensor in tensors:
+        by_kind[tensor.dtype, tensor.shape][tensor.name] = tensor
+    return (
+        replace(
+            of_kind[names[0]],
+            name=pattern,
+            num_chunks=sum(of_kind[name].num_chunks for name in names),
+            num_bytes=sum(of_kind[name].num_bytes for name in names),
+            hf_names=tuple(hf_name for name in names for hf_name in of_kind[name].hf_names),
+        )
+        for of_kind in by_kind.values()
+        for pattern, names in grouped(of_kind).items()
+    )
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -17,25 +17,25 @@ from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, tensor_table
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
+_MODULES: Final = """
+errors shapes name_ranges dtypes strict_json strict_yaml ranks hub storage
+model.checks model.yarn model.row_blocks model.config model.tensor_table
+model.pipeline_layout model.rank_grid model.parallel_layout
+model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
+gather.boxes gather.links gather.tensor_index gather.flat_ranges gather.plan gather.executor
+formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
+formats.train_state formats.stored_metadata formats.torch_dist formats.torch_dist_writer
+formats.safetensors formats.hf_directory
+mapping embedded checkpoint_config model_source writing verify chunking convert resharding
+pretrain_command report lazy_checkpoint
+megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
+demo
+commands.options commands.from_hf commands.to_hf commands.reshard commands.inspect commands.verify
+commands.megatron_args commands.demo
+cli __main__
+"""
 #: Every module; each imports only from those before it.
-DOWNWARDS: Final = (
-    *("errors", "shapes", "dtypes", "strict_json", "strict_yaml", "ranks", "hub", "storage"),
-    *("model.checks", "model.yarn", "model.row_blocks", "model.config", "model.tensor_table"),
-    *("model.pipeline_layout", "model.rank_grid", "model.parallel_layout"),
-    *("model.megatron_fields", "model.megatron_vocabulary", "model.megatron_args", "model.bridge_config"),
-    "model.pretrain_flags",
-    *("gather.boxes", "gather.links", "gather.tensor_index", "gather.flat_ranges", "gather.plan", "gather.executor"),
-    *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
-    *("formats.train_state", "formats.stored_metadata", "formats.torch_dist", "formats.torch_dist_writer"),
-    *("formats.safetensors", "formats.hf_directory"),
-    *("mapping", "embedded", "checkpoint_config", "model_source", "writing", "verify"),
-    *("chunking", "convert", "resharding"),
-    *("pretrain_command", "report", "lazy_checkpoint"),
-    *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.optimizer_state", "megatron.load_check"),
-    *("demo", "commands.options"),
-    *(f"commands.{name}" for name in ("from_hf", "to_hf", "reshard", "inspect", "verify", "megatron_args", "demo")),
-    *("cli", "__main__"),
-)
+DOWNWARDS: Final = tuple(_MODULES.split())
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
 PACKAGES: Final = (
     "__init__",

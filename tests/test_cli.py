@@ -199,6 +199,23 @@ def test_inspection_tells_problems_and_exits_with_one(tmp_path: Path) -> None:
     assert problem in " ".join(Page(tmp_path / "page.html").text.split())
 
 
+def test_tables_of_many_tensors_stay_short(tmp_path: Path) -> None:
+    """More than a hundred rows become one for each kind of tensor, with sums; the JSON still has every tensor."""
+    hf = saved(random_model(num_hidden_layers=11), tmp_path / "hf")
+    told = json.loads("\n".join(run("inspect", hf, "--json").out))
+    assert len(told["tensors"]) == 11 * 9 + 3
+    lines = [line.split() for line in run("inspect", hf).out]
+    table = {words[0]: words[1:] for words in lines[[words[:1] for words in lines].index(["tensor"]) + 1 :]}
+    assert len(table) == 9 + 3
+    assert all(f"model.layers.{{0-10}}.{name}.weight" in table for name in ("mlp.down_proj", "input_layernorm"))
+    down = [tensor for tensor in told["tensors"] if tensor["name"].endswith("mlp.down_proj.weight")]
+    row = table["model.layers.{0-10}.mlp.down_proj.weight"]
+    assert (row[0], row[1:4]) == ("bfloat16", [str(down[0]["shape"][0]), "x", str(down[0]["shape"][1])])
+    assert row[4] == "11"
+    assert float(row[5]) == round(sum(tensor["num_bytes"] for tensor in down) / 1000, 1)
+    assert row[6:] == ["kB", down[0]["name"], "and", "10", "more"]
+
+
 class Page(HTMLParser):
     """The text of an HTML page, and every address in it."""
 

@@ -60,6 +60,11 @@ def rows_as_read(metadata: StoredMetadata) -> dict[str, tuple[str, tuple[int, ..
     return found
 
 
+def as_read(pickled: bytes) -> StoredMetadata:
+    """What the package makes of ``.metadata``."""
+    return read_metadata(lambda: pickled, "it")
+
+
 @pytest.mark.parametrize("case", GENUINE)
 def test_genuine_metadata_is_what_torch_reads(case: str) -> None:
     """Of every chunk of every genuine checkpoint: box, file, position and length, and where every file ends."""
@@ -69,7 +74,7 @@ def test_genuine_metadata_is_what_torch_reads(case: str) -> None:
     pickled = (shards(case) / ".metadata").read_bytes()
     assert pickle_records.ended_before(pickled, "all_local_plans") is not None
     for content in (pickled, pickle.dumps(metadata, protocol=2)):
-        found = read_metadata(content, "it")
+        found = as_read(content)
         assert rows_as_read(found) == rows_of_torch(metadata)
         ends: dict[str, int] = {}
         for place in metadata.storage_data.values():
@@ -126,18 +131,18 @@ def test_any_metadata_is_what_torch_reads(metadata: Metadata, protocol: int, pla
     vars(metadata).clear()
     vars(metadata).update({name: both[name] for name in order})
     pickled = pickle.dumps(metadata, protocol=protocol)
-    assert rows_as_read(read_metadata(pickled, "it")) == rows_of_torch(metadata)
+    assert rows_as_read(as_read(pickled)) == rows_of_torch(metadata)
 
 
 def test_plans_that_stand_last_are_not_read() -> None:
     """Plans that the allowlist would refuse are never unpickled where they stand last, else they are refused."""
     metadata: Any = torch_reads(shards("td_0192"))
     metadata.all_local_plans = [Path.home]
-    found = read_metadata(pickle.dumps(metadata), "it")
+    found = as_read(pickle.dumps(metadata))
     assert rows_as_read(found) == rows_of_torch(metadata)
     metadata.later = 1
     with pytest.raises(FormatError, match="outside the allowlist"):
-        read_metadata(pickle.dumps(metadata, protocol=2), "it")
+        as_read(pickle.dumps(metadata, protocol=2))
 
 
 def test_every_prefix_of_metadata_is_refused() -> None:
@@ -145,7 +150,7 @@ def test_every_prefix_of_metadata_is_refused() -> None:
     pickled = (shards("td_0192") / ".metadata").read_bytes()
     for size in [*range(0, len(pickled), 97), *range(len(pickled) - 20, len(pickled))]:
         with pytest.raises(FormatError):
-            read_metadata(pickled[:size], "it")
+            as_read(pickled[:size])
 
 
 def test_many_frames() -> None:
@@ -159,7 +164,7 @@ def test_many_frames() -> None:
     short = pickle_records.ended_before(pickled, "all_local_plans")
     assert short is not None
     assert len(short) < len(pickled) - 100_000
-    chunk_columns = read_metadata(pickled, "it").chunks("t")
+    chunk_columns = as_read(pickled).chunks("t")
     assert np.array_equal(chunk_columns.offsets[:, 0], np.arange(9000))
     assert np.array_equal(chunk_columns.positions, np.arange(9000) * 10)
     last = pickled.rfind(pickle.FRAME, 0, len(pickled) - 8)

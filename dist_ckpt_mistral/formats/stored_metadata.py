@@ -141,21 +141,21 @@ def _require_all_stored(described: IntArray, stored: IntArray, name: str) -> Non
     raise ValueError(f"{len(described)} chunks of {name!r} are described, {len(stored)} are stored")
 
 
-def read_metadata(pickled: bytes, where: str) -> StoredMetadata:
-    """The content of the ``.metadata`` file ``where``.
+def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
+    """The content of the ``.metadata`` file ``where``, whose bytes ``read`` gives.
 
     Raises FormatError if it is damaged, UnsafePickleError if it asks for anything outside the allowlist.
     """
     with pickle_records.paused_collector():
         try:
-            return _parse(_unpickled(pickled, where))  # all records are gone before the collector would look at them
+            return _parse(_unpickled(read, where))  # all records are gone before the collector would look at them
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
 
 
-def _unpickled(pickled: bytes, where: str) -> dict[str, Any]:
+def _unpickled(read: Callable[[], bytes], where: str) -> dict[str, Any]:
     """The attributes of the metadata. Megatron's plans, where they stand last, are left unread: half of the time."""
-    short = pickle_records.ended_before(pickled, _PLANS)
+    short = pickle_records.ended_before(read(), _PLANS)
     if short is not None:
         try:
             found: dict[str, Any] = _attributes(pickle_records.loads(short, _allowlist(), where))
@@ -164,8 +164,8 @@ def _unpickled(pickled: bytes, where: str) -> dict[str, Any]:
         except UnsafePickleError:
             raise
         except (AttributeError, FormatError, LookupError, TypeError):
-            pass  # the plans stand elsewhere: read everything
-    whole: dict[str, Any] = _attributes(pickle_records.loads(pickled, _allowlist(), where))
+            pass  # the plans stand elsewhere
+    whole: dict[str, Any] = _attributes(pickle_records.loads(read(), _allowlist(), where))
     return whole
 
 

@@ -16,6 +16,7 @@ from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor, read_metadata
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
 from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.storage import SourceFiles
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class TorchDistCheckpoint:
             for name, size in sizes.items()
             if size is not None and size < self.file_bytes[name]
         ]
-        problems = [f"missing: {', '.join(absent)}"] if absent else []
-        problems += [f"truncated: {', '.join(short)}"] if short else []
+        problems = [f"missing: {listed(absent)}"] if absent else []
+        problems += [f"truncated: {listed(short)}"] if short else []
         if problems:
             raise FormatError(f"files in {self.directory} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
 
@@ -178,10 +179,10 @@ def open_torch_dist(path: Path) -> TorchDistCheckpoint:
     """
     directory = resolve_directory(path)
     _require_backend(directory)
-    where = str(directory / METADATA_FILE)
-    if not (directory / METADATA_FILE).is_file():
-        raise FormatError(f"{where} is missing: the checkpoint was not saved to its end, or not copied whole")
-    metadata = read_metadata(storage.read_bytes(directory / METADATA_FILE), where)
+    path = directory / METADATA_FILE
+    if not path.is_file():
+        raise FormatError(f"{path} is missing: the checkpoint was not saved to its end, or not copied whole")
+    metadata = read_metadata(lambda: storage.read_bytes(path), str(path))
     state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY))
     return TorchDistCheckpoint(directory=directory, metadata=metadata, common_state=state)
 

@@ -6,18 +6,24 @@ are there.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import pickle
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
+from dist_ckpt_mistral.formats.pickle_records import paused_collector
 from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
@@ -51,6 +57,7 @@ CASES = {
     "per-layer": Case(style=KeyStyle.PER_LAYER, is_import=False),
     "optimizer": Case(with_optimizer=True, is_import=False),
 }
+_EXPERTS = "decoder.layers.mlp.experts.experts."
 _LAYER_BYTES = 436_224_000  # one layer of the shape below in bfloat16
 _BLOCK_BYTES = 16 << 20
 
@@ -116,27 +123,64 @@ def make_checkpoint(directory: Path, hf: Path, config: MistralConfig, case: Case
 
 
 def make_sparse_checkpoint(
-    directory: Path, config: MistralConfig, layout: ParallelLayout, *, style: KeyStyle, with_optimizer: bool
+    directory: Path,
+    config: MistralConfig,
+    layout: ParallelLayout,
+    *,
+    style: KeyStyle,
+    with_optimizer: bool,
+    experts: int = 0,
+    weights_only: bool = False,
 ) -> int:
     """A checkpoint whose data are holes: everything around them is genuine. Returns its number of chunks.
 
-    For planning and reading at any size, with per-layer keys or with optimizer state beside the weights.
+    For planning and reading at any size, with per-layer keys or with optimizer state beside the weights. ``experts``
+    adds so many to every layer, as Megatron stores them: a chunk for each expert, half and tensor-parallel rank. With
+    ``weights_only`` the archives of optimizer state and experts are holes altogether, for a look at what is described.
     """
     directory.mkdir(parents=True)
     prefixes = {"": "bfloat16", **(OPTIMIZER if with_optimizer else {})}
-    chunks = _chunks(config, layout, style, prefixes)
-    written = torch_dist_writer.lay_out(chunks, [], num_files=layout.world_size)
+    chunks = [*_chunks(config, layout, style, prefixes), *_expert_chunks(config, layout, experts, prefixes)]
+    written = torch_dist_writer.lay_out(chunks, [], num_files=layout.world_size * max(1, experts))
     targets = {number: TargetFile(directory / name, 0) for number, name in enumerate(written.file_names)}
-    written.write_around(targets, _ZeroChecksums())
+    holes = (*OPTIMIZER, _EXPERTS) if weights_only else ()
+    placed = tuple(each for each in written.placed if not each.chunk.mcore_key.startswith(holes))
+    replace(written, placed=placed).write_around(targets, _ZeroChecksums())
     for number, target in targets.items():
         target.close()
-        with (directory / written.file_names[number]).open("r+b") as file:
-            file.truncate(written.file_bytes[number])
+        os.truncate(directory / written.file_names[number], written.file_bytes[number])
     args = to_megatron_args(config, dtype="bfloat16", tp=layout.tp, pp=layout.pp)
     (directory / common_state.COMMON_FILE).write_bytes(common_state.write({"args": args, "iteration": 0}))
     (directory / torch_dist.BACKEND_FILE).write_bytes(torch_dist_writer.BACKEND_JSON)
-    (directory / torch_dist.METADATA_FILE).write_bytes(written.metadata())
+    (directory / torch_dist.METADATA_FILE).write_bytes(_as_megatron_pickles(written.metadata()))
     return len(written.placed)
+
+
+def _as_megatron_pickles(metadata: bytes) -> bytes:
+    """``.metadata`` as torch and Megatron pickle it: every object in a memo, and behind them the plans of all ranks."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: PLC0415  (only this needs torch)
+    from torch.distributed.checkpoint.planner import (  # noqa: PLC0415  (likewise)
+        SavePlan,
+        TensorWriteData,
+        WriteItem,
+        WriteItemType,
+    )
+
+    with paused_collector():
+        content: Any = pickle.loads(metadata)  # noqa: S301  (our own bytes)
+        data = {
+            (name, chunk.offsets): TensorWriteData(chunk=chunk, properties=tensor.properties, size=tensor.size)
+            for name, tensor in content.state_dict_metadata.items()
+            for chunk in getattr(tensor, "chunks", ())
+        }
+        items: dict[str, list[WriteItem]] = defaultdict(list)
+        for index, info in content.storage_data.items():
+            tensor_data = data.get((index.fqn, index.offset))
+            kind = WriteItemType.BYTE_IO if tensor_data is None else WriteItemType.SHARD
+            again = MetadataIndex(index.fqn, index.offset)
+            items[info.relative_path].append(WriteItem(index=again, type=kind, tensor_data=tensor_data))
+        content.all_local_plans = [SavePlan(each) for each in items.values()]
+        return pickle.dumps(content)
 
 
 class _ZeroChecksums(dict[tuple[int, int], int]):
@@ -177,6 +221,25 @@ def fill_holes(directory: Path) -> None:
                 output.seek(position)
                 for block in _random_blocks(num_bytes):
                     output.write(block)
+
+
+def _expert_chunks(
+    config: MistralConfig, layout: ParallelLayout, experts: int, prefixes: dict[str, str]
+) -> Iterator[NewChunk]:
+    layers, hidden, ffn, tp = config.num_hidden_layers, config.hidden_size, config.intermediate_size, layout.tp
+    cells = {"linear_fc1": (2 * ffn, hidden, ffn // tp, hidden), "linear_fc2": (hidden, ffn, hidden, ffn // tp)}
+    for layer, expert, (prefix, dtype) in itertools.product(range(layers), range(experts), prefixes.items()):
+        for name, (rows, columns, cell_rows, cell_columns) in cells.items():
+            places = itertools.product(range(0, rows, cell_rows), range(0, columns, cell_columns))
+            for place, (row, column) in enumerate(places):
+                yield NewChunk(
+                    mcore_key=f"{prefix}{_EXPERTS}{name}.weight",
+                    dtype=dtype,
+                    global_shape=(layers, experts, rows, columns),
+                    offset=(layer, expert, row, column),
+                    shape=(1, 1, cell_rows, cell_columns),
+                    file=expert * tp + place % tp,
+                )
 
 
 def model_bytes(config: MistralConfig) -> int:
