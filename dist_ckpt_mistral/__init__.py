@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_table import KeyStyle
+    from dist_ckpt_mistral.reading.plan import ReadingPlan
+    from dist_ckpt_mistral.reading.planner import plan_reading
     from dist_ckpt_mistral.report import Report, inspect
     from dist_ckpt_mistral.verify import Comparison, compare
 
@@ -53,6 +55,7 @@ _HOME = {
     "OutputError": "errors",
     "ParallelLayout": "model.parallel_layout",
     "PlanError": "errors",
+    "ReadingPlan": "reading.plan",
     "Report": "report",
     "TensorMismatchError": "errors",
     "UnsafePickleError": "errors",
@@ -62,6 +65,7 @@ _HOME = {
     "from_hf": "convert",
     "inspect": "report",
     "open_checkpoint": "lazy_checkpoint",
+    "plan_reading": "reading.planner",
     "sharded_state_dict": "megatron.sharded_state_dict",
     "to_hf": "convert",
 }
@@ -79,6 +83,7 @@ __all__ = [
     "OutputError",
     "ParallelLayout",
     "PlanError",
+    "ReadingPlan",
     "Report",
     "TensorMismatchError",
     "UnsafePickleError",
@@ -88,6 +93,7 @@ __all__ = [
     "from_hf",
     "inspect",
     "open_checkpoint",
+    "plan_reading",
     "sharded_state_dict",
     "to_hf",
 ]

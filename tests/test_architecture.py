@@ -21,14 +21,23 @@ ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 DOWNWARDS: Final = (
     *("errors", "shapes", "dtypes", "strict_json", "ranks", "hub", "storage"),
     *("model.row_blocks", "model.config", "model.tensor_table", "model.parallel_layout", "model.megatron_args"),
-    *("gather.boxes", "gather.links", "gather.tensor_index", "gather.plan", "gather.executor"),
+    *("gather.boxes", "gather.links", "gather.tensor_index", "gather.plan", "gather.executor", "gather.chunk_reads"),
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
     *("formats.torch_dist", "formats.torch_dist_writer", "formats.safetensors", "formats.hf_directory"),
     *("mapping", "embedded", "checkpoint_config", "model_source", "writing", "verify", "convert"),
     *("report", "lazy_checkpoint"),
+    *(
+        "reading.plan",
+        "reading.planner",
+        "reading.table",
+        "reading.style",
+        "reading.ribbons",
+        "reading.matrix",
+        "reading.picture",
+    ),
     *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.load_check"),
     *("demo", "commands.options"),
-    *(f"commands.{name}" for name in ("from_hf", "to_hf", "inspect", "verify", "demo")),
+    *(f"commands.{name}" for name in ("from_hf", "to_hf", "plan", "inspect", "verify", "demo")),
     *("cli", "__main__"),
 )
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
@@ -38,6 +47,7 @@ PACKAGES: Final = (
     "gather.__init__",
     "formats.__init__",
     "megatron.__init__",
+    "reading.__init__",
     "commands.__init__",
 )
 

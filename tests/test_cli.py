@@ -24,7 +24,8 @@ from torch_reading import described, read_metadata
 from dist_ckpt_mistral.convert import from_hf
 
 HEAVY = ["numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"]
-COMMANDS = ["from-hf", "to-hf", "inspect", "verify", "demo"]
+HEAVY += ["matplotlib"]
+COMMANDS = ["from-hf", "to-hf", "plan", "inspect", "verify", "demo"]
 
 #: Runs commands (JSON in the first argument) where the modules of the second cannot be imported; tells each one's code.
 WITHOUT = """

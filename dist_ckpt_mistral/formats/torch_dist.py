@@ -173,9 +173,10 @@ def tracker_text(iteration: int | None) -> bytes:
     return (_RELEASE if iteration is None else str(iteration)).encode()
 
 
-def open_torch_dist(path: Path) -> TorchDistCheckpoint:
+def open_torch_dist(path: Path, *, with_common_state: bool = True) -> TorchDistCheckpoint:
     """Open a checkpoint root or one iteration of it.
 
+    From megatron-core 0.17 on the common state lies in a data file; without it no data file is opened.
     Raises FormatError where it is not a torch_dist checkpoint or its metadata is damaged, UnsafePickleError where a
     pickle asks for anything outside the allowlist.
     """
@@ -190,7 +191,7 @@ def open_torch_dist(path: Path) -> TorchDistCheckpoint:
             files, tensors, objects = _parse(metadata)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
-    state = common_state.read(directory, objects.get(common_state.SHARDED_KEY))
+    state = common_state.read(directory, objects.get(common_state.SHARDED_KEY)) if with_common_state else {}
     return TorchDistCheckpoint(
         directory=directory, file_bytes=files, tensors=tensors, objects=objects, common_state=state
     )

@@ -1,0 +1,71 @@
+"""The reading plan as a picture: which stored chunk goes to which rank.
+
+Few files and ranks are joined by ribbons, chunk by chunk; many become a matrix of files and ranks. The SVG is the same
+for the same plan, whatever matplotlib is configured to.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral.reading import matrix, ribbons, style
+from dist_ckpt_mistral.reading.plan import ReadingPlan
+from dist_ckpt_mistral.reading.table import counted, layout_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: With more files or ranks, or more ribbons, the eye cannot follow them; with more chunks, no viewer can.
+_MOST_ENDS: Final = 16
+_MOST_RIBBONS: Final = 600
+_MOST_CHUNKS: Final = 20_000
+_TITLE_COLUMNS: Final = 104
+
+
+def require_matplotlib() -> None:
+    """Raise OutputError if there is nothing to draw with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OutputError(
+            "--svg draws with matplotlib, which is not installed here. Run: pip install 'dist-ckpt-mistral[plot]'"
+        )
+
+
+def save_svg(plan: ReadingPlan, path: Path) -> None:
+    """Draw ``plan`` into an SVG file; an old one is replaced. Raises OutputError."""
+    require_matplotlib()
+    import matplotlib.style  # noqa: PLC0415  (only pictures need matplotlib)
+
+    with matplotlib.style.context(["default", dict(style.SETTINGS)]):
+        try:
+            draw(plan).savefig(path, format="svg", metadata={"Date": None, "Creator": "dist-ckpt-mistral"})
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def draw(plan: ReadingPlan) -> Figure:
+    """The picture as a matplotlib figure."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  (only pictures need matplotlib)
+
+    figure = Figure(figsize=(13, 8.6), facecolor="white")
+    _write_title(figure, plan)
+    few = max(len(plan.files), len(plan.groups)) <= _MOST_ENDS and len(plan.chunks.files) <= _MOST_CHUNKS
+    flows = ribbons.flows(plan) if few else []
+    if few and len(flows) <= _MOST_RIBBONS:
+        ribbons.draw(figure, plan, flows)
+    else:
+        matrix.draw(figure, plan)
+    return figure
+
+
+def _write_title(figure: Figure, plan: ReadingPlan) -> None:
+    title = textwrap.fill(plan.verdict().replace("`", ""), _TITLE_COLUMNS)
+    figure.text(0.02, 0.975, title, size=14, weight="bold", va="top", linespacing=1.25)
+    name = "/".join(plan.path.parts[-2:])
+    stored = f"{counted(len(plan.files), 'file')}, {counted(len(plan.chunks.files), 'chunk')}"
+    facts = f"{name}, {stored}   →   {layout_text(plan)}"
+    lines = title.count("\n") + 1
+    figure.text(0.02, 0.975 - 0.034 * lines - 0.008, facts, size=11, color=style.FAINT, va="top")

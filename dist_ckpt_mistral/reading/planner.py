@@ -1,0 +1,118 @@
+"""Plans what every rank of a layout reads of a stored checkpoint.
+
+Only the metadata is read: the data files may be elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.formats import torch_dist
+from dist_ckpt_mistral.gather.boxes import require_tiling
+from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
+from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import ModelChunk, ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.tensor_table import kind_of, tensor_table
+from dist_ckpt_mistral.reading.plan import RankReads, ReadingPlan
+
+
+def plan_reading(checkpoint: str | Path, layout: ParallelLayout, *, config: str | Path | None = None) -> ReadingPlan:
+    """Plan what every rank of ``layout`` reads of a Megatron checkpoint.
+
+    ``config`` is a config.json or a directory with one, for checkpoints that lost theirs. The vocabulary is padded as
+    Megatron-LM pads it for ``layout``; rows that are not stored need no reading. Raises LayoutError where Megatron
+    would refuse the layout, FormatError, TensorMismatchError or PlanError where the checkpoint is not whole.
+    """
+    opened = torch_dist.open_torch_dist(Path(checkpoint), with_common_state=config is None)
+    given = MistralConfig.from_hf(config) if config is not None else None
+    chosen, config_from = choose_config(opened, given, read_embedded(opened))
+    layout.check(chosen)
+    shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
+    found = match_checkpoint(tensor_table(chosen), shapes, opened.objects, str(opened.directory))
+    files = tuple(sorted(opened.file_bytes, key=_natural))
+    index = _unlocated_index(opened, found.names(), files)
+    chunks = chunk_list(index)
+    kinds = _kinds(found)
+    return ReadingPlan(
+        path=opened.directory,
+        config_from=config_from,
+        layout=layout,
+        files=files,
+        chunks=chunks,
+        kinds=tuple(kinds[name] for name in chunks.names),
+        groups=tuple(_groups(layout, found, index, chunks)),
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Files of rank 10 after those of rank 2."""
+    return [(int(part or -1), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _unlocated_index(
+    checkpoint: torch_dist.TorchDistCheckpoint, names: Sequence[str], files: tuple[str, ...]
+) -> TensorIndex:
+    """The chunks of ``names``; of each, the position is that of the archive that holds it."""
+    number = {name: i for i, name in enumerate(files)}
+    tensors = {}
+    for name in names:
+        stored = checkpoint.tensors[name]
+        try:
+            located = [(offset, shape, number[at.file], at.offset) for offset, shape, at in stored.chunks()]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise FormatError(f"{checkpoint.directory / torch_dist.METADATA_FILE} is damaged: {error}") from error
+        dtype = dtypes.require_known(stored.dtype, repr(name))
+        tensor = tensors[name] = IndexedTensor.build(name, dtype, stored.global_shape, located)
+        what = f"the stored chunks of {name!r} are not whole"
+        require_tiling(tensor.offsets, tensor.shapes, tensor.global_shape, what)
+    return TensorIndex(files=tuple(checkpoint.directory / name for name in files), tensors=tensors)
+
+
+def _kinds(found: CheckpointMap) -> dict[str, str]:
+    """What each stored tensor is, for people."""
+    return {
+        found.prefix + stored.mcore_key: kind_of(rule)
+        for rule in found.table.rules
+        for layer in found.table.layers_of(rule)
+        for stored in found.stored(rule, layer)
+    }
+
+
+def _groups(layout: ParallelLayout, found: CheckpointMap, index: TensorIndex, chunks: ChunkList) -> Iterator[RankReads]:
+    """Ranks by what they hold, in the order of the first of each."""
+    ranks: dict[RankCoordinates, list[int]] = defaultdict(list)
+    for rank in range(layout.world_size):
+        ranks[replace(layout.coordinates(rank), dp=0)].append(rank)
+    for at, same in ranks.items():
+        held = layout.model_chunks(found.table.num_layers, at.pp)
+        yield RankReads(
+            ranks=tuple(same),
+            stage=at.pp,
+            layers=tuple(layer for each in held for layer in each.layers),
+            reads=chunk_reads(index, chunks, _wanted(layout, found, held, at)),
+        )
+
+
+def _wanted(
+    layout: ParallelLayout, found: CheckpointMap, model_chunks: Sequence[ModelChunk], at: RankCoordinates
+) -> Iterator[WantedBox]:
+    """The boxes of a rank, under the keys that the checkpoint has for them."""
+    for model_chunk in model_chunks:
+        for held in layout.held_tensors(found.table, model_chunk, at, style=found.style):
+            spelled = zip(
+                found.table.stored(held.rule, held.layer, found.style),
+                found.stored(held.rule, held.layer),
+                strict=True,
+            )
+            stored_key = {ours.mcore_key: found.prefix + theirs.mcore_key for ours, theirs in spelled}
+            for box in held.boxes:
+                yield WantedBox(stored_key[box.mcore_key], box.global_offset, box.shape)

@@ -1,0 +1,118 @@
+"""The reading plan as a table: a row for the ranks of a pipeline stage that read equally much, each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from dist_ckpt_mistral.reading.plan import Amount, ReadingPlan, factor
+from dist_ckpt_mistral.report import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+#: Runs of ranks that are spelled out before "and N more".
+_MOST_RUNS: Final = 6
+_PAIR: Final = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Ranks of one stage that need and read equally many bytes, each, if of other chunks and files."""
+
+    ranks: tuple[int, ...]
+    layers: tuple[int, ...]
+    amounts: tuple[Amount, ...]
+
+
+def rows(plan: ReadingPlan) -> list[Row]:
+    """The rows of the table, in the order of the first rank of each."""
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for number, (group, amount) in enumerate(zip(plan.groups, plan.amounts, strict=True)):
+        alike[group.stage, amount.needed_bytes, amount.loaded_bytes].append(number)
+    found = [
+        Row(
+            ranks=tuple(sorted(rank for number in numbers for rank in plan.groups[number].ranks)),
+            layers=plan.groups[numbers[0]].layers,
+            amounts=tuple(plan.amounts[number] for number in numbers),
+        )
+        for numbers in alike.values()
+    ]
+    return sorted(found, key=lambda row: row.ranks)
+
+
+def render(plan: ReadingPlan) -> RenderableType:
+    """The plan as a rich renderable."""
+    from rich.console import Group  # noqa: PLC0415  (only what is shown needs rich)
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(plan):
+        facts.add_row(Text(name, style="bold"), value)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("ranks", "layers"):
+        table.add_column(name)
+    for name in ("needs", "reads", "times", "chunks", "files"):
+        table.add_column(name, justify="right")
+    for row in rows(plan):
+        table.add_row(spans(row.ranks), spans(row.layers), *_cells(*row.amounts))
+    table.add_row("all together", "", *_cells(plan.total), style="bold")
+    notes = [Text(note) for note in (plan.verdict(), *_notes(plan))]
+    return Group(Text(str(plan.path), style="bold"), facts, Text(""), table, Text(""), *notes)
+
+
+def _notes(plan: ReadingPlan) -> list[str]:
+    """What else to know."""
+    copies = max(len(group.ranks) for group in plan.groups)
+    if copies == 1:
+        return []
+    return [
+        f"Up to {copies} ranks read the same; with Megatron's --ckpt-fully-parallel-load they would share the work."
+    ]
+
+
+def _facts(plan: ReadingPlan) -> list[tuple[str, str]]:
+    parts = f"{counted(len(plan.chunks.files), 'chunk')}, {counted(len(plan.files), 'file')}"
+    return [
+        ("configuration", plan.config_from),
+        ("stored", f"{human_bytes(plan.stored_bytes)} in {parts}"),
+        ("layout", layout_text(plan)),
+    ]
+
+
+def layout_text(plan: ReadingPlan) -> str:
+    """``8 ranks: tp 4, pp 2``."""
+    layout = plan.layout
+    axes = {"tp": layout.tp, "cp": layout.cp, "ep": layout.ep, "dp": layout.dp, "pp": layout.pp, "vpp": layout.vpp or 1}
+    told = ", ".join(f"{name} {count}" for name, count in axes.items() if count > 1)
+    return counted(layout.world_size, "rank") + (f": {told}" if told else "")
+
+
+def _cells(*amounts: Amount) -> Sequence[str]:
+    """What these have in common, and from where to where the rest goes."""
+    amount = amounts[0]
+    times = "" if amount.amplification is None else factor(amount.amplification).removesuffix(" times")
+    counts = [sorted({each.num_chunks for each in amounts}), sorted({len(each.file_bytes) for each in amounts})]
+    ranges = [f"{count[0]} to {count[-1]}" if len(count) > 1 else str(count[0]) for count in counts]
+    return (human_bytes(amount.needed_bytes), human_bytes(amount.loaded_bytes), times, *ranges)
+
+
+def counted(count: int, what: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def spans(numbers: Iterable[int], *, most: int = _MOST_RUNS) -> str:
+    """``0 to 3, 8``; of scattered numbers only the first ``most`` runs, and how many more numbers there are."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    told = [f"{run[0]} to {run[-1]}" if len(run) > _PAIR else ", ".join(map(str, run)) for run in runs[:most]]
+    more = sum(map(len, runs[most:]))
+    return ", ".join(told) + (f" and {more} more" if more else "")
