@@ -6,7 +6,6 @@ for the same plan, whatever matplotlib is configured to.
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,10 +27,13 @@ _TITLE_COLUMNS: Final = 104
 
 def require_matplotlib() -> None:
     """Raise OutputError if there is nothing to draw with."""
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        import matplotlib as mpl  # noqa: F401, PLC0415  (only pictures need matplotlib)
+    except ImportError as error:
         raise OutputError(
-            "--svg draws with matplotlib, which is not installed here. Run: pip install 'dist-ckpt-mistral[plot]'"
-        )
+            "pictures are drawn with matplotlib, which is not installed here. "
+            "Run: pip install 'dist-ckpt-mistral[plot]'"
+        ) from error
 
 
 def save_svg(plan: ReadingPlan, path: Path) -> None:
