@@ -22,7 +22,7 @@ from dist_ckpt_mistral.mapping import Ignored, new_checkpoint_map
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, RankCoordinates
-from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, TensorTable
+from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, ParamState, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import TargetFile
@@ -54,6 +54,7 @@ def to_hf(
     output: str | Path,
     *,
     config: str | Path | None = None,
+    weights: str = "model",
     dtype: str | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
     overwrite: bool = False,
@@ -64,16 +65,19 @@ def to_hf(
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
 
     ``config`` is a config.json or a directory with one (and with the tokenizer), for checkpoints that lost theirs.
-    ``dtype`` converts, else every tensor keeps its own. A checkpoint that ``from_hf`` wrote gives back the original
-    files, byte for byte. Raises DistCkptMistralError; then nothing is published.
+    ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
+    keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte. Raises
+    DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    state = _which_weights(weights)
 
     def prepare() -> tuple[ModelSource, FileSet, BytePlan]:
         require_weight_dtype(dtype)
         storage.require_apart(checkpoint, output)
         storage.require_writable(output, overwrite=overwrite or dry_run)
-        source = open_megatron(checkpoint, config=MistralConfig.from_hf(config) if config is not None else None)
+        given = MistralConfig.from_hf(config) if config is not None else None
+        source = open_megatron(checkpoint, config=given, state=state)
         file_set = _hf_files(source, dtype, max_file_bytes)
         return source, file_set, source.plan_into(file_set.tensor_index(output))
 
@@ -99,6 +103,14 @@ def to_hf(
         files=sizes,
         ignored=source.ignored,
     )
+
+
+def _which_weights(weights: str) -> ParamState:
+    """The state of the parameters that an option calls ``model`` or ``master``."""
+    states = {"model": ParamState.WEIGHTS, "master": ParamState.MASTER}
+    if weights not in states:
+        raise ConfigError(f"weights={weights!r} is not supported: expected one of {', '.join(states)}")
+    return states[weights]
 
 
 def _hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
