@@ -6,7 +6,7 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +51,18 @@ class Recorded:
 
 
 def reads_of_rank(
-    directory: Path, config: MistralConfig, layout: ParallelLayout, rank: int, style: KeyStyle = KeyStyle.STACKED
+    directory: Path,
+    config: MistralConfig,
+    layout: ParallelLayout,
+    rank: int,
+    style: KeyStyle = KeyStyle.STACKED,
+    states: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Load the weights of one rank with Megatron's own strategy, and tell what was read for it."""
+    """Load one rank with Megatron's own strategy, and tell what was read for it.
+
+    That is the weights or, if there are ``states``, these of each parameter, in entries that Megatron's own optimizers
+    make of those of the weights.
+    """
     with warnings.catch_warnings(), _rank_alone(rank, max(2, layout.world_size)), _recording() as recorded:
         warnings.simplefilter("ignore")
         factory: Any = importlib.import_module("dist_ckpt_mistral.megatron.sharded_state_dict")
@@ -61,6 +70,9 @@ def reads_of_rank(
         utils: Any = importlib.import_module("megatron.core.dist_checkpointing.dict_utils")
         strategies: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.torch")
         state = factory.sharded_state_dict(config, layout, rank, style=style)
+        if states:
+            optimizer: Any = importlib.import_module("megatron.core.dist_checkpointing.optimizer")
+            state = _optimizer_state(state, states, optimizer.make_sharded_optimizer_tensor)
         mapping.apply_factories(state)
         tensors, _ = utils.extract_matching_values(state, lambda each: isinstance(each, mapping.ShardedTensor))
         # 0.16 lets the ranks agree on a plan, which they need not: the plan of a load is each rank's own.
@@ -68,6 +80,25 @@ def reads_of_rank(
         with mock.patch.object(strategies.checkpoint, "load_state_dict", alone):
             strategies.TorchDistLoadShardedStrategy().load(tensors, directory)
     return recorded.as_json()
+
+
+def _optimizer_state(entries: Any, states: Sequence[str], make: Any) -> dict[str, Any]:  # noqa: ANN401  (Megatron's)
+    flat = {name: each for name, each in entries.items() if not isinstance(each, dict)}
+    for name, chunk in entries.items():
+        if isinstance(chunk, dict):  # one of several model chunks
+            flat |= {f"{name}.{each}": entry for each, entry in chunk.items()}
+    parameters = {name: each for name, each in flat.items() if hasattr(each, "flattened_range")}
+    return {
+        f"{state}.{name}": make(each, torch.zeros(_local_shape(each)), f"optimizer.state.{state}")
+        for state in states
+        for name, each in parameters.items()
+    }
+
+
+def _local_shape(entry: Any) -> tuple[int, ...]:  # noqa: ANN401  (Megatron's)
+    """Of an entry, or of one that a factory will make."""
+    shape: tuple[int, ...] = entry.local_shape if hasattr(entry, "local_shape") else entry.build_fn.held.local_shape
+    return shape
 
 
 @contextmanager

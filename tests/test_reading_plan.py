@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,37 @@ def test_megatron_reads_just_that(case: str, style: KeyStyle, layout: ParallelLa
 
 
 def require_megatron_agrees(
-    directory: Path, config: Path, layout: ParallelLayout, style: KeyStyle = KeyStyle.STACKED
+    directory: Path,
+    config: Path,
+    layout: ParallelLayout,
+    style: KeyStyle = KeyStyle.STACKED,
+    states: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare every rank's numbers with those of Megatron's own loading; gives the plan as JSON."""
     told: dict[str, Any] = plan_reading(directory, layout, config=config).to_json()
     assert [each["rank"] for each in told["ranks"]] == list(range(layout.world_size))
     for each in told["ranks"]:
-        found = reads_of_rank(directory, MistralConfig.from_hf(config), layout, each["rank"], style)
-        assert {name: each[name] for name in found} == found
+        weights = reads_of_rank(directory, MistralConfig.from_hf(config), layout, each["rank"], style)
+        assert each["weights"] == weights
+        optimizer = None
+        if states:
+            optimizer = reads_of_rank(directory, MistralConfig.from_hf(config), layout, each["rank"], style, states)
+        assert each["optimizer"] == optimizer
+        for name in ("needed_bytes", "read_bytes", "num_reads", "num_chunks"):
+            assert each[name] == weights[name] + (optimizer[name] if optimizer else 0)
     return told
+
+
+@pytest.mark.parametrize(
+    ("case", "states"),
+    [
+        ("opt_fr_0192", ("param", "exp_avg", "exp_avg_sq")),
+        ("opt_plain_0161", ("fp32_param", "exp_avg", "exp_avg_sq")),
+    ],
+)
+def test_megatron_reads_just_that_of_the_optimizer(case: str, states: tuple[str, ...]) -> None:
+    """The same for optimizer state in both formats that go with any layout."""
+    require_megatron_agrees(shards(case), folder(case), ParallelLayout(tp=4, pp=2, dp=2), states=states)
 
 
 def test_a_chunk_that_two_boxes_meet_is_read_twice(tmp_path: Path) -> None:
@@ -109,8 +132,7 @@ def test_reads_are_those_that_a_mask_of_elements_shows(data: st.DataObject) -> N
             needed = int(wanted[tuple(map(slice, offset, np.add(offset, extent)))].sum())
             if needed:
                 expected.append((number, 4 * needed, 4 * math.prod(extent)))
-    rows = zip(found.chunks.tolist(), found.needed_bytes.tolist(), found.loaded_bytes.tolist(), strict=True)
-    assert sorted(rows) == sorted(expected)
+    assert sorted(found) == sorted(expected)
     assert chunks.files.tolist() == [chunk[2] for chunk in in_order]
     assert chunks.num_bytes.tolist() == [4 * math.prod(chunk[1]) for chunk in in_order]
 
@@ -126,9 +148,15 @@ def test_the_plan_as_json() -> None:
     """The JSON has these keys and no others; totals are those of the ranks, and copies say whom they read like."""
     told = planned("td_0192", "--tp", 4, "--dp", 2)
     amount = ["needed_bytes", "read_bytes", "amplification", "num_reads", "num_chunks", "files"]
-    assert list(told) == ["json_version", "path", "config_from", "layout", "verdict", "stored_bytes", "total", "ranks"]
-    assert list(told["total"]) == amount
-    assert all(list(each) == ["rank", "pipeline_stage", "layers", "reads_like", *amount] for each in told["ranks"])
+    assert list(told) == [
+        *("json_version", "path", "config_from", "layout", "verdict", "left_out", "stored_bytes", "total", "ranks")
+    ]
+    parts = [*amount, "weights", "optimizer"]
+    assert list(told["total"]) == parts
+    assert all(list(each) == ["rank", "pipeline_stage", "layers", "reads_like", *parts] for each in told["ranks"])
+    assert list(told["total"]["weights"]) == amount
+    assert told["total"]["weights"] == {name: told["total"][name] for name in amount}
+    assert (told["total"]["optimizer"], told["left_out"]) == (None, None)
     assert [each["reads_like"] for each in told["ranks"]] == [0, 1, 2, 3, 0, 1, 2, 3]
     assert (told["layout"]["tp"], told["layout"]["dp"], told["ranks"][0]["layers"]) == (4, 2, [0, 1, 2, 3])
     for name in ("needed_bytes", "read_bytes", "num_reads"):
@@ -142,6 +170,22 @@ def test_the_plan_as_json() -> None:
     assert told["verdict"] == (
         "The ranks read 1.8 times what they need (the worst 2.0 times); "
         "`dist-ckpt-mistral reshard` to this layout would make it 1.0."
+    )
+
+
+def test_optimizer_state_is_told_or_left_out() -> None:
+    """--weights-only leaves it out; flat buffers cannot be planned, and it is said why and what to do."""
+    whole, weights = planned("opt_fr_0192"), planned("opt_fr_0192", "--weights-only")
+    assert whole["total"]["optimizer"]["needed_bytes"] == 6 * whole["total"]["weights"]["needed_bytes"]  # 3 in float32
+    assert weights["total"]["optimizer"] is None
+    assert weights["total"]["weights"] == whole["total"]["weights"]
+    assert (whole["left_out"], weights["left_out"]) == (None, None)
+    flat = planned("opt_dr_0161")
+    assert flat["total"]["optimizer"] is None
+    assert flat["left_out"].startswith("its optimizer state is in the format dp_reshardable, flat buffers")
+    case = folder("opt_dr_0161")
+    assert any(
+        line.startswith("Not in the plan: its") for line in run("plan", shards("opt_dr_0161"), "--config", case).out
     )
 
 

@@ -18,6 +18,7 @@ def add(commands: options.Commands) -> None:
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
     options.add_layout(command, "to load with")
     options.add_config(command)
+    command.add_argument("--weights-only", action="store_true", help="leave optimizer state out")
     command.add_argument("--json", action="store_true", help="print JSON, with every rank")
     command.add_argument("--svg", type=Path, metavar="FILE", help="draw, too, which chunk goes to which rank")
 
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.checkpoint,
         options.given_layout(arguments),
         config=arguments.config,
+        weights_only=arguments.weights_only,
     )
     if arguments.svg is not None:
         picture.save_svg(found, arguments.svg)

@@ -9,7 +9,7 @@ little of it is needed, and once for each box that it meets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import add, sub
 from typing import NamedTuple
@@ -52,6 +52,10 @@ class ChunkReads:
     chunks: IntArray
     needed_bytes: IntArray
     loaded_bytes: IntArray
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Yield ``(chunk, needed_bytes, loaded_bytes)`` of every read."""
+        return zip(self.chunks.tolist(), self.needed_bytes.tolist(), self.loaded_bytes.tolist(), strict=True)
 
 
 def chunk_list(index: TensorIndex) -> ChunkList:

@@ -304,8 +304,10 @@ _KINDS: Final = (
 )
 
 
-def kind_of(rule: TensorRule) -> str:
-    """What a tensor is, for people: embedding, attention, MLP, experts, norms or output layer."""
+def kind_of(rule: TensorRule, state: ParamState = ParamState.WEIGHTS) -> str:
+    """What a tensor is, for people: embedding, attention, MLP, experts, norms, output layer or optimizer state."""
+    if state is not ParamState.WEIGHTS:
+        return "optimizer state"
     if rule.place is Place.EMBEDDING:
         return "embedding"
     return next((kind for pattern, kind in _KINDS if pattern.match(rule.mcore_key)), "output layer")

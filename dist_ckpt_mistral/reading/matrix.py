@@ -59,8 +59,7 @@ def _cells(plan: ReadingPlan, rows: Bins, columns: Bins) -> dict[tuple[int, int]
     found: dict[tuple[int, int], tuple[int, int]] = {}
     for column, groups in enumerate(columns):
         for reads in (plan.groups[group].reads for group in groups):
-            listed = (reads.chunks.tolist(), reads.needed_bytes.tolist(), reads.loaded_bytes.tolist())
-            for chunk, needed_bytes, loaded_bytes in zip(*listed, strict=True):
+            for chunk, needed_bytes, loaded_bytes in reads:
                 cell = column, row_of[file_of[chunk]]
                 needed, read = found.get(cell, (0, 0))
                 found[cell] = needed + needed_bytes, read + loaded_bytes

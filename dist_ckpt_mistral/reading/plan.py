@@ -7,7 +7,7 @@ its boxes, and of each stored chunk that a box meets the whole (gather/chunk_rea
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,9 @@ from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 
 #: Version of the JSON that ``plan --json`` prints; fields are only ever added under one version.
 JSON_VERSION: Final = 1
+#: The parts of a checkpoint that are planned, as JSON calls them.
+WEIGHTS: Final = "weights"
+OPTIMIZER: Final = "optimizer"
 #: From here on, one digit tells a factor from 1.
 _CLEARLY_MORE: Final = 1.05
 
@@ -67,7 +70,11 @@ class RankReads:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReadingPlan:
-    """What every rank of ``layout`` reads. ``kinds`` say of every tensor of ``chunks`` what it is, for people."""
+    """What every rank of ``layout`` reads.
+
+    ``kinds`` say of every tensor of ``chunks`` what it is, for people; ``parts`` whether it is of WEIGHTS or OPTIMIZER.
+    ``left_out`` is why optimizer state that the checkpoint has is not in the plan, if that is so.
+    """
 
     path: Path
     config_from: str
@@ -75,39 +82,53 @@ class ReadingPlan:
     files: tuple[str, ...]
     chunks: ChunkList
     kinds: tuple[str, ...]
+    parts: tuple[str, ...]
     groups: tuple[RankReads, ...]
+    left_out: str | None = None
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether optimizer state is in the plan."""
+        return OPTIMIZER in self.parts
 
     @cached_property
     def amounts(self) -> tuple[Amount, ...]:
         """What one rank of each group reads."""
-        return tuple(self._amount(group.reads) for group in self.groups)
-
-    def _amount(self, reads: ChunkReads) -> Amount:
-        by_file: dict[str, int] = defaultdict(int)
-        for file, num_bytes in zip(self.chunks.files[reads.chunks].tolist(), reads.loaded_bytes.tolist(), strict=True):
-            by_file[self.files[file]] += num_bytes
-        return Amount(
-            needed_bytes=int(reads.needed_bytes.sum()),
-            loaded_bytes=int(reads.loaded_bytes.sum()),
-            num_reads=len(reads.chunks),
-            num_chunks=len(set(reads.chunks.tolist())),
-            file_bytes={name: by_file[name] for name in self.files if name in by_file},
-        )
+        return self.amounts_of(WEIGHTS, OPTIMIZER)
 
     @cached_property
     def total(self) -> Amount:
         """What all ranks read together; ``num_chunks`` are those that any rank reads."""
-        by_file: dict[str, int] = defaultdict(int)
-        for group, amount in zip(self.groups, self.amounts, strict=True):
-            for name, num_bytes in amount.file_bytes.items():
-                by_file[name] += num_bytes * len(group.ranks)
-        counted = [(amount, len(group.ranks)) for group, amount in zip(self.groups, self.amounts, strict=True)]
+        return self.total_of(WEIGHTS, OPTIMIZER)
+
+    def amounts_of(self, *parts: str) -> tuple[Amount, ...]:
+        """What one rank of each group reads of these parts."""
+        return tuple(self._amount([(group.reads, 1)], parts) for group in self.groups)
+
+    def total_of(self, *parts: str) -> Amount:
+        """What all ranks read together of these parts."""
+        return self._amount([(group.reads, len(group.ranks)) for group in self.groups], parts)
+
+    def _amount(self, times: Sequence[tuple[ChunkReads, int]], parts: Sequence[str]) -> Amount:
+        """The sum of reads, each so many times."""
+        files, tensors = self.chunks.files.tolist(), self.chunks.tensors.tolist()
+        needed_bytes = loaded_bytes = num_reads = 0
+        seen: set[int] = set()
+        by_file: dict[int, int] = defaultdict(int)
+        for reads, count in times:
+            for chunk, needed, loaded in reads:
+                if self.parts[tensors[chunk]] in parts:
+                    needed_bytes += needed * count
+                    loaded_bytes += loaded * count
+                    num_reads += count
+                    seen.add(chunk)
+                    by_file[files[chunk]] += loaded * count
         return Amount(
-            needed_bytes=sum(amount.needed_bytes * ranks for amount, ranks in counted),
-            loaded_bytes=sum(amount.loaded_bytes * ranks for amount, ranks in counted),
-            num_reads=sum(amount.num_reads * ranks for amount, ranks in counted),
-            num_chunks=len({chunk for group in self.groups for chunk in group.reads.chunks.tolist()}),
-            file_bytes={name: by_file[name] for name in self.files if name in by_file},
+            needed_bytes=needed_bytes,
+            loaded_bytes=loaded_bytes,
+            num_reads=num_reads,
+            num_chunks=len(seen),
+            file_bytes={self.files[file]: by_file[file] for file in sorted(by_file)},
         )
 
     @property
@@ -131,15 +152,16 @@ class ReadingPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, stable within ``JSON_VERSION``: totals, then every rank."""
+        amounts = zip(self.amounts, self.amounts_of(WEIGHTS), self.amounts_of(OPTIMIZER), strict=True)
         ranks = [
             {
                 "rank": rank,
                 "pipeline_stage": group.stage,
                 "layers": list(group.layers),
                 "reads_like": group.ranks[0],
-                **amount.to_json(),
+                **self._amount_json(*amount),
             }
-            for group, amount in zip(self.groups, self.amounts, strict=True)
+            for group, amount in zip(self.groups, amounts, strict=True)
             for rank in group.ranks
         ]
         return {
@@ -148,10 +170,15 @@ class ReadingPlan:
             "config_from": self.config_from,
             "layout": asdict(self.layout),
             "verdict": self.verdict(),
+            "left_out": self.left_out,
             "stored_bytes": self.stored_bytes,
-            "total": self.total.to_json(),
+            "total": self._amount_json(self.total, self.total_of(WEIGHTS), self.total_of(OPTIMIZER)),
             "ranks": sorted(ranks, key=lambda each: int(each["rank"])),
         }
+
+    def _amount_json(self, both: Amount, weights: Amount, optimizer: Amount) -> dict[str, Any]:
+        parts = {WEIGHTS: weights.to_json(), OPTIMIZER: optimizer.to_json() if self.has_optimizer else None}
+        return {**both.to_json(), **parts}
 
 
 def factor(amplification: float | None) -> str:

@@ -18,39 +18,54 @@ from dist_ckpt_mistral.formats import torch_dist
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint
+from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, match_checkpoint
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ModelChunk, ParallelLayout, RankCoordinates
-from dist_ckpt_mistral.model.tensor_table import kind_of, tensor_table
-from dist_ckpt_mistral.reading.plan import RankReads, ReadingPlan
+from dist_ckpt_mistral.model.tensor_table import ParamState, flat_state, kind_of, split_state_key, tensor_table
+from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
 
 
-def plan_reading(checkpoint: str | Path, layout: ParallelLayout, *, config: str | Path | None = None) -> ReadingPlan:
+def plan_reading(
+    checkpoint: str | Path, layout: ParallelLayout, *, config: str | Path | None = None, weights_only: bool = False
+) -> ReadingPlan:
     """Plan what every rank of ``layout`` reads of a Megatron checkpoint.
 
-    ``config`` is a config.json or a directory with one, for checkpoints that lost theirs. The vocabulary is padded as
-    Megatron-LM pads it for ``layout``; rows that are not stored need no reading. Raises LayoutError where Megatron
-    would refuse the layout, FormatError, TensorMismatchError or PlanError where the checkpoint is not whole.
+    ``config`` is a config.json or a directory with one, for checkpoints that lost theirs. ``weights_only`` leaves
+    optimizer state out. The vocabulary is padded as Megatron-LM pads it for ``layout``; rows that are not stored need
+    no reading. Raises LayoutError where Megatron would refuse the layout, FormatError, TensorMismatchError or
+    PlanError where the checkpoint is not whole.
     """
     opened = torch_dist.open_torch_dist(Path(checkpoint), with_common_state=config is None)
     given = MistralConfig.from_hf(config) if config is not None else None
     chosen, config_from = choose_config(opened, given, read_embedded(opened))
     layout.check(chosen)
+    states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(opened)
     shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
-    found = match_checkpoint(tensor_table(chosen), shapes, opened.objects, str(opened.directory))
-    files = tuple(sorted(opened.file_bytes, key=_natural))
-    index = _unlocated_index(opened, found.names(), files)
+    table, where = tensor_table(chosen), str(opened.directory)
+    found = [match_checkpoint(table, shapes, opened.objects, where, state) for state in states]
+    index = _unlocated_index(opened, [name for each in found for name in each.names()])
     chunks = chunk_list(index)
-    kinds = _kinds(found)
+    kinds = {name: kind for each in found for name, kind in _kinds(each).items()}
+    weights = set(found[0].names())
     return ReadingPlan(
         path=opened.directory,
         config_from=config_from,
         layout=layout,
-        files=files,
+        files=tuple(path.name for path in index.files),
         chunks=chunks,
         kinds=tuple(kinds[name] for name in chunks.names),
+        parts=tuple(WEIGHTS if name in weights else OPTIMIZER for name in chunks.names),
         groups=tuple(_groups(layout, found, index, chunks)),
+        left_out=left_out,
     )
+
+
+def _states(checkpoint: torch_dist.TorchDistCheckpoint) -> tuple[tuple[ParamState, ...], str | None]:
+    """What there is to read of every parameter, and why there is optimizer state besides that cannot be planned."""
+    called = {split[0] for name in checkpoint.tensors if (split := split_state_key(name)) is not None}
+    flat = sorted({kind for name in (*checkpoint.tensors, *checkpoint.objects) if (kind := flat_state(name))})
+    states = [state for state in ParamState if state is ParamState.WEIGHTS or called.intersection(state.value)]
+    return tuple(states), FLAT_STATE_ADVICE.format(name=flat[0]) if flat else None
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -58,18 +73,18 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part or -1), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _unlocated_index(
-    checkpoint: torch_dist.TorchDistCheckpoint, names: Sequence[str], files: tuple[str, ...]
-) -> TensorIndex:
+def _unlocated_index(checkpoint: torch_dist.TorchDistCheckpoint, names: Sequence[str]) -> TensorIndex:
     """The chunks of ``names``; of each, the position is that of the archive that holds it."""
+    try:
+        chunks = {name: checkpoint.tensors[name].chunks() for name in names}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FormatError(f"{checkpoint.directory / torch_dist.METADATA_FILE} is damaged: {error}") from error
+    files = sorted({at.file for each in chunks.values() for _, _, at in each}, key=_natural)
     number = {name: i for i, name in enumerate(files)}
     tensors = {}
     for name in names:
         stored = checkpoint.tensors[name]
-        try:
-            located = [(offset, shape, number[at.file], at.offset) for offset, shape, at in stored.chunks()]
-        except (AttributeError, TypeError, ValueError) as error:
-            raise FormatError(f"{checkpoint.directory / torch_dist.METADATA_FILE} is damaged: {error}") from error
+        located = [(low, shape, number[at.file], at.offset) for low, shape, at in chunks[name]]
         dtype = dtypes.require_known(stored.dtype, repr(name))
         tensor = tensors[name] = IndexedTensor.build(name, dtype, stored.global_shape, located)
         what = f"the stored chunks of {name!r} are not whole"
@@ -80,25 +95,27 @@ def _unlocated_index(
 def _kinds(found: CheckpointMap) -> dict[str, str]:
     """What each stored tensor is, for people."""
     return {
-        found.prefix + stored.mcore_key: kind_of(rule)
+        found.stored_name(stored.mcore_key): kind_of(rule, found.state)
         for rule in found.table.rules
         for layer in found.table.layers_of(rule)
         for stored in found.stored(rule, layer)
     }
 
 
-def _groups(layout: ParallelLayout, found: CheckpointMap, index: TensorIndex, chunks: ChunkList) -> Iterator[RankReads]:
+def _groups(
+    layout: ParallelLayout, found: Sequence[CheckpointMap], index: TensorIndex, chunks: ChunkList
+) -> Iterator[RankReads]:
     """Ranks by what they hold, in the order of the first of each."""
     ranks: dict[RankCoordinates, list[int]] = defaultdict(list)
     for rank in range(layout.world_size):
         ranks[replace(layout.coordinates(rank), dp=0)].append(rank)
     for at, same in ranks.items():
-        held = layout.model_chunks(found.table.num_layers, at.pp)
+        held = layout.model_chunks(found[0].table.num_layers, at.pp)
         yield RankReads(
             ranks=tuple(same),
             stage=at.pp,
             layers=tuple(layer for each in held for layer in each.layers),
-            reads=chunk_reads(index, chunks, _wanted(layout, found, held, at)),
+            reads=chunk_reads(index, chunks, (box for each in found for box in _wanted(layout, each, held, at))),
         )
 
 
@@ -113,6 +130,6 @@ def _wanted(
                 found.stored(held.rule, held.layer),
                 strict=True,
             )
-            stored_key = {ours.mcore_key: found.prefix + theirs.mcore_key for ours, theirs in spelled}
+            stored_name = {ours.mcore_key: found.stored_name(theirs.mcore_key) for ours, theirs in spelled}
             for box in held.boxes:
-                yield WantedBox(stored_key[box.mcore_key], box.global_offset, box.shape)
+                yield WantedBox(stored_name[box.mcore_key], box.global_offset, box.shape)

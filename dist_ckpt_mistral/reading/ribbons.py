@@ -69,8 +69,7 @@ def flows(plan: ReadingPlan) -> list[Flow]:
 def _flows_of(plan: ReadingPlan, number: int, group: RankReads) -> Iterator[Flow]:
     needed: dict[int, int] = defaultdict(int)
     read: dict[int, int] = defaultdict(int)
-    columns = (group.reads.chunks.tolist(), group.reads.needed_bytes.tolist(), group.reads.loaded_bytes.tolist())
-    for chunk, needed_bytes, loaded_bytes in zip(*columns, strict=True):
+    for chunk, needed_bytes, loaded_bytes in group.reads:
         needed[chunk] += needed_bytes
         read[chunk] += loaded_bytes
     files, sizes = plan.chunks.files.tolist(), plan.chunks.num_bytes.tolist()

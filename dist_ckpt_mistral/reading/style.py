@@ -22,6 +22,7 @@ KINDS: Final[Mapping[str, str]] = {
     "experts": "#9a86c8",
     "norms": "#8d99a6",
     "output layer": "#5e3c84",
+    "optimizer state": "#d7b5c9",
 }
 #: matplotlib's settings, whatever its user has configured: text stays text, and no identifier is random.
 SETTINGS: Final[Mapping[str, Any]] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from dist_ckpt_mistral.reading.plan import Amount, ReadingPlan, factor
+from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
 from dist_ckpt_mistral.report import human_bytes
 
 if TYPE_CHECKING:
@@ -20,27 +20,37 @@ _PAIR: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Ranks of one stage that need and read equally many bytes, each, if of other chunks and files."""
+    """Ranks of one stage that need and read equally many bytes, each, if of other chunks and files.
+
+    ``parts`` are what each reads of weights and, if it is planned, of optimizer state; ``amounts`` what of both.
+    """
 
     ranks: tuple[int, ...]
     layers: tuple[int, ...]
+    parts: tuple[Amount, ...]
     amounts: tuple[Amount, ...]
 
 
 def rows(plan: ReadingPlan) -> list[Row]:
     """The rows of the table, in the order of the first rank of each."""
+    parts = list(zip(*(plan.amounts_of(part) for part in _parts(plan)), strict=True))
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for number, (group, amount) in enumerate(zip(plan.groups, plan.amounts, strict=True)):
-        alike[group.stage, amount.needed_bytes, amount.loaded_bytes].append(number)
+    for number, (group, amounts) in enumerate(zip(plan.groups, parts, strict=True)):
+        alike[group.stage, *((amount.needed_bytes, amount.loaded_bytes) for amount in amounts)].append(number)
     found = [
         Row(
             ranks=tuple(sorted(rank for number in numbers for rank in plan.groups[number].ranks)),
             layers=plan.groups[numbers[0]].layers,
+            parts=parts[numbers[0]],
             amounts=tuple(plan.amounts[number] for number in numbers),
         )
         for numbers in alike.values()
     ]
     return sorted(found, key=lambda row: row.ranks)
+
+
+def _parts(plan: ReadingPlan) -> tuple[str, ...]:
+    return (WEIGHTS, OPTIMIZER) if plan.has_optimizer else (WEIGHTS,)
 
 
 def render(plan: ReadingPlan) -> RenderableType:
@@ -52,26 +62,41 @@ def render(plan: ReadingPlan) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(plan):
         facts.add_row(Text(name, style="bold"), value)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("ranks", "layers"):
-        table.add_column(name)
-    for name in ("needs", "reads", "times", "chunks", "files"):
+    table = Table("ranks", "layers", box=None, padding=(0, 2, 0, 0))
+    needs = [f"{part} needed" for part in _parts(plan)]
+    for name in (*(name for need in needs for name in (need, "read", "times")), "chunks", "files"):
         table.add_column(name, justify="right")
     for row in rows(plan):
-        table.add_row(spans(row.ranks), spans(row.layers), *_cells(*row.amounts))
-    table.add_row("all together", "", *_cells(plan.total), style="bold")
+        table.add_row(spans(row.ranks), spans(row.layers), *_sizes(row.parts), *_counts(row.amounts))
+    totals = [plan.total_of(part) for part in _parts(plan)]
+    table.add_row("all together", "", *_sizes(totals), *_counts([plan.total]), style="bold")
     notes = [Text(note) for note in (plan.verdict(), *_notes(plan))]
     return Group(Text(str(plan.path), style="bold"), facts, Text(""), table, Text(""), *notes)
+
+
+def _sizes(parts: Sequence[Amount]) -> list[str]:
+    """Needed and read, and how much more that is."""
+    cells = []
+    for amount in parts:
+        times = "" if amount.amplification is None else factor(amount.amplification).removesuffix(" times")
+        cells += [human_bytes(amount.needed_bytes), human_bytes(amount.loaded_bytes), times]
+    return cells
+
+
+def _counts(amounts: Sequence[Amount]) -> list[str]:
+    """Chunks and files, from the fewest to the most."""
+    counts = [sorted({each.num_chunks for each in amounts}), sorted({len(each.file_bytes) for each in amounts})]
+    return [f"{count[0]} to {count[-1]}" if len(count) > 1 else str(count[0]) for count in counts]
 
 
 def _notes(plan: ReadingPlan) -> list[str]:
     """What else to know."""
     copies = max(len(group.ranks) for group in plan.groups)
-    if copies == 1:
-        return []
-    return [
-        f"Up to {copies} ranks read the same; with Megatron's --ckpt-fully-parallel-load they would share the work."
-    ]
+    notes = [f"Not in the plan: {plan.left_out}"] if plan.left_out else []
+    if copies > 1:
+        shared = "with Megatron's --ckpt-fully-parallel-load they would share the work"
+        notes.append(f"Up to {copies} ranks read the same; {shared}.")
+    return notes
 
 
 def _facts(plan: ReadingPlan) -> list[tuple[str, str]]:
@@ -89,15 +114,6 @@ def layout_text(plan: ReadingPlan) -> str:
     axes = {"tp": layout.tp, "cp": layout.cp, "ep": layout.ep, "dp": layout.dp, "pp": layout.pp, "vpp": layout.vpp or 1}
     told = ", ".join(f"{name} {count}" for name, count in axes.items() if count > 1)
     return counted(layout.world_size, "rank") + (f": {told}" if told else "")
-
-
-def _cells(*amounts: Amount) -> Sequence[str]:
-    """What these have in common, and from where to where the rest goes."""
-    amount = amounts[0]
-    times = "" if amount.amplification is None else factor(amount.amplification).removesuffix(" times")
-    counts = [sorted({each.num_chunks for each in amounts}), sorted({len(each.file_bytes) for each in amounts})]
-    ranges = [f"{count[0]} to {count[-1]}" if len(count) > 1 else str(count[0]) for count in counts]
-    return (human_bytes(amount.needed_bytes), human_bytes(amount.loaded_bytes), times, *ranges)
 
 
 def counted(count: int, what: str) -> str:
