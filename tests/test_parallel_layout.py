@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import models
 
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -25,29 +26,6 @@ CONFIG = MistralConfig(
     num_key_value_heads=4,
     head_dim=2,
 )
-
-
-@st.composite
-def models(draw: st.DrawFn) -> tuple[MistralConfig, ParallelLayout]:
-    """A small model, and a layout that fits it."""
-    tp, pp, dp = (draw(st.integers(1, most)) for most in (4, 4, 2))
-    small = st.integers(1, 3)
-    vpp = draw(st.none() | small) if pp > 1 else None
-    pp_layers = None
-    if (vpp or 1) == 1 and draw(st.booleans()):
-        pp_layers = tuple(draw(st.lists(st.integers(0, 3), min_size=pp, max_size=pp).filter(any)))
-    groups = tp * draw(small)
-    config = MistralConfig(
-        vocab_size=draw(st.integers(1, 300)),
-        hidden_size=draw(small),
-        intermediate_size=tp * draw(small),
-        num_hidden_layers=sum(pp_layers) if pp_layers else pp * (vpp or 1) * draw(small),
-        num_attention_heads=groups * draw(small),
-        num_key_value_heads=groups,
-        head_dim=draw(small),
-        tie_word_embeddings=draw(st.booleans()),
-    )
-    return config, ParallelLayout(tp=tp, pp=pp, vpp=vpp, dp=dp, pp_layers=pp_layers)
 
 
 def held_by_ranks(
@@ -132,8 +110,8 @@ def test_vocabulary_is_padded_to_the_next_multiple(vocab_size: int, tp: int) -> 
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        (ParallelLayout(tp=3), "num_attention_heads=8 is not divisible by tp=3; num_key_value_heads"),
-        (ParallelLayout(tp=8), r"num_key_value_heads \(num_query_groups\)=4 is not divisible by tp=8"),
+        (ParallelLayout(tp=3), "num_attention_heads=8 is not divisible by tp=3; intermediate_size=8 is"),
+        (ParallelLayout(tp=3), r"num_key_value_heads \(num_query_groups\)=4 is not divisible by tp=3, nor tp by it"),
         (ParallelLayout(pp=4), "num_hidden_layers=6 is not divisible by 4 pipeline stages"),
         (ParallelLayout(pp=2, vpp=2), "num_hidden_layers=6 is not divisible by 4 pipeline stages"),
         (ParallelLayout(pp=2, pp_layers=(2, 3)), r"pp_layers=\(2, 3\) do not add up to num_hidden_layers=6"),

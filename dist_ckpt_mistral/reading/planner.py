@@ -20,7 +20,9 @@ from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_lis
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, match_checkpoint
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ModelChunk, ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
+from dist_ckpt_mistral.model.rank_grid import RankCoordinates
 from dist_ckpt_mistral.model.tensor_table import ParamState, flat_state, kind_of, split_state_key, tensor_table
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
 
@@ -106,16 +108,20 @@ def _groups(
     layout: ParallelLayout, found: Sequence[CheckpointMap], index: TensorIndex, chunks: ChunkList
 ) -> Iterator[RankReads]:
     """Ranks by what they hold, in the order of the first of each."""
-    ranks: dict[RankCoordinates, list[int]] = defaultdict(list)
+    places: dict[RankCoordinates, list[int]] = defaultdict(list)
     for rank in range(layout.world_size):
-        ranks[replace(layout.coordinates(rank), dp=0)].append(rank)
-    for at, same in ranks.items():
+        places[replace(layout.coordinates(rank), cp=0, dp=0, dp_cp=0, edp=0)].append(rank)  # copies of each other
+    ranks: dict[tuple[int, tuple[WantedBox, ...]], list[int]] = defaultdict(list)
+    for at, same in places.items():
         held = layout.model_chunks(found[0].table.num_layers, at.pp)
+        ranks[at.pp, tuple(box for each in found for box in _wanted(layout, each, held, at))] += same
+    for (stage, boxes), same in ranks.items():
+        held = layout.model_chunks(found[0].table.num_layers, stage)
         yield RankReads(
-            ranks=tuple(same),
-            stage=at.pp,
+            ranks=tuple(sorted(same)),
+            stage=stage,
             layers=tuple(layer for each in held for layer in each.layers),
-            reads=chunk_reads(index, chunks, (box for each in found for box in _wanted(layout, each, held, at))),
+            reads=chunk_reads(index, chunks, boxes),
         )
 
 
