@@ -58,6 +58,11 @@ class CheckpointMap:
             return self.states.get(key, key)
         return state_key(key, self.state.value[0])  # the name of what is missing
 
+    def spelling(self, rule: TensorRule, layer: int | None) -> dict[str, str]:
+        """What the checkpoint calls the tensors of one layer, by the keys that layouts have for them."""
+        keys = (stored.mcore_key for stored in self.table.stored(rule, layer, self.style))
+        return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, layer)), strict=True))
+
     def names(self) -> list[str]:
         """Every stored tensor that holds this state of the parameters, as the checkpoint spells it."""
         return list(
@@ -68,6 +73,15 @@ class CheckpointMap:
                 for stored in self.stored(rule, layer)
             )
         )
+
+    def shapes(self) -> dict[str, Shape]:
+        """Every such tensor and the least shape that it must have: without vocabulary padding."""
+        return {
+            self.stored_name(stored.mcore_key): stored.global_shape
+            for rule in self.table.rules
+            for layer in self.table.layers_of(rule)
+            for stored in self.stored(rule, layer)
+        }
 
     def key_of(self, tensor: HfTensor) -> str:
         """The stored tensor that holds the first row of a Hugging Face tensor."""

@@ -183,6 +183,9 @@ def test_optimizer_state_is_told_or_left_out() -> None:
     flat = planned("opt_dr_0161")
     assert flat["total"]["optimizer"] is None
     assert flat["left_out"].startswith("its optimizer state is in the format dp_reshardable, flat buffers")
+    blocks = planned("opt_fsms_0140")
+    assert blocks["total"]["optimizer"] is None
+    assert "fully_sharded_model_space, which only megatron-core 0.12 to 0.14 load" in blocks["left_out"]
     case = folder("opt_dr_0161")
     assert any(
         line.startswith("Not in the plan: its") for line in run("plan", shards("opt_dr_0161"), "--config", case).out
@@ -216,7 +219,7 @@ def test_a_thousand_ranks_fit_on_a_page() -> None:
     arguments = ("plan", folder("td_0161") / "checkpoint", "--config", folder("td_0161"))
     outcome = run(*arguments, "--tp", 4, "--pp", 4, "--dp", 64)
     assert (outcome.code, outcome.err) == (0, [])
-    assert outcome.out[3].split() == ["layout", "1024", "ranks:", "tp", "4,", "dp", "64,", "pp", "4"]
+    assert outcome.out[3].split() == ["layout", "1024", "ranks:", "tp=4,", "pp=4,", "dp=64"]
     rows = [line.split("  ") for line in outcome.out[6:-3]]
     assert len(rows) <= 9
     assert rows[-1][0] == "all together"

@@ -109,11 +109,9 @@ def _facts(plan: ReadingPlan) -> list[tuple[str, str]]:
 
 
 def layout_text(plan: ReadingPlan) -> str:
-    """``8 ranks: tp 4, pp 2``."""
-    layout = plan.layout
-    axes = {"tp": layout.tp, "cp": layout.cp, "ep": layout.ep, "dp": layout.dp, "pp": layout.pp, "vpp": layout.vpp or 1}
-    told = ", ".join(f"{name} {count}" for name, count in axes.items() if count > 1)
-    return counted(layout.world_size, "rank") + (f": {told}" if told else "")
+    """``8 ranks: tp=4, pp=2``."""
+    told = str(plan.layout).removeprefix("ParallelLayout(").removesuffix(")")
+    return counted(plan.layout.world_size, "rank") + (f": {told}" if told else "")
 
 
 def counted(count: int, what: str) -> str:
