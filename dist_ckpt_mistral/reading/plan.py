@@ -145,10 +145,13 @@ class ReadingPlan:
         """The plan in a sentence."""
         if self.reads_only_whole_chunks:
             return "Every rank reads only what it needs: whole chunks."
-        told = f"The ranks read {factor(self.total.amplification)} what they need"
-        worst = factor(max(amount.amplification or 0 for amount in self.amounts))
-        told += f" (the worst {worst})" if worst != factor(self.total.amplification) else ""
-        return f"{told}; `dist-ckpt-mistral reshard` to this layout would make it 1.0."
+        told, worst = (factor(each) for each in (self.total.amplification, self._worst))
+        worst_told = f" (the worst {worst})" if worst != told else ""
+        return f"The ranks read {told} what they need{worst_told}; `dist-ckpt-mistral reshard` would make it 1.0."
+
+    @property
+    def _worst(self) -> float:
+        return max(amount.amplification or 0 for amount in self.amounts)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, stable within ``JSON_VERSION``: totals, then every rank."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TOP, _BOTTOM = 0.85, 0.095
+_TOP, _BOTTOM = 0.84, 0.095
 #: Where blocks stand, of the width of the picture.
 _LEFT: Final = (0.165, 0.19)
 _RIGHT: Final = (0.655, 0.68)
