@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.reading.plan import ReadingPlan
     from dist_ckpt_mistral.reading.planner import plan_reading
     from dist_ckpt_mistral.report import Report, inspect
+    from dist_ckpt_mistral.resharding import reshard
     from dist_ckpt_mistral.verify import Comparison, compare
 
 _HOME = {
@@ -66,6 +67,7 @@ _HOME = {
     "inspect": "report",
     "open_checkpoint": "lazy_checkpoint",
     "plan_reading": "reading.planner",
+    "reshard": "resharding",
     "sharded_state_dict": "megatron.sharded_state_dict",
     "to_hf": "convert",
 }
@@ -94,6 +96,7 @@ __all__ = [
     "inspect",
     "open_checkpoint",
     "plan_reading",
+    "reshard",
     "sharded_state_dict",
     "to_hf",
 ]

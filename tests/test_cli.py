@@ -25,7 +25,7 @@ from dist_ckpt_mistral.convert import from_hf
 
 HEAVY = ["numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"]
 HEAVY += ["matplotlib"]
-COMMANDS = ["from-hf", "to-hf", "plan", "inspect", "verify", "demo"]
+COMMANDS = ["from-hf", "to-hf", "plan", "reshard", "inspect", "verify", "demo"]
 
 #: Runs commands (JSON in the first argument) where the modules of the second cannot be imported; tells each one's code.
 WITHOUT = """

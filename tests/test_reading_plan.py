@@ -204,6 +204,20 @@ def test_a_checkpoint_stored_for_the_layout_is_read_without_loss(tmp_path: Path)
     assert plan_reading(tmp_path / "ckpt", ParallelLayout()).total.needed_bytes == plan.stored_bytes
 
 
+@pytest.mark.parametrize("case", ["opt_fr_0192", "tied_tp2pp2_0161"])
+def test_reshard_makes_it_so(case: str, tmp_path: Path) -> None:
+    """After ``reshard`` every rank of the layout reads whole chunks, as the verdict promises, optimizer included."""
+    layout = ("--config", folder(case), "--tp", 4, "--pp", 2)
+    before = planned(case, *layout[2:])
+    assert before["total"]["amplification"] > 1.5
+    assert before["verdict"].endswith("`dist-ckpt-mistral reshard` would make it 1.0.")
+    assert run("reshard", folder(case) / "checkpoint", tmp_path / "new", *layout).code == 0
+    after = json.loads("\n".join(run("plan", tmp_path / "new", *layout, "--json").out))
+    assert after["verdict"] == "Every rank reads only what it needs: whole chunks."
+    assert after["total"]["needed_bytes"] == after["total"]["read_bytes"] == before["total"]["needed_bytes"]
+    assert (after["total"]["optimizer"] is None) == (before["total"]["optimizer"] is None)
+
+
 @pytest.mark.parametrize("case", ["td_0161", "td_0192"])
 def test_only_the_metadata_is_read(case: str, tmp_path: Path) -> None:
     """Where no data file is there, the plan is the same."""

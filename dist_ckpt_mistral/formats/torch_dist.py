@@ -181,6 +181,14 @@ def iteration_name(iteration: int | None) -> str:
     return _RELEASE if iteration is None else f"iter_{iteration:07d}"
 
 
+def iteration_of(directory_name: str) -> str | None:
+    """What the tracker says for a directory of this name: ``iter_0000500`` is ``500``; None if it is no iteration."""
+    match = re.fullmatch(r"iter_(\d{7,18})", directory_name)
+    if match:
+        return str(int(match[1]))
+    return _RELEASE if directory_name == _RELEASE else None
+
+
 def tracker_text(iteration: int | None) -> bytes:
     """The content of the tracker file that names ``iteration`` the latest."""
     return (_RELEASE if iteration is None else str(iteration)).encode()

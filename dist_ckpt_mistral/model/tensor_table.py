@@ -334,6 +334,7 @@ _PREFIX_ANCHOR: Final = "embedding.word_embeddings.weight"
 
 #: What stands before a model key to make it that of a state (several optimizers may count themselves before that).
 _STATE_PREFIX: Final = "optimizer.state.{state}."
+_OPTIMIZER: Final = re.compile(r"(chained_\d+\.)?optimizer\.")
 _STATE_KEY: Final = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
 #: Optimizer state as flat buffers, whose layout only the run knows that made them: pattern of the key -> the format.
 _FLAT_STATES: Final = (
@@ -347,7 +348,7 @@ _FLAT_STATES: Final = (
 #: Stored entries that are not weights: pattern of the key -> why an export leaves it out.
 _NOT_WEIGHTS: Final = (
     *((pattern, f"optimizer state in flat buffers ({name})") for pattern, name in _FLAT_STATES),
-    (re.compile(r"(chained_\d+\.)?optimizer\."), "optimizer state"),
+    (_OPTIMIZER, "optimizer state"),
     (re.compile(r"(.*[./])?_extra_state($|/|\d)"), "Transformer Engine extra state"),
     (re.compile(r"rng_state($|/|\.)"), "random number generator state"),
     (re.compile(r"common_state($|/)"), "common state, read on its own"),
@@ -383,6 +384,11 @@ def split_state_key(stored_key: str) -> tuple[str, str] | None:
 def flat_state(stored_key: str) -> str | None:
     """The format of a stored entry that is optimizer state in flat buffers, such as ``dp_reshardable``; else None."""
     return next((name for pattern, name in _FLAT_STATES if pattern.match(stored_key)), None)
+
+
+def is_optimizer_state(stored_key: str) -> bool:
+    """Whether a stored entry, tensor or object, belongs to an optimizer."""
+    return _OPTIMIZER.match(stored_key) is not None
 
 
 def why_ignored(mcore_key: str, prefix: str = "") -> str | None:
