@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _MOST_CELLS: Final = 64
 _MOST_LABELS: Final = 32
 #: In shares of the picture: where the matrix begins, how far it and its margins reach, the most that a cell takes.
-_LEFT, _BOTTOM, _RIGHT, _TOP = 0.13, 0.16, 0.965, 0.875
+_LEFT, _BOTTOM, _RIGHT, _TOP = 0.13, 0.16, 0.965, 0.855
 _MOST_CELL: Final = (0.11, 0.08)
 _LEAST_MARGIN: Final = (0.12, 0.11)
 _MOST_BESIDE: Final = 0.25

@@ -6,7 +6,7 @@ for the same plan, whatever matplotlib is configured to.
 
 from __future__ import annotations
 
-import textwrap
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _MOST_ENDS: Final = 16
 _MOST_RIBBONS: Final = 600
 _MOST_CHUNKS: Final = 20_000
-_TITLE_COLUMNS: Final = 104
 
 
 def require_matplotlib() -> None:
@@ -39,6 +38,7 @@ def require_matplotlib() -> None:
 def save_svg(plan: ReadingPlan, path: Path) -> None:
     """Draw ``plan`` into an SVG file; an old one is replaced. Raises OutputError."""
     require_matplotlib()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
     import matplotlib.style  # noqa: PLC0415  (only pictures need matplotlib)
 
     with matplotlib.style.context(["default", dict(style.SETTINGS)]):
@@ -64,10 +64,9 @@ def draw(plan: ReadingPlan) -> Figure:
 
 
 def _write_title(figure: Figure, plan: ReadingPlan) -> None:
-    title = textwrap.fill(plan.verdict().replace("`", ""), _TITLE_COLUMNS)
-    figure.text(0.02, 0.975, title, size=14, weight="bold", va="top", linespacing=1.25)
-    name = "/".join(plan.path.parts[-2:])
+    verdict, _, remedy = plan.verdict().replace("`", "").partition("; ")
     stored = f"{counted(len(plan.files), 'file')}, {counted(len(plan.chunks.files), 'chunk')}"
-    facts = f"{name}, {stored}   →   {layout_text(plan)}"
-    lines = title.count("\n") + 1
-    figure.text(0.02, 0.975 - 0.034 * lines - 0.008, facts, size=11, color=style.FAINT, va="top")
+    facts = f"{'/'.join(plan.path.parts[-2:])}, {stored}   →   {layout_text(plan)}"
+    figure.text(0.02, 0.975, verdict, size=15, weight="bold", va="top")
+    figure.text(0.02, 0.935, facts, size=11, color=style.FAINT, va="top")
+    figure.text(0.02, 0.909, remedy, size=11, color=style.FAINT, va="top")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TOP, _BOTTOM = 0.84, 0.095
+_TOP, _BOTTOM = 0.85, 0.095
 #: Where blocks stand, of the width of the picture.
 _LEFT: Final = (0.165, 0.19)
 _RIGHT: Final = (0.655, 0.68)
@@ -29,6 +29,8 @@ _NEED: Final = (0.686, 0.694)
 #: The share of the height that gaps between blocks take, all together.
 _GAPS: Final = 0.16
 _MOST_GAP: Final = 0.02
+#: The height of a label of two lines.
+_LABEL: Final = 0.056
 #: Runs of ranks that fit beside a block.
 _MOST_RUNS: Final = 4
 #: Blocks of less height would be all edge.
@@ -101,6 +103,18 @@ def stacked(heights: Sequence[float]) -> list[Span]:
     return spans_
 
 
+def apart(centres: Sequence[float]) -> list[float]:
+    """Where to write about blocks with these middles, in order, so that no two labels overlap."""
+    placed: list[float] = []
+    for centre in centres:
+        placed.append(max(centre, placed[-1] + _LABEL) if placed else max(centre, _LABEL / 2))
+    limit = 1 - _LABEL / 2
+    for number in range(len(placed) - 1, -1, -1):
+        placed[number] = min(placed[number], limit)
+        limit = placed[number] - _LABEL
+    return placed
+
+
 def _divided(within: Span, heights: Sequence[float]) -> list[Span]:
     """``within`` cut into stretches of these relative heights."""
     total, top, cut = sum(heights) or 1, within.top, []
@@ -133,12 +147,13 @@ def _draw_files(axes: Axes, plan: ReadingPlan) -> list[Span]:
     of_file = [[chunk for chunk, file in enumerate(files) if file == number] for number in range(len(plan.files))]
     blocks = stacked([sum(sizes[chunk] for chunk in chunks) for chunks in of_file])
     drawn: list[Span] = []
-    for name, chunks, block in zip(plan.files, of_file, blocks, strict=True):
+    labels = apart([(block.top + block.bottom) / 2 for block in blocks])
+    for name, chunks, block, label in zip(plan.files, of_file, blocks, labels, strict=True):
         for chunk, place in zip(chunks, _divided(block, [sizes[chunk] for chunk in chunks]), strict=True):
             _block(axes, _LEFT, place, style.KINDS[plan.kinds[int(plan.chunks.tensors[chunk])]], f"chunk-{chunk}")
             drawn.append(place)
         size = human_bytes(sum(sizes[chunk] for chunk in chunks))
-        _label(axes, _LEFT[0] - 0.008, block, name, f"{size}, {counted(len(chunks), 'chunk')}", align="right")
+        _label(axes, _LEFT[0] - 0.008, label, name, f"{size}, {counted(len(chunks), 'chunk')}", align="right")
     return drawn
 
 
@@ -146,6 +161,7 @@ def _draw_ranks(axes: Axes, plan: ReadingPlan, drawn: Sequence[Flow], chunks: Se
     blocks = stacked([amount.loaded_bytes for amount in plan.amounts])
     layers = sum(amount.loaded_bytes for amount in plan.amounts) / (plan.stored_bytes or 1)  # of ribbons, on the left
     alpha = 0.42 / max(1.0, layers) ** 0.6
+    labels = apart([(block.top + block.bottom) / 2 for block in blocks])
     for number, (group, amount, block) in enumerate(zip(plan.groups, plan.amounts, blocks, strict=True)):
         own = [flow for flow in drawn if flow.group == number]
         for flow, end in zip(own, _divided(block, [flow.loaded_bytes for flow in own]), strict=True):
@@ -156,7 +172,7 @@ def _draw_ranks(axes: Axes, plan: ReadingPlan, drawn: Sequence[Flow], chunks: Se
         _block(axes, _NEED, block, style.PART)
         share = (block.bottom - block.top) * amount.needed_bytes / (amount.loaded_bytes or 1)
         _block(axes, _NEED, Span(block.top, block.top + share), style.WHOLE, f"ranks-{group.ranks[0]}")
-        _label(axes, _NEED[1] + 0.008, block, _who(plan, group), _how_much(plan, number), align="left")
+        _label(axes, _NEED[1] + 0.008, labels[number], _who(plan, group), _how_much(plan, number), align="left")
 
 
 def _who(plan: ReadingPlan, group: RankReads) -> str:
@@ -202,7 +218,6 @@ def _heading(axes: Axes, column: float, text: str) -> None:
     axes.text(column, -0.012, text, ha="center", va="bottom", size=10, weight="bold")
 
 
-def _label(axes: Axes, column: float, rows: Span, name: str, detail: str, *, align: str) -> None:
-    middle = (rows.top + rows.bottom) / 2
+def _label(axes: Axes, column: float, middle: float, name: str, detail: str, *, align: str) -> None:
     axes.text(column, middle - 0.002, name, ha=align, va="bottom", size=10, weight="bold")
     axes.text(column, middle + 0.002, detail, ha=align, va="top", size=9, color=style.FAINT)
