@@ -183,6 +183,8 @@ def _who(plan: ReadingPlan, group: RankReads) -> str:
 
 def _how_much(plan: ReadingPlan, number: int) -> str:
     amount = plan.amounts[number]
+    if not amount.needed_bytes:
+        return "needs nothing"
     if amount.loaded_bytes == amount.needed_bytes:
         return f"reads the {human_bytes(amount.needed_bytes)} it needs"
     read, needed = human_bytes(amount.loaded_bytes), human_bytes(amount.needed_bytes)
