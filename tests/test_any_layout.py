@@ -275,13 +275,17 @@ def test_layer_counts_become_a_layout_string(megatron: SimpleNamespace, counts: 
 def test_layout_strings_are_read_as_megatron_reads_them(megatron: SimpleNamespace, text: str) -> None:
     """Megatron's own parser finds the same layers in the same stages, or an unknown letter."""
     letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+    ours: tuple[str, ...] | None = None
+    try:
+        ours = parse_pipeline_layout(text)
+    except LayoutError as error:
+        assume("repeats" not in str(error))  # Megatron would fill the memory
     try:
         stages = megatron.layout.PipelineParallelLayerLayout.parse_str_to_list(text)
     except AssertionError:
-        with pytest.raises(LayoutError, match="pipeline_model_parallel_layout"):
-            parse_pipeline_layout(text)
-        return
-    assert parse_pipeline_layout(text) == tuple("".join(letters[layer.name] for layer in stage) for stage in stages)
+        assert ours is None
+    else:
+        assert ours == tuple("".join(letters[layer.name] for layer in stage) for stage in stages)
 
 
 @settings(suppress_health_check=_SHARED_FIXTURE, max_examples=100)

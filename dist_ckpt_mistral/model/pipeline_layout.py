@@ -16,6 +16,8 @@ from dist_ckpt_mistral.errors import LayoutError
 
 #: The letters of a layout string: embedding, decoder layer, multi-token prediction, loss.
 _LETTERS: Final = frozenset("EtmL")
+#: Digits of a number of repetitions.
+_MOST_DIGITS: Final = 4
 #: What is unrolled in a layout string, in Megatron's order: ``(...)*n``, then ``x*n``.
 _REPEATS: Final = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
 
@@ -32,11 +34,20 @@ class ModelChunk:
 def parse_pipeline_layout(text: str) -> tuple[str, ...]:
     """The stages of a layout string, a letter for each layer: ``Et*2|(tt|)*2,L`` is Ett, tt, tt and L.
 
-    Raises LayoutError for letters that Megatron does not know.
+    Raises LayoutError for letters that Megatron does not know, and for more repetitions than any model has layers.
     """
+
+    def unroll(repeat: re.Match[str]) -> str:
+        if len(repeat[2]) > _MOST_DIGITS:
+            most = 10**_MOST_DIGITS - 1
+            raise LayoutError(
+                f"pipeline_model_parallel_layout repeats {repeat[1]!r} {repeat[2]} times: expected at most {most}"
+            )
+        return repeat[1] * int(repeat[2])
+
     unrolled = text.replace(",", "")  # commas are decoration
-    for repeat in _REPEATS:
-        unrolled = repeat.sub(lambda match: match[1] * int(match[2]), unrolled)
+    for pattern in _REPEATS:
+        unrolled = pattern.sub(unroll, unrolled)
     unknown = sorted(set(unrolled) - _LETTERS - {"|"})
     if unknown:
         raise LayoutError(
