@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint, open_checkpoint
     from dist_ckpt_mistral.megatron.hf_metadata import add_hf_metadata
+    from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -66,6 +67,7 @@ _HOME = {
     "from_hf": "convert",
     "inspect": "report",
     "open_checkpoint": "lazy_checkpoint",
+    "optimizer_state_dict": "megatron.optimizer_state",
     "plan_reading": "reading.planner",
     "reshard": "resharding",
     "sharded_state_dict": "megatron.sharded_state_dict",
@@ -95,6 +97,7 @@ __all__ = [
     "from_hf",
     "inspect",
     "open_checkpoint",
+    "optimizer_state_dict",
     "plan_reading",
     "reshard",
     "sharded_state_dict",

@@ -40,7 +40,7 @@ DOWNWARDS: Final = (
     *("report", "lazy_checkpoint"),
     *("reading.plan", "reading.planner", "reading.table"),
     *("reading.style", "reading.ribbons", "reading.matrix", "reading.picture"),
-    *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.load_check"),
+    *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.optimizer_state", "megatron.load_check"),
     *("demo", "commands.options"),
     *(f"commands.{name}" for name in ("from_hf", "to_hf", "plan", "reshard", "inspect", "verify", "demo")),
     *("cli", "__main__"),
