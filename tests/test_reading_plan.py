@@ -7,11 +7,13 @@ import math
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import refusal, run
 from genuine import folder, shards
 from hf_models import random_model, saved
@@ -19,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron_reads import reads_of_rank
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import edited_metadata, load_tensors, read_metadata
 
@@ -266,4 +269,14 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         }
     told = refusal(tmp_path, "plan", broken, "--config", config)
     assert f"the stored chunks of '{key}' are not whole: nothing is stored for [3:4" in told
+    with edited_metadata(broken) as metadata:
+        metadata.state_dict_metadata[key].chunks.append(lost)
+    told = refusal(tmp_path, "plan", broken, "--config", config)
+    assert f".metadata is damaged: 1 chunks of '{key}' are stored nowhere, the first at [3, 0, 48]" in told
+    with edited_metadata(broken) as metadata:
+        metadata.state_dict_metadata[key].chunks[-1] = replace(lost, offsets=torch.Size((1 << 62, 0, 0)))
+        metadata.storage_data[MetadataIndex(key, torch.Size((1 << 62, 0, 0)))] = _StorageInfo(
+            "__0_0.distcp", 1 << 70, 1
+        )
+    assert ".metadata is damaged: " in refusal(tmp_path, "plan", broken, "--config", config)
     assert run("plan", ckpt, "--tp", 0).code == 2
