@@ -98,12 +98,14 @@ def test_help_is_quick() -> None:
 def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
     """Import, export, conversion, comparison and inspection run where torch, megatron and transformers are absent."""
     ckpt, config = str(folder("td_0192") / "checkpoint"), str(folder("td_0192"))
-    hf, again, back, half = (str(tmp_path / name) for name in ("hf", "again", "back", "half"))
+    hf, again, back, half, cut = (str(tmp_path / name) for name in ("hf", "again", "back", "half", "cut"))
     commands = [
         ["to-hf", ckpt, hf, "--config", config],
         ["from-hf", hf, again, "--tp", "2"],
         ["to-hf", again, back],
         ["to-hf", again, half, "--dtype", "float16"],
+        ["reshard", again, cut, "--tp", "4"],
+        ["verify", ckpt, cut],
         ["verify", ckpt, back],
         ["inspect", ckpt, "--config", config, "--json"],
         ["inspect", hf, "--html", str(tmp_path / "page.html")],

@@ -278,5 +278,5 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         metadata.storage_data[MetadataIndex(key, torch.Size((1 << 62, 0, 0)))] = _StorageInfo(
             "__0_0.distcp", 1 << 70, 1
         )
-    assert ".metadata is damaged: " in refusal(tmp_path, "plan", broken, "--config", config)
+    assert ".metadata is not sound torch_dist metadata: " in refusal(tmp_path, "plan", broken, "--config", config)
     assert run("plan", ckpt, "--tp", 0).code == 2

@@ -1,17 +1,16 @@
 """Which stored chunks a reader of boxes loads, and how much of each it needs. Pure: boxes in, numbers out.
 
 torch DCP's ``FileSystemReader.read_data`` loads the whole stored tensor for every pair of a wanted box and a chunk that
-meets it, and narrows afterwards (torch/distributed/checkpoint/filesystem.py, 2.6 to 2.14); Megatron's load strategies
-use it as it is (megatron-core dist_checkpointing/strategies/torch.py, 0.12 to 0.19). So a chunk is read whole however
+meets it, and narrows afterwards (torch/distributed/checkpoint/filesystem.py, 2.13 and 2.14); Megatron's load strategies
+use it as it is (megatron-core dist_checkpointing/strategies/torch.py, 0.16 and 0.19). So a chunk is read whole however
 little of it is needed, and once for each box that it meets.
 """
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from operator import add, sub
 from typing import NamedTuple
 
 import numpy as np
@@ -86,17 +85,16 @@ def _joined(columns: list[IntArray]) -> IntArray:
 
 def chunk_reads(index: TensorIndex, chunks: ChunkList, boxes: Iterable[WantedBox]) -> ChunkReads:
     """What is read for ``boxes`` of tensors of ``index``."""
-    numbers, needed = [], []
+    by_tensor: dict[str, list[WantedBox]] = defaultdict(list)
     for box in boxes:
-        tensor = index.tensors[box.tensor]
-        end = tuple(map(min, map(add, box.offset, box.shape), tensor.global_shape))
-        if any(low >= high for low, high in zip(box.offset, end, strict=True)):
-            continue
-        itemsize, places = dtypes.itemsize_bytes(tensor.dtype), chunks.places[box.tensor]
-        for number, low, high in tensor.meeting(box.offset, end):
-            numbers.append(int(places[number]))
-            needed.append(math.prod(map(sub, high, low)) * itemsize)
-    read = np.array(numbers, dtype=np.int64)
-    return ChunkReads(
-        chunks=read, needed_bytes=np.array(needed, dtype=np.int64), loaded_bytes=chunks.num_bytes[read].astype(np.int64)
-    )
+        by_tensor[box.tensor].append(box)
+    numbers, needed = [], []
+    for name, wanted in by_tensor.items():
+        tensor = index.tensors[name]
+        lows = np.array([box.offset for box in wanted], dtype=np.int64)
+        highs = np.minimum(lows + np.array([box.shape for box in wanted]), tensor.global_shape)
+        met = tensor.meeting(lows, highs)
+        numbers.append(chunks.places[name][met.chunk])
+        needed.append((met.high - met.low).prod(axis=1) * dtypes.itemsize_bytes(tensor.dtype))
+    read = _joined(numbers)
+    return ChunkReads(chunks=read, needed_bytes=_joined(needed), loaded_bytes=chunks.num_bytes[read])

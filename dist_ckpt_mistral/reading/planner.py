@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
-from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import torch_dist
-from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
@@ -27,7 +27,6 @@ from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
 from dist_ckpt_mistral.model.rank_grid import RankCoordinates
 from dist_ckpt_mistral.model.tensor_table import ParamState, flat_state, kind_of, split_state_key, tensor_table
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
-from dist_ckpt_mistral.shapes import Shape
 
 #: Why the optimizer state of megatron-core 0.12 to 0.14 is left out: what their loading reads of it is not known here.
 _BLOCKS: Final = (
@@ -88,25 +87,25 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _unlocated_index(checkpoint: torch_dist.TorchDistCheckpoint, names: Sequence[str]) -> TensorIndex:
     """The chunks of ``names``; of each, the position is that of the archive that holds it."""
-    try:
-        chunks = {name: checkpoint.tensors[name].chunks() for name in names}
-        files = sorted({at.file for each in chunks.values() for _, _, at in each}, key=_natural)
-        number = {name: i for i, name in enumerate(files)}
-        tensors = {name: _unlocated(checkpoint.tensors[name], chunks[name], number) for name in names}
-    except (AttributeError, OverflowError, TypeError, ValueError) as error:
-        raise FormatError(f"{checkpoint.directory / torch_dist.METADATA_FILE} is damaged: {error}") from error
-    for tensor in tensors.values():
-        what = f"the stored chunks of {tensor.name!r} are not whole"
-        require_tiling(tensor.offsets, tensor.shapes, tensor.global_shape, what)
+    stored = {name: checkpoint.chunks(name) for name in names}
+    every = tuple(checkpoint.file_bytes)
+    used = {every[number] for chunks in stored.values() for number in set(chunks.files.tolist())}
+    files = sorted(used, key=_natural)
+    number = np.array([files.index(name) if name in used else -1 for name in every])
+    tensors = {}
+    for name, chunks in stored.items():
+        shape = checkpoint.tensors[name].global_shape
+        require_tiling(chunks.offsets, chunks.shapes, shape, f"the stored chunks of {name!r} are not whole")
+        tensors[name] = IndexedTensor(
+            name=name,
+            dtype=dtypes.require_known(checkpoint.tensors[name].dtype, repr(name)),
+            global_shape=shape,
+            offsets=chunks.offsets,
+            shapes=chunks.shapes,
+            files=number[chunks.files],
+            positions=chunks.positions,
+        )
     return TensorIndex(files=tuple(checkpoint.directory / name for name in files), tensors=tensors)
-
-
-def _unlocated(
-    stored: torch_dist.StoredTensor, chunks: Sequence[tuple[Shape, Shape, Entry]], number: Mapping[str, int]
-) -> IndexedTensor:
-    dtype = dtypes.require_known(stored.dtype, repr(stored.name))
-    located = [(offset, shape, number[at.file], at.offset) for offset, shape, at in chunks]
-    return IndexedTensor.build(stored.name, dtype, stored.global_shape, located)
 
 
 def _kinds(found: CheckpointMap) -> dict[str, str]:
