@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_table import KeyStyle
     from dist_ckpt_mistral.pretrain_command import PretrainCommand, megatron_args
+    from dist_ckpt_mistral.reading.plan import ReadingPlan
+    from dist_ckpt_mistral.reading.planner import plan_reading
     from dist_ckpt_mistral.report import Report, inspect
     from dist_ckpt_mistral.resharding import reshard
     from dist_ckpt_mistral.verify import Comparison, compare
@@ -57,6 +59,7 @@ _HOME = {
     "ParallelLayout": "model.parallel_layout",
     "PlanError": "errors",
     "PretrainCommand": "pretrain_command",
+    "ReadingPlan": "reading.plan",
     "Report": "report",
     "TensorMismatchError": "errors",
     "UnsafePickleError": "errors",
@@ -68,6 +71,7 @@ _HOME = {
     "megatron_args": "pretrain_command",
     "open_checkpoint": "lazy_checkpoint",
     "optimizer_state_dict": "megatron.optimizer_state",
+    "plan_reading": "reading.planner",
     "reshard": "resharding",
     "sharded_state_dict": "megatron.sharded_state_dict",
     "to_hf": "convert",
@@ -87,6 +91,7 @@ __all__ = [
     "ParallelLayout",
     "PlanError",
     "PretrainCommand",
+    "ReadingPlan",
     "Report",
     "TensorMismatchError",
     "UnsafePickleError",
@@ -98,6 +103,7 @@ __all__ = [
     "megatron_args",
     "open_checkpoint",
     "optimizer_state_dict",
+    "plan_reading",
     "reshard",
     "sharded_state_dict",
     "to_hf",

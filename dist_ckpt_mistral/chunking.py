@@ -36,12 +36,7 @@ def cuts(found: CheckpointMap, shapes: Mapping[str, Shape], layout: ParallelLayo
 
 
 def _cut(found: CheckpointMap, shapes: Mapping[str, Shape], held: HeldTensor, rank: int) -> Iterator[Cut]:
-    names = {
-        own.mcore_key: found.stored_name(stored.mcore_key)
-        for own, stored in zip(
-            found.table.stored(held.rule, held.layer, found.style), found.stored(held.rule, held.layer), strict=True
-        )
-    }
+    names = found.spelling(held.rule, held.layer)
     for box in held.boxes:
         name = names[box.mcore_key]
         spans = _rows(box, shapes[name][0]) if held.rule.padded_vocabulary else [(box.global_offset[0], box.shape[0])]

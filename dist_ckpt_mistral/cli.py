@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final
 
-from dist_ckpt_mistral.commands import demo, from_hf, inspect, megatron_args, reshard, to_hf, verify
+from dist_ckpt_mistral.commands import demo, from_hf, inspect, megatron_args, plan, reshard, to_hf, verify
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
-_COMMANDS: Final = (from_hf, to_hf, reshard, inspect, verify, megatron_args, demo)
+_COMMANDS: Final = (from_hf, to_hf, plan, reshard, inspect, verify, megatron_args, demo)
 _EXIT_INTERRUPTED: Final = 130
 
 

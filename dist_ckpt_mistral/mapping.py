@@ -59,6 +59,11 @@ class CheckpointMap:
             return self.states.get(key, key)
         return state_key(key, self.state.value[0])  # the name of what is missing
 
+    def spelling(self, rule: TensorRule, layer: int | None) -> dict[str, str]:
+        """What the checkpoint calls the tensors of one layer, by the keys that layouts have for them."""
+        keys = (stored.mcore_key for stored in self.table.stored(rule, layer, self.style))
+        return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, layer)), strict=True))
+
     def names(self) -> list[str]:
         """Every stored tensor that holds this state of the parameters, as the checkpoint spells it."""
         return list(

@@ -23,8 +23,11 @@ from torch_reading import described, read_metadata
 
 from dist_ckpt_mistral.convert import from_hf
 
-HEAVY = ["numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"]
-COMMANDS = ["from-hf", "to-hf", "reshard", "inspect", "verify", "megatron-args", "demo"]
+HEAVY = [
+    *("numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"),
+    "matplotlib",
+]
+COMMANDS = ["from-hf", "to-hf", "plan", "reshard", "inspect", "verify", "megatron-args", "demo"]
 
 #: Runs commands (JSON in the first argument) where the modules of the second cannot be imported; tells each one's code.
 WITHOUT = """

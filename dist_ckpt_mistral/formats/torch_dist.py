@@ -171,9 +171,10 @@ def tracker_text(iteration: int | None) -> bytes:
     return (_RELEASE if iteration is None else str(iteration)).encode()
 
 
-def open_torch_dist(path: Path) -> TorchDistCheckpoint:
+def open_torch_dist(path: Path, *, with_common_state: bool = True) -> TorchDistCheckpoint:
     """Open a checkpoint root or one iteration of it.
 
+    From megatron-core 0.17 on the common state lies in a data file; without it no data file is opened.
     Raises FormatError where it is not a torch_dist checkpoint or its metadata is damaged, UnsafePickleError where a
     pickle asks for anything outside the allowlist.
     """
@@ -183,7 +184,7 @@ def open_torch_dist(path: Path) -> TorchDistCheckpoint:
     if not path.is_file():
         raise FormatError(f"{path} is missing: the checkpoint was not saved to its end, or not copied whole")
     metadata = read_metadata(lambda: storage.read_bytes(path), str(path))
-    state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY))
+    state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY)) if with_common_state else {}
     return TorchDistCheckpoint(directory=directory, metadata=metadata, common_state=state)
 
 

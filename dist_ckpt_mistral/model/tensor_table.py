@@ -295,6 +295,24 @@ def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
     return (norm, head)
 
 
+#: What to call tensors of layers: the first pattern that the key matches says it.
+_KINDS: Final = (
+    (re.compile(r".*norm"), "norms"),
+    (re.compile(r".*\bself_attention\."), "attention"),
+    (re.compile(r".*\bexperts\."), "experts"),
+    (re.compile(r".*\bmlp\."), "MLP"),
+)
+
+
+def kind_of(rule: TensorRule, state: ParamState = ParamState.WEIGHTS) -> str:
+    """What a tensor is, for people: embedding, attention, MLP, experts, norms, output layer or optimizer state."""
+    if state is not ParamState.WEIGHTS:
+        return "optimizer state"
+    if rule.place is Place.EMBEDDING:
+        return "embedding"
+    return next((kind for pattern, kind in _KINDS if pattern.match(rule.mcore_key)), "output layer")
+
+
 #: Modules whose ``_extra_state`` objects megatron-core looks for, by layer spec: those of the local spec first, then
 #: what Transformer Engine adds (``core_attention`` until 0.14 only). A model raises if one of its own is missing.
 LOCAL_EXTRA_STATES: Final = (
