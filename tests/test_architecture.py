@@ -19,7 +19,7 @@ from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_ST
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 #: Every module; each imports only from those before it.
 DOWNWARDS: Final = (
-    *("errors", "shapes", "dtypes", "strict_json", "ranks", "hub", "storage"),
+    *("errors", "shapes", "dtypes", "strict_json", "ranks", "hub", "storage", "libraries"),
     *(
         "model.checks",
         "model.yarn",
@@ -33,10 +33,11 @@ DOWNWARDS: Final = (
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
     *("formats.torch_dist", "formats.torch_dist_writer", "formats.safetensors", "formats.hf_directory"),
     *("mapping", "embedded", "checkpoint_config", "model_source", "writing", "verify", "convert"),
-    *("report", "lazy_checkpoint"),
+    *("report", "lazy_checkpoint", "rank_plan", "hf_inference"),
     *("megatron.hf_metadata", "megatron.sharded_state_dict", "megatron.load_check"),
-    *("demo", "commands.options"),
-    *(f"commands.{name}" for name in ("from_hf", "to_hf", "inspect", "verify", "demo")),
+    *("megatron.runtime", "megatron.build_model", "megatron.load_model", "megatron.inference"),
+    *("megatron.generate", "megatron.logits", "demo", "commands.options"),
+    *(f"commands.{name}" for name in ("from_hf", "to_hf", "inspect", "verify", "generate", "demo")),
     *("cli", "__main__"),
 )
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.

@@ -71,6 +71,12 @@ def add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenizer(command: argparse.ArgumentParser) -> None:
+    """The option for models that no tokenizer came with."""
+    help_text = "Hugging Face directory that has the tokenizer (default: the one that came with the model)"
+    command.add_argument("--tokenizer", metavar="DIR", help=help_text)
+
+
 def add_layout(command: argparse.ArgumentParser, what: str) -> None:
     """The options of a parallel layout; ``what`` ends the help text of each: what the layout is for."""
     for axis, name in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("dp", "data")):
