@@ -113,9 +113,9 @@ def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is
         weights: Mapping[str, torch.Tensor] = {name: stored[name].float() for name in stored}
     told = dict(source.config.to_hf())
     config = AutoConfig.for_model(told.pop("model_type"), **told)
-    model, found = AutoModelForCausalLM.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True, **options
-    )
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    model, found = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
     wrong = {what: names for what, names in found.items() if names}
     if wrong:
         raise DistCkptMistralError(f"transformers did not take the weights of {source.path}: {wrong}")

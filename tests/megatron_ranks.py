@@ -17,6 +17,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from gpt_stage import HfTensors, Stage, hf_rows
+from inference_tasks import run_command, run_model
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -204,7 +205,8 @@ def _pretend_cuda() -> None:
 
 
 _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
-    task.__name__: task for task in (compare_entries, save_model, save_entries, load_entries, load_into_model)
+    task.__name__: task
+    for task in (compare_entries, save_model, save_entries, load_entries, load_into_model, run_model, run_command)
 }
 
 

@@ -27,9 +27,9 @@ def add(commands: options.Commands) -> None:
         "--max-new-tokens", type=options.positive, default=64, metavar="N", help="at most so many (default 64)"
     )
     for flag, kind, what in (
-        ("temperature", float, "divide the logits by it"),
+        ("temperature", options.positive_number, "divide the logits by it"),
         ("top-k", options.positive, "draw from the K likeliest tokens"),
-        ("top-p", float, "draw from the likeliest tokens that together have this probability"),
+        ("top-p", options.positive_number, "draw from the likeliest tokens that together have this probability"),
         ("seed", options.not_negative, "of the draws (default 0)"),
     ):
         help_text = f"{what}; any of the four turns sampling on, else the likeliest token follows"
