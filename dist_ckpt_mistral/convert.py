@@ -21,7 +21,7 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping import Ignored, new_checkpoint_map
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
 from dist_ckpt_mistral.ranks import Ranks
@@ -226,7 +226,7 @@ def _chunks(
     """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
     stored_dtype = {link.target: source.index.tensors[link.source].dtype for link in links}
     for rank in range(layout.world_size):
-        at: RankCoordinates = layout.coordinates(rank)
+        at = layout.coordinates(rank)
         for chunk in layout.model_chunks(source.table.num_layers, at.pp):
             for held in layout.held_tensors(source.table, chunk, at):
                 for box in held.boxes if held.is_main_replica else ():

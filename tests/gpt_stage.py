@@ -28,6 +28,21 @@ _STYLE_METADATA: Final = {
 }
 
 
+def set_parallel_state(layout: ParallelLayout, **options: object) -> None:
+    """Have Megatron lay out the ranks of the process group."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        order=layout.order,
+        **options,
+    )
+
+
 class Stage:
     """A rank's real model: one GPTModel for each of its model chunks, in bfloat16 as Float16Module makes it."""
 
@@ -122,7 +137,8 @@ def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> Transf
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        **layout.transformer_config_fields(),
+        # Megatron's own attention refuses context parallelism, which does not change what weights a rank holds.
+        **layout.transformer_config_fields() | {"context_parallel_size": 1},
     )
 
 

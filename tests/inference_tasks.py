@@ -27,7 +27,10 @@ def run_model(
     ``logits`` is None before the last stage.
     """
     parallel_state.destroy_model_parallel()
-    parallel = ParallelLayout(**{name: value for name, value in layout.items() if name != "dp"})
+    uneven = layout.get("pp_layers")
+    parallel = ParallelLayout(
+        **layout | {"dp": 1, "pp_layers": uneven and tuple(uneven)}
+    )  # replicas follow by themselves
     model = load_model(path, layout=parallel, config=config, dtype=torch.float32)
     model_config = MistralConfig.from_hf(config)
     stage = Stage(model_config, parallel)

@@ -16,9 +16,9 @@ from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from gpt_stage import HfTensors, Stage, hf_rows
+from gpt_stage import HfTensors, Stage, hf_rows, set_parallel_state
 from inference_tasks import run_command, run_model
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
@@ -48,15 +48,15 @@ def compare_entries(*, config: dict[str, Any], layout: dict[str, Any], style: st
     live = stage.sharded_state_dict(key_style)
     made = sharded_state_dict(model_config, model_layout, dist.get_rank(), data=stage.state_dict(), style=key_style)
     annotated = add_hf_metadata(live, model_config)
-    before = _difference(_described(live), _described(made)) + _difference(_described(annotated), _described(made))
+    before = difference(described(live), described(made)) + difference(described(annotated), described(made))
     for each in (live, made, annotated):
         apply_factories(each)
     entries = [entry for _, entry in _flat(annotated) if isinstance(entry, HfShardedTensor)]
     return {
-        "entries": len(_described(live)),
+        "entries": len(described(live)),
         "different": before
-        + _difference(_described(live), _described(made))
-        + _difference(_with_names(annotated), _with_names(made)),
+        + difference(described(live), described(made))
+        + difference(_with_names(annotated), _with_names(made)),
         "wrong_rows": [entry.key for entry in entries if _hf_elems(entry, tensors) is None],
         "hf_elems": sum(_hf_elems(entry, tensors) or 0 for entry in entries if is_main_replica(entry.replica_id)),
     }
@@ -70,7 +70,7 @@ def _flat(state: object, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, state
 
 
-def _described(state: dict[str, Any]) -> dict[str, str]:
+def described(state: dict[str, Any]) -> dict[str, str]:
     """Everything that Megatron knows of every entry."""
     return {path: _description(entry) for path, entry in _flat(state)}
 
@@ -95,7 +95,8 @@ def _with_names(state: dict[str, Any]) -> dict[str, str]:
     return {path: repr(entry.hf_parts) for path, entry in _flat(state) if isinstance(entry, HfShardedTensor)}
 
 
-def _difference(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
+def difference(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
+    """What one side says and the other does not."""
     return [
         f"{path}: expected {expected.get(path)}, got {actual.get(path)}"
         for path in sorted(expected.keys() | actual.keys())
@@ -186,9 +187,12 @@ def _arguments(
     config: dict[str, Any], layout: dict[str, Any], style: str
 ) -> tuple[MistralConfig, ParallelLayout, KeyStyle]:
     """Turn JSON arguments into records."""
+    return MistralConfig.from_hf(config), _layout(layout), KeyStyle[style]
+
+
+def _layout(layout: dict[str, Any]) -> ParallelLayout:
     pp_layers = layout.get("pp_layers")
-    parallel = ParallelLayout(**layout | {"pp_layers": pp_layers and tuple(pp_layers)})
-    return MistralConfig.from_hf(config), parallel, KeyStyle[style]
+    return ParallelLayout(**layout | {"pp_layers": pp_layers and tuple(pp_layers)})
 
 
 def _hf_tensors(path: str) -> HfTensors:
@@ -219,8 +223,7 @@ def main(folder: Path) -> None:
         print("job", name, flush=True)  # noqa: T201  (into the rank's log, which a failure shows)
         task, layout = job.pop("task"), job["layout"]
         if layout != current:
-            parallel_state.destroy_model_parallel()
-            parallel_state.initialize_model_parallel(layout.get("tp", 1), layout.get("pp", 1), layout.get("vpp"))
+            set_parallel_state(_layout(layout))
             current = layout
         results[name] = _TASKS[task](**job)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

@@ -20,15 +20,8 @@ ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 #: Every module; each imports only from those before it.
 DOWNWARDS: Final = (
     *("errors", "shapes", "dtypes", "strict_json", "ranks", "hub", "storage", "libraries"),
-    *(
-        "model.checks",
-        "model.yarn",
-        "model.row_blocks",
-        "model.config",
-        "model.tensor_table",
-        "model.parallel_layout",
-        "model.megatron_args",
-    ),
+    *("model.checks", "model.yarn", "model.row_blocks", "model.config", "model.tensor_table"),
+    *("model.pipeline_layout", "model.rank_grid", "model.parallel_layout", "model.megatron_args"),
     *("gather.boxes", "gather.links", "gather.tensor_index", "gather.plan", "gather.executor"),
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
     *("formats.torch_dist", "formats.torch_dist_writer", "formats.safetensors", "formats.hf_directory"),

@@ -32,6 +32,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-dp2": {"tp": 2, "dp": 2},
     "pp4": {"pp": 4},
     "pp2-vpp2-dp2": {"pp": 2, "vpp": 2, "dp": 2},
+    "tp4, fewer groups": {"tp": 4},
+    "dp slowest, uneven stages": {"pp": 2, "dp": 2, "pp_layers": [1, 3], "order": "tp-cp-ep-pp-dp"},
 }
 RANKS_MODELS = {"untied": NAME, "tied": "tied"}
 
@@ -117,16 +119,17 @@ def test_ranks_say_what_transformers_says(layout: str, kind: str, results: list[
     with torch.no_grad():
         expected = small_model(RANKS_MODELS[kind])(PROMPT).logits[0]
     tokens = their_tokens(RANKS_MODELS[kind], PROMPT[0].tolist())
-    stages, last = LAYOUTS[layout].get("pp", 1), 0
+    parallel = dcm.ParallelLayout(**LAYOUTS[layout])
+    last = 0
     for rank, said in enumerate(each[f"{layout} {kind}"] for each in results):
         assert said["wrong"] == []
         assert said["tokens"] == tokens
-        is_last = rank >= 4 - 4 // stages  # Megatron's default order: pipeline stages count slowest
+        is_last = parallel.coordinates(rank).pp == parallel.pp - 1
         assert (said["logits"] is not None) == is_last
         if is_last:
             assert (torch.tensor(said["logits"]) - expected).abs().max() <= 1e-4
             last += 1
-    assert last == 4 // stages
+    assert last == 4 // parallel.pp
 
 
 def test_the_command_runs_on_ranks(places: dict[str, Path], results: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from dist_ckpt_mistral.errors import ConfigError
+from dist_ckpt_mistral.errors import ConfigError, LayoutError
 from dist_ckpt_mistral.megatron.build_model import Model, as_chunks
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ def forward(
     """Logits of ``tokens`` ``[1, n]``: ``[1, n, vocab_size]`` on ranks of the last stage, None on the others.
 
     Every rank makes the same call. With a ``context``, ``tokens`` come after those that it has seen, and there may be
-    logits of the last of them alone.
+    logits of the last of them alone. Raises LayoutError with context parallelism, which would cut the prompt.
     """
+    if parallel_state.get_context_parallel_world_size() > 1:
+        raise LayoutError("inference takes whole prompts: expected cp=1. Load the model with another layout.")
     chunks, seen = as_chunks(model), 0 if context is None else context.sequence_len_offset
     device = torch.device("cuda", torch.cuda.current_device()) if _is_on_cuda(chunks) else torch.device("cpu")
     tokens = tokens.to(device)

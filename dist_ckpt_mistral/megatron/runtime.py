@@ -74,15 +74,13 @@ def _join(device: torch.device) -> None:
 
 
 def _with_replicas(layout: ParallelLayout, world_size: int) -> ParallelLayout:
-    """``layout`` with as many data-parallel replicas as the ranks make up, where it does not say how many."""
-    if layout.dp == 1 and world_size % layout.world_size == 0:
-        return replace(layout, dp=world_size // layout.world_size)
-    if layout.world_size != world_size:
+    """``layout`` with as many data-parallel replicas as the ranks make up."""
+    if world_size % layout.world_size:
         raise LayoutError(
             f"wrong number of ranks: expected {layout.world_size} (tp={layout.tp} x pp={layout.pp} x cp={layout.cp} x "
             f"dp={layout.dp}), got {world_size}. Start them with: torchrun --nproc-per-node {layout.world_size} ..."
         )
-    return layout
+    return replace(layout, dp=layout.dp * (world_size // layout.world_size))
 
 
 def _initialize_parallel_state(layout: ParallelLayout) -> None:
@@ -93,6 +91,7 @@ def _initialize_parallel_state(layout: ParallelLayout) -> None:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        order=layout.order,
     )
 
 

@@ -30,7 +30,9 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
     stored_index,
 )
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ModelChunk, ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
+from dist_ckpt_mistral.model.rank_grid import RankCoordinates
 from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, KeyStyle, TensorTable, tensor_table, why_ignored
 
 #: Produces the tensor that a ``HeldTensor`` describes, of its ``local_shape`` and the given dtype.
@@ -55,7 +57,7 @@ def sharded_state_dict(
     Args:
         config: The model.
         layout: The parallel layout.
-        rank: Counts as Megatron does for ``layout`` (tp, then dp, then pp slowest).
+        rank: Counts as Megatron does for ``layout``: in its ``order``, by default tp-cp-ep-dp-pp with pp slowest.
         data: None to let ``load`` allocate; or a mapping of the keys of the result to tensors, such as a module's
             state dict; or a ``Supplier``, called when Megatron first touches a tensor.
         dtype: Of every tensor; by default what ``config`` says.
@@ -181,7 +183,7 @@ def _extra_states(
                 where = (name.replace("{layer}.", ""), None, (table.num_layers,), (layer,))
             else:
                 where = (name.format(layer=layer), None, (1,), (0,))
-            yield name.format(layer=local), ShardedObject(*where, replica_id=(0, at.tp, at.dp))
+            yield name.format(layer=local), ShardedObject(*where, replica_id=(0, at.tp, at.dp_cp))
 
 
 def _sources(
