@@ -88,10 +88,18 @@ def load_tokenizer(directories: Iterable[Path | None]) -> Any:  # noqa: ANN401  
     raise ConfigError(f"no tokenizer in {where}. Give the Hugging Face directory that has it with --tokenizer.")
 
 
-def stop_tokens(source: ModelSource, tokenizer: Any) -> frozenset[int]:  # noqa: ANN401  (transformers is untyped)
-    """The tokens that end a text: of generation_config.json, else of config.json, else the tokenizer's own."""
-    path = None if source.assets is None else source.assets / _GENERATION_FILE
-    generation = strict_json.loads_object(storage.read_bytes(path), str(path)) if path and path.is_file() else {}
+def stop_tokens(
+    source: ModelSource,
+    tokenizer: Any,  # noqa: ANN401  (transformers is untyped)
+    directories: Iterable[Path | None],
+) -> frozenset[int]:
+    """The tokens that end a text: of generation_config.json, else of config.json, else the tokenizer's own.
+
+    The first of ``directories`` that has a generation_config.json counts.
+    """
+    paths = [directory / _GENERATION_FILE for directory in directories if directory is not None]
+    path = next((path for path in paths if path.is_file()), None)
+    generation = {} if path is None else strict_json.loads_object(storage.read_bytes(path), str(path))
     for told in (generation.get("eos_token_id"), source.config.to_hf().get("eos_token_id"), tokenizer.eos_token_id):
         if told is not None:
             found = frozenset(told if isinstance(told, list) else [told])

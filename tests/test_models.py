@@ -123,7 +123,7 @@ def test_weights_are_converted_and_padding_is_zero(
     words = small_model("full attention").state_dict()["model.embed_tokens.weight"]
     for dtype, rows, options in (
         (torch.float32, 384, {}),
-        (torch.bfloat16, 260, {"dtype": torch.bfloat16, "padded_vocab_size": 260}),
+        (torch.bfloat16, 260, {"dtype": "bfloat16", "padded_vocab_size": 260}),
         (torch.float16, 259, {"dtype": torch.float16, "padded_vocab_size": 259}),
     ):
         model = megatron.load_model(saved["full attention"]["checkpoint"], device="cpu", **options)
@@ -177,6 +177,8 @@ def test_what_does_not_fit_is_refused(megatron: SimpleNamespace, saved: dict[str
     silent = dcm.MistralConfig.from_hf({name: value for name, value in config.to_hf().items() if "dtype" not in name})
     with pytest.raises(ConfigError, match="no dtype"):
         megatron.build_model(silent, device="cpu")
+    with pytest.raises(ConfigError, match="dtype 'int8' is not supported"):
+        megatron.load_model(path, device="cpu", dtype=torch.int8)
     megatron.initialize_megatron(dcm.ParallelLayout(), device="cpu")
     megatron.parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
     try:

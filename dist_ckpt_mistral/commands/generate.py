@@ -8,7 +8,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING
 
-from dist_ckpt_mistral import libraries
+from dist_ckpt_mistral import libraries, ranks
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.errors import LayoutError
 
@@ -63,9 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
                 dtype=arguments.dtype,
             )
         )
-    if os.environ.get("RANK", "0") == "0" and arguments.json:
+    is_first = ranks.from_environment().is_first
+    if is_first and arguments.json:
         print(json.dumps([completion.to_json() for completion in completions], indent=2, ensure_ascii=False))
-    elif os.environ.get("RANK", "0") == "0":
+    elif is_first:
         for completion in completions:
             print(completion.text)
     return options.EXIT_DONE

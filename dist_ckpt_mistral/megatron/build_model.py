@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dist_ckpt_mistral.convert import require_weight_dtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron, on_device, without_cuda
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -62,7 +63,7 @@ def build_model(
     config: MistralConfig,
     layout: ParallelLayout = _ALONE,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     padded_vocab_size: int | None = None,
     perform_initialization: bool = True,
@@ -75,7 +76,7 @@ def build_model(
     Args:
         config: The model.
         layout: The parallel layout; its data-parallel replicas follow from the number of ranks.
-        dtype: Of the weights, by default what ``config`` says.
+        dtype: Of the weights (torch's own or its name), by default what ``config`` says.
         device: Where the model goes, by default CUDA where there is any, else the CPU.
         padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to.
         perform_initialization: Draw random weights; else they are whatever the memory held.
@@ -83,7 +84,8 @@ def build_model(
 
     Raises:
         LayoutError: The layout does not fit the model or the ranks.
-        ConfigError: Neither ``dtype`` nor ``config`` gives a dtype, or ``transformer_config`` has unknown fields.
+        ConfigError: Neither ``dtype`` nor ``config`` gives a dtype for weights, or ``transformer_config`` has unknown
+            fields.
         UnsupportedModelError: The installed megatron-core cannot express the model.
     """
     device = default_device() if device is None else torch.device(device)
@@ -139,10 +141,19 @@ def as_chunks(model: Model) -> list[GPTModel]:
     return model if isinstance(model, list) else [model]
 
 
-def _dtype(config: MistralConfig, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is None and config.dtype is None:
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype itself. Raises ConfigError if weights cannot have it."""
+    name = str(dtype).removeprefix("torch.")
+    require_weight_dtype(name)
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _dtype(config: MistralConfig, dtype: torch.dtype | str | None) -> torch.dtype:
+    chosen = config.dtype if dtype is None else dtype
+    if chosen is None:
         raise ConfigError("no dtype for the weights: the configuration does not say one. Give dtype.")
-    return dtype or getattr(torch, str(config.dtype))
+    return torch_dtype(chosen)
 
 
 def _transformer_config(

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_ckpt_mistral import hub, ranks
 from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens
 from dist_ckpt_mistral.megatron.inference import generate, greedy
@@ -60,16 +58,17 @@ def complete(
     device = default_device()
     layout = initialize_megatron(layout, device=device)
 
-    def prepare() -> tuple[ModelSource, Any]:
+    def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
         source = open_source(
             hub.local_directory(str(path)), config=None if config is None else MistralConfig.from_hf(config)
         )
         given = [Path(each) for each in (tokenizer, config) if each is not None]
-        return source, load_tokenizer([*(each for each in given if each.is_dir()), source.assets])
+        directories = [*(each for each in given if each.is_dir()), source.assets]
+        words = load_tokenizer(directories)
+        return source, words, stop_tokens(source, words, directories)
 
-    source, words = ranks.from_environment().each(prepare)
-    model = load_source(source, layout, dtype=None if dtype is None else getattr(torch, dtype), device=device)
-    stop = stop_tokens(source, words)
+    source, words, stop = ranks.from_environment().each(prepare)
+    model = load_source(source, layout, dtype=dtype, device=device)
     for prompt in prompts:
         tokens = tuple(words(prompt)["input_ids"])
         new = tuple(

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from dist_ckpt_mistral import hub, ranks
-from dist_ckpt_mistral.convert import require_equal_aliases, require_weight_dtype
+from dist_ckpt_mistral.convert import require_equal_aliases
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.executor import Effort, execute
-from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
+from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks, torch_dtype
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
@@ -36,7 +36,7 @@ def load_model(
     *,
     layout: ParallelLayout = _ALONE,
     config: str | Path | MistralConfig | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     padded_vocab_size: int | None = None,
     transformer_config: Mapping[str, Any] = _NOTHING,
@@ -51,7 +51,8 @@ def load_model(
         path: A Megatron checkpoint (root or iteration), a Hugging Face directory or hub id.
         layout: The parallel layout; its data-parallel replicas follow from the number of ranks.
         config: For checkpoints that do not tell theirs: a config.json, or a directory with one.
-        dtype: Converts the weights (rounding to nearest even), by default they keep the one that they are stored in.
+        dtype: Converts the weights (rounding to nearest even; torch's own or its name), by default they keep the one
+            that they are stored in.
         device: Where the model goes, by default CUDA where there is any, else the CPU.
         padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to.
         transformer_config: Further fields of Megatron's TransformerConfig; they win.
@@ -83,7 +84,7 @@ def load_source(
     source: ModelSource,
     layout: ParallelLayout,
     *,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     device: torch.device,
     padded_vocab_size: int | None = None,
     transformer_config: Mapping[str, Any] = _NOTHING,
@@ -92,24 +93,20 @@ def load_source(
     """As ``load_model``, from an opened model."""
     layout.check(source.config)
     layout = initialize_megatron(layout, device=device)
-    name = _dtype_name(source, dtype)
+    dtype = torch_dtype(_only_dtype(source) if dtype is None else dtype)
     settings = {"perform_initialization": False, **transformer_config}
-    chunks = build_chunks(source.config, layout, getattr(torch, name), device, padded_vocab_size, settings)
+    chunks = build_chunks(source.config, layout, dtype, device, padded_vocab_size, settings)
     pairs = [
         pair
         for chunk, held in zip(chunks, _held(source, layout, padded_vocab_size), strict=True)
         for pair in _pairs(dict(chunk.named_parameters()), held)
     ]
-    ranks.from_environment().each(lambda: _fill(source, pairs, name, effort))
+    ranks.from_environment().each(lambda: _fill(source, pairs, str(dtype).removeprefix("torch."), effort))
     return as_model([chunk.to(device) for chunk in chunks])
 
 
-def _dtype_name(source: ModelSource, dtype: torch.dtype | None) -> str:
-    """The torch name of ``dtype``, by default of the one in which all weights are stored."""
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        require_weight_dtype(name)
-        return name
+def _only_dtype(source: ModelSource) -> str:
+    """The torch name of the dtype in which all weights are stored."""
     names = sorted({source.dtype_of(tensor) for tensor in source.tensors})
     if len(names) > 1:
         raise ConfigError(f"{source.path} stores its weights in several dtypes: {', '.join(names)}. Give dtype.")
