@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.megatron.build_model import build_model
     from dist_ckpt_mistral.megatron.hf_metadata import add_hf_metadata
     from dist_ckpt_mistral.megatron.load_model import load_model
+    from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
     from dist_ckpt_mistral.megatron.runtime import initialize_megatron
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_table import KeyStyle
     from dist_ckpt_mistral.report import Report, inspect
+    from dist_ckpt_mistral.resharding import reshard
     from dist_ckpt_mistral.verify import Comparison, compare
 
 _HOME = {
@@ -69,6 +71,8 @@ _HOME = {
     "inspect": "report",
     "load_model": "megatron.load_model",
     "open_checkpoint": "lazy_checkpoint",
+    "optimizer_state_dict": "megatron.optimizer_state",
+    "reshard": "resharding",
     "sharded_state_dict": "megatron.sharded_state_dict",
     "to_hf": "convert",
 }
@@ -98,6 +102,8 @@ __all__ = [
     "inspect",
     "load_model",
     "open_checkpoint",
+    "optimizer_state_dict",
+    "reshard",
     "sharded_state_dict",
     "to_hf",
 ]

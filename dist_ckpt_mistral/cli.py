@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final
 
-from dist_ckpt_mistral.commands import demo, from_hf, generate, inspect, to_hf, verify
+from dist_ckpt_mistral.commands import demo, from_hf, generate, inspect, reshard, to_hf, verify
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
-_COMMANDS: Final = (from_hf, to_hf, inspect, verify, generate, demo)
+_COMMANDS: Final = (from_hf, to_hf, reshard, inspect, verify, generate, demo)
 _EXIT_INTERRUPTED: Final = 130
 
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 METADATA_FILE: Final = ".metadata"
 BACKEND_FILE: Final = "metadata.json"
 TRACKER_FILE: Final = "latest_checkpointed_iteration.txt"
+#: Where Megatron's ``fully_sharded_model_space`` keeps the shapes of tensors that are stored as blocks: an attribute of
+#: Metadata, and the entry for each tensor in it (mcore dist_checkpointing/strategies/torch.py, 0.12 to 0.14).
+MCORE_DATA: Final = "mcore_data"
+OWN_SHAPE: Final = "nd_reformulated_orig_global_shape"
 _RELEASE: Final = "release"
 
 
@@ -37,12 +41,16 @@ _RELEASE: Final = "release"
 class StoredTensor:
     """One tensor as ``.metadata`` describes it: torch dtype name, shape in elements, and its chunks still as records.
 
+    ``stored_shape`` is another than ``global_shape`` where the tensor is stored as blocks (gather/flat_ranges.py); the
+    chunks are those of ``stored_shape``.
+
     There may be millions of chunks, most of them of optimizer state: they become numbers only when asked for.
     """
 
     name: str
     dtype: str
     global_shape: Shape
+    stored_shape: Shape
     described: Sequence[Any]
     stored: Sequence[tuple[Any, Any]]
 
@@ -68,7 +76,7 @@ class StoredTensor:
             raise ValueError(f"{len(lost)} chunks of {self.name!r} are stored nowhere, the first at {list(lost[0])}")
         if len(boxes) != len(places):
             raise ValueError(f"{len(boxes)} chunks of {self.name!r} are described, {len(places)} are stored")
-        _require_sizes(boxes, len(self.global_shape), self.name)
+        _require_sizes(boxes, len(self.stored_shape), self.name)
         return [(offset, shape, _entry(places[offset])) for offset, shape in boxes]
 
 
@@ -140,7 +148,12 @@ class TorchDistCheckpoint:
                 where = f"the chunk of {tensor.name!r} at byte {entry.offset} of {self.directory / entry.file}"
                 raise FormatError(f"{where}: {error}") from error
             located.append((offset, shape, file, position))
-        return IndexedTensor.build(tensor.name, dtype, tensor.global_shape, located)
+        indexed = IndexedTensor.build(tensor.name, dtype, tensor.stored_shape, located)
+        if tensor.stored_shape == tensor.global_shape:
+            return indexed
+        from dist_ckpt_mistral.gather.flat_ranges import in_own_shape  # noqa: PLC0415  (likewise)
+
+        return in_own_shape(indexed, tensor.global_shape)
 
 
 def resolve_directory(path: Path) -> Path:
@@ -166,6 +179,14 @@ def resolve_directory(path: Path) -> Path:
 def iteration_name(iteration: int | None) -> str:
     """Megatron's directory name of an iteration; None is a release (weights without training state)."""
     return _RELEASE if iteration is None else f"iter_{iteration:07d}"
+
+
+def iteration_of(directory_name: str) -> str | None:
+    """What the tracker says for a directory of this name: ``iter_0000500`` is ``500``; None if it is no iteration."""
+    match = re.fullmatch(r"iter_(\d{7,18})", directory_name)
+    if match:
+        return str(int(match[1]))
+    return _RELEASE if directory_name == _RELEASE else None
 
 
 def tracker_text(iteration: int | None) -> bytes:
@@ -213,12 +234,15 @@ def _parse(metadata: Any) -> tuple[dict[str, int], dict[str, StoredTensor], dict
         stored[index.fqn].append((index, info))
         ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
     tensors, objects = {}, {}
+    own_shapes = _own_shapes(metadata)
     for name, described in metadata.state_dict_metadata.items():
         if type(described).__name__ == "TensorStorageMetadata":
+            stored_shape = _sizes(described.size)
             tensors[str(name)] = StoredTensor(
                 name=str(name),
                 dtype=str(described.properties.state[0]),
-                global_shape=_sizes(described.size),
+                global_shape=own_shapes.get(name, stored_shape),
+                stored_shape=stored_shape,
                 described=described.chunks,
                 stored=stored.get(name, ()),
             )
@@ -230,6 +254,12 @@ def _parse(metadata: Any) -> tuple[dict[str, int], dict[str, StoredTensor], dict
     if unlisted:
         raise ValueError(f"{', '.join(map(repr, unlisted))} are stored but not listed")
     return {_require_file_name(file): ends[file] for file in sorted(ends, key=str)}, tensors, objects
+
+
+def _own_shapes(metadata: Any) -> dict[str, Shape]:  # noqa: ANN401  (a record)
+    """The shapes of the tensors that are stored as blocks, by key (mcore strategies/torch.py, to 0.14)."""
+    about = getattr(metadata, MCORE_DATA, None) or {}
+    return {str(name): _sizes(each[OWN_SHAPE]) for name, each in about.items() if OWN_SHAPE in each}
 
 
 def _require_file_name(file: object) -> str:
