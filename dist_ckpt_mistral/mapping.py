@@ -84,18 +84,20 @@ class CheckpointMap:
 
     def links(self, tensor: HfTensor) -> list[Link]:
         """The stored boxes that make up one Hugging Face tensor."""
+        stored = self.stored(tensor.rule, tensor.layer)
         columns = tensor.shape[1:]
+        origin = (0,) * len(columns)
         return [
             Link(
-                source=self.stored_name(stored.mcore_key),
-                source_offset=(*stored.index, mcore_row - stored.first_row, *(0,) * len(columns)),
+                source=self.stored_name(rows_of.mcore_key),
+                source_offset=(*rows_of.index, mcore_row - rows_of.first_row, *origin),
                 target=tensor.hf_name,
-                target_offset=(hf_row, *(0,) * len(columns)),
+                target_offset=(hf_row, *origin),
                 shape=(rows, *columns),
             )
             for hf_row, mcore_row, rows in tensor.rows
-            for stored in self.stored(tensor.rule, tensor.layer)
-            if stored.first_row <= mcore_row < stored.first_row + stored.rows
+            for rows_of in stored
+            if rows_of.first_row <= mcore_row < rows_of.first_row + rows_of.rows
         ]
 
 

@@ -99,7 +99,10 @@ class SourceFiles:
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
         """``num_bytes`` bytes from ``position`` on."""
-        buffer = bytearray(num_bytes)
+        data = os.pread(self._descriptor(file), num_bytes, position)
+        if len(data) == num_bytes:
+            return data
+        buffer = bytearray(num_bytes)  # a short read, or an end
         self.read_into(file, position, [memoryview(buffer)])
         return bytes(buffer)
 

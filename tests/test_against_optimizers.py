@@ -42,7 +42,7 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(launch_ranks: LaunchRanks, where: Path) -> list[dict[str, Any]]:
     """What every rank says to every job of this module."""
-    models = {tied: save_hf(where / f"tied_{tied}", tied=tied) for tied in (False, True)}
+    models = {tied: save_hf(where / f"tied_{tied}", {"tie_word_embeddings": tied}) for tied in (False, True)}
     config = {tied: json.loads((folder / "config.json").read_text()) for tied, folder in models.items()}
     saved = {training for training, _, _ in JOURNEYS.values()}
     jobs: dict[str, dict[str, Any]] = {}

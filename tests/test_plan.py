@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ckpt_mistral.errors import FormatError, PlanError, TensorMismatchError
@@ -383,19 +383,22 @@ def test_element_types_are_not_mixed() -> None:
 @settings(max_examples=100)
 @given(data=st.data(), shape=shapes(most_axes=3))
 def test_meeting_chunks_are_those_that_overlap(data: st.DataObject, shape: tuple[int, ...]) -> None:
-    """The chunks that meet a box, and where: as painting finds them, for grids and for anything else."""
-    boxes = sorted(data.draw(tilings(shape)))
-    tensor = IndexedTensor.build("t", "uint8", shape, [(*box, 0, 0) for box in boxes])
-    low = tuple(data.draw(st.integers(0, extent)) for extent in shape)
-    high = tuple(data.draw(st.integers(a, extent)) for a, extent in zip(low, shape, strict=True))
-    assume(math.prod(shape) == 0 or all(map(operator.lt, low, high)))
+    """The chunks that meet each of some boxes, and where: as Python's own loops find them, for any arrangement."""
+    chunks = sorted(data.draw(tilings(shape)))
+    tensor = IndexedTensor.build("t", "uint8", shape, [(*chunk, 0, 0) for chunk in chunks])
+    boxes = []
+    for _ in range(data.draw(st.integers(0, 4))):
+        low = tuple(data.draw(st.integers(0, extent)) for extent in shape)
+        boxes.append((low, tuple(data.draw(st.integers(a, extent)) for a, extent in zip(low, shape, strict=True))))
     expected = []
-    for number, (offset, size) in enumerate(boxes):
+    for (box, (low, high)), (number, (offset, size)) in itertools.product(enumerate(boxes), enumerate(chunks)):
         inner_low = tuple(map(max, offset, low))
         inner_high = tuple(min(a + b, c) for a, b, c in zip(offset, size, high, strict=True))
-        if all(a < b for a, b in zip(inner_low, inner_high, strict=True)):
-            expected.append((number, inner_low, inner_high))
-    assert sorted(tensor.meeting(low, high)) == expected
+        if all(map(operator.lt, inner_low, inner_high)):
+            expected.append((box, number, inner_low, inner_high))
+    lows, highs = (np.array([box[end] for box in boxes], np.int64).reshape(len(boxes), len(shape)) for end in (0, 1))
+    meets = zip(*(column.tolist() for column in tensor.meeting(lows, highs)), strict=True)
+    assert sorted((box, number, tuple(low), tuple(high)) for box, number, low, high in meets) == expected
 
 
 # Running a plan

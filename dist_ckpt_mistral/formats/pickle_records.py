@@ -21,10 +21,24 @@ from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 #: (module, name) -> what stands in for it.
 Allowlist = Mapping[tuple[str, str], Any]
 _PROTOCOL: Final = 2
+#: The length of the PROTO opcode with its argument, and of a FRAME opcode's argument.
+_PROTO_BYTES: Final = 2
+_FRAME_LENGTH_BYTES: Final = 8
 
 
 class Record:
     """An unpickled object that is nothing but its class name and attributes. There may be millions: no code runs."""
+
+
+class StateRecord(list[Any]):
+    """An unpickled object that is nothing but its class name and, as item 0, its pickle state: a dict of attributes.
+
+    There may be millions: the state is kept as it comes, by C code, instead of being copied into attributes.
+    """
+
+    __slots__ = ()
+    __hash__ = object.__hash__  # type: ignore[assignment]  # may be a key, as what it stands for
+    __setstate__ = list.append
 
 
 class OpaqueRecord(Record):
@@ -44,9 +58,9 @@ class OpaqueRecord(Record):
         self.__dict__["state"] = state
 
 
-def record_class(name: str, base: type[Record] = Record) -> type[Record]:
+def record_class(name: str, base: type[Record | StateRecord] = Record) -> type[Record | StateRecord]:
     """A new stand-in class. Make one for every load: a pickle may set attributes of the classes that it names."""
-    return type(name, (base,), {})
+    return type(name, (base,), {"__slots__": ()})
 
 
 class _AllowlistUnpickler(pickle.Unpickler):
@@ -93,6 +107,32 @@ def loads(
         raise
     except Exception as error:  # a broken pickle raises nearly anything
         raise FormatError(f"{where} is not a readable pickle: {error!r}") from error
+
+
+def ended_before(pickled: bytes, key: str) -> bytes | None:
+    """A pickled object of attributes, ended before its attribute ``key``; None if that cannot be told from the bytes.
+
+    Those must be the frames that picklers make from protocol 4 on (PEP 3154), all of them. Where ``key`` is something
+    else than an attribute of the topmost object, loading the result fails, or gives something else than that object.
+    """
+    at = pickled.rfind(pickle.SHORT_BINUNICODE + bytes([len(key)]) + key.encode())
+    end = _frame_end(pickled, at)
+    if at < 0 or end is None:
+        return None
+    ending = pickle.SETITEMS + pickle.BUILD + pickle.STOP
+    return pickled[:at] + ending.ljust(end - at, b"\0")  # unpicklers want the whole frame
+
+
+def _frame_end(pickled: bytes, at: int) -> int | None:
+    """Where the frame ends that holds byte ``at``; None unless ``pickled`` is a complete row of frames."""
+    start, found = _PROTO_BYTES, None
+    while pickled[start : start + 1] == pickle.FRAME:
+        begin = start + 1 + _FRAME_LENGTH_BYTES
+        end = begin + int.from_bytes(pickled[start + 1 : begin], "little")
+        if begin <= at < end:
+            found = end
+        start = end
+    return found if start == len(pickled) and pickled.endswith(pickle.STOP) else None
 
 
 @contextlib.contextmanager

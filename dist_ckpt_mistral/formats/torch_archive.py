@@ -11,8 +11,9 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral import dtypes
@@ -72,27 +73,39 @@ class TensorLocator:
     Archives of equal chunks begin with the same bytes: where a head is known already, comparing it tells all.
     """
 
-    def __init__(self, files: SourceFiles) -> None:
-        """Read from ``files``."""
-        self._files = files
+    def __init__(self, files: SourceFiles, paths: Sequence[Path]) -> None:
+        """Read from ``files``, which are called ``paths`` in errors."""
+        self._files, self._paths = files, paths
         self._known: dict[tuple[str, Shape, int], bytes] = {}
 
-    def locate(self, file: int, position: int, num_bytes: int, dtype: str, shape: Shape) -> int:
-        """The byte of ``file`` where the data begins of the archive at ``[position, position + num_bytes)``.
+    def locate(
+        self, name: str, dtype: str, shape: Shape, num_bytes: int, places: Iterable[tuple[int, int]]
+    ) -> Iterator[int]:
+        """Yield the byte of the file where the data begins of the archive at each of ``places``: (file, position).
 
-        Raises FormatError unless the archive holds one tensor of the given torch dtype name and shape (in elements).
+        Archives are ``num_bytes`` long and hold equal chunks of the tensor ``name``. Raises FormatError unless each
+        holds one tensor of the given torch dtype name and shape (in elements).
         """
         kind = (dtype, shape, num_bytes)
-        head = self._known.get(kind)
-        if head is None or self._files.read(file, position, len(head)) != head:
-            stored = ArchiveReader(self._files, file, position, num_bytes, "the archive").tensor()
-            if (stored.dtype, stored.shape) != (dtype, shape):
-                raise FormatError(
-                    f"it does not match the metadata: expected {dtype} {list(shape)}, "
-                    f"got {stored.dtype} {list(stored.shape)}"
-                )
-            head = self._known[kind] = self._files.read(file, position, stored.data.position - position)
-        return position + len(head)
+        head = self._known.get(kind, b"")
+        for file, position in places:
+            if not head or self._files.read(file, position, len(head)) != head:
+                try:
+                    head = self._known[kind] = self._head(file, position, num_bytes, dtype, shape)
+                except FormatError as error:
+                    where = f"the chunk of {name!r} at byte {position} of {self._paths[file]}"
+                    raise FormatError(f"{where}: {error}") from error
+            yield position + len(head)
+
+    def _head(self, file: int, position: int, num_bytes: int, dtype: str, shape: Shape) -> bytes:
+        """What stands before the data of an archive that holds the given tensor."""
+        stored = ArchiveReader(self._files, file, position, num_bytes, "the archive").tensor()
+        if (stored.dtype, stored.shape) != (dtype, shape):
+            raise FormatError(
+                f"it does not match the metadata: expected {dtype} {list(shape)}, "
+                f"got {stored.dtype} {list(stored.shape)}"
+            )
+        return self._files.read(file, position, stored.data.position - position)
 
 
 class ArchiveReader:

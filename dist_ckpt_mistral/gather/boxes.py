@@ -5,11 +5,9 @@ A box is an offset and a shape in elements. Many boxes are two int64 arrays ``[n
 
 from __future__ import annotations
 
-import bisect
-import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,25 +19,51 @@ from dist_ckpt_mistral.shapes import Shape
 IntArray = npt.NDArray[np.int64]
 
 
-class Run(NamedTuple):
-    """``rows`` pieces of ``row_bytes`` bytes, ``source_stride`` and ``target_stride`` bytes apart in each array."""
+class Runs(NamedTuple):
+    """Strided copies as columns: ``rows`` pieces of ``row_bytes`` bytes, so many bytes apart in each of two arrays.
 
-    source_start: int
-    source_stride: int
-    target_start: int
-    target_stride: int
-    rows: int
-    row_bytes: int
+    ``box`` says which of the given boxes a run belongs to; starts and strides are in bytes.
+    """
+
+    box: IntArray
+    source_start: IntArray
+    source_stride: IntArray
+    target_start: IntArray
+    target_stride: IntArray
+    rows: IntArray
+    row_bytes: IntArray
 
 
-def intersect(
-    lows: IntArray, highs: IntArray, low: Sequence[int], high: Sequence[int]
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Which of the boxes ``[lows, highs)`` meet the box ``[low, high)``, and where: (indices, lows, highs)."""
-    inner_lows = np.maximum(lows, np.asarray(low, dtype=np.int64))
-    inner_highs = np.minimum(highs, np.asarray(high, dtype=np.int64))
-    hit = np.flatnonzero((inner_lows < inner_highs).all(axis=1))
-    return hit, inner_lows[hit], inner_highs[hit]
+class Meets(NamedTuple):
+    """Where boxes meet chunks: the numbers of both, and the box ``[low, high)`` that they share."""
+
+    box: IntArray
+    chunk: IntArray
+    low: IntArray
+    high: IntArray
+
+
+def ascending(rows: IntArray) -> IntArray:
+    """The order in which the rows of ``[n, k]`` ascend."""
+    return np.lexsort(rows.T[::-1]) if rows.shape[1] else np.arange(len(rows))
+
+
+def equal_rows(rows: IntArray) -> list[IntArray]:
+    """The numbers of the rows of ``[n, k]`` in groups of equal ones."""
+    order = ascending(rows)
+    ordered = rows[order]
+    return np.split(order, np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1) if len(rows) else []
+
+
+def intersect(lows: IntArray, highs: IntArray, chunk_lows: IntArray, chunk_highs: IntArray) -> Meets:
+    """Where the boxes ``[lows, highs)`` meet chunks of any arrangement."""
+    none = np.empty(0, dtype=np.int64)
+    found = [Meets(none, none, lows[:0], lows[:0])]
+    for box, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        inner_lows, inner_highs = np.maximum(chunk_lows, low), np.minimum(chunk_highs, high)
+        hit = np.flatnonzero((inner_lows < inner_highs).all(axis=1))
+        found.append(Meets(np.full(len(hit), box), hit, inner_lows[hit], inner_highs[hit]))
+    return Meets(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def require_tiling(offsets: IntArray, shapes: IntArray, global_shape: Shape, what: str) -> None:
@@ -63,7 +87,7 @@ def require_tiling(offsets: IntArray, shapes: IntArray, global_shape: Shape, wha
         raise PlanError(f"{what}: {fault}")
 
 
-def grid_cuts(offsets: IntArray, shapes: IntArray, global_shape: Shape) -> tuple[list[int], ...] | None:
+def grid_cuts(offsets: IntArray, shapes: IntArray, global_shape: Shape) -> tuple[IntArray, ...] | None:
     """Of boxes that are the cells of a grid over all of ``global_shape``, where each axis is cut; else None.
 
     The cuts of an axis are the starts of its cells and, last, its extent. In ascending order of their offsets, the
@@ -71,31 +95,44 @@ def grid_cuts(offsets: IntArray, shapes: IntArray, global_shape: Shape) -> tuple
     """
     ends = offsets + shapes
     cell = np.zeros(len(offsets), dtype=np.int64)
-    cuts: list[list[int]] = []
+    cuts: list[IntArray] = []
     for axis, extent in enumerate(global_shape):
         starts = np.unique(offsets[:, axis])
         place = np.searchsorted(starts, offsets[:, axis])
-        if not starts.size or starts[0] != 0 or not np.array_equal(ends[:, axis], np.append(starts[1:], extent)[place]):
+        axis_cuts = np.append(starts, extent)
+        if not starts.size or starts[0] != 0 or not np.array_equal(ends[:, axis], axis_cuts[place + 1]):
             return None
         cell = cell * starts.size + place
-        cuts.append([*starts.tolist(), extent])
+        cuts.append(axis_cuts)
     cells = math.prod(len(axis_cuts) - 1 for axis_cuts in cuts)
     return tuple(cuts) if cells == len(offsets) == np.unique(cell).size else None
 
 
-def grid_cells(
-    cuts: Sequence[list[int]], low: Sequence[int], high: Sequence[int]
-) -> Iterator[tuple[int, Shape, Shape]]:
-    """The cells of a grid that meet the box ``[low, high)``: (number in row-major order, low and high of the meet)."""
-    axes = []
-    for axis_cuts, start, stop in zip(cuts, low, high, strict=True):
-        first, last = bisect.bisect_right(axis_cuts, start) - 1, bisect.bisect_left(axis_cuts, stop)
-        axes.append([(i, max(start, axis_cuts[i]), min(stop, axis_cuts[i + 1])) for i in range(first, last)])
-    for cells in itertools.product(*axes):
-        number = 0
-        for (i, _, _), axis_cuts in zip(cells, cuts, strict=True):
-            number = number * (len(axis_cuts) - 1) + i
-        yield number, tuple([cell[1] for cell in cells]), tuple([cell[2] for cell in cells])
+def grid_meets(lows: IntArray, highs: IntArray, cuts: Sequence[IntArray]) -> Meets:
+    """Where the boxes ``[lows, highs)`` meet the cells of a grid, which count in row-major order."""
+    first, last = np.empty_like(lows), np.empty_like(lows)
+    for axis, axis_cuts in enumerate(cuts):
+        first[:, axis] = np.searchsorted(axis_cuts, lows[:, axis], side="right") - 1
+        last[:, axis] = np.searchsorted(axis_cuts, highs[:, axis], side="left")
+    box, cell = unrolled(np.where(lows < highs, last - first, 0))  # a box without elements meets nothing
+    cell += first[box]
+    low, high, chunk = lows[box], highs[box], np.zeros(len(box), dtype=np.int64)
+    for axis, axis_cuts in enumerate(cuts):
+        low[:, axis] = np.maximum(low[:, axis], axis_cuts[cell[:, axis]])
+        high[:, axis] = np.minimum(high[:, axis], axis_cuts[cell[:, axis] + 1])
+        chunk = chunk * (len(axis_cuts) - 1) + cell[:, axis]
+    return Meets(box, chunk, low, high)
+
+
+def unrolled(extents: IntArray) -> tuple[IntArray, IntArray]:
+    """All index tuples of arrays with the shapes ``extents`` ``[n, ndim]``: (number of the array, indices)."""
+    counts = extents.prod(axis=1)
+    owner = np.repeat(np.arange(len(extents)), counts)
+    rest = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+    index = np.empty((len(owner), extents.shape[1]), dtype=np.int64)
+    for axis in reversed(range(extents.shape[1])):
+        rest, index[:, axis] = np.divmod(rest, extents[owner, axis])
+    return owner, index
 
 
 def _first_fault(lows: IntArray, highs: IntArray, prefix: tuple[tuple[int, int], ...], extents: Shape) -> str | None:
@@ -120,34 +157,50 @@ def _describe(low: Sequence[int] | IntArray, high: Sequence[int] | IntArray) -> 
 
 
 def shared_runs(
-    box: Shape, source_start: int, source_strides: Shape, target_start: int, target_strides: Shape, itemsize: int
-) -> Iterator[Run]:
-    """The byte runs of a box that two row-major arrays share.
+    boxes: IntArray,
+    source_start: IntArray,
+    source_strides: IntArray,
+    target_start: IntArray,
+    target_strides: IntArray,
+    itemsize: int,
+) -> Runs:
+    """The byte runs of boxes that pairs of row-major arrays share.
 
-    ``box`` is in elements; starts and strides (those of the last ``len(box)`` axes), like ``itemsize``, in bytes.
-    Neighbouring axes that are contiguous in both arrays become one run; two axes that are not become a strided run;
-    further ones are unrolled.
+    ``boxes`` are shapes ``[n, ndim]`` in elements; starts ``[n]`` and strides ``[n, ndim]``, like ``itemsize``, in
+    bytes. Neighbouring axes that are contiguous in both arrays become one run; an axis that is not makes it a strided
+    run; further ones are unrolled.
     """
-    axes = [axis for axis in zip(box, source_strides, target_strides, strict=True) if axis[0] != 1]
-    row_bytes = itemsize
-    while axes and axes[-1][1] == axes[-1][2] == row_bytes:
-        row_bytes *= axes.pop()[0]
-    rows, source_stride, target_stride = axes.pop() if axes else (1, row_bytes, row_bytes)
-    for index in itertools.product(*(range(extent) for extent, _, _ in axes)):
-        yield Run(
-            source_start + sum(i * axis[1] for i, axis in zip(index, axes, strict=True)),
-            source_stride,
-            target_start + sum(i * axis[2] for i, axis in zip(index, axes, strict=True)),
-            target_stride,
-            rows,
-            row_bytes,
-        )
+    row_bytes = np.full(len(boxes), itemsize, dtype=np.int64)
+    rows, source_stride, target_stride = np.ones_like(row_bytes), np.zeros_like(row_bytes), np.zeros_like(row_bytes)
+    is_strided = np.zeros(len(boxes), dtype=bool)
+    further = boxes.copy()
+    for axis in reversed(range(boxes.shape[1])):
+        extent, in_source, in_target = boxes[:, axis], source_strides[:, axis], target_strides[:, axis]
+        is_joined = ~is_strided & ((extent == 1) | ((in_source == row_bytes) & (in_target == row_bytes)))
+        is_new = ~is_strided & ~is_joined
+        np.copyto(row_bytes, row_bytes * extent, where=is_joined)
+        np.copyto(rows, extent, where=is_new)
+        np.copyto(source_stride, in_source, where=is_new)
+        np.copyto(target_stride, in_target, where=is_new)
+        is_strided |= is_new
+        further[is_joined | is_new, axis] = 1
+    np.copyto(source_stride, row_bytes, where=~is_strided)
+    np.copyto(target_stride, row_bytes, where=~is_strided)
+    box, index = unrolled(further)
+    return Runs(
+        box,
+        source_start[box] + (index * source_strides[box]).sum(axis=1),
+        source_stride[box],
+        target_start[box] + (index * target_strides[box]).sum(axis=1),
+        target_stride[box],
+        rows[box],
+        row_bytes[box],
+    )
 
 
-@functools.lru_cache(maxsize=4096)
-def row_major_strides(shape: Shape, itemsize: int) -> Shape:
-    """Byte strides of a row-major array of ``shape`` elements."""
-    strides = [itemsize] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return tuple(strides)
+def row_major_strides(shapes: IntArray, itemsize: int) -> IntArray:
+    """Byte strides of row-major arrays of the shapes ``[n, ndim]`` in elements."""
+    strides = np.full_like(shapes, itemsize)
+    for axis in reversed(range(shapes.shape[1] - 1)):
+        strides[:, axis] = strides[:, axis + 1] * shapes[:, axis + 1]
+    return strides

@@ -6,9 +6,8 @@ Totality is proved here: every target byte is written exactly once, and from byt
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from operator import add, gt, mul, sub
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,9 @@ import numpy.typing as npt
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import PlanError, TensorMismatchError
-from dist_ckpt_mistral.gather.boxes import require_tiling, row_major_strides, shared_runs
+from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.shapes import Shape
 
 #: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
 #: target offsets from the start of the segment. All in bytes.
@@ -98,33 +96,45 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
 def _fill(source: TensorIndex, target: IndexedTensor, links: list[Link]) -> list[Segment]:
     """The segments of one target tensor."""
     _require_total(target, links)
-    source_dtypes = sorted({source.tensors[link.source].dtype for link in links}) or [target.dtype]
+    by_source: dict[str, list[Link]] = defaultdict(list)
+    for link in links:
+        by_source[link.source].append(link)
+    source_dtypes = sorted({source.tensors[name].dtype for name in by_source}) or [target.dtype]
     if len(source_dtypes) > 1:
         raise TensorMismatchError(
             f"{target.name!r} would mix element types: its parts are stored as {', '.join(source_dtypes)}. "
             "Convert the source to one dtype first."
         )
-    copies: list[list[tuple[int, ...]]] = [[] for _ in range(target.num_chunks)]
-    for link in links:
-        _link_copies(source.tensors[link.source], target, link, copies)
-    itemsize = dtypes.itemsize_bytes(source_dtypes[0])
-    segments = [
+    found = [_copies(source.tensors[name], target, group) for name, group in by_source.items()]
+    chunks = np.concatenate([np.empty(0, dtype=np.int64), *(each for each, _ in found)])
+    copies = np.concatenate([np.empty(0, dtype=COPY), *(each for _, each in found)])
+    order = np.lexsort((copies["target_offset"], chunks))
+    copies = copies[order]
+    ends = np.bincount(chunks, minlength=target.num_chunks).cumsum().tolist()
+    num_bytes = target.shapes.prod(axis=1) * dtypes.itemsize_bytes(source_dtypes[0])
+    _require_filled(chunks[order], copies, num_bytes, target.name)
+    columns = (target.files.tolist(), target.positions.tolist(), num_bytes.tolist())
+    return [
         Segment(
             tensor=target.name,
-            file=int(target.files[chunk]),
-            position=int(target.positions[chunk]),
+            file=file,
+            position=position,
             source_dtype=source_dtypes[0],
             dtype=target.dtype,
-            num_bytes=int(target.shapes[chunk].prod()) * itemsize,
-            copies=np.array(sorted(rows, key=lambda copy: copy[3]), dtype=COPY),
+            num_bytes=size,
+            copies=copies[start:end],
         )
-        for chunk, rows in enumerate(copies)
+        for file, position, size, start, end in zip(*columns, [0, *ends[:-1]], ends, strict=True)
     ]
-    for segment in segments:
-        filled = int((segment.copies["rows"] * segment.copies["row_bytes"]).sum())
-        if filled != segment.num_bytes:  # a fault of this module, not of the data: never write such a plan
-            raise PlanError(f"the plan fills {filled} of {segment.num_bytes} bytes of {segment.tensor!r}")
-    return segments
+
+
+def _require_filled(chunks: IntArray, copies: CopyArray, num_bytes: IntArray, name: str) -> None:
+    """Raise PlanError unless the copies into each chunk fill it."""
+    filled = np.zeros_like(num_bytes)
+    np.add.at(filled, chunks, copies["rows"] * copies["row_bytes"])
+    faulty = np.flatnonzero(filled != num_bytes)
+    if faulty.size:  # a fault of this module, not of the data: never write such a plan
+        raise PlanError(f"the plan fills {filled[faulty[0]]} of {num_bytes[faulty[0]]} bytes of {name!r}")
 
 
 def _require_total(target: IndexedTensor, links: list[Link]) -> None:
@@ -138,35 +148,59 @@ def _require_total(target: IndexedTensor, links: list[Link]) -> None:
     require_tiling(target.offsets, target.shapes, target.global_shape, what)
 
 
-def _link_copies(source: IndexedTensor, target: IndexedTensor, link: Link, copies: list[list[tuple[int, ...]]]) -> None:
-    """Append to ``copies[chunk]`` what ``link`` brings into each chunk of ``target``."""
-    ndim = len(link.shape)
-    source_lead, target_lead = len(source.global_shape) - ndim, len(target.global_shape) - ndim
+def _copies(source: IndexedTensor, target: IndexedTensor, links: list[Link]) -> tuple[IntArray, CopyArray]:
+    """What ``links`` bring from one source tensor: the chunk of ``target`` that each copy goes into, and the copies."""
     itemsize = dtypes.itemsize_bytes(source.dtype)
-    shift = tuple(map(sub, link.target_offset[target_lead:], link.source_offset[source_lead:]))
-    source_end = _end(link.source_offset, link.shape)
-    if any(map(gt, source_end, source.global_shape)):
-        raise PlanError(f"a link ends at {list(source_end)}, outside {source.name!r} of {list(source.global_shape)}")
-    for source_chunk, low, high in source.meeting(link.source_offset, source_end):
-        source_at, source_shape, file, position = source.chunk(source_chunk)
-        source_strides = row_major_strides(source_shape, itemsize)
-        target_low = link.target_offset[:target_lead] + tuple(map(add, low[source_lead:], shift))
-        extent = tuple(map(sub, high[source_lead:], low[source_lead:]))
-        for target_chunk, inner_low, inner_high in target.meeting(target_low, _end(target_low, extent)):
-            target_at, target_shape, _, _ = target.chunk(target_chunk)
-            target_strides = row_major_strides(target_shape, itemsize)
-            in_source = low[:source_lead] + tuple(map(sub, inner_low[target_lead:], shift))
-            for run in shared_runs(
-                tuple(map(sub, inner_high[target_lead:], inner_low[target_lead:])),
-                position + sum(map(mul, map(sub, in_source, source_at), source_strides)),
-                source_strides[source_lead:],
-                sum(map(mul, map(sub, inner_low, target_at), target_strides)),
-                target_strides[target_lead:],
-                itemsize,
-            ):
-                copies[target_chunk].append((file, *run))
+    ndim = len(links[0].shape)
+    in_source, in_target = slice(len(source.global_shape) - ndim, None), slice(len(target.global_shape) - ndim, None)
+    source_lows, target_lows, shapes = _columns(links)
+    source_highs = source_lows + _padded(shapes, len(source.global_shape))
+    _require_inside(source_highs, source)
+    read = source.meeting(source_lows, source_highs)
+
+    lows = target_lows[read.box]  # what is read of each chunk, as boxes of the target
+    lows[:, in_target] += (read.low - source_lows[read.box])[:, in_source]
+    written = target.meeting(lows, lows + _padded((read.high - read.low)[:, in_source], len(target.global_shape)))
+
+    source_chunk, source_low = read.chunk[written.box], read.low[written.box]
+    source_low[:, in_source] += (written.low - lows[written.box])[:, in_target]
+    source_strides = row_major_strides(source.shapes[source_chunk], itemsize)
+    target_strides = row_major_strides(target.shapes[written.chunk], itemsize)
+    runs = shared_runs(
+        (written.high - written.low)[:, in_target],
+        source.positions[source_chunk] + ((source_low - source.offsets[source_chunk]) * source_strides).sum(axis=1),
+        source_strides[:, in_source],
+        ((written.low - target.offsets[written.chunk]) * target_strides).sum(axis=1),
+        target_strides[:, in_target],
+        itemsize,
+    )
+    copies = np.empty(len(runs.box), dtype=COPY)
+    columns = (source.files[source_chunk][runs.box], *runs[1:])
+    for name, column in zip(COPY.names or (), columns, strict=True):
+        copies[name] = column
+    return written.chunk[runs.box], copies
 
 
-def _end(offset: Shape, shape: Shape) -> Shape:
-    """Where a box ends that has extent 1 on the leading axes that ``shape`` leaves out."""
-    return tuple(map(add, offset, (1,) * (len(offset) - len(shape)) + shape))
+def _columns(links: list[Link]) -> Iterator[IntArray]:
+    """Source offsets, target offsets and shapes of links between the same two tensors, ``[links, axes]``."""
+    for rows in (
+        [link.source_offset for link in links],
+        [link.target_offset for link in links],
+        [link.shape for link in links],
+    ):
+        yield np.array(rows, dtype=np.int64).reshape(len(links), -1 if rows[0] else 0)
+
+
+def _padded(shapes: IntArray, ndim: int) -> IntArray:
+    """Shapes with leading axes of extent 1, so that there are ``ndim``."""
+    padded = np.ones((len(shapes), ndim), dtype=np.int64)
+    padded[:, ndim - shapes.shape[1] :] = shapes
+    return padded
+
+
+def _require_inside(ends: IntArray, source: IndexedTensor) -> None:
+    """Raise PlanError if a link ends outside its source."""
+    outside = np.flatnonzero((ends > np.array(source.global_shape, dtype=np.int64)).any(axis=1))
+    if outside.size:
+        end = ends[outside[0]].tolist()
+        raise PlanError(f"a link ends at {end}, outside {source.name!r} of {list(source.global_shape)}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.gather.boxes import IntArray, grid_cells, grid_cuts, intersect
+from dist_ckpt_mistral.gather.boxes import IntArray, Meets, grid_cuts, grid_meets, intersect
 from dist_ckpt_mistral.shapes import Shape
 
 
@@ -69,26 +69,14 @@ class IndexedTensor:
         return len(self.files)
 
     @functools.cached_property
-    def _cuts(self) -> tuple[list[int], ...] | None:
+    def _cuts(self) -> tuple[IntArray, ...] | None:
         return grid_cuts(self.offsets, self.shapes, self.global_shape)
 
-    @functools.cached_property
-    def _chunk_rows(self) -> list[tuple[Shape, Shape, int, int]]:
-        columns = (map(tuple, self.offsets.tolist()), map(tuple, self.shapes.tolist()))
-        return list(zip(*columns, self.files.tolist(), self.positions.tolist(), strict=True))
-
-    def chunk(self, number: int) -> tuple[Shape, Shape, int, int]:
-        """(offset, shape, file, position) of one chunk."""
-        return self._chunk_rows[number]
-
-    def meeting(self, low: Shape, high: Shape) -> Iterator[tuple[int, Shape, Shape]]:
-        """The chunks that meet the box ``[low, high)``: (number, low and high of the meet), in elements."""
+    def meeting(self, lows: IntArray, highs: IntArray) -> Meets:
+        """The chunks that meet the boxes ``[lows, highs)`` (in elements, ``[boxes, ndim]``), and where."""
         if self._cuts is not None:
-            yield from grid_cells(self._cuts, low, high)
-            return
-        hit, lows, highs = intersect(self.offsets, self.offsets + self.shapes, low, high)
-        for number, low_row, high_row in zip(hit.tolist(), lows.tolist(), highs.tolist(), strict=True):
-            yield number, tuple(low_row), tuple(high_row)
+            return grid_meets(lows, highs, self._cuts)
+        return intersect(lows, highs, self.offsets, self.offsets + self.shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,0 +1,167 @@
+"""``.metadata`` as columns, against torch's own objects: whatever the order, the number and the pickle's protocol."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from genuine import GENUINE, shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch_reading import read_metadata as torch_reads
+
+from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats.stored_metadata import StoredMetadata, read_metadata
+
+#: (offset, shape, file, position, length) of a chunk.
+Row = tuple[tuple[int, ...], tuple[int, ...], str, int, int]
+
+
+def rows_of_torch(metadata: Any) -> dict[str, tuple[str, tuple[int, ...], list[Row]]]:  # noqa: ANN401  (torch's record)
+    """Dtype, shape and chunks of every tensor, in ascending order of their offsets, as torch's objects have them."""
+    found = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        if isinstance(tensor, TensorStorageMetadata):
+            rows = []
+            for chunk in tensor.chunks:
+                place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                rows.append((tuple(chunk.offsets), tuple(chunk.sizes), place.relative_path, place.offset, place.length))
+            found[name] = (str(tensor.properties.dtype).removeprefix("torch."), tuple(tensor.size), sorted(rows))
+    return found
+
+
+def rows_as_read(metadata: StoredMetadata) -> dict[str, tuple[str, tuple[int, ...], list[Row]]]:
+    """The same as the package reads them."""
+    files = [*metadata.file_bytes]
+    found = {}
+    for name, tensor in metadata.tensors.items():
+        offsets, shapes, numbers, positions, lengths = (column.tolist() for column in metadata.chunks(name))
+        boxes = zip(map(tuple, offsets), map(tuple, shapes), strict=True)
+        places = zip([files[number] for number in numbers], positions, lengths, strict=True)
+        rows = [(*box, *place) for box, place in zip(boxes, places, strict=True)]
+        assert tensor.num_chunks == len(rows)
+        found[name] = (tensor.dtype, tensor.global_shape, rows)
+    return found
+
+
+@pytest.mark.parametrize("case", GENUINE)
+def test_genuine_metadata_is_what_torch_reads(case: str) -> None:
+    """Of every chunk of every genuine checkpoint: box, file, position and length, and where every file ends."""
+    metadata = torch_reads(shards(case))
+    for name in ("all_local_plans", "mcore_data"):
+        vars(metadata).pop(name, None)
+    pickled = (shards(case) / ".metadata").read_bytes()
+    assert pickle_records.ended_before(pickled, "all_local_plans") is not None
+    for content in (pickled, pickle.dumps(metadata, protocol=2)):
+        found = read_metadata(content, "it")
+        assert rows_as_read(found) == rows_of_torch(metadata)
+        ends: dict[str, int] = {}
+        for place in metadata.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        assert found.file_bytes == ends
+        places = {index.fqn: place for index, place in metadata.storage_data.items() if index.offset is None}
+        objects = {name: (at.file, at.offset, at.num_bytes) for name, at in found.objects.items()}
+        assert objects == {name: (at.relative_path, at.offset, at.length) for name, at in places.items()}
+
+
+SIZES = st.integers(0, 3) | st.sampled_from([1 << 8, 1 << 16, 1 << 31, 1 << 40])
+
+
+@st.composite
+def any_metadata(draw: st.DrawFn) -> Metadata:
+    """Metadata of some tensors and objects; chunks are described and stored in orders of their own."""
+    described: dict[str, Any] = {}
+    stored = []
+    names = draw(st.lists(st.sampled_from([*"abcde", "all_local_plans", "storage_data"]), unique=True, max_size=5))
+    for name in names:
+        if draw(st.integers(0, 4)) == 0:
+            described[name] = BytesStorageMetadata()
+            stored.append(MetadataIndex(name))
+            continue
+        shape = draw(st.lists(SIZES, max_size=4))
+        offsets = draw(st.lists(st.tuples(*[SIZES] * len(shape)), unique=True, max_size=6))
+        chunks = [
+            ChunkStorageMetadata(torch.Size(offset), torch.Size(draw(st.tuples(*[SIZES] * len(shape)))))
+            for offset in offsets
+        ]
+        dtype = draw(st.sampled_from([torch.bfloat16, torch.float32, torch.int64]))
+        described[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
+        stored += [MetadataIndex(name, offset) for offset in offsets]
+    storage_data = {
+        index: _StorageInfo(draw(st.sampled_from(["__0_0.distcp", "__1_0.distcp"])), draw(SIZES), draw(SIZES))
+        for index in draw(st.permutations(stored))
+    }
+    return Metadata(state_dict_metadata=described, storage_data=storage_data)
+
+
+@settings(max_examples=150)
+@given(metadata=any_metadata(), protocol=st.sampled_from([2, 4, 5]), plans=st.sampled_from(["none", "first", "last"]))
+def test_any_metadata_is_what_torch_reads(metadata: Metadata, protocol: int, plans: str) -> None:
+    """Any chunks in any order, with Megatron's plans before or behind the rest, or without: as torch's objects say."""
+    items = [
+        WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, each.properties, each.size))
+        for index, (name, each) in itertools.product(metadata.storage_data, metadata.state_dict_metadata.items())
+        if isinstance(each, TensorStorageMetadata) and index.fqn == name
+        for chunk in each.chunks[:1]
+    ]
+    attributes = dict(vars(metadata))
+    both = {"all_local_plans": [SavePlan(items)], **attributes}
+    order = {"none": [*attributes], "first": [*both], "last": [*attributes, "all_local_plans"]}[plans]
+    vars(metadata).clear()
+    vars(metadata).update({name: both[name] for name in order})
+    pickled = pickle.dumps(metadata, protocol=protocol)
+    assert rows_as_read(read_metadata(pickled, "it")) == rows_of_torch(metadata)
+
+
+def test_plans_that_stand_last_are_not_read() -> None:
+    """Plans that the allowlist would refuse are never unpickled where they stand last, else they are refused."""
+    metadata: Any = torch_reads(shards("td_0192"))
+    metadata.all_local_plans = [Path.home]
+    found = read_metadata(pickle.dumps(metadata), "it")
+    assert rows_as_read(found) == rows_of_torch(metadata)
+    metadata.later = 1
+    with pytest.raises(FormatError, match="outside the allowlist"):
+        read_metadata(pickle.dumps(metadata, protocol=2), "it")
+
+
+def test_every_prefix_of_metadata_is_refused() -> None:
+    """However many bytes are missing behind, also of the plans that are not read: it is not sound."""
+    pickled = (shards("td_0192") / ".metadata").read_bytes()
+    for size in [*range(0, len(pickled), 97), *range(len(pickled) - 20, len(pickled))]:
+        with pytest.raises(FormatError):
+            read_metadata(pickled[:size], "it")
+
+
+def test_many_frames() -> None:
+    """Pickles of many frames are ended in the right one, and are not believed complete when the last is missing."""
+    chunks = [ChunkStorageMetadata(torch.Size([row]), torch.Size([1])) for row in range(9000)]
+    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size([9000]), chunks)
+    places = {MetadataIndex("t", [row]): _StorageInfo("f", row * 10, 10) for row in range(9000)}
+    metadata: Any = Metadata(state_dict_metadata={"t": tensor}, storage_data=places)
+    metadata.all_local_plans = [list(range(100_000))]
+    pickled = pickle.dumps(metadata)
+    short = pickle_records.ended_before(pickled, "all_local_plans")
+    assert short is not None
+    assert len(short) < len(pickled) - 100_000
+    chunk_columns = read_metadata(pickled, "it").chunks("t")
+    assert np.array_equal(chunk_columns.offsets[:, 0], np.arange(9000))
+    assert np.array_equal(chunk_columns.positions, np.arange(9000) * 10)
+    last = pickled.rfind(pickle.FRAME, 0, len(pickled) - 8)
+    for size in (last, len(pickled) - 1):
+        assert pickle_records.ended_before(pickled[:size], "all_local_plans") is None
