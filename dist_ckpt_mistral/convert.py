@@ -136,7 +136,7 @@ def _write_hf_assets(staging: Path, source: ModelSource, files: FileSet, assets:
     for path in carried:
         if path.name != hf_directory.CONFIG_FILE:
             storage.copy_file(path, staging / path.name)
-    if not any("tokenizer" in path.name or path.name.startswith("tekken") for path in carried):
+    if not any(hf_directory.is_tokenizer_file(path.name) for path in carried):
         _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
     index_json = files.index_json()
     if index_json is not None:
@@ -189,7 +189,7 @@ def from_hf(
         storage.require_apart(directory, output)
         source = open_hf(directory)
         layout.check(source.config)
-        _require_equal_aliases(source)
+        require_equal_aliases(source)
         new = new_checkpoint_map(source.table)
         links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
         objects = [NewObject.empty(_extra_states(source.table))]
@@ -222,7 +222,7 @@ def from_hf(
     )
 
 
-def _require_equal_aliases(source: ModelSource) -> None:
+def require_equal_aliases(source: ModelSource) -> None:
     """A file may hold a tied tensor twice, under both names: then both must be the same, for only one is kept."""
     for tensor in source.tensors:
         if tensor.is_alias:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from gpt_optimizer import CONTENT, Optimizer
 from gpt_stage import HfTensors, Stage, hf_rows, set_parallel_state
+from inference_tasks import run_command, run_model
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import (
@@ -316,7 +317,7 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
     task.__name__: task
     for task in (
         *(compare_entries, save_model, save_entries, load_entries, load_into_model),
-        *(save_training, reshard_checkpoint, load_training),
+        *(save_training, reshard_checkpoint, load_training, run_model, run_command),
     )
 }
 

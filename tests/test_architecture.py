@@ -18,7 +18,7 @@ from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_ST
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
-errors shapes name_ranges dtypes strict_json strict_yaml ranks hub storage
+errors shapes name_ranges dtypes strict_json strict_yaml ranks hub storage libraries
 model.checks model.yarn model.row_blocks model.config model.tensor_table
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
@@ -27,12 +27,13 @@ formats.pickle_records formats.torch_archive formats.torch_archive_writer format
 formats.train_state formats.stored_metadata formats.torch_dist formats.torch_dist_writer
 formats.safetensors formats.hf_directory
 mapping embedded checkpoint_config model_source writing verify chunking convert resharding
-pretrain_command report lazy_checkpoint
+pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
+megatron.runtime megatron.build_model megatron.load_model megatron.inference megatron.generate megatron.logits
 demo
 commands.options commands.from_hf commands.to_hf commands.plan commands.reshard commands.inspect commands.verify
-commands.megatron_args commands.demo
+commands.generate commands.megatron_args commands.demo
 cli __main__
 """
 #: Every module; each imports only from those before it.

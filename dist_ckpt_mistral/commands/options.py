@@ -77,6 +77,12 @@ def add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenizer(command: argparse.ArgumentParser) -> None:
+    """The option for models that no tokenizer came with."""
+    help_text = "Hugging Face directory that has the tokenizer (default: the one that came with the model)"
+    command.add_argument("--tokenizer", metavar="DIR", help=help_text)
+
+
 def add_layout(command: argparse.ArgumentParser, what: str) -> None:
     """The options of a parallel layout; ``what`` ends the help texts of its axes: what the layout is for.
 
@@ -124,6 +130,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def _layer_counts(text: str) -> tuple[int, ...]:

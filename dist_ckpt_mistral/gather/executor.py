@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.gather.plan import BytePlan, CopyArray, Segment
-from dist_ckpt_mistral.storage import SourceFiles, TargetFile
+from dist_ckpt_mistral.storage import SourceFiles
 
 #: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
 BAND_BYTES: Final = 512 << 10
@@ -41,6 +41,16 @@ _LONG_GAP_BYTES: Final = 64 << 10
 ByteArray = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]
 T = TypeVar("T")
+
+
+class Target(Protocol):
+    """Where segments are written: a file (``storage.TargetFile``), or memory."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Write all of ``data`` at ``position``, from any thread."""
+
+    def start_writeback(self, position: int, num_bytes: int) -> None:
+        """Have bytes that were written begin their way to where they last, without waiting."""
 
 
 def no_progress(num_bytes: int) -> None:
@@ -73,13 +83,13 @@ class Effort:
 
 def execute(
     plan: BytePlan,
-    targets: Mapping[int, TargetFile],
+    targets: Mapping[int, Target],
     *,
     effort: Effort,
     numbers: Sequence[int],
     checksums: bool,
 ) -> dict[int, int]:
-    """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the target file.
+    """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the plan's target file.
 
     Returns the CRC-32 of every segment's stored bytes, by number, if ``checksums``. The first failure ends the run.
     """
