@@ -96,7 +96,8 @@ def _command(config_from: str, args: Mapping[str, Any], groups: Mapping[str, lis
 
 def _tokenizer(assets: Path | None) -> list[str]:
     """The tokenizer that lies beside the model, if it is one that transformers loads."""
-    if assets is None or not any("tokenizer" in entry.name for entry in assets.iterdir()):
+    known = ("tokenizer", "tekken")
+    if assets is None or not any(word in entry.name for entry in assets.iterdir() for word in known):
         _LOG.warning("no tokenizer lies beside the model: add --tokenizer-type and what it needs")
         return []
     return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(assets)]

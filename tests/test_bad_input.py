@@ -731,8 +731,8 @@ def test_configs_that_are_no_json(content: bytes, hf: Path, tmp_path: Path) -> N
 
 def test_layouts_that_do_not_fit(hf: Path, tmp_path: Path) -> None:
     """A cut that Megatron could not load is refused with its reasons."""
-    line = refusal(tmp_path, "from-hf", hf, tmp_path / "out", "--tp", 4, "--pp", 3, "--ep", 2)
-    assert "num_key_value_heads (num_query_groups)=2 is not divisible by tp=4" in line
+    line = refusal(tmp_path, "from-hf", hf, tmp_path / "out", "--tp", 3, "--pp", 3, "--ep", 2)
+    assert "num_attention_heads=4 is not divisible by tp=3" in line
     assert "num_hidden_layers=2 is not divisible by 3 pipeline stages" in line
     assert "ep=2 needs experts" in line
 

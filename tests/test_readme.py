@@ -32,7 +32,7 @@ def _help(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
 
 
 def _commands(capsys: pytest.CaptureFixture[str]) -> set[str]:
-    listed = re.findall(r"^ {4}([a-z][a-z-]*) ", _help(capsys, []), re.MULTILINE)
+    listed = re.findall(r"^ {4}([a-z][a-z-]*)(?: |$)", _help(capsys, []), re.MULTILINE)
     return set(listed)
 
 
@@ -46,7 +46,7 @@ def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """Every option in the README's prose is one of ours; Megatron's stand where Megatron-LM's are shown."""
-    megatron = _TODAY[_TODAY.index("In Megatron-LM, start from it") : _TODAY.index("$ dist-ckpt-mistral to-hf")]
+    megatron = _TODAY[_TODAY.index("$ dist-ckpt-mistral megatron-args") : _TODAY.index("$ dist-ckpt-mistral to-hf")]
     ours = set(re.findall(r"`(?:(?!torchrun)[a-z-]+ )?(--[a-z-]+)", _TODAY.replace(megatron, "")))
     assert {"--dtype", "--config", "--dry-run", "--keep"} <= ours
     helps = "".join(_help(capsys, [command]) for command in _commands(capsys))
