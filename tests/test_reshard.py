@@ -288,6 +288,7 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     (step / "tokenizer" / "deep").mkdir(parents=True)
     (step / "tokenizer" / "deep" / "vocab.json").write_text("{}")
     (step / "__9_9.distcp").write_bytes(b"of another save")
+    (step / "elsewhere").symlink_to(tmp_path)
     with caplog.at_level(logging.WARNING):
         dcm.reshard(root, tmp_path / "out", dcm.ParallelLayout(), config=folder("common_0192"))
     assert sorted(contents(tmp_path / "out")) == [
@@ -301,6 +302,7 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
     assert "integrity.json tells checksums of the old files" in caplog.text
     assert "__9_9.distcp stays behind" in caplog.text
+    assert "elsewhere is a link to a directory" in caplog.text
     torch.save({"step": torch.tensor(8)}, root / "latest_train_state.pt")
     dcm.reshard(step, tmp_path / "older", dcm.ParallelLayout(), config=folder("common_0192"))
     assert (tmp_path / "older" / "latest_checkpointed_iteration.txt").read_text() == "7"
