@@ -203,7 +203,7 @@ def _cuts(
         of_weights[cut.name.removeprefix(found.prefix)].append(cut)
     by_name = {group[0].name: group for group in of_weights.values()}
     states = {name: split[1] for name in shapes if (split := split_state_key(name)) is not None}
-    prefix = model_prefix(states.values())
+    prefix = model_prefix(states.values()) or found.prefix
     for name, key in states.items():
         group = of_weights.get(key.removeprefix(prefix), [])
         if not group or group[0].global_shape != shapes[name]:
@@ -241,7 +241,9 @@ def _copy_beside(old: TorchDistCheckpoint, target: Path) -> None:
     """Copy what lies beside the shards: common state, small Hugging Face files, run configuration, and the like."""
     for path in sorted(old.directory.rglob("*")):
         relative = path.relative_to(old.directory)
-        if path.is_dir():
+        if path.is_symlink() and path.is_dir():
+            _LOG.warning("%s is a link to a directory: it stays behind", relative)
+        elif path.is_dir():
             (target / relative).mkdir()
         elif str(relative) in old.file_bytes or str(relative) == torch_dist.METADATA_FILE:
             continue

@@ -62,11 +62,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_conversions_under_a_hard_limit(large: Path, tmp_path: Path) -> None:
-    """Import, export and verify run within a fraction of the model's size, with more workers than cores."""
-    checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
+    """All that reads or writes models runs within a fraction of the model's size, with more workers than cores."""
+    checkpoint, cut, back = tmp_path / "checkpoint", tmp_path / "cut", tmp_path / "back"
     for command in (
         ("from-hf", large, checkpoint, "--tp", 4, "--workers", 4, "--no-sync"),
-        ("to-hf", checkpoint, back, "--workers", 4, "--no-sync"),
+        ("reshard", checkpoint, cut, "--tp", 2, "--workers", 4, "--no-sync"),
+        ("to-hf", cut, back, "--workers", 4, "--no-sync"),
         ("verify", checkpoint, large, "--workers", 4),
     ):
         done = limited(*command)

@@ -10,21 +10,28 @@ import logging
 import re
 import shutil
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Final
 
+import layouts
+import numpy as np
 import pytest
 import torch
 from command_line import run
 from genuine import GENUINE, folder, shards
 from hf_models import contents, random_model, saved
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_ranks import on_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import described, edited_metadata, load_in_own_shapes, load_tensors, read_metadata
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import FormatError, LayoutError, OutputError, TensorMismatchError
+from dist_ckpt_mistral.mapping import new_checkpoint_map
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 
 RESHARDABLE: Final = [case for case in GENUINE if case != "opt_dr_0161"]
@@ -115,6 +122,28 @@ def _require_whole(box: Any, chunks: list[Any], name: str) -> None:  # noqa: ANN
             assert inside, f"{name}: {low} to {high} cuts the chunk {offset} to {ends}"
 
 
+@settings(max_examples=50)
+@given(model=layouts.models(), more=st.integers(0, 300))
+def test_chunks_tile_tensors_and_serve_ranks(model: tuple[dcm.MistralConfig, dcm.ParallelLayout], more: int) -> None:
+    """Any layout, any padding: chunks cover every element once, and no rank needs a part of one."""
+    config, layout = model
+    table = tensor_table(config)
+    found = new_checkpoint_map(table)
+    padded = {stored.mcore_key for rule in table.rules if rule.padded_vocabulary for stored in found.stored(rule, None)}
+    shapes = {name: (size + more * (name in padded), *rest) for name, (size, *rest) in found.shapes().items()}
+    covered, chunks = {name: np.zeros(shape, int) for name, shape in shapes.items()}, defaultdict(list)
+    for cut in cuts(found, shapes, layout):
+        covered[cut.name][tuple(slice(a, a + b) for a, b in zip(cut.offset, cut.shape, strict=True))] += 1
+        chunks[cut.name].append((cut.offset, cut.shape))
+    assert all((count == 1).all() for count in covered.values())
+    for rank in range(layout.world_size):
+        at = layout.coordinates(rank)
+        for part in layout.model_chunks(table.num_layers, at.pp):
+            for held in layout.held_tensors(table, part, at):
+                for box in held.boxes:
+                    _require_whole(box, chunks[box.mcore_key], box.mcore_key)
+
+
 @pytest.mark.parametrize("case", [OPT, "opt_fsms_0140", "opt_fr_0192", "vpp_0161"])
 def test_there_and_back(case: str, tmp_path: Path) -> None:
     """Resharded and resharded back, a checkpoint has the files of one that went to the second layout at once."""
@@ -150,8 +179,8 @@ def test_an_import_stays_one(tmp_path: Path) -> None:
     assert {name: len(content) for name, content in contents(tmp_path / "out").items()}.keys() == sizes.keys()
 
 
-@pytest.mark.parametrize(("rows", "tp", "cuts"), [(512, 1, [0, 256]), (512, 2, [0, 128, 256]), (256, 4, [0, 128])])
-def test_vocabulary_padding_is_kept(rows: int, tp: int, cuts: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "tp", "starts"), [(512, 1, [0, 256]), (512, 2, [0, 128, 256]), (256, 4, [0, 128])])
+def test_vocabulary_padding_is_kept(rows: int, tp: int, starts: list[int], tmp_path: Path) -> None:
     """Rows that pad the vocabulary keep their values, be there more or fewer than the layout pads to."""
     stored = {key: tensor for key, tensor in load_tensors(shards("td_0192")).items() if "common_state" not in key}
     words = "embedding.word_embeddings.weight"
@@ -164,7 +193,7 @@ def test_vocabulary_padding_is_kept(rows: int, tp: int, cuts: list[int], tmp_pat
     dcm.reshard(tmp_path / "ckpt", tmp_path / "out", dcm.ParallelLayout(tp=tp), config=folder("td_0192"))
     assert described(load_tensors(tmp_path / "out")) == described(stored)
     metadata: Any = read_metadata(tmp_path / "out")
-    assert sorted(chunk.offsets[0] for chunk in metadata.state_dict_metadata[words].chunks) == cuts
+    assert sorted(chunk.offsets[0] for chunk in metadata.state_dict_metadata[words].chunks) == starts
 
 
 def test_ranks_reshard_together(tmp_path: Path) -> None:
@@ -259,6 +288,7 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     (step / "tokenizer" / "deep").mkdir(parents=True)
     (step / "tokenizer" / "deep" / "vocab.json").write_text("{}")
     (step / "__9_9.distcp").write_bytes(b"of another save")
+    (step / "elsewhere").symlink_to(tmp_path)
     with caplog.at_level(logging.WARNING):
         dcm.reshard(root, tmp_path / "out", dcm.ParallelLayout(), config=folder("common_0192"))
     assert sorted(contents(tmp_path / "out")) == [
@@ -272,6 +302,7 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
     assert "integrity.json tells checksums of the old files" in caplog.text
     assert "__9_9.distcp stays behind" in caplog.text
+    assert "elsewhere is a link to a directory" in caplog.text
     torch.save({"step": torch.tensor(8)}, root / "latest_train_state.pt")
     dcm.reshard(step, tmp_path / "older", dcm.ParallelLayout(), config=folder("common_0192"))
     assert (tmp_path / "older" / "latest_checkpointed_iteration.txt").read_text() == "7"
