@@ -25,6 +25,7 @@ DOWNWARDS: Final = (
     *("formats.pickle_records", "formats.torch_archive", "formats.torch_archive_writer", "formats.common_state"),
     *(
         "formats.stored_metadata",
+        "formats.metadata_pickle",
         "formats.torch_dist",
         "formats.torch_dist_writer",
         "formats.safetensors",

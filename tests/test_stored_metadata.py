@@ -27,7 +27,8 @@ from torch_reading import read_metadata as torch_reads
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
-from dist_ckpt_mistral.formats.stored_metadata import StoredMetadata, read_metadata
+from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
+from dist_ckpt_mistral.formats.stored_metadata import StoredMetadata
 
 #: (offset, shape, file, position, length) of a chunk.
 Row = tuple[tuple[int, ...], tuple[int, ...], str, int, int]
