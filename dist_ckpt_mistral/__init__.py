@@ -9,6 +9,7 @@
 
     config = dcm.MistralConfig.from_hf("hf_dir")       # on the training side, with Megatron
     state = dcm.sharded_state_dict(config, dcm.ParallelLayout(tp=2, pp=4), rank=3)
+    model = dcm.load_model("ckpt", layout=dcm.ParallelLayout(tp=2, pp=4))  # this rank's GPTModel, under torchrun
 
 Names are imported on first use, so that importing the package costs nothing and never imports Megatron or torch.
 """
@@ -32,12 +33,20 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint, open_checkpoint
+    from dist_ckpt_mistral.megatron.build_model import build_model
     from dist_ckpt_mistral.megatron.hf_metadata import add_hf_metadata
+    from dist_ckpt_mistral.megatron.load_model import load_model
+    from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
+    from dist_ckpt_mistral.megatron.runtime import initialize_megatron
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_table import KeyStyle
+    from dist_ckpt_mistral.pretrain_command import PretrainCommand, megatron_args
+    from dist_ckpt_mistral.reading.plan import ReadingPlan
+    from dist_ckpt_mistral.reading.planner import plan_reading
     from dist_ckpt_mistral.report import Report, inspect
+    from dist_ckpt_mistral.resharding import reshard
     from dist_ckpt_mistral.verify import Comparison, compare
 
 _HOME = {
@@ -53,15 +62,24 @@ _HOME = {
     "OutputError": "errors",
     "ParallelLayout": "model.parallel_layout",
     "PlanError": "errors",
+    "PretrainCommand": "pretrain_command",
+    "ReadingPlan": "reading.plan",
     "Report": "report",
     "TensorMismatchError": "errors",
     "UnsafePickleError": "errors",
     "UnsupportedModelError": "errors",
     "add_hf_metadata": "megatron.hf_metadata",
+    "build_model": "megatron.build_model",
     "compare": "verify",
     "from_hf": "convert",
+    "initialize_megatron": "megatron.runtime",
     "inspect": "report",
+    "load_model": "megatron.load_model",
+    "megatron_args": "pretrain_command",
     "open_checkpoint": "lazy_checkpoint",
+    "optimizer_state_dict": "megatron.optimizer_state",
+    "plan_reading": "reading.planner",
+    "reshard": "resharding",
     "sharded_state_dict": "megatron.sharded_state_dict",
     "to_hf": "convert",
 }
@@ -79,15 +97,24 @@ __all__ = [
     "OutputError",
     "ParallelLayout",
     "PlanError",
+    "PretrainCommand",
+    "ReadingPlan",
     "Report",
     "TensorMismatchError",
     "UnsafePickleError",
     "UnsupportedModelError",
     "add_hf_metadata",
+    "build_model",
     "compare",
     "from_hf",
+    "initialize_megatron",
     "inspect",
+    "load_model",
+    "megatron_args",
     "open_checkpoint",
+    "optimizer_state_dict",
+    "plan_reading",
+    "reshard",
     "sharded_state_dict",
     "to_hf",
 ]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
-from dist_ckpt_mistral import embedded
+from dist_ckpt_mistral import embedded, storage, strict_yaml
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import torch_dist
+from dist_ckpt_mistral.model.bridge_config import from_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import from_megatron_args
+
+#: Megatron-Bridge's configuration of a run, beside the shards (training/utils/checkpoint_utils.py, 0.1 to 0.7).
+RUN_CONFIG_FILE: Final = "run_config.yaml"
 
 
 def read_embedded(checkpoint: torch_dist.TorchDistCheckpoint) -> embedded.Embedded | None:
@@ -19,15 +24,22 @@ def read_embedded(checkpoint: torch_dist.TorchDistCheckpoint) -> embedded.Embedd
 def choose_config(
     checkpoint: torch_dist.TorchDistCheckpoint, given: MistralConfig | None, remembered: embedded.Embedded | None
 ) -> tuple[MistralConfig, str]:
-    """The configuration to go by, and where it is from: given, embedded by an import, or Megatron's own args."""
+    """The configuration to go by, and where it is from.
+
+    That is what was given, what an import embedded, Megatron-LM's own args, or Megatron-Bridge's run_config.yaml.
+    """
     if given is not None:
         return given, "the given configuration"
     if remembered is not None:
         return remembered.config, "the Hugging Face configuration inside the checkpoint"
     args = checkpoint.common_state.get("args")
-    if not isinstance(args, Mapping):
-        raise ConfigError(
-            f"{checkpoint.directory} holds neither a Hugging Face configuration nor Megatron's args. "
-            "Give the model's config.json with --config."
-        )
-    return from_megatron_args(args), "the args inside the checkpoint"
+    if isinstance(args, Mapping):
+        return from_megatron_args(args), "the args inside the checkpoint"
+    run_config = checkpoint.directory / RUN_CONFIG_FILE
+    if run_config.is_file():
+        content = strict_yaml.loads_object(storage.read_bytes(run_config), str(run_config))
+        return from_run_config(content, str(run_config)), f"{RUN_CONFIG_FILE} inside the checkpoint"
+    raise ConfigError(
+        f"{checkpoint.directory} holds neither a Hugging Face configuration nor Megatron's args nor {RUN_CONFIG_FILE}. "
+        "Give the model's config.json with --config."
+    )

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final
 
-from dist_ckpt_mistral.commands import demo, from_hf, inspect, to_hf, verify
+from dist_ckpt_mistral.commands import demo, from_hf, generate, inspect, megatron_args, plan, reshard, to_hf, verify
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
-_COMMANDS: Final = (from_hf, to_hf, inspect, verify, demo)
+_COMMANDS: Final = (from_hf, to_hf, plan, reshard, inspect, verify, generate, megatron_args, demo)
 _EXIT_INTERRUPTED: Final = 130
 
 
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=level)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=max(level, logging.WARNING))
+    logging.getLogger("dist_ckpt_mistral").setLevel(level)  # what other libraries note is not about what the user does
     signal.signal(signal.SIGTERM, _interrupt)  # so that an unpublished output is removed
     try:
         return _run(arguments)

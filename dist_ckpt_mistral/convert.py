@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral import dtypes, embedded, hub, storage, strict_json
+from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
 from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk
+from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
-from dist_ckpt_mistral.mapping import Ignored, new_checkpoint_map
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, new_checkpoint_map
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, RankCoordinates
-from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, TensorTable
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, ParamState, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import TargetFile
@@ -54,6 +55,7 @@ def to_hf(
     output: str | Path,
     *,
     config: str | Path | None = None,
+    weights: str = "model",
     dtype: str | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
     overwrite: bool = False,
@@ -64,16 +66,19 @@ def to_hf(
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
 
     ``config`` is a config.json or a directory with one (and with the tokenizer), for checkpoints that lost theirs.
-    ``dtype`` converts, else every tensor keeps its own. A checkpoint that ``from_hf`` wrote gives back the original
-    files, byte for byte. Raises DistCkptMistralError; then nothing is published.
+    ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
+    keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte. Raises
+    DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    state = _which_weights(weights)
 
     def prepare() -> tuple[ModelSource, FileSet, BytePlan]:
         require_weight_dtype(dtype)
         storage.require_apart(checkpoint, output)
         storage.require_writable(output, overwrite=overwrite or dry_run)
-        source = open_megatron(checkpoint, config=MistralConfig.from_hf(config) if config is not None else None)
+        given = MistralConfig.from_hf(config) if config is not None else None
+        source = open_megatron(checkpoint, config=given, state=state)
         file_set = _hf_files(source, dtype, max_file_bytes)
         return source, file_set, source.plan_into(file_set.tensor_index(output))
 
@@ -101,6 +106,14 @@ def to_hf(
     )
 
 
+def _which_weights(weights: str) -> ParamState:
+    """The state of the parameters that an option calls ``model`` or ``master``."""
+    states = {"model": ParamState.WEIGHTS, "master": ParamState.MASTER}
+    if weights not in states:
+        raise ConfigError(f"weights={weights!r} is not supported: expected one of {', '.join(states)}")
+    return states[weights]
+
+
 def _hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
     """The files to write: the original ones where they still fit the tensors, else as ``save_pretrained`` would."""
     stored = {tensor.hf_name: (dtype or source.dtype_of(tensor), tensor.shape) for tensor in source.tensors}
@@ -123,7 +136,7 @@ def _write_hf_assets(staging: Path, source: ModelSource, files: FileSet, assets:
     for path in carried:
         if path.name != hf_directory.CONFIG_FILE:
             storage.copy_file(path, staging / path.name)
-    if not any("tokenizer" in path.name or path.name.startswith("tekken") for path in carried):
+    if not any(hf_directory.is_tokenizer_file(path.name) for path in carried):
         _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
     index_json = files.index_json()
     if index_json is not None:
@@ -176,11 +189,12 @@ def from_hf(
         storage.require_apart(directory, output)
         source = open_hf(directory)
         layout.check(source.config)
-        _require_equal_aliases(source)
+        require_equal_aliases(source)
         new = new_checkpoint_map(source.table)
         links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
-        chunks = _chunks(source, links, layout, dtype)
-        written = torch_dist_writer.lay_out(chunks, _extra_states(source.table), num_files=layout.world_size)
+        objects = [NewObject.empty(_extra_states(source.table))]
+        chunks = _chunks(source, new, links, layout, dtype)
+        written = torch_dist_writer.lay_out(chunks, objects, num_files=layout.world_size)
         return source, written, plan_gather(source.index, written.index(step), links)
 
     source, written, plan = ranks.each(prepare)
@@ -208,7 +222,7 @@ def from_hf(
     )
 
 
-def _require_equal_aliases(source: ModelSource) -> None:
+def require_equal_aliases(source: ModelSource) -> None:
     """A file may hold a tied tensor twice, under both names: then both must be the same, for only one is kept."""
     for tensor in source.tensors:
         if tensor.is_alias:
@@ -221,28 +235,19 @@ def _require_equal_aliases(source: ModelSource) -> None:
 
 
 def _chunks(
-    source: ModelSource, links: Sequence[Link], layout: ParallelLayout, dtype: str | None
+    source: ModelSource, new: CheckpointMap, links: Sequence[Link], layout: ParallelLayout, dtype: str | None
 ) -> Iterator[NewChunk]:
     """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
     stored_dtype = {link.target: source.index.tensors[link.source].dtype for link in links}
-    for rank in range(layout.world_size):
-        at: RankCoordinates = layout.coordinates(rank)
-        for chunk in layout.model_chunks(source.table.num_layers, at.pp):
-            for held in layout.held_tensors(source.table, chunk, at):
-                for box in held.boxes if held.is_main_replica else ():
-                    shape, global_shape = box.shape, box.global_shape
-                    if held.rule.padded_vocabulary:
-                        global_shape = held.rule.shape
-                        shape = (min(shape[0], global_shape[0] - box.global_offset[0]), *shape[1:])
-                    if shape[0] > 0:
-                        yield NewChunk(
-                            mcore_key=box.mcore_key,
-                            dtype=dtype or stored_dtype[box.mcore_key],
-                            global_shape=global_shape,
-                            offset=box.global_offset,
-                            shape=shape,
-                            file=rank,
-                        )
+    for cut in cuts(new, new.shapes(), layout):
+        yield NewChunk(
+            mcore_key=cut.name,
+            dtype=dtype or stored_dtype[cut.name],
+            global_shape=cut.global_shape,
+            offset=cut.offset,
+            shape=cut.shape,
+            file=cut.rank,
+        )
 
 
 def _extra_states(table: TensorTable) -> list[str]:

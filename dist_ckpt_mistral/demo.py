@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
-import importlib.util
 import json
 import logging
 import os
@@ -14,26 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral import convert, verify
+from dist_ckpt_mistral import convert, libraries, verify
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import torch_dist
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.report import human_bytes
 
-#: Module -> the package that brings it.
-_NEEDED: Final[Mapping[str, str]] = {
-    "torch": "torch",
-    "megatron.core": "megatron-core",
-    "transformers": "transformers",
-    "safetensors": "safetensors",
-    "mistral_common": "mistral-common",
-}
+#: What the demo needs beyond this package.
+_NEEDED: Final = ("torch", "megatron.core", "transformers", "safetensors", "mistral_common")
 #: Mistral's proportions in small: grouped queries, and heads whose dimension is not hidden / heads.
 _SIZES: Final = {
     "hidden_size": 64,
@@ -61,7 +53,7 @@ def run(keep: Path | None, say: Say) -> None:
 
     Raises DistCkptMistralError if a package is missing or anything does not come out as it must.
     """
-    _require_packages()
+    libraries.require("the demo", *_NEEDED, extra="demo")
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise OutputError(f"{keep} is not an empty directory. Give --keep the name of a new one.")
     versions = ", ".join(map(_with_version, ("megatron-core", "torch", "transformers")))
@@ -141,34 +133,14 @@ def _with_version(package: str) -> str:
     return package
 
 
-def _require_packages() -> None:
-    missing = [package for module, package in _NEEDED.items() if not _is_installed(module)]
-    if missing:
-        raise DistCkptMistralError(
-            f"the demo needs {', '.join(missing)}, not installed here. Run: pip install 'dist-ckpt-mistral[demo]'"
-        )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the notes and warnings of libraries, and keep them off the network."""
+    """Hold back all notes and warnings, our own too, and keep libraries off the network."""
     offline = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import transformers  # noqa: PLC0415  (slow, and reads the environment)
-
-            transformers.utils.logging.set_verbosity_error()
-            transformers.utils.logging.disable_progress_bar()
+        with libraries.quiet():
             yield
     finally:
         logging.disable(logging.NOTSET)

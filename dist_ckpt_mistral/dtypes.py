@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dist_ckpt_mistral.errors import FormatError
 
 #: torch name (without ``torch.``) -> (name in safetensors 0.8, size in bytes).
@@ -25,6 +27,13 @@ _FROM_SAFETENSORS = {name: dtype for dtype, (name, _) in _TABLE.items()}
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 #: All torch names that this package can store.
 KNOWN_DTYPES = tuple(_TABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchDtype:
+    """Stands for torch's own dtype object in what is to be pickled: ``TorchDtype("bfloat16")`` for torch.bfloat16."""
+
+    name: str
 
 
 def itemsize_bytes(dtype: str) -> int:

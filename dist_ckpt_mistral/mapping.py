@@ -7,17 +7,22 @@ model is there with the right shape; else all problems are reported together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.model.tensor_table import (
     HfTensor,
     KeyStyle,
+    ParamState,
     StoredRows,
     TensorRule,
     TensorTable,
+    flat_state,
     model_prefix,
+    split_state_key,
+    state_key,
     why_hf_ignored,
     why_ignored,
 )
@@ -29,28 +34,55 @@ Ignored = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMap:
-    """How a checkpoint spells the tensors of a table: its prefix, its key style, and the key it uses for every rule."""
+    """How a checkpoint spells the tensors of a table: its prefix, its key style, and the key it uses for every rule.
+
+    The same for the weights and for every other ``state`` of the parameters: ``states`` gives the stored names of those
+    by their parameters' keys.
+    """
 
     table: TensorTable
     prefix: str = ""
     style: KeyStyle = KeyStyle.STACKED
     keys: Mapping[TensorRule, str]
+    state: ParamState = ParamState.WEIGHTS
+    states: Mapping[str, str] = field(default_factory=dict)
     ignored: Ignored = ()
 
     def stored(self, rule: TensorRule, layer: int | None) -> tuple[StoredRows, ...]:
         """Where the rows of one tensor lie, under keys without the prefix."""
         return self.table.stored(rule, layer, self.style, self.keys[rule])
 
+    def stored_name(self, mcore_key: str) -> str:
+        """What the checkpoint calls the tensor that the table spells ``mcore_key``."""
+        key = self.prefix + mcore_key
+        if self.state is ParamState.WEIGHTS or key in self.states:
+            return self.states.get(key, key)
+        return state_key(key, self.state.value[0])  # the name of what is missing
+
+    def spelling(self, rule: TensorRule, layer: int | None) -> dict[str, str]:
+        """What the checkpoint calls the tensors of one layer, by the keys that layouts have for them."""
+        keys = (stored.mcore_key for stored in self.table.stored(rule, layer, self.style))
+        return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, layer)), strict=True))
+
     def names(self) -> list[str]:
-        """Every stored tensor that holds weights, as the checkpoint spells it."""
+        """Every stored tensor that holds this state of the parameters, as the checkpoint spells it."""
         return list(
             dict.fromkeys(
-                self.prefix + stored.mcore_key
+                self.stored_name(stored.mcore_key)
                 for rule in self.table.rules
                 for layer in self.table.layers_of(rule)
                 for stored in self.stored(rule, layer)
             )
         )
+
+    def shapes(self) -> dict[str, Shape]:
+        """Every such tensor and the least shape that it must have: without vocabulary padding."""
+        return {
+            self.stored_name(stored.mcore_key): stored.global_shape
+            for rule in self.table.rules
+            for layer in self.table.layers_of(rule)
+            for stored in self.stored(rule, layer)
+        }
 
     def key_of(self, tensor: HfTensor) -> str:
         """The stored tensor that holds the first row of a Hugging Face tensor."""
@@ -63,7 +95,7 @@ class CheckpointMap:
         origin = (0,) * len(columns)
         return [
             Link(
-                source=self.prefix + rows_of.mcore_key,
+                source=self.stored_name(rows_of.mcore_key),
                 source_offset=(*rows_of.index, mcore_row - rows_of.first_row, *origin),
                 target=tensor.hf_name,
                 target_offset=(hf_row, *origin),
@@ -81,27 +113,26 @@ def new_checkpoint_map(table: TensorTable) -> CheckpointMap:
 
 
 def match_checkpoint(
-    table: TensorTable, tensors: Mapping[str, Shape], objects: Iterable[str], where: str
+    table: TensorTable,
+    tensors: Mapping[str, Shape],
+    objects: Iterable[str],
+    where: str,
+    state: ParamState = ParamState.WEIGHTS,
 ) -> CheckpointMap:
     """Match the stored ``tensors`` (key -> global shape in elements) and ``objects`` (keys) against the table.
 
-    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
+    ``state`` says which of the tensors that belong to a parameter to look for. Raises TensorMismatchError that lists
+    every missing, unknown and misshapen tensor, or says which format it is that does not hold ``state`` readably.
     """
-    prefix = model_prefix(tensors)
-    present = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
+    objects = tuple(objects)
+    states = {} if state is ParamState.WEIGHTS else _states(state, tensors, objects, where)
+    by_key = {key: tensors[name] for key, name in states.items()} or tensors
+    prefix = model_prefix(by_key)
+    present = {key.removeprefix(prefix) for key in by_key if key.startswith(prefix)}
     style, keys = _spelling(table, present)
-    found = CheckpointMap(table=table, prefix=prefix, style=style, keys=keys)
+    found = CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, state=state, states=states)
     problems = [*_missing(found, tensors), *_misshapen(found, tensors)]
-    used = set(found.names())
-    ignored, unknown = [], []
-    for key in tensors:
-        if key in used:
-            continue
-        reason = why_ignored(key, prefix)
-        if reason is None:
-            unknown.append(f"{key} {list(tensors[key])}")
-        else:
-            ignored.append((key, reason))
+    ignored, unknown = _left(found, tensors)
     if unknown:
         problems.append(f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}")
     if problems:
@@ -110,7 +141,67 @@ def match_checkpoint(
             "Check that the configuration belongs to this checkpoint."
         )
     ignored += [(key, why_ignored(key, prefix) or "not a tensor") for key in objects]
-    return CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, ignored=tuple(ignored))
+    return replace(found, ignored=tuple(ignored))
+
+
+def _left(found: CheckpointMap, tensors: Mapping[str, Shape]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The tensors that are not in ``found``: those to leave, with the reason, and those that nothing explains."""
+    used, states = set(found.names()), set(found.states.values())
+    ignored, unknown = [], []
+    for name in tensors:
+        reason = None if name in states else why_ignored(name, found.prefix)
+        if reason is None and found.state is not ParamState.WEIGHTS and name not in states:
+            reason = "weights in the precision of training"
+        if reason is not None:
+            ignored.append((name, reason))
+        elif name not in used:
+            unknown.append(f"{name} {list(tensors[name])}")
+    return ignored, unknown
+
+
+def _states(state: ParamState, tensors: Iterable[str], objects: Iterable[str], where: str) -> dict[str, str]:
+    """The stored names of a state of the parameters, by the parameters' keys. Raises if there are none, or twice."""
+    names: dict[str, str] = {}
+    for name in tensors:
+        called, key = split_state_key(name) or ("", "")
+        if called in state.value:
+            if key in names:
+                raise TensorMismatchError(
+                    f"{where} holds {state.name} of {key!r} twice: as {names[key]!r} and {name!r}"
+                )
+            names[key] = name
+    if not names:
+        raise TensorMismatchError(_why_absent(state, [*tensors, *objects], where))
+    return names
+
+
+_CALLED: Final = {
+    ParamState.MASTER: "master weights",
+    ParamState.EXP_AVG: "first moments (exp_avg)",
+    ParamState.EXP_AVG_SQ: "second moments (exp_avg_sq)",
+}
+
+
+def _why_absent(state: ParamState, names: Iterable[str], where: str) -> str:
+    """Why a checkpoint of these stored entries does not hold a state of the parameters, and what to do."""
+    what = f"{where} holds no {_CALLED[state]} that can be read"
+    flat = sorted({name for name in map(flat_state, names) if name is not None})
+    if flat:
+        return f"{what}: {FLAT_STATE_ADVICE.format(name=flat[0])}"
+    if any(map(split_state_key, names)):
+        kept = (
+            "its optimizer keeps none, as where a model is trained in float32: then the weights are the master weights"
+        )
+        return f"{what}: {kept}."
+    return f"{what}: it has no optimizer state. Give a checkpoint that training saved with its optimizer."
+
+
+#: What optimizer state in flat buffers is, and what can be done (Megatron-LM training/checkpointing.py, 0.15 to 0.19).
+FLAT_STATE_ADVICE: Final = (
+    "its optimizer state is in the format {name}, flat buffers whose layout only a run of the same tensor and pipeline "
+    "parallelism knows. Resume once in Megatron at that parallelism and save with --dist-ckpt-optim-fully-reshardable "
+    "(Megatron-LM 0.15 or newer), or go on with the weights alone."
+)
 
 
 def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[TensorRule, str]]:
@@ -139,11 +230,11 @@ def _misshapen(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
     for rule in found.table.rules:
         for layer in found.table.layers_of(rule):
             for stored in found.stored(rule, layer):
-                shape = tensors.get(found.prefix + stored.mcore_key)
+                name = found.stored_name(stored.mcore_key)
+                shape = tensors.get(name)
                 if shape is not None and not _fits(shape, stored.global_shape, rule):
                     least = "at least " if rule.padded_vocabulary else ""
-                    name, expected = found.prefix + stored.mcore_key, list(stored.global_shape)
-                    problems[name] = f"shape of {name}: expected {least}{expected}, got {list(shape)}"
+                    problems[name] = f"shape of {name}: expected {least}{list(stored.global_shape)}, got {list(shape)}"
     return list(problems.values())
 
 

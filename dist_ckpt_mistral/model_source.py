@@ -17,7 +17,7 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
+from dist_ckpt_mistral.model.tensor_table import HfTensor, ParamState, TensorTable, tensor_table
 
 _LOG = logging.getLogger(__name__)
 
@@ -104,10 +104,13 @@ def _identity(tensor: HfTensor) -> Link:
     )
 
 
-def open_megatron(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
+def open_megatron(
+    path: Path, *, config: MistralConfig | None = None, state: ParamState = ParamState.WEIGHTS
+) -> ModelSource:
     """Open a torch_dist checkpoint (root or iteration).
 
-    The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``.
+    The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``. ``state`` may
+    pick another tensor than the weights that training kept for every parameter, such as the master weights.
     """
     checkpoint = torch_dist.open_torch_dist(path)
     where = str(checkpoint.directory)
@@ -115,7 +118,7 @@ def open_megatron(path: Path, *, config: MistralConfig | None = None) -> ModelSo
     config, config_from = choose_config(checkpoint, config, remembered)
     table = tensor_table(config)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
-    found = match_checkpoint(table, shapes, checkpoint.objects, where)
+    found = match_checkpoint(table, shapes, checkpoint.objects, where, state)
     tensors = _described(table, remembered)
     folder = checkpoint.directory / embedded.ASSETS_FOLDER
     return ModelSource(
@@ -146,9 +149,8 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
     for rule in table.rules:
         if rule.padded_vocabulary:
             stored = found.stored(rule, None)[0]
-            rows = shapes[found.prefix + stored.mcore_key][0]
+            name = found.stored_name(stored.mcore_key)
+            rows = shapes[name][0]
             if rows > rule.shape[0]:
-                padded.append(
-                    (f"{found.prefix}{stored.mcore_key}[{rule.shape[0]}:{rows}]", "rows that pad the vocabulary")
-                )
+                padded.append((f"{name}[{rule.shape[0]}:{rows}]", "rows that pad the vocabulary"))
     return tuple(padded)

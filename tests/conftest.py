@@ -22,6 +22,7 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 _WORKER = Path(__file__).with_name("megatron_ranks.py")
+_MEGATRON_LM_WORKER = Path(__file__).with_name("megatron_lm_ranks.py")
 
 #: One launch: (number of ranks, {name of a job: its task and arguments}) -> per rank {name of a job: its result}.
 LaunchRanks = Callable[[int, Mapping[str, Mapping[str, Any]]], list[dict[str, Any]]]
@@ -41,8 +42,23 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
     return launch
 
 
+@pytest.fixture(scope="session")
+def launch_megatron_lm(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
+    """The same on ranks of megatron_lm_ranks.py, which run Megatron-LM's own training code."""
+
+    def launch(world_size: int, jobs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return _launch(world_size, jobs, tmp_path_factory.mktemp("ranks"), worker=_MEGATRON_LM_WORKER)
+
+    return launch
+
+
 def _launch(
-    world_size: int, jobs: Mapping[str, Mapping[str, Any]], folder: Path, timeout_s: float = 570
+    world_size: int,
+    jobs: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    *,
+    worker: Path = _WORKER,
+    timeout_s: float = 570,
 ) -> list[dict[str, Any]]:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {
@@ -51,6 +67,7 @@ def _launch(
         "MASTER_PORT": str(_free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
         "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron.training insists
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
@@ -60,7 +77,7 @@ def _launch(
             with (folder / f"rank{rank}.log").open("wb") as log:
                 ranks.append(
                     subprocess.Popen(
-                        [sys.executable, _WORKER, folder],
+                        [sys.executable, worker, folder],
                         env=environment | {"RANK": str(rank)},
                         stdout=log,
                         stderr=subprocess.STDOUT,

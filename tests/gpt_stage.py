@@ -28,6 +28,21 @@ _STYLE_METADATA: Final = {
 }
 
 
+def set_parallel_state(layout: ParallelLayout, **options: object) -> None:
+    """Have Megatron lay out the ranks of the process group."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        order=layout.order,
+        **options,
+    )
+
+
 class Stage:
     """A rank's real model: one GPTModel for each of its model chunks, in bfloat16 as Float16Module makes it."""
 
@@ -103,12 +118,6 @@ class Stage:
 
 
 def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> TransformerConfig:
-    uneven = {}
-    if layout.pp_layers is not None:
-        uneven = {
-            "num_layers_in_first_pipeline_stage": layout.pp_layers[0],
-            "num_layers_in_last_pipeline_stage": layout.pp_layers[-1],
-        }
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -123,15 +132,13 @@ def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> Transf
         params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16,
         bf16=True,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
         use_cpu_initialization=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        **uneven,
+        # Megatron's own attention refuses context parallelism, which does not change what weights a rank holds.
+        **layout.transformer_config_fields() | {"context_parallel_size": 1},
     )
 
 

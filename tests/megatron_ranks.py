@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +17,11 @@ from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from gpt_stage import HfTensors, Stage, hf_rows
-from megatron.core import dist_checkpointing, parallel_state
+from gpt_optimizer import CONTENT, Optimizer
+from gpt_stage import HfTensors, Stage, hf_rows, set_parallel_state
+from inference_tasks import run_command, run_model
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
@@ -26,12 +30,16 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from safetensors.torch import load_file
+from torch_reading import load_tensors
 
 from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensor, add_hf_metadata
+from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
 from dist_ckpt_mistral.model.tensor_table import KeyStyle
+from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.resharding import reshard
 
 
 def compare_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str) -> dict[str, Any]:
@@ -47,15 +55,15 @@ def compare_entries(*, config: dict[str, Any], layout: dict[str, Any], style: st
     live = stage.sharded_state_dict(key_style)
     made = sharded_state_dict(model_config, model_layout, dist.get_rank(), data=stage.state_dict(), style=key_style)
     annotated = add_hf_metadata(live, model_config)
-    before = _difference(_described(live), _described(made)) + _difference(_described(annotated), _described(made))
+    before = difference(described(live), described(made)) + difference(described(annotated), described(made))
     for each in (live, made, annotated):
         apply_factories(each)
     entries = [entry for _, entry in _flat(annotated) if isinstance(entry, HfShardedTensor)]
     return {
-        "entries": len(_described(live)),
+        "entries": len(described(live)),
         "different": before
-        + _difference(_described(live), _described(made))
-        + _difference(_with_names(annotated), _with_names(made)),
+        + difference(described(live), described(made))
+        + difference(_with_names(annotated), _with_names(made)),
         "wrong_rows": [entry.key for entry in entries if _hf_elems(entry, tensors) is None],
         "hf_elems": sum(_hf_elems(entry, tensors) or 0 for entry in entries if is_main_replica(entry.replica_id)),
     }
@@ -69,7 +77,7 @@ def _flat(state: object, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, state
 
 
-def _described(state: dict[str, Any]) -> dict[str, str]:
+def described(state: dict[str, Any]) -> dict[str, str]:
     """Everything that Megatron knows of every entry."""
     return {path: _description(entry) for path, entry in _flat(state)}
 
@@ -94,7 +102,8 @@ def _with_names(state: dict[str, Any]) -> dict[str, str]:
     return {path: repr(entry.hf_parts) for path, entry in _flat(state) if isinstance(entry, HfShardedTensor)}
 
 
-def _difference(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
+def difference(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
+    """What one side says and the other does not."""
     return [
         f"{path}: expected {expected.get(path)}, got {actual.get(path)}"
         for path in sorted(expected.keys() | actual.keys())
@@ -148,11 +157,11 @@ def save_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, 
     return {"asked_before": asked_before, "asked": asked, "main": [each for each in main if "_extra" not in each]}
 
 
-def _save(state: dict[str, Any], to: str) -> None:
+def _save(state: dict[str, Any], to: str, **options: Any) -> None:  # noqa: ANN401  (of Megatron's save)
     if dist.get_rank() == 0:
         Path(to).mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state, to)
+    dist_checkpointing.save(state, to, **options)
 
 
 def load_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, at: str) -> list[str]:
@@ -173,6 +182,104 @@ def load_into_model(*, config: dict[str, Any], layout: dict[str, Any], style: st
     return stage.differences(_hf_tensors(hf))
 
 
+def save_training(
+    *, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, distributed: bool, to: str | None
+) -> dict[str, Any]:
+    """Step a real optimizer over a real model, and save both; compare the factory's entries with Megatron's.
+
+    Entries of the factory have no data yet; what they are is compared, before and after factories are applied.
+    """
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    stage = Stage(model_config, model_layout)
+    stage.fill(_hf_tensors(hf))
+    optimizer = Optimizer(stage, distributed=distributed)
+    weights = stage.sharded_state_dict(key_style)
+    live = optimizer.sharded_state_dict(weights)
+    made = optimizer_state_dict(model_config, model_layout, dist.get_rank(), distributed=distributed, style=key_style)
+    names = [entry.hf_names for _, entry in _flat(_applied(made)) if isinstance(entry, ShardedTensor)]
+    different = _both_ways(_undated(live), _undated(made))
+    different += _both_ways(_undated(_applied(live)), _undated(_applied(made)))
+    if to is not None:
+        state = {"model": weights, "optimizer": live, "iteration": 7, "checkpoint_version": 3.0}
+        _save(state, to, content_metadata=dict(CONTENT) if distributed else {})
+    return {"entries": len(_undated(live)), "different": different, "names": names}
+
+
+def _applied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a state dict whose factories are applied."""
+    copy = dict_list_map_outplace(lambda entry: entry, state)
+    apply_factories(copy)
+    applied: dict[str, Any] = copy
+    return applied
+
+
+def _undated(state: dict[str, Any]) -> list[str]:
+    """Everything that Megatron knows of every tensor, but for its place in the state dict and its values."""
+    fields = (
+        "key dtype local_shape global_shape global_offset axis_fragmentations replica_id prepend_axis_num "
+        "allow_shape_mismatch flattened_range"
+    )
+    kinds = {ShardedTensor: fields, ShardedTensorFactory: "key replica_id flattened_range"}
+    return sorted(
+        repr([(name, getattr(entry, name)) for name in kinds[kind].split()])
+        for _, entry in _flat(state)
+        for kind in kinds
+        if isinstance(entry, kind)
+    )
+
+
+def _both_ways(expected: list[str], actual: list[str]) -> list[str]:
+    return [f"missing: {each}" for each in (Counter(expected) - Counter(actual)).elements()] + [
+        f"unexpected: {each}" for each in (Counter(actual) - Counter(expected)).elements()
+    ]
+
+
+def reshard_checkpoint(*, hf: str, layout: dict[str, Any], at: str, to: str, target: dict[str, Any]) -> dict[str, Any]:
+    """Reshard as the ranks of one job, as under torchrun."""
+    del layout
+    done = reshard(at, to, _layout(target), config=hf, ranks=from_environment())
+    return {"num_tensors": done.num_tensors}
+
+
+def load_training(
+    *, config: dict[str, Any], layout: dict[str, Any], style: str, distributed: bool, at: str, true: str
+) -> dict[str, Any]:
+    """Load weights and optimizer with the factory's entries and with a real optimizer's; tell what is not as ``true``.
+
+    ``true`` is another checkpoint of the same training, which torch's own DCP reads.
+    """
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    expected, rank = load_tensors(Path(true)), dist.get_rank()
+    factory = {
+        "model": sharded_state_dict(model_config, model_layout, rank, style=key_style),
+        "optimizer": optimizer_state_dict(model_config, model_layout, rank, distributed=distributed, style=key_style),
+    }
+    stage = _nan_filled(model_config, model_layout)
+    weights = stage.sharded_state_dict(key_style)
+    own = Optimizer(stage, distributed=distributed).sharded_state_dict(weights, is_loading=True)
+    real = {"model": weights, "optimizer": own}
+    return {
+        name: _loaded_wrongly(_applied(state), at, expected)
+        for name, state in {"factory": factory, "real": real}.items()
+    }
+
+
+def _loaded_wrongly(state: dict[str, Any], at: str, expected: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Load as Megatron does; how many tensors that were, and which of them hold other values than ``expected``."""
+    entries = {path: entry for path, entry in _flat(state) if isinstance(entry, ShardedTensor)}
+    boxes = {path: (entry.key, entry.global_offset, entry.local_shape) for path, entry in entries.items()}
+    loaded = dict(_flat(dist_checkpointing.load(state, at)))
+    wrong = []
+    for path, (key, offset, shape) in boxes.items():
+        extents = (*(1,) * (len(offset) - len(shape)), *shape)
+        true = expected[key][tuple(slice(low, low + size) for low, size in zip(offset, extents, strict=True))]
+        found = loaded[path].detach()
+        found = found[: true.shape[len(offset) - len(shape)]]  # rows that only pad the vocabulary are not stored
+        if found.dtype != true.dtype or not torch.equal(found, true.reshape(found.shape)):
+            wrong.append(f"{key} at {offset}")
+    return {"tensors": len(boxes), "wrong": wrong}
+
+
 @torch.no_grad()
 def _nan_filled(config: MistralConfig, layout: ParallelLayout) -> Stage:
     stage = Stage(config, layout)
@@ -185,9 +292,12 @@ def _arguments(
     config: dict[str, Any], layout: dict[str, Any], style: str
 ) -> tuple[MistralConfig, ParallelLayout, KeyStyle]:
     """Turn JSON arguments into records."""
+    return MistralConfig.from_hf(config), _layout(layout), KeyStyle[style]
+
+
+def _layout(layout: dict[str, Any]) -> ParallelLayout:
     pp_layers = layout.get("pp_layers")
-    parallel = ParallelLayout(**layout | {"pp_layers": pp_layers and tuple(pp_layers)})
-    return MistralConfig.from_hf(config), parallel, KeyStyle[style]
+    return ParallelLayout(**layout | {"pp_layers": pp_layers and tuple(pp_layers)})
 
 
 def _hf_tensors(path: str) -> HfTensors:
@@ -204,7 +314,11 @@ def _pretend_cuda() -> None:
 
 
 _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
-    task.__name__: task for task in (compare_entries, save_model, save_entries, load_entries, load_into_model)
+    task.__name__: task
+    for task in (
+        *(compare_entries, save_model, save_entries, load_entries, load_into_model),
+        *(save_training, reshard_checkpoint, load_training, run_model, run_command),
+    )
 }
 
 
@@ -217,8 +331,7 @@ def main(folder: Path) -> None:
         print("job", name, flush=True)  # noqa: T201  (into the rank's log, which a failure shows)
         task, layout = job.pop("task"), job["layout"]
         if layout != current:
-            parallel_state.destroy_model_parallel()
-            parallel_state.initialize_model_parallel(layout.get("tp", 1), layout.get("pp", 1), layout.get("vpp"))
+            set_parallel_state(_layout(layout))
             current = layout
         results[name] = _TASKS[task](**job)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

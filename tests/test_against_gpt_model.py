@@ -31,36 +31,55 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-pp2-vpp4": {"tp": 2, "pp": 2, "vpp": 4},
     "tp2-pp3,5": {"tp": 2, "pp": 2, "pp_layers": [3, 5]},
     "pp1,3,3,1": {"pp": 4, "pp_layers": [1, 3, 3, 1]},
+    "cp2-tp2": {"cp": 2, "tp": 2, "order": "cp-tp-dp-pp"},
+    "pp2-dp2-last": {"pp": 2, "dp": 2, "order": "tp-cp-ep-pp-dp"},
+    "tp2-pp2-vpp2-first2": {"tp": 2, "pp": 2, "vpp": 2, "num_layers_in_first_pipeline_stage": 2},
+    "tp2-pp2-vpp5": {
+        "tp": 2,
+        "pp": 2,
+        "vpp": 5,
+        "account_for_embedding_in_pipeline_split": True,
+        "account_for_loss_in_pipeline_split": True,
+    },
+    "tp2-standalone-ends": {"tp": 2, "pp": 2, "pipeline_model_parallel_layout": "E|t|(tt|)*2,t*3|L"},
 }
-#: Layout, whether embeddings are tied, and key style.
+#: What differs from the model that is not named; of the last one, tensor parallelism also cuts the groups.
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "2-groups": {"num_key_value_heads": 2},
+}
+#: Layout, model and key style.
 CASES = {
-    f"{layout}{'-tied' * tied}-{style.lower()}": (layout, tied, style)
-    for layout, tied, style in [
-        *((layout, tied, "STACKED") for layout in LAYOUTS for tied in (False, True)),
-        *(("tp2-pp2", False, style) for style in ("PER_LAYER", "SINGLETON")),
-        *(("tp2-pp2-vpp4", True, style) for style in ("PER_LAYER", "SINGLETON")),
+    f"{layout}-{model}-{style.lower()}": (layout, model, style)
+    for layout, model, style in [
+        *((layout, model, "STACKED") for layout in LAYOUTS for model in ("untied", "tied")),
+        *(("tp2-pp2", "untied", style) for style in ("PER_LAYER", "SINGLETON")),
+        *(("tp2-pp2-vpp4", "tied", style) for style in ("PER_LAYER", "SINGLETON")),
+        ("tp4", "2-groups", "STACKED"),
     ]
 }
-
-
+#: The layouts into which each model is loaded from what from_hf made.
+LOADS = {"untied": tuple(LAYOUTS), "tied": tuple(LAYOUTS), "2-groups": ("tp4",)}
 #: What from_hf is told about cutting a checkpoint.
 CUTS: dict[str, dict[str, int]] = {"uncut": {}, "cut-tp4-pp2": {"tp": 4, "pp": 2, "iteration": 7}}
 
 
 @torch.no_grad()
-def save_hf(folder: Path, *, tied: bool) -> Path:
+def save_hf(folder: Path, differs: dict[str, Any]) -> Path:
     """Save a small Mistral model in several files, with values that tell every row apart."""
-    config = MistralConfig(
-        vocab_size=250,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=6,
-        sliding_window=None,
-        tie_word_embeddings=tied,
-    )
+    sizes = {
+        "vocab_size": 250,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 6,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    }
+    config = MistralConfig(**sizes | differs)
     model = MistralForCausalLM(config).bfloat16()
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -70,38 +89,38 @@ def save_hf(folder: Path, *, tied: bool) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The Hugging Face directory of an untied and of a tied model."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The Hugging Face directory of every model."""
     folder = tmp_path_factory.mktemp("hf")
-    return {tied: save_hf(folder / f"tied_{tied}", tied=tied) for tied in (False, True)}
+    return {name: save_hf(folder / name, differs) for name, differs in MODELS.items()}
 
 
 @pytest.fixture(scope="module")
 def results(
-    launch_ranks: LaunchRanks, models: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory
+    launch_ranks: LaunchRanks, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """What every rank says to every job of this module."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
-    def job(task: str, layout: str, *, tied: bool, style: str = "STACKED", **more: str) -> dict[str, Any]:
-        config = json.loads((models[tied] / "config.json").read_text())
-        hf = str(models[tied])
+    def job(task: str, layout: str, model: str, style: str = "STACKED", **more: str) -> dict[str, Any]:
+        config = json.loads((models[model] / "config.json").read_text())
+        hf = str(models[model])
         return {"task": task, "config": config, "layout": LAYOUTS[layout], "style": style, "hf": hf, **more}
 
-    jobs = {
-        name: job("compare_entries", layout, tied=tied, style=style) for name, (layout, tied, style) in CASES.items()
-    }
-    for tied, directory in models.items():
+    jobs = {name: job("compare_entries", layout, model, style) for name, (layout, model, style) in CASES.items()}
+    for model, directory in models.items():
         for name, cut in CUTS.items():
-            root = folder / f"{name}-{tied}"
+            root = folder / f"{name}-{model}"
             from_hf(directory, root, **cut)  # type: ignore[arg-type]  # these are all int
             at = str(root / ("iter_0000007" if "iteration" in cut else "release"))
-            jobs |= {f"{name} {tied} {layout}": job("load_into_model", layout, tied=tied, at=at) for layout in LAYOUTS}
+            jobs |= {
+                f"{name} {model} {layout}": job("load_into_model", layout, model, at=at) for layout in LOADS[model]
+            }
     jobs = dict(sorted(jobs.items(), key=lambda each: str(each[1]["layout"])))  # one parallel state after the other
-    jobs["save model"] = job("save_model", "tp2-pp2", tied=False, to=str(folder / "model"))
-    jobs["load model"] = job("load_entries", "dp4", tied=False, at=str(folder / "model"))
-    jobs["save entries"] = job("save_entries", "tp2-dp2", tied=True, style="SINGLETON", to=str(folder / "entries"))
-    jobs["load entries"] = job("load_into_model", "pp4", tied=True, style="SINGLETON", at=str(folder / "entries"))
+    jobs["save model"] = job("save_model", "tp2-pp2", "untied", to=str(folder / "model"))
+    jobs["load model"] = job("load_entries", "dp4", "untied", at=str(folder / "model"))
+    jobs["save entries"] = job("save_entries", "tp2-dp2", "tied", "SINGLETON", to=str(folder / "entries"))
+    jobs["load entries"] = job("load_into_model", "pp4", "tied", "SINGLETON", at=str(folder / "entries"))
     return launch_ranks(4, jobs)
 
 
@@ -114,7 +133,7 @@ def test_entries_equal_those_of_a_real_model(case: str, results: list[dict[str, 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_metadata_names_the_hf_rows(case: str, models: dict[bool, Path], results: list[dict[str, Any]]) -> None:
+def test_metadata_names_the_hf_rows(case: str, models: dict[str, Path], results: list[dict[str, Any]]) -> None:
     """Every row that the metadata names holds the values of that HF row, and main replicas name every HF row once."""
     files = models[CASES[case][1]].glob("*.safetensors")
     assert [rank[case]["wrong_rows"] for rank in results] == [[]] * 4
@@ -142,9 +161,8 @@ def test_tensors_are_supplied_on_demand(results: list[dict[str, Any]]) -> None:
     assert [bool(rank["save entries"]["main"]) for rank in results] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, loads in LOADS.items() for layout in loads])
 @pytest.mark.parametrize("cut", CUTS)
-def test_from_hf_loads_into_any_layout(cut: str, tied: bool, layout: str, results: list[dict[str, Any]]) -> None:
+def test_from_hf_loads_into_any_layout(cut: str, model: str, layout: str, results: list[dict[str, Any]]) -> None:
     """However from_hf cut a checkpoint, Megatron loads it into a real model of any layout, all rows in their places."""
-    assert [rank[f"{cut} {tied} {layout}"] for rank in results] == [[]] * 4
+    assert [rank[f"{cut} {model} {layout}"] for rank in results] == [[]] * 4

@@ -23,8 +23,11 @@ from torch_reading import described, read_metadata
 
 from dist_ckpt_mistral.convert import from_hf
 
-HEAVY = ["numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"]
-COMMANDS = ["from-hf", "to-hf", "inspect", "verify", "demo"]
+HEAVY = [
+    *("numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"),
+    "matplotlib",
+]
+COMMANDS = ["from-hf", "to-hf", "plan", "reshard", "inspect", "verify", "generate", "megatron-args", "demo"]
 
 #: Runs commands (JSON in the first argument) where the modules of the second cannot be imported; tells each one's code.
 WITHOUT = """
@@ -75,7 +78,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     modules, public, listed = json.loads(done.stdout)
     assert set(HEAVY).isdisjoint(modules)
     assert {"from_hf", "to_hf", "open_checkpoint", "MistralConfig", "sharded_state_dict"} <= set(public) <= set(listed)
-    on_megatrons_side = {"sharded_state_dict", "add_hf_metadata"}
+    on_megatrons_side = {"sharded_state_dict", "optimizer_state_dict", "add_hf_metadata"}
+    on_megatrons_side |= {"build_model", "load_model", "initialize_megatron"}
     names = [name for name in public if name not in on_megatrons_side]
     script = f"import dist_ckpt_mistral as d; [getattr(d, name).__doc__ for name in {names}]"
     subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, check=True, timeout=60)
@@ -97,12 +101,14 @@ def test_help_is_quick() -> None:
 def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
     """Import, export, conversion, comparison and inspection run where torch, megatron and transformers are absent."""
     ckpt, config = str(folder("td_0192") / "checkpoint"), str(folder("td_0192"))
-    hf, again, back, half = (str(tmp_path / name) for name in ("hf", "again", "back", "half"))
+    hf, again, back, half, cut = (str(tmp_path / name) for name in ("hf", "again", "back", "half", "cut"))
     commands = [
         ["to-hf", ckpt, hf, "--config", config],
         ["from-hf", hf, again, "--tp", "2"],
         ["to-hf", again, back],
         ["to-hf", again, half, "--dtype", "float16"],
+        ["reshard", again, cut, "--tp", "4"],
+        ["verify", ckpt, cut],
         ["verify", ckpt, back],
         ["inspect", ckpt, "--config", config, "--json"],
         ["inspect", hf, "--html", str(tmp_path / "page.html")],

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import models
 
+from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout, padded_vocab_size
@@ -25,29 +29,6 @@ CONFIG = MistralConfig(
     num_key_value_heads=4,
     head_dim=2,
 )
-
-
-@st.composite
-def models(draw: st.DrawFn) -> tuple[MistralConfig, ParallelLayout]:
-    """A small model, and a layout that fits it."""
-    tp, pp, dp = (draw(st.integers(1, most)) for most in (4, 4, 2))
-    small = st.integers(1, 3)
-    vpp = draw(st.none() | small) if pp > 1 else None
-    pp_layers = None
-    if (vpp or 1) == 1 and draw(st.booleans()):
-        pp_layers = tuple(draw(st.lists(st.integers(0, 3), min_size=pp, max_size=pp).filter(any)))
-    groups = tp * draw(small)
-    config = MistralConfig(
-        vocab_size=draw(st.integers(1, 300)),
-        hidden_size=draw(small),
-        intermediate_size=tp * draw(small),
-        num_hidden_layers=sum(pp_layers) if pp_layers else pp * (vpp or 1) * draw(small),
-        num_attention_heads=groups * draw(small),
-        num_key_value_heads=groups,
-        head_dim=draw(small),
-        tie_word_embeddings=draw(st.booleans()),
-    )
-    return config, ParallelLayout(tp=tp, pp=pp, vpp=vpp, dp=dp, pp_layers=pp_layers)
 
 
 def held_by_ranks(
@@ -132,11 +113,32 @@ def test_vocabulary_is_padded_to_the_next_multiple(vocab_size: int, tp: int) -> 
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        (ParallelLayout(tp=3), "num_attention_heads=8 is not divisible by tp=3; num_key_value_heads"),
-        (ParallelLayout(tp=8), r"num_key_value_heads \(num_query_groups\)=4 is not divisible by tp=8"),
+        (ParallelLayout(tp=3), "num_attention_heads=8 is not divisible by tp=3; intermediate_size=8 is"),
+        (ParallelLayout(tp=3), r"num_key_value_heads \(num_query_groups\)=4 is not divisible by tp=3, nor tp by it"),
         (ParallelLayout(pp=4), "num_hidden_layers=6 is not divisible by 4 pipeline stages"),
         (ParallelLayout(pp=2, vpp=2), "num_hidden_layers=6 is not divisible by 4 pipeline stages"),
         (ParallelLayout(pp=2, pp_layers=(2, 3)), r"pp_layers=\(2, 3\) do not add up to num_hidden_layers=6"),
+        (
+            ParallelLayout(pp=2, pipeline_model_parallel_layout="Et*3|t*4,L"),
+            r"the 7 layers of 'Et\*3\|t\*4,L' do not add up to num_hidden_layers=6",
+        ),
+        (
+            ParallelLayout(pp=3, num_layers_in_first_pipeline_stage=1),
+            r"num_hidden_layers=6 less those of first and last stage \(5\) is not divisible by 2 pipeline stages",
+        ),
+        (
+            ParallelLayout(pp=2, num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=2),
+            r"num_hidden_layers=6 leaves 1 layers for 0 middle stages .*=\(3, 2\)",
+        ),
+        (
+            ParallelLayout(pp=4, num_layers_in_last_pipeline_stage=9),
+            "num_hidden_layers=6 leaves -3 layers for 3 middle stages",
+        ),
+        (
+            ParallelLayout(pp=3, account_for_loss_in_pipeline_split=True),
+            r"num_hidden_layers=6 with embedding and loss as layers \(7\) is not divisible by 3 pipeline stages",
+        ),
+        (ParallelLayout(tp=16), "num_attention_heads=8 is not .*; intermediate_size=8 is not divisible by tp=16"),
         (ParallelLayout(ep=2), "ep=2 needs experts, and a dense model has none"),
     ],
 )
@@ -155,12 +157,114 @@ def test_what_does_not_fit_the_model_is_refused(layout: ParallelLayout, reason: 
         ({"pp": 2, "vpp": 2, "pp_layers": (3, 3)}, "pp_layers and vpp cannot be combined"),
         ({"pp": 2, "pp_layers": (6,)}, r"pp_layers must give one layer count for each of 2 stages, got \(6,\)"),
         ({"pp": 2, "pp_layers": (-1, 7)}, "pp_layers must give"),
+        ({"num_layers_in_first_pipeline_stage": 0}, "num_layers_in_first_pipeline_stage must be larger than 0, got 0"),
+        (
+            {"pp": 2, "vpp": 2, "num_layers_in_last_pipeline_stage": 3},
+            "num_layers_in_last_pipeline_stage=3 is not divisible by vpp=2",
+        ),
+        (
+            {"pp": 2, "vpp": 2, "num_layers_in_first_pipeline_stage": 2, "num_layers_in_last_pipeline_stage": 2},
+            "both first and last stage need pp of at least 3 with vpp=2",
+        ),
+        (
+            {"num_layers_in_first_pipeline_stage": 2, "account_for_loss_in_pipeline_split": True},
+            "num_layers_in_first/last_pipeline_stage and account_for_embedding/loss_in_pipeline_split cannot be",
+        ),
+        (
+            {"pp_layers": (6,), "pipeline_model_parallel_layout": "E(t"},
+            r"pp_layers and pipeline_model_parallel_layout cannot be combined; .* 'E\(t' has '\(': expected E",
+        ),
+        (
+            {"pp": 2, "pipeline_model_parallel_layout": "t|tLm|"},
+            "the 3 stages of .* not divisible by pp=2; the first .* be the embedding E; the last .* L; .* layers m",
+        ),
+        ({"pp": 2, "pipeline_model_parallel_layout": "EE|LL"}, "the embedding E; .* must be the loss L"),
+        ({"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "Et|tL"}, "vpp=2 conflicts with .* have 1 chunks"),
+        ({"pipeline_model_parallel_layout": "Et*10000000000L"}, "repeats 't' 10000000000 times: expected at most 9999"),
+        ({"pipeline_model_parallel_layout": "Et|tL"}, "the 2 stages of .* need pp of at least 2, got pp=1"),
+        ({"order": "tp-dp-zp"}, "order must name each of tp, cp, ep, dp, pp once with - between them, got 'tp-dp-zp'"),
+        ({"order": "tp-tp-dp"}, "order must name each of"),
+        ({"cp": 2, "order": "dp-pp"}, "order must name tp, cp, dp, got 'dp-pp'"),
+        (
+            {"pp": 2, "cp": 2, "order": "tp-cp-ep-pp-dp"},
+            "would give dense layers and experts other pipeline stages or, without pp last, other data parallelism",
+        ),
     ],
 )
-def test_what_fits_no_model_is_refused(layout: dict[str, int], reason: str) -> None:
-    """A layout that contradicts itself cannot be made."""
+def test_what_fits_no_model_is_refused(layout: dict[str, Any], reason: str) -> None:
+    """A layout that contradicts itself cannot be made; all reasons are told together."""
     with pytest.raises(LayoutError, match=reason):
-        ParallelLayout(**layout)  # type: ignore[arg-type]  # None of these is well-formed
+        ParallelLayout(**layout)
+
+
+def test_what_follows_is_filled_in() -> None:
+    """One chunk per stage is no interleaving, a layout string has its own number of chunks, experts need replicas."""
+    assert ParallelLayout(pp=2, vpp=1) == ParallelLayout(pp=2)
+    assert ParallelLayout(pp=2, pipeline_model_parallel_layout="E|(tt|)*4L").vpp == 3
+    assert ParallelLayout(pp=2, pipeline_model_parallel_layout="Et|tL").vpp is None
+
+
+def test_a_layout_is_told_by_what_is_not_default() -> None:
+    """The text of a layout is short, and makes the same layout."""
+    layout = ParallelLayout(pp=2, tp=2, dp=3, order="tp-pp-dp", pp_layers=(3, 5))
+    assert repr(ParallelLayout()) == "ParallelLayout()"
+    assert repr(layout) == "ParallelLayout(tp=2, pp=2, pp_layers=(3, 5), dp=3, order='tp-pp-dp')"
+    assert eval(repr(layout)) == layout  # noqa: S307  (that is what a repr is for)
+
+
+def test_a_layout_says_itself_in_megatrons_words() -> None:
+    """Only what is set becomes a keyword argument of TransformerConfig."""
+    names = ("tensor_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+    plain = dict.fromkeys((*names, "pipeline_model_parallel_size"), 1)
+    assert ParallelLayout().transformer_config_fields() == plain
+    layout = ParallelLayout(tp=4, pp=2, vpp=2, cp=3, dp=2, ep=2, etp=1, account_for_loss_in_pipeline_split=True)
+    assert layout.transformer_config_fields() == {
+        "tensor_model_parallel_size": 4,
+        "context_parallel_size": 3,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "account_for_loss_in_pipeline_split": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", ParallelLayout()),
+        ("--tp 2 --pp 4 --vpp 2 --cp 2 --dp 3", ParallelLayout(tp=2, pp=4, vpp=2, cp=2, dp=3)),
+        ("--ep 4 --etp 2 --order ep-tp-dp-pp", ParallelLayout(ep=4, etp=2, dp=8, order="ep-tp-dp-pp")),
+        ("--pp 2 --pp-layers 3,0", ParallelLayout(pp=2, pp_layers=(3, 0))),
+        (
+            "--pp 3 --decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 2",
+            ParallelLayout(pp=3, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=2),
+        ),
+        (
+            "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+            ParallelLayout(account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True),
+        ),
+        (
+            "--pp 2 --pipeline-model-parallel-layout Et*3|tL",
+            ParallelLayout(pp=2, pipeline_model_parallel_layout="Et*3|tL"),
+        ),
+    ],
+)
+def test_options_describe_a_layout(given: str, expected: ParallelLayout) -> None:
+    """Every field of a layout has an option."""
+    command = argparse.ArgumentParser()
+    options.add_layout(command, "to load with")
+    assert options.given_layout(command.parse_args(given.split())) == expected
+
+
+def test_layer_counts_that_are_none_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """Only whole numbers with commas between them are layer counts."""
+    command = argparse.ArgumentParser()
+    options.add_layout(command, "to load with")
+    for text in ("3,x", "", "3,", "-1"):
+        with pytest.raises(SystemExit):
+            command.parse_args([f"--pp-layers={text}"])
+        assert "expected a whole number" in capsys.readouterr().err
 
 
 def test_ranks_outside_the_layout_are_refused() -> None:

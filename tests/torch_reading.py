@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -71,6 +72,28 @@ def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
         warnings.simplefilter("ignore")  # that there is no process group, and which of its parts torch deprecates
         load(state, storage_reader=_Reader(directory), no_dist=True)
     return state
+
+
+def load_in_own_shapes(directory: Path) -> dict[str, torch.Tensor]:
+    """The same, but optimizer state that Megatron stored as blocks in the shape of its parameter."""
+    loaded = load_tensors(directory)
+    shapes = {key: tensor.shape for key, tensor in loaded.items() if not key.startswith("optimizer")}
+    return {
+        key: blocks_put_together(tensor, shapes[key.split(".", 3)[3]]) if key.startswith("optimizer.state") else tensor
+        for key, tensor in loaded.items()
+    }
+
+
+def blocks_put_together(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """What Megatron's fully_sharded_model_space stores as [X/x, Y/y, xy], as [X, Y]; other tensors as they are."""
+    if stored.shape == shape:
+        return stored
+    block = [size // blocks for size, blocks in zip(shape, stored.shape[:-1], strict=True)]
+    whole = torch.empty(shape, dtype=stored.dtype)
+    for index in itertools.product(*map(range, stored.shape[:-1])):
+        place = tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, block, strict=True))
+        whole[place] = stored[index].reshape(block)
+    return whole
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,11 @@ EXIT_DIFFERENT: Final = 3
 CKPT: Final = "Megatron checkpoint: its root, or one iter_* or release directory in it"
 CKPT_OR_HF: Final = "checkpoint or Hugging Face directory"
 WEIGHT_DTYPES: Final = ("bfloat16", "float16", "float32")
+#: Megatron-LM's option for the layers of a stage at either end, the field of a layout that it sets, and which end.
+_END_COUNTS: Final = (
+    ("--decoder-first-pipeline-num-layers", "num_layers_in_first_pipeline_stage", "first"),
+    ("--decoder-last-pipeline-num-layers", "num_layers_in_last_pipeline_stage", "last"),
+)
 #: The width of tables where there is no terminal to fit into.
 _PAGE_COLUMNS: Final = 160
 
@@ -71,18 +77,43 @@ def add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenizer(command: argparse.ArgumentParser) -> None:
+    """The option for models that no tokenizer came with."""
+    help_text = "Hugging Face directory that has the tokenizer (default: the one that came with the model)"
+    command.add_argument("--tokenizer", metavar="DIR", help=help_text)
+
+
 def add_layout(command: argparse.ArgumentParser, what: str) -> None:
-    """The options of a parallel layout; ``what`` ends the help text of each: what the layout is for."""
-    for axis, name in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("dp", "data")):
-        command.add_argument(f"--{axis}", type=positive, default=1, metavar="N", help=f"{name} parallelism {what}")
-    command.add_argument("--vpp", type=positive, metavar="N", help=f"model chunks per pipeline stage {what}")
+    """The options of a parallel layout; ``what`` ends the help texts of its axes: what the layout is for.
+
+    What is not one of this program's short axes has the name that Megatron-LM's own option has.
+    """
+    group = command.add_argument_group(
+        "layout", "in Megatron's terms; stages hold the same number of layers by default"
+    )
+    for axis, name in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
+        group.add_argument(f"--{axis}", type=positive, default=1, metavar="N", help=f"{name} parallelism {what}")
+    group.add_argument("--etp", type=positive, metavar="N", help="expert-tensor parallelism (default: as --tp)")
+    group.add_argument("--dp", type=positive, metavar="N", help="data parallelism (default: the least that fits)")
+    group.add_argument("--vpp", type=positive, metavar="N", help=f"model chunks per pipeline stage {what}")
+    order = "from the axis that counts fastest (default tp-cp-ep-dp-pp; --use-tp-pp-dp-mapping is tp-cp-ep-pp-dp)"
+    group.add_argument("--order", metavar="AXES", help=order)
+    group.add_argument("--pp-layers", type=_layer_counts, metavar="N,N,...", help="layers of every pipeline stage")
+    for option, field, end in _END_COUNTS:
+        group.add_argument(option, dest=field, type=positive, metavar="N", help=f"layers of the {end} pipeline stage")
+    for end in ("embedding", "loss"):
+        option = f"--account-for-{end}-in-pipeline-split"
+        group.add_argument(option, action="store_true", help=f"the {end} takes the place of a layer")
+    example = "layers of every stage and chunk, as in 'Et*3|(tt|)*2,tL'"
+    group.add_argument("--pipeline-model-parallel-layout", metavar="TEXT", help=example)
 
 
 def given_layout(arguments: argparse.Namespace) -> ParallelLayout:
-    """The layout that the options of ``add_layout`` describe."""
+    """The layout that the options of ``add_layout`` describe. Raises LayoutError if they contradict each other."""
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout  # noqa: PLC0415  (--help must not wait)
 
-    return ParallelLayout(tp=arguments.tp, pp=arguments.pp, ep=arguments.ep, dp=arguments.dp, vpp=arguments.vpp)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ParallelLayout)}
+    return ParallelLayout(**{name: value for name, value in given.items() if value is not None})
 
 
 def given_config(arguments: argparse.Namespace) -> MistralConfig | None:
@@ -99,6 +130,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def _layer_counts(text: str) -> tuple[int, ...]:
+    """``3,5`` as layer counts."""
+    return tuple(not_negative(count) for count in text.split(","))
 
 
 def not_negative(text: str) -> int:

@@ -15,6 +15,8 @@ def add(commands: options.Commands) -> None:
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
     command.add_argument("hf", metavar="HF", type=Path, help="directory to create")
     options.add_config(command)
+    help_text = "the weights themselves, or the optimizer's float32 master copy of them (default model)"
+    command.add_argument("--weights", choices=("model", "master"), default="model", help=help_text)
     command.add_argument(
         "--max-file-size", type=options.size, default="5GB", metavar="SIZE", help="of one file (default 5GB)"
     )
@@ -34,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.checkpoint,
             arguments.hf,
             config=arguments.config,
+            weights=arguments.weights,
             dtype=arguments.dtype,
             max_file_bytes=arguments.max_file_size,
             overwrite=arguments.overwrite,

@@ -6,22 +6,36 @@ import argparse
 import json
 from pathlib import Path
 
+from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.ranks import Ranks
 
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
-    command = options.declare(commands, "verify", run, "Compare two models bit for bit, whatever they are stored as.")
+    command = options.declare(commands, "verify", run, "Compare two models, whatever they are stored as.")
     command.add_argument("a", metavar="A", type=Path, help=options.CKPT_OR_HF)
     command.add_argument("b", metavar="B", type=Path, help=options.CKPT_OR_HF)
     options.add_config(command)
     options.add_effort(command)
     command.add_argument("--json", action="store_true", help="print JSON")
+    help_text = "compare what they compute instead of their bits: transformers runs the one, Megatron the other"
+    command.add_argument("--logits", action="store_true", help=help_text)
+    help_text = "with --logits: compare on this text; may be given repeatedly (default: two random prompts)"
+    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=help_text)
+    options.add_tokenizer(command)
+    help_text = "with --logits: of the random prompts (default 0)"
+    command.add_argument("--seed", type=options.not_negative, default=0, metavar="N", help=help_text)
+    help_text = "with --logits: the largest difference to accept (default 1e-4)"
+    command.add_argument("--tolerance", type=options.positive_number, default=1e-4, metavar="X", help=help_text)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, and list the differences."""
+    return _compare_logits(arguments) if arguments.logits else _compare_bits(arguments)
+
+
+def _compare_bits(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral import verify  # noqa: PLC0415  (--help must not wait for numpy)
     from dist_ckpt_mistral.report import human_bytes  # noqa: PLC0415
 
@@ -35,3 +49,36 @@ def run(arguments: argparse.Namespace) -> int:
         verdict = "equal" if outcome.is_equal else f"DIFFERENT in {len(outcome.differences)} tensors"
         print(f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit")
     return options.EXIT_DONE if outcome.is_equal else options.EXIT_DIFFERENT
+
+
+def _compare_logits(arguments: argparse.Namespace) -> int:
+    libraries.require("verify --logits", "torch", "megatron.core", "transformers", extra="inference")
+    with libraries.quiet():
+        from dist_ckpt_mistral.megatron.logits import compare_logits  # noqa: PLC0415  (slow)
+
+        outcome = compare_logits(
+            arguments.a,
+            arguments.b,
+            config=arguments.config,
+            prompts=arguments.prompt,
+            tokenizer=arguments.tokenizer,
+            seed=arguments.seed,
+            tolerance=arguments.tolerance,
+        )
+    if arguments.json:
+        print(json.dumps(outcome.to_json(), indent=2, ensure_ascii=False))
+    else:
+        for prompt in outcome.prompts:
+            what = "random prompt" if prompt.prompt is None else repr(prompt.prompt)
+            same = "the same" if prompt.same_tokens else "OTHER"
+            print(
+                f"{what}, {prompt.num_tokens} tokens: largest difference {prompt.largest_difference:.2e} "
+                f"of logits up to {prompt.largest_logit:.1f}; {same} tokens are likeliest"
+            )
+        verdict = "agree" if outcome.agree else "DIFFER"
+        print(
+            f"the logits {verdict}: largest difference {outcome.largest_difference:.2e}, tolerance "
+            f"{outcome.tolerance:.2e} (float32; transformers on {outcome.in_transformers}, "
+            f"Megatron on {outcome.in_megatron})"
+        )
+    return options.EXIT_DONE if outcome.agree else options.EXIT_DIFFERENT

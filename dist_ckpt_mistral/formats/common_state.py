@@ -7,16 +7,16 @@ is written here.
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats.pickle_records import OpaqueRecord, record_class
+from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats.pickle_records import Global, Instance, OpaqueRecord, record_class
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, torch_dtype_name
 from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
 from dist_ckpt_mistral.storage import SourceFiles
@@ -94,9 +94,15 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
 
 
 def write(state: Mapping[str, Any]) -> bytes:
-    """The content of ``common.pt``. ``state`` holds plain values; its ``args`` become an ``argparse.Namespace``."""
-    value = {**state, "args": argparse.Namespace(**state["args"])}
-    return pickled_archive(pickle.dumps(value, protocol=2))
+    """The content of ``common.pt``. ``state`` holds plain values; its ``args`` become an ``argparse.Namespace``.
+
+    A ``TorchDtype`` among the args becomes torch's own, for which neither torch nor a class needs to be imported.
+    """
+    args = {
+        name: Global("torch", value.name) if isinstance(value, TorchDtype) else value
+        for name, value in state["args"].items()
+    }
+    return pickled_archive(pickle_records.dumps({**state, "args": Instance(Global("argparse", "Namespace"), args)}))
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (from a pickle)

@@ -96,6 +96,11 @@ class FileSet:
         )
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer: transformers' own, SentencePiece's, or Mistral's tekken."""
+    return "tokenizer" in name or name.startswith("tekken")
+
+
 def is_model_directory(path: Path) -> bool:
     """Whether ``path`` looks like a Hugging Face model directory."""
     return path.is_dir() and any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, CONFIG_FILE))

@@ -28,6 +28,10 @@ _PLANS: Final = "all_local_plans"
 #: The attributes of ``_StorageInfo``; torch leaves out the one of transforms where there are none.
 _PLACE: Final = ("relative_path", "offset", "length")
 _TRANSFORMS: Final = "transform_descriptors"
+#: Where Megatron's ``fully_sharded_model_space`` keeps the shapes of tensors that are stored as blocks: an attribute of
+#: Metadata, and the entry for each tensor in it (mcore dist_checkpointing/strategies/torch.py, 0.12 to 0.14).
+MCORE_DATA: Final = "mcore_data"
+OWN_SHAPE: Final = "nd_reformulated_orig_global_shape"
 #: The attributes of a ``StateRecord``.
 _attributes: Final = itemgetter(0)
 
@@ -46,7 +50,7 @@ def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
 
 def _unpickled(read: Callable[[], bytes], where: str) -> dict[str, Any]:
     """The attributes of the metadata. Megatron's plans, where they stand last, are left unread: half of the time."""
-    short = pickle_records.ended_before(read(), _PLANS)
+    short = pickle_records.ended_before(read(), _PLANS, unless_behind=MCORE_DATA)
     if short is not None:
         try:
             found: dict[str, Any] = _attributes(pickle_records.loads(short, _allowlist(), where))
@@ -69,11 +73,12 @@ def _parse(metadata: dict[str, Any]) -> StoredMetadata:
     for number, name in enumerate(map(itemgetter("fqn"), indices)):
         numbers[name].append(number)
     names, tensors, objects = [*file_bytes], {}, {}
+    own_shapes = _own_shapes(metadata)
     for name, record in described.items():
         stored = numbers.pop(name, [])
         if type(record).__name__ == "TensorStorageMetadata":
             offsets = [indices[number]["offset"] for number in stored]
-            tensors[str(name)] = _tensor(str(name), _attributes(record), offsets, stored)
+            tensors[str(name)] = _tensor(str(name), _attributes(record), offsets, stored, own_shapes.get(name))
         elif len(stored) == 1:
             file, position, num_bytes = (column[stored[0]] for column in archives)
             objects[str(name)] = Entry(names[file], position, num_bytes)
@@ -103,6 +108,12 @@ def _archives(places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], Arch
     )
 
 
+def _own_shapes(metadata: Mapping[str, Any]) -> dict[str, Shape]:
+    """The shapes of the tensors that are stored as blocks, by key. Megatron says None where there are none."""
+    about = metadata.get(MCORE_DATA)
+    return {name: _sizes(each[OWN_SHAPE]) for name, each in (about or {}).items() if OWN_SHAPE in each}
+
+
 class _FileNumbers(dict[str, int]):
     """The numbers of files in the order in which they are met."""
 
@@ -120,15 +131,21 @@ def _require_untransformed(places: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _tensor(
-    name: str, record: Mapping[str, Any], stored_offsets: Sequence[Any], archives: Sequence[int]
+    name: str,
+    record: Mapping[str, Any],
+    stored_offsets: Sequence[Any],
+    archives: Sequence[int],
+    own_shape: Shape | None,
 ) -> StoredTensor:
+    stored_shape = _sizes(record["size"])
     chunks = [*map(_attributes, record["chunks"])]
     boxes = ([*map(itemgetter(key), chunks)] for key in ("offsets", "sizes"))
     offsets, shapes, stored = (_column(each, name) for each in (*boxes, stored_offsets))
     return StoredTensor(
         name=name,
         dtype=str(record["properties"].state[0]),
-        global_shape=_sizes(record["size"]),
+        global_shape=stored_shape if own_shape is None else own_shape,
+        stored_shape=stored_shape,
         num_chunks=len(chunks),
         offsets=offsets,
         shapes=shapes,

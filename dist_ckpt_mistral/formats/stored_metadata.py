@@ -49,12 +49,14 @@ class StoredTensor:
     """One tensor: torch dtype name, shape in elements, the chunks that are described, and what is stored of them.
 
     ``offsets`` and ``shapes`` are those of ``Chunks``, one chunk behind the other. Archive ``archives[i]`` of the
-    checkpoint is said to hold the chunk at ``stored_offsets``.
+    checkpoint is said to hold the chunk at ``stored_offsets``. Chunks are those of ``stored_shape``, which is another
+    than ``global_shape`` where the tensor is stored as blocks (gather/flat_ranges.py).
     """
 
     name: str
     dtype: str
     global_shape: Shape
+    stored_shape: Shape
     num_chunks: int
     offsets: array[int]
     shapes: array[int]
@@ -97,7 +99,7 @@ def _boxes(tensor: StoredTensor, column: array[int], count: int) -> IntArray:
     """A column as ``[count, ndim]``. Raises ValueError if its boxes have not the axes of the tensor."""
     import numpy as np  # noqa: PLC0415  (see above)
 
-    ndim = len(tensor.global_shape)
+    ndim = len(tensor.stored_shape)
     if len(column) != count * ndim:
         raise ValueError(f"a chunk of {tensor.name!r} has {len(column) // count} axes, the tensor has {ndim}")
     return np.asarray(column).reshape(count, ndim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
+from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -98,6 +99,7 @@ class TorchDistCheckpoint:
         import numpy as np  # noqa: PLC0415  (inspect must not wait for it)
 
         from dist_ckpt_mistral.gather.boxes import equal_rows  # noqa: PLC0415  (likewise)
+        from dist_ckpt_mistral.gather.flat_ranges import in_own_shape  # noqa: PLC0415  (likewise)
         from dist_ckpt_mistral.gather.tensor_index import IndexedTensor  # noqa: PLC0415  (likewise)
 
         dtype = dtypes.require_known(tensor.dtype, repr(tensor.name))
@@ -107,15 +109,16 @@ class TorchDistCheckpoint:
             *shape, num_bytes = kinds[rows[0]].tolist()
             places = zip(chunks.files[rows].tolist(), chunks.positions[rows].tolist(), strict=True)
             positions[rows] = [*locator.locate(tensor.name, dtype, tuple(shape), num_bytes, places)]
-        return IndexedTensor(
+        located = IndexedTensor(
             name=tensor.name,
             dtype=dtype,
-            global_shape=tensor.global_shape,
+            global_shape=tensor.stored_shape,
             offsets=chunks.offsets,
             shapes=chunks.shapes,
             files=chunks.files,
             positions=positions,
         )
+        return located if tensor.stored_shape == tensor.global_shape else in_own_shape(located, tensor.global_shape)
 
 
 def resolve_directory(path: Path) -> Path:
@@ -124,18 +127,24 @@ def resolve_directory(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FormatError(f"{path} is not a checkpoint: there is no such directory")
-    tracker = path / TRACKER_FILE
-    if tracker.is_file():
-        step = storage.read_bytes(tracker).decode(errors="replace").strip()
-        if step != _RELEASE and not re.fullmatch(r"\d{1,18}", step):
-            raise FormatError(f"{tracker} should hold an iteration or {_RELEASE!r}, got {step[:40]!r}")
-        directory = path / (_RELEASE if step == _RELEASE else iteration_name(int(step)))
-        if not directory.is_dir():
-            raise FormatError(f"{tracker} names {directory.name}, which is absent")
-        return directory
+    latest = {name: read(path / name) for name, read in _TRACKERS.items() if (path / name).is_file()}
+    if len(set(latest.values())) > 1:
+        raise FormatError(f"{path} is ambiguous: {', '.join(f'{n} names {d}' for n, d in latest.items())}. Give one.")
+    for tracker, name in latest.items():
+        if not (path / name).is_dir():
+            raise FormatError(f"{path / tracker} names {name}, which is absent")
+        return path / name
     steps = sorted(entry.name for entry in path.iterdir() if entry.name == _RELEASE or entry.name.startswith("iter_"))
     hint = f" It holds {', '.join(steps)}: give one of them." if steps else ""
     raise FormatError(f"{path} is not a Megatron checkpoint: it has neither {TRACKER_FILE} nor {METADATA_FILE}.{hint}")
+
+
+def _tracked(tracker: Path) -> str:
+    """The directory that Megatron-LM's tracker file names."""
+    step = storage.read_bytes(tracker).decode(errors="replace").strip()
+    if step != _RELEASE and not re.fullmatch(r"\d{1,18}", step):
+        raise FormatError(f"{tracker} should hold an iteration or {_RELEASE!r}, got {step[:40]!r}")
+    return _RELEASE if step == _RELEASE else iteration_name(int(step))
 
 
 def iteration_name(iteration: int | None) -> str:
@@ -143,14 +152,30 @@ def iteration_name(iteration: int | None) -> str:
     return _RELEASE if iteration is None else f"iter_{iteration:07d}"
 
 
+#: The files in a checkpoint root that say which directory is the latest, and how to read each.
+_TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
+    TRACKER_FILE: _tracked,
+    TRAIN_STATE_FILE: lambda path: iteration_name(read_step(path)),
+}
+
+
+def iteration_of(directory_name: str) -> str | None:
+    """What the tracker says for a directory of this name: ``iter_0000500`` is ``500``; None if it is no iteration."""
+    match = re.fullmatch(r"iter_(\d{7,18})", directory_name)
+    if match:
+        return str(int(match[1]))
+    return _RELEASE if directory_name == _RELEASE else None
+
+
 def tracker_text(iteration: int | None) -> bytes:
     """The content of the tracker file that names ``iteration`` the latest."""
     return (_RELEASE if iteration is None else str(iteration)).encode()
 
 
-def open_torch_dist(path: Path) -> TorchDistCheckpoint:
+def open_torch_dist(path: Path, *, with_common_state: bool = True) -> TorchDistCheckpoint:
     """Open a checkpoint root or one iteration of it.
 
+    From megatron-core 0.17 on the common state lies in a data file; without it no data file is opened.
     Raises FormatError where it is not a torch_dist checkpoint or its metadata is damaged, UnsafePickleError where a
     pickle asks for anything outside the allowlist.
     """
@@ -160,7 +185,7 @@ def open_torch_dist(path: Path) -> TorchDistCheckpoint:
     if not path.is_file():
         raise FormatError(f"{path} is missing: the checkpoint was not saved to its end, or not copied whole")
     metadata = read_metadata(lambda: storage.read_bytes(path), str(path))
-    state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY))
+    state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY)) if with_common_state else {}
     return TorchDistCheckpoint(directory=directory, metadata=metadata, common_state=state)
 
 

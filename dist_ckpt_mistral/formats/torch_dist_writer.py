@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dist_ckpt_mistral.formats import pickle_records, torch_archive_writer
+from dist_ckpt_mistral.formats.metadata_pickle import MCORE_DATA, OWN_SHAPE
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
+from dist_ckpt_mistral.gather.flat_ranges import as_range_of_blocks
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import TargetFile
@@ -38,7 +40,11 @@ _INFO: Final = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewChunk:
-    """One chunk to write: a box of the global tensor ``mcore_key``, in elements, into data file number ``file``."""
+    """One chunk to write: a box of the global tensor ``mcore_key``, in elements, into data file number ``file``.
+
+    ``as_block`` stores it as Megatron's ``fully_sharded_model_space`` does (0.14, see gather/flat_ranges.py): the bytes
+    are the same, the metadata says other shapes. All chunks of such a tensor must have one shape.
+    """
 
     mcore_key: str
     dtype: str
@@ -46,6 +52,31 @@ class NewChunk:
     offset: Shape
     shape: Shape
     file: int
+    as_block: bool = False
+
+    @property
+    def described(self) -> tuple[Shape, Shape, Shape]:
+        """What the metadata says: shape of the tensor, offset and shape of the chunk."""
+        if self.as_block:
+            return as_range_of_blocks(self.global_shape, self.offset, self.shape)
+        return self.global_shape, self.offset, self.shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewObject:
+    """The archive of an object that is stored under ``keys``, ``num_bytes`` long.
+
+    Without ``content`` its bytes are to come, like those of chunks: the byte plan knows it by its first key.
+    """
+
+    keys: tuple[str, ...]
+    num_bytes: int
+    content: bytes | None = None
+
+    @classmethod
+    def empty(cls, keys: Iterable[str]) -> NewObject:
+        """Objects that hold nothing, such as absent extra states: one archive serves all keys."""
+        return cls(keys=tuple(keys), num_bytes=len(_EMPTY_OBJECT), content=_EMPTY_OBJECT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +94,15 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointLayout:
-    """Where everything of a new checkpoint lies: chunks in their order of files, then one archive for all objects."""
+    """Where everything of a new checkpoint lies: chunks in their files; objects, with positions, in the first file."""
 
     file_names: tuple[str, ...]
     file_bytes: tuple[int, ...]
     placed: tuple[_Placed, ...]
-    object_keys: tuple[str, ...]
-    object_position: int
+    objects: tuple[tuple[int, NewObject], ...]
 
     def index(self, directory: Path) -> TensorIndex:
-        """The chunks as a target of a byte plan."""
+        """The chunks, and the objects whose bytes are to come, as a target of a byte plan."""
         by_key: dict[str, list[_Placed]] = {}
         for placed in self.placed:
             by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
@@ -85,6 +115,9 @@ class CheckpointLayout:
             )
             for key, group in by_key.items()
         }
+        for position, each in self.objects:
+            if each.content is None:
+                tensors[each.keys[0]] = object_bytes(each.keys[0], each.num_bytes, file=0, position=position)
         return TensorIndex(files=tuple(directory / name for name in self.file_names), tensors=tensors)
 
     def write_around(self, targets: Mapping[int, TargetFile], crc32_at: Mapping[tuple[int, int], int]) -> None:
@@ -93,7 +126,9 @@ class CheckpointLayout:
             target, crc32 = targets[placed.chunk.file], crc32_at[placed.chunk.file, placed.data_position]
             target.write(placed.position, placed.archive.head)
             target.write(placed.data_position + placed.archive.data_bytes, placed.archive.tail(crc32))
-        targets[0].write(self.object_position, _EMPTY_OBJECT)
+        for position, each in self.objects:
+            if each.content is not None:
+                targets[0].write(position, each.content)
 
     def metadata(self) -> bytes:
         """The content of ``.metadata``."""
@@ -101,22 +136,27 @@ class CheckpointLayout:
         for placed in self.placed:
             by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
         described = [(key, _tensor_metadata(group)) for key, group in by_key.items()]
-        described += [(key, Instance(Global(_METADATA, "BytesStorageMetadata"), {})) for key in self.object_keys]
-        fields = {
+        as_bytes = Instance(Global(_METADATA, "BytesStorageMetadata"), {})
+        described += [(key, as_bytes) for _, each in self.objects for key in each.keys]
+        fields: dict[str, Any] = {
             "state_dict_metadata": Pairs(described),
             "planner_data": None,
             "storage_data": Pairs(self._storage_data()),
             "storage_meta": None,
         }
+        blocks = {key: group[0].chunk.global_shape for key, group in by_key.items() if group[0].chunk.as_block}
+        if blocks:  # what Megatron 0.14 looks for then (dist_checkpointing/strategies/torch.py)
+            fields[MCORE_DATA] = {key: {OWN_SHAPE: _size(shape)} for key, shape in blocks.items()}
         return pickle_records.dumps(Instance(Global(_METADATA, "Metadata"), fields))
 
     def _storage_data(self) -> Iterator[tuple[Instance, Instance]]:
         for placed in self.placed:
-            index = {"fqn": placed.chunk.mcore_key, "offset": _size(placed.chunk.offset)}
+            index = {"fqn": placed.chunk.mcore_key, "offset": _size(placed.chunk.described[1])}
             info = _info(self.file_names[placed.chunk.file], placed.position, placed.archive.num_bytes)
             yield Instance(_INDEX, index), info
-        for key in self.object_keys:
-            yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[0], self.object_position, len(_EMPTY_OBJECT))
+        for position, each in self.objects:
+            for key in each.keys:
+                yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[0], position, each.num_bytes)
 
 
 #: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
@@ -131,10 +171,11 @@ def _tensor_metadata(group: Sequence[_Placed]) -> Instance:
         Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)),
         False,  # pin_memory
     )
-    chunks = ({"offsets": _size(placed.chunk.offset), "sizes": _size(placed.chunk.shape)} for placed in group)
+    described = (placed.chunk.described for placed in group)
+    chunks = ({"offsets": _size(offset), "sizes": _size(shape)} for _, offset, shape in described)
     fields = {
         "properties": Instance(Global(_METADATA, "TensorProperties"), properties),
-        "size": _size(group[0].chunk.global_shape),
+        "size": _size(group[0].chunk.described[0]),
         "chunks": Items(Instance(_CHUNK, chunk) for chunk in chunks),
     }
     return Instance(Global(_METADATA, "TensorStorageMetadata"), fields)
@@ -153,20 +194,26 @@ def object_key(key: str, index: int, count: int) -> str:
     return f"{key}/shard_{index}_{count}"
 
 
-def lay_out(chunks: Iterable[NewChunk], object_keys: Iterable[str], *, num_files: int) -> CheckpointLayout:
-    """Place every chunk behind the one before it in its file, and the shared object archive behind the first file's."""
+def object_bytes(key: str, num_bytes: int, *, file: int, position: int) -> IndexedTensor:
+    """The archive of an object as a byte plan sees it: so many bytes in one piece."""
+    return IndexedTensor.whole(key, "uint8", (num_bytes,), file=file, position=position)
+
+
+def lay_out(chunks: Iterable[NewChunk], objects: Iterable[NewObject], *, num_files: int) -> CheckpointLayout:
+    """Place every chunk behind the one before it in its file, and the objects behind the first file's."""
     ends = [0] * num_files
     placed = []
     for chunk in chunks:
-        archive = ArchiveLayout.for_tensor(chunk.dtype, chunk.shape, ends[chunk.file])
+        archive = ArchiveLayout.for_tensor(chunk.dtype, chunk.described[2], ends[chunk.file])
         placed.append(_Placed(chunk=chunk, position=ends[chunk.file], archive=archive))
         ends[chunk.file] += archive.num_bytes
-    object_position = ends[0]
-    ends[0] += len(_EMPTY_OBJECT)
+    placed_objects = []
+    for each in objects:
+        placed_objects.append((ends[0], each))
+        ends[0] += each.num_bytes
     return CheckpointLayout(
         file_names=tuple(f"__{rank}_0.distcp" for rank in range(num_files)),
         file_bytes=tuple(ends),
         placed=tuple(placed),
-        object_keys=tuple(object_keys),
-        object_position=object_position,
+        objects=tuple(placed_objects),
     )

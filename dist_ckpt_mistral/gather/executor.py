@@ -9,23 +9,23 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.gather.plan import BytePlan, CopyArray, Segment
-from dist_ckpt_mistral.storage import SourceFiles, TargetFile
+from dist_ckpt_mistral.storage import SourceFiles
 
 #: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
-BAND_BYTES: Final = 1 << 20
+BAND_BYTES: Final = 512 << 10
 _LEAST_BAND_BYTES: Final = 64 << 10
 #: Each thread has two buffers of a band's size: the band itself, and rows on their way into it.
 _BUFFERS: Final = 2
@@ -41,6 +41,16 @@ _LONG_GAP_BYTES: Final = 64 << 10
 ByteArray = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]
 T = TypeVar("T")
+
+
+class Target(Protocol):
+    """Where segments are written: a file (``storage.TargetFile``), or memory."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Write all of ``data`` at ``position``, from any thread."""
+
+    def start_writeback(self, position: int, num_bytes: int) -> None:
+        """Have bytes that were written begin their way to where they last, without waiting."""
 
 
 def no_progress(num_bytes: int) -> None:
@@ -73,13 +83,13 @@ class Effort:
 
 def execute(
     plan: BytePlan,
-    targets: Mapping[int, TargetFile],
+    targets: Mapping[int, Target],
     *,
     effort: Effort,
     numbers: Sequence[int],
     checksums: bool,
 ) -> dict[int, int]:
-    """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the target file.
+    """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the plan's target file.
 
     Returns the CRC-32 of every segment's stored bytes, by number, if ``checksums``. The first failure ends the run.
     """
@@ -95,7 +105,7 @@ def execute(
             for band in reader.bands(segment, low, high, until_page=-position % _PAGE_BYTES):
                 stored = _convert(band, segment)
                 target.write(position, stored)
-                crc32 = zlib.crc32(stored, crc32) if checksums else 0
+                crc32 = zlib_ng.crc32(stored, crc32) if checksums else 0
                 position += len(stored)
                 if effort.durable and position - begun >= _WRITEBACK_BYTES:
                     target.start_writeback(begun, position - begun)

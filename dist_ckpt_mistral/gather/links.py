@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import add, sub
 
 from dist_ckpt_mistral.shapes import Shape
 
@@ -30,3 +32,30 @@ def reverse(link: Link) -> Link:
         target_offset=link.source_offset,
         shape=link.shape,
     )
+
+
+def compose(first: Link, second: Link) -> Link | None:
+    """The link from what ``first`` reads to what ``second`` fills, where they meet in between; None if they do not.
+
+    The target of ``first`` is the source of ``second``.
+    """
+    ndim = len(first.target_offset)
+    first_shape, second_shape = (((1,) * (ndim - len(link.shape)) + link.shape) for link in (first, second))
+    low = tuple(map(max, first.target_offset, second.source_offset))
+    first_end, second_end = map(add, first.target_offset, first_shape), map(add, second.source_offset, second_shape)
+    shape = tuple(map(sub, map(min, first_end, second_end), low))
+    if min(shape, default=1) <= 0:
+        return None
+    return Link(
+        source=first.source,
+        source_offset=_moved(first.source_offset, map(sub, low, first.target_offset), len(first.shape), ndim),
+        target=second.target,
+        target_offset=_moved(second.target_offset, map(sub, low, second.source_offset), len(second.shape), ndim),
+        shape=shape[ndim - min(len(first.shape), len(second.shape)) :],
+    )
+
+
+def _moved(offset: Shape, by: Iterable[int], shared: int, ndim: int) -> Shape:
+    """``offset`` moved on its last ``shared`` axes; on the others of ``by``'s ``ndim`` axes nothing moves."""
+    steps = tuple(by)[ndim - shared :]
+    return (*offset[: len(offset) - shared], *map(add, offset[len(offset) - shared :], steps))

@@ -30,8 +30,17 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
     stored_index,
 )
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ModelChunk, ParallelLayout, RankCoordinates
-from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, KeyStyle, TensorTable, tensor_table, why_ignored
+from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
+from dist_ckpt_mistral.model.rank_grid import RankCoordinates
+from dist_ckpt_mistral.model.tensor_table import (
+    LOCAL_EXTRA_STATES,
+    KeyStyle,
+    TensorTable,
+    state_key,
+    tensor_table,
+    why_ignored,
+)
 
 #: Produces the tensor that a ``HeldTensor`` describes, of its ``local_shape`` and the given dtype.
 Supplier: TypeAlias = Callable[[HeldTensor, torch.dtype], torch.Tensor]
@@ -55,7 +64,7 @@ def sharded_state_dict(
     Args:
         config: The model.
         layout: The parallel layout.
-        rank: Counts as Megatron does for ``layout`` (tp, then dp, then pp slowest).
+        rank: Counts as Megatron does for ``layout``: in its ``order``, by default tp-cp-ep-dp-pp with pp slowest.
         data: None to let ``load`` allocate; or a mapping of the keys of the result to tensors, such as a module's
             state dict; or a ``Supplier``, called when Megatron first touches a tensor.
         dtype: Of every tensor; by default what ``config`` says.
@@ -68,20 +77,43 @@ def sharded_state_dict(
         TensorMismatchError: ``data`` lacks tensors, has unknown ones, or some of another shape or dtype. What a
             ``Supplier`` gives is checked when it is called.
     """
-    layout.check(config)
     at, table = layout.coordinates(rank), tensor_table(config)
     dtype = _dtype(config) if dtype is None else dtype
+    entries = tensor_entries(config, layout, rank, data=data, dtype=dtype, style=style, vocab_rows=padded_vocab_size)
+    for chunk, own in zip(layout.model_chunks(table.num_layers, at.pp), entries, strict=True):
+        own.update(_extra_states(table, chunk, at, style))
+    return nested(entries)
+
+
+def tensor_entries(
+    config: MistralConfig,
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    data: Mapping[str, Any] | Supplier | None,
+    dtype: torch.dtype,
+    style: KeyStyle,
+    vocab_rows: int | None,
+    state: str | None = None,
+) -> list[ShardedStateDict]:
+    """The entries of tensors alone, for every model chunk of ``rank``; arguments are those of ``sharded_state_dict``.
+
+    ``state`` is Megatron's name of a state of the parameters to describe in their place, such as ``exp_avg``.
+    """
+    layout.check(config)
+    at, table = layout.coordinates(rank), tensor_table(config)
     chunks = layout.model_chunks(table.num_layers, at.pp)
-    held = [tuple(layout.held_tensors(table, each, at, style=style, vocab_rows=padded_vocab_size)) for each in chunks]
-    make = _Entries(table, stored_index(table), style, dtype)
-    entries = [
-        {
-            **{each.module_name: make.of(each, source(each)) for each in tensors},
-            **dict(_extra_states(table, chunk, at, style)),
-        }
-        for chunk, tensors, source in zip(chunks, held, _sources(data, held, dtype), strict=True)
+    held = [tuple(layout.held_tensors(table, each, at, style=style, vocab_rows=vocab_rows)) for each in chunks]
+    make = _Entries(table, stored_index(table), style, dtype, state)
+    return [
+        {each.module_name: make.of(each, source(each)) for each in tensors}
+        for tensors, source in zip(held, _sources(data, held, dtype), strict=True)
     ]
-    return {f"model{number}": each for number, each in enumerate(entries)} if len(entries) > 1 else entries[0]
+
+
+def nested(chunks: list[ShardedStateDict]) -> ShardedStateDict:
+    """What belongs to each model chunk, as Megatron-LM nests it."""
+    return {f"model{number}": each for number, each in enumerate(chunks)} if len(chunks) > 1 else chunks[0]
 
 
 def _dtype(config: MistralConfig) -> torch.dtype:
@@ -99,6 +131,7 @@ class _Entries:
     index: StoredIndex
     style: KeyStyle
     dtype: torch.dtype
+    state: str | None
 
     def of(self, held: HeldTensor, data: Data) -> HfShardedTensor | HfShardedTensorFactory:
         """What Megatron's ``make_sharded_tensors_for_checkpoint`` and ``apply_swiglu_sharded_factory`` would make."""
@@ -106,6 +139,7 @@ class _Entries:
         whole = KeyStyle.PER_LAYER if self.style is KeyStyle.SINGLETON else self.style
         key = self.table.stored(held.rule, held.layer, whole)[0].mcore_key
         build = _Build(held, key, self.index, self.dtype)
+        key = key if self.state is None else state_key(key, self.state)
         if len(held.boxes) == 1:
             return build(key, data, held.replica_id, None)[0]
         return HfShardedTensorFactory(key, data, build, torch.cat, held.replica_id)
@@ -181,7 +215,7 @@ def _extra_states(
                 where = (name.replace("{layer}.", ""), None, (table.num_layers,), (layer,))
             else:
                 where = (name.format(layer=layer), None, (1,), (0,))
-            yield name.format(layer=local), ShardedObject(*where, replica_id=(0, at.tp, at.dp))
+            yield name.format(layer=local), ShardedObject(*where, replica_id=(0, at.tp, at.dp_cp))
 
 
 def _sources(

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
+from dist_ckpt_mistral.model.yarn import YarnScaling, rope_parameters, yarn_of
 
 #: HF ``model_type`` values that the tensor table knows.
 MODEL_TYPES: Final = ("mistral",)
@@ -37,8 +39,9 @@ class MistralConfig:
     """The sizes and constants of one dense Mistral model, in Hugging Face's names.
 
     ``head_dim`` may differ from ``hidden_size / num_attention_heads`` (Nemo); ``sliding_window`` is Hugging Face's W
-    (a token sees itself and W - 1 before it) or None; ``dtype`` is a torch name such as ``bfloat16`` or None where the
-    source does not say. ``hf_config`` is the original config.json, kept whole so that nothing is lost on the way.
+    (a token sees itself and W - 1 before it) or None; ``yarn`` is None where rotary embeddings are not scaled;
+    ``dtype`` is a torch name such as ``bfloat16`` or None where the source does not say. ``hf_config`` is the original
+    config.json, kept whole so that nothing is lost on the way.
     """
 
     vocab_size: int
@@ -53,6 +56,7 @@ class MistralConfig:
     max_position_embeddings: int = 4096 * 32
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
+    yarn: YarnScaling | None = None
     dtype: str | None = None
     hf_config: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
@@ -61,14 +65,14 @@ class MistralConfig:
         problems = [
             f"{name} must be a positive integer, got {getattr(self, name)!r}"
             for name in (*_REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
-            if not _is_positive_int(getattr(self, name))
+            if not is_positive_int(getattr(self, name))
         ]
-        if self.sliding_window is not None and not _is_positive_int(self.sliding_window):
+        if self.sliding_window is not None and not is_positive_int(self.sliding_window):
             problems.append(f"sliding_window must be a positive integer or null, got {self.sliding_window!r}")
         problems += [
             f"{name} must be a positive number, got {getattr(self, name)!r}"
             for name in ("rms_norm_eps", "rope_theta")
-            if not _is_positive_number(getattr(self, name))
+            if not is_positive_number(getattr(self, name))
         ]
         tied: object = self.tie_word_embeddings  # from JSON: not yet known to be what the annotation says
         if not isinstance(tied, bool):
@@ -129,6 +133,7 @@ class MistralConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
+            **({} if self.yarn is None else {"rope_scaling": self.yarn.to_hf()}),
             "sliding_window": self.sliding_window,  # null must be said: transformers takes a missing key for 4096
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.dtype,
@@ -157,6 +162,7 @@ def _from_hf_mapping(raw: Mapping[str, Any], where: str) -> MistralConfig:
             max_position_embeddings=values["max_position_embeddings"],
             sliding_window=raw.get("sliding_window"),
             tie_word_embeddings=values["tie_word_embeddings"],
+            yarn=yarn_of(raw, values["max_position_embeddings"]),
             dtype=_dtype(raw),
             hf_config=dict(raw),
         )
@@ -180,7 +186,7 @@ def _head_dim(values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it i
     if values.get("head_dim") is not None:
         return values["head_dim"]
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    if not (_is_positive_int(hidden) and _is_positive_int(heads)):
+    if not (is_positive_int(hidden) and is_positive_int(heads)):
         return 1  # MistralConfig reports the sizes themselves
     if hidden % heads:
         raise ConfigError(
@@ -191,19 +197,10 @@ def _head_dim(values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it i
 
 def _rope_theta(values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
     """Transformers 5 moved ``rope_theta`` into ``rope_parameters``."""
-    nested = values.get("rope_parameters")
-    return nested["rope_theta"] if isinstance(nested, Mapping) and "rope_theta" in nested else values["rope_theta"]
+    return rope_parameters(values).get("rope_theta", values["rope_theta"])
 
 
 def _dtype(raw: Mapping[str, Any]) -> str | None:
     """Transformers 5 renamed ``torch_dtype`` to ``dtype``."""
     dtype = raw.get("dtype", raw.get("torch_dtype"))
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_positive_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")

@@ -1,131 +1,170 @@
-"""``MistralConfig`` <-> the ``args`` namespace of Megatron-LM's ``pretrain_gpt.py``.
-
-Field names and the set that ``--use-checkpoint-args`` restores: megatron/training/checkpointing.py,
-``load_args_from_checkpoint`` (megatron-core 0.16 to 0.19).
-"""
+"""``MistralConfig`` <-> the ``args`` namespace of Megatron-LM's ``pretrain_gpt.py``, by the table of its fields."""
 
 from __future__ import annotations
 
-import logging
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import padded_vocab_size
+from dist_ckpt_mistral.model.megatron_fields import (
+    ARCHITECTURE,
+    COMPUTED,
+    DTYPE_FLAGS,
+    MSCALE,
+    MSCALE_ALL_DIM,
+    SAME_VALUE,
+    UNCHANGED,
+    YARN,
+    Field,
+)
+from dist_ckpt_mistral.model.megatron_vocabulary import vocab_size_of
+from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, padded_vocab_size
+from dist_ckpt_mistral.model.yarn import YarnScaling
 
-_LOG = logging.getLogger(__name__)
-
-#: What every Mistral model has and other architectures may not: field -> value.
-_ARCHITECTURE: Final[Mapping[str, Any]] = {
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "squared_relu": False,
-    "apply_layernorm_1p": False,
-    "rotary_interleaved": False,
-    "rotary_percent": 1.0,
-}
-#: Settings of other architectures that must be absent, None or false.
-_FOREIGN: Final = ("num_experts", "multi_latent_attention", "mtp_num_layers", "hybrid_layer_pattern", "qk_layernorm")
-
-#: Megatron field -> the MistralConfig attribute that it holds unchanged.
-_SAME_VALUE: Final[Mapping[str, str]] = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "kv_channels": "head_dim",
-    "norm_epsilon": "rms_norm_eps",
-    "rotary_base": "rope_theta",
-    "max_position_embeddings": "max_position_embeddings",
-}
-_DTYPE_FLAGS: Final[Mapping[str, str]] = {"bf16": "bfloat16", "fp16": "float16"}
+#: Far more than any model has. Sizes of a hostile checkpoint must not make a table that fills the memory.
+_MAX_LAYERS: Final = 100_000
+_WINDOW: Final = re.compile(r"\(?\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*,?\s*\)?")
 
 
 def to_megatron_args(config: MistralConfig, *, dtype: str, tp: int, pp: int) -> dict[str, Any]:
-    """The fields that Megatron-LM's ``--use-checkpoint-args`` and Megatron-Bridge read, primitives only.
+    """The fields that Megatron-LM's ``--use-checkpoint-args`` and Megatron-Bridge read; plain values and one dtype.
 
     ``dtype`` is that of the stored weights; ``tp`` and ``pp`` are the layout that Megatron-LM assumes by default.
     """
+    described: list[tuple[Field, Any]] = [
+        *((field, getattr(config, attribute)) for attribute, field in SAME_VALUE.items()),
+        *ARCHITECTURE,
+        *((COMPUTED[name], value) for name, value in _computed(config, dtype, tp).items()),
+        *_yarn_args(config.yarn),
+    ]
+    args = {name: value for field, value in described for name in field.names}
+    if float(config.rope_theta).is_integer():
+        args["rotary_base"] = int(config.rope_theta)  # what --rotary-base gives
     return {
-        **{field: getattr(config, name) for field, name in _SAME_VALUE.items()},
-        **_ARCHITECTURE,
-        "rotary_base": int(config.rope_theta) if float(config.rope_theta).is_integer() else config.rope_theta,
-        "seq_length": config.max_position_embeddings,
-        "num_query_groups": config.num_key_value_heads,
-        "group_query_attention": True,
-        "window_size": config.window_size,
-        "position_embedding_type": "rope",
-        "add_position_embedding": False,
-        "use_rotary_position_embeddings": False,
-        "apply_query_key_layer_scaling": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "vocab_size": config.vocab_size,
-        "padded_vocab_size": padded_vocab_size(config.vocab_size, tp),
+        **args,
+        **UNCHANGED,
+        "params_dtype": TorchDtype(dtype),
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
-        "virtual_pipeline_model_parallel_size": None,
-        "expert_model_parallel_size": 1,
-        "num_experts": None,
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "ckpt_format": "torch_dist",
-        **{flag: dtype == name for flag, name in _DTYPE_FLAGS.items()},
     }
 
 
-def from_megatron_args(args: Mapping[str, Any]) -> MistralConfig:
+def _computed(config: MistralConfig, dtype: str, tp: int) -> dict[str, Any]:
+    return {
+        "group_query_attention": True,
+        "num_query_groups": config.num_key_value_heads,
+        "window_size": config.window_size,
+        "window_attn_skip_freq": None,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "position_embedding_type": "rope" if config.yarn is None else "yarn",
+        "vocab_size": config.vocab_size,
+        "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
+        "padded_vocab_size": padded_vocab_size(config.vocab_size, tp),
+        **{flag: dtype == name for flag, name in DTYPE_FLAGS.items()},
+    }
+
+
+def _yarn_args(yarn: YarnScaling | None) -> list[tuple[Field, Any]]:
+    """The YaRN fields. Megatron-LM's mscales of 1 and 0 give what transformers does without any."""
+    if yarn is None:
+        return []
+    mscale, mscale_all_dim = yarn.megatron_mscales
+    scales = zip((MSCALE, MSCALE_ALL_DIM), (mscale, mscale_all_dim), strict=True)
+    return [
+        *((field, getattr(yarn, attribute)) for attribute, field in YARN.items()),
+        *((field, field.default if value is None else value) for field, value in scales),
+    ]
+
+
+def from_megatron_args(args: Mapping[str, Any], where: str = "the checkpoint's args") -> MistralConfig:
     """The configuration in a checkpoint's own ``args``. What the args leave open is logged as a warning.
 
-    Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing.
+    Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
     """
-    foreign = [f"{name}={args[name]!r}" for name, value in _ARCHITECTURE.items() if args.get(name, value) != value]
-    foreign += [f"{name}={args[name]!r}" for name in _FOREIGN if args.get(name)]
-    if foreign:
-        raise UnsupportedModelError(
-            f"the checkpoint's args are not those of a dense Mistral model: {', '.join(foreign)}"
-        )
-    missing = [name for name in _SAME_VALUE if args.get(name) is None]
+    position = COMPUTED["position_embedding_type"].of(args)
+    missing = [field.name for field in SAME_VALUE.values() if field.of(args) is None]
+    missing += ["position_embedding_type"] if position is None else []
     if missing:
-        raise ConfigError(
-            f"the checkpoint's args lack {', '.join(missing)}. Give the model's config.json with --config."
-        )
-    sizes = {name: args[field] for field, name in _SAME_VALUE.items()}
-    grouped = args.get("group_query_attention", args.get("num_query_groups") is not None)
+        raise ConfigError(f"{where} lack {', '.join(missing)}. Give the model's config.json with --config.")
+    _refuse_other_architectures(args, where)
+    sizes = {attribute: field.of(args) for attribute, field in SAME_VALUE.items()}
+    if is_positive_int(sizes["num_hidden_layers"]) and sizes["num_hidden_layers"] > _MAX_LAYERS:
+        raise ConfigError(f"{where} say num_layers={sizes['num_hidden_layers']}: expected at most {_MAX_LAYERS}")
     return MistralConfig(
         **sizes,
-        vocab_size=_vocab_size(args),
-        num_key_value_heads=args["num_query_groups"] if grouped else args["num_attention_heads"],
-        sliding_window=_sliding_window(args.get("window_size")),
-        tie_word_embeddings=not args.get("untie_embeddings_and_output_weights", False),
-        dtype=next((dtype for flag, dtype in _DTYPE_FLAGS.items() if args.get(flag)), None),
+        vocab_size=vocab_size_of(args, where),
+        num_key_value_heads=_num_query_groups(args),
+        sliding_window=_sliding_window(args, where),
+        tie_word_embeddings=not COMPUTED["untie_embeddings_and_output_weights"].of(args),
+        yarn=_yarn(args) if position == "yarn" else None,
+        dtype=next((dtype for flag, dtype in DTYPE_FLAGS.items() if args.get(flag)), None),
     )
 
 
-def _vocab_size(args: Mapping[str, Any]) -> int:
-    """``args.vocab_size``, else the padded one: Megatron-LM does not store the true size with most tokenizers."""
-    if args.get("vocab_size") is not None:
-        # NullTokenizer appends an end-of-document token of its own (megatron tokenizer, 0.16 to 0.19).
-        return int(args["vocab_size"]) + (args.get("tokenizer_type") == "NullTokenizer")
-    if args.get("padded_vocab_size") is None:
-        raise ConfigError("the checkpoint's args do not tell the vocabulary size. Give config.json with --config.")
-    _LOG.warning(
-        "the checkpoint's args do not tell the vocabulary size before padding: all %s rows are taken. "
-        "Give config.json with --config to leave padded rows behind.",
-        args["padded_vocab_size"],
-    )
-    return int(args["padded_vocab_size"])
+def _refuse_other_architectures(args: Mapping[str, Any], where: str) -> None:
+    foreign = [
+        f"{field.name}={found!r}"
+        for field, value in ARCHITECTURE
+        if (found := field.of(args)) != value and (value or found)
+    ]
+    position = args["position_embedding_type"]
+    foreign += [f"position_embedding_type={position!r}"] if position not in ("rope", "yarn") else []
+    if foreign:
+        raise UnsupportedModelError(f"{where} are not those of a dense Mistral model: {', '.join(foreign)}")
 
 
-def _sliding_window(window_size: object) -> int | None:
-    """Megatron's (W - 1, 0) as Hugging Face's W; None and (-1, ...) are full attention."""
-    if window_size is None:
+def _num_query_groups(args: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
+    """Without ``group_query_attention`` every head has its own keys, whatever ``num_query_groups`` says."""
+    groups = args.get("num_query_groups")
+    grouped = args.get("group_query_attention", groups is not None)
+    return groups if grouped else args["num_attention_heads"]
+
+
+def _sliding_window(args: Mapping[str, Any], where: str) -> int | None:
+    """Megatron's (W - 1, 0) as Hugging Face's W; None and (-1, ...) are full attention.
+
+    The parser makes a tuple of ``--window-size 4095,0``; a file may hold a list, or the text.
+    """
+    given: Any = args.get("window_size")
+    if given is None:
         return None
-    before = window_size[0] if isinstance(window_size, list | tuple) and window_size else None
-    if not isinstance(before, int):
-        raise ConfigError(f"window_size in the checkpoint's args: expected (before, after), got {window_size!r}")
-    return None if before < 0 else before + 1
+    text = _WINDOW.fullmatch(given) if isinstance(given, str) else None
+    window = tuple(int(size) for size in text.groups()) if text else given
+    if not (isinstance(window, list | tuple) and [type(size) for size in window] == [int, int]):
+        raise ConfigError(f"window_size in {where}: expected (before, after), got {given!r}")
+    before: int = window[0]
+    after: int = window[1]
+    if before < 0:
+        return None
+    if after > 0:
+        raise UnsupportedModelError(f"window_size {given!r} in {where}: Mistral models see nothing after a token.")
+    skip = args.get("window_attn_skip_freq")
+    if skip is not None and not (isinstance(skip, list | tuple) and all(layer == 1 for layer in skip)):
+        raise UnsupportedModelError(
+            f"window_attn_skip_freq {skip!r} in {where}: all layers of a Mistral model have the window, or none."
+        )
+    return before + 1
+
+
+def _yarn(args: Mapping[str, Any]) -> YarnScaling:
+    """YaRN as Megatron computes it. What transformers has no mscales for, an ``attention_factor`` says.
+
+    One mscale without the other counts for nothing, as in ``_yarn_get_concentration_factor`` (0.16 to 0.19).
+    """
+    values = {attribute: field.of(args) for attribute, field in YARN.items()}
+    mscales = (args.get(MSCALE.name), args.get(MSCALE_ALL_DIM.name))
+    if None in mscales or mscales == (MSCALE.default, MSCALE_ALL_DIM.default):
+        return YarnScaling(**values)
+    scaling = YarnScaling(**values, mscale=mscales[0], mscale_all_dim=mscales[1])
+    if all(mscales):
+        return scaling
+    above, below = (0.1 * mscale * math.log(scaling.factor) + 1 for mscale in mscales if mscale is not None)
+    return YarnScaling(**values, attention_factor=above / below)

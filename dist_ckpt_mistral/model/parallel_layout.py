@@ -5,34 +5,19 @@ It stands beside the table and not under ``megatron/`` because an import must cu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.pipeline_layout import ModelChunk, PipelineLayout, parse_pipeline_layout
+from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER, RankCoordinates, RankGrid
 from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME, KeyStyle, Place, StoredRows, TensorRule, TensorTable
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
-_VOCABULARY_MULTIPLE: Final = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankCoordinates:
-    """Where a rank stands: its index on every axis of the layout."""
-
-    tp: int
-    dp: int
-    pp: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelChunk:
-    """One virtual pipeline stage of one rank: global layer numbers and whether it embeds or ends the model."""
-
-    layers: tuple[int, ...]
-    is_first: bool
-    is_last: bool
+VOCABULARY_MULTIPLE: Final = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +39,8 @@ class HeldTensor:
     """One local tensor of one rank. ``boxes`` are its rows in order: one box, or gate and up of ``linear_fc1``.
 
     ``local_shape`` is in elements; ``prepended_axes`` counts the leading axes that only the stored tensor has.
-    ``replica_id`` is Megatron's (copy of the stage, tensor-parallel rank, data-parallel rank); the copy of all zeros is
-    the one that is saved.
+    ``replica_id`` is Megatron's (copy of the stage, tensor-parallel rank, data-parallel rank with context parallelism);
+    the copy of all zeros is the one that is saved.
     """
 
     rule: TensorRule
@@ -73,37 +58,94 @@ class HeldTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelLayout:
-    """A parallel layout of ranks, in Megatron's default rank order (tp, then dp, then pp counts slowest).
+class ParallelLayout(PipelineLayout):
+    """A parallel layout of ranks. ``PipelineLayout`` tells of ``pp``, ``vpp`` and uneven stages.
 
-    ``pp_layers`` gives the layer count of every pipeline stage where they differ; ``vpp`` is the number of model chunks
-    per stage of the interleaved schedule.
+    ``tp`` is tensor, ``cp`` context, ``dp`` data, ``ep`` expert and ``etp`` expert-tensor parallelism (None: ``tp``).
+    Ranks that differ in ``cp`` hold the same weights, as do those that differ in ``dp``. Experts use the same ranks:
+    ``ep`` and ``etp`` do not add any, and what they leave is expert-data parallelism. ``dp`` is by default the smallest
+    that experts allow, 1 without them. ``order`` is Megatron's rank order, from the axis that counts fastest.
+
+    Raises LayoutError with all the reasons for which no model could be laid out like this.
     """
 
     tp: int = 1
-    pp: int = 1
-    vpp: int | None = None
-    dp: int = 1
+    cp: int = 1
+    dp: int = None  # type: ignore[assignment]  # always an int: __post_init__ replaces None
     ep: int = 1
-    pp_layers: tuple[int, ...] | None = None
+    etp: int | None = None
+    order: str = DEFAULT_ORDER
 
     def __post_init__(self) -> None:
-        """Refuse what no model could be laid out with."""
-        counts = {"tp": self.tp, "pp": self.pp, "dp": self.dp, "ep": self.ep}
-        problems = [f"{name} must be at least 1, got {count}" for name, count in counts.items() if count < 1]
-        if self.vpp is not None and (self.vpp < 1 or (self.vpp > 1 and self.pp == 1)):
-            problems.append(f"vpp={self.vpp} needs at least two pipeline stages, got pp={self.pp}")
-        if self.pp_layers is not None and (self.vpp or 1) > 1:
-            problems.append("pp_layers and vpp cannot be combined")
-        if self.pp_layers is not None and (len(self.pp_layers) != self.pp or min(self.pp_layers, default=0) < 0):
-            problems.append(f"pp_layers must give one layer count for each of {self.pp} stages, got {self.pp_layers}")
+        """Refuse what no model could be laid out with; fill in what follows from the other fields."""
+        counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
+        problems = [f"{name} must be at least 1, got {n}" for name, n in counts.items() if n is not None and n < 1]
+        if self.pp >= 1:
+            problems += self.contradictions()
+        if not problems:
+            object.__setattr__(self, "vpp", self._chunks_per_stage())
+            expert_ranks = (self.etp or self.tp) * self.ep
+            fewest_dp = expert_ranks // math.gcd(expert_ranks, self.tp * self.cp)
+            object.__setattr__(self, "dp", fewest_dp if counts["dp"] is None else self.dp)
+            problems += self._rank_problems(fewest_dp)
         if problems:
             raise LayoutError("; ".join(problems))
+
+    def __repr__(self) -> str:
+        """Only what is not the default."""
+        defaults = {"dp": 1}
+        given = [
+            f"{field.name}={value!r}"
+            for field in sorted(fields(self), key=lambda field: field.name != "tp")
+            if (value := getattr(self, field.name)) != defaults.get(field.name, field.default)
+        ]
+        return f"ParallelLayout({', '.join(given)})"
+
+    def _chunks_per_stage(self) -> int | None:
+        """``vpp`` as Megatron sees it: a layout string sets it, and one chunk per stage is no interleaving."""
+        chunks = self.vpp or 1
+        if self.pipeline_model_parallel_layout is not None:
+            chunks = len(parse_pipeline_layout(self.pipeline_model_parallel_layout)) // self.pp
+        return chunks if chunks > 1 else None
+
+    def _rank_problems(self, fewest_dp: int) -> list[str]:
+        expert_ranks = (self.etp or self.tp) * self.ep * self.pp
+        if self.world_size % expert_ranks:
+            sizes = f"{self.world_size} ranks (tp x cp x dp x pp), {expert_ranks} for an expert (etp x ep x pp)"
+            return [f"{sizes}: dp must be a multiple of {fewest_dp}, got {self.dp}"]
+        return list(self._grid.problems())
+
+    @property
+    def _grid(self) -> RankGrid:
+        etp = self.etp or self.tp
+        return RankGrid(
+            order=self.order,
+            dense={"tp": self.tp, "cp": self.cp, "ep": 1, "dp": self.dp, "pp": self.pp},
+            expert={"tp": etp, "cp": 1, "ep": self.ep, "dp": self.expert_dp, "pp": self.pp},
+        )
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.tp * self.dp * self.pp
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def expert_dp(self) -> int:
+        """Number of ranks that hold the same part of an expert."""
+        return self.world_size // ((self.etp or self.tp) * self.ep * self.pp)
+
+    def transformer_config_fields(self) -> dict[str, Any]:
+        """The keyword arguments of Megatron's ``TransformerConfig`` that describe this layout; only what is set.
+
+        ``dp`` and ``order`` are not the model's but those of ``parallel_state.initialize_model_parallel``.
+        """
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+            **({} if self.etp is None else {"expert_tensor_parallel_size": self.etp}),
+            **self.pipeline_fields(),
+        }
 
     def check(self, config: MistralConfig) -> None:
         """Raise LayoutError with Megatron's reasons if it would refuse this layout for this model."""
@@ -111,49 +153,27 @@ class ParallelLayout:
             f"{name}={size} is not divisible by tp={self.tp}"
             for name, size in (
                 ("num_attention_heads", config.num_attention_heads),
-                ("num_key_value_heads (num_query_groups)", config.num_key_value_heads),
                 ("intermediate_size", config.intermediate_size),
             )
             if size % self.tp
         ]
-        stages = self.pp * (self.vpp or 1)
-        if self.pp_layers is None and config.num_hidden_layers % stages:
-            problems.append(
-                f"num_hidden_layers={config.num_hidden_layers} is not divisible by {stages} pipeline stages"
-            )
-        if self.pp_layers is not None and sum(self.pp_layers) != config.num_hidden_layers:
-            problems.append(f"pp_layers={self.pp_layers} do not add up to num_hidden_layers={config.num_hidden_layers}")
+        groups = config.num_key_value_heads
+        if groups % self.tp and self.tp % groups:
+            name = f"num_key_value_heads (num_query_groups)={groups}"
+            problems.append(f"{name} is not divisible by tp={self.tp}, nor tp by it")
+        elif (rows := (config.num_attention_heads + 2 * groups) * config.head_dim) % self.tp:
+            problems.append(f"the {rows} rows of query, key and value are not divisible by tp={self.tp}")
+        problems += self.misfits(config.num_hidden_layers)
         if self.ep > 1:
             problems.append(f"ep={self.ep} needs experts, and a dense model has none")
         if problems:
             raise LayoutError(f"Megatron cannot lay out this model with {self}: " + "; ".join(problems))
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        """Where ``rank`` stands, in Megatron's default order tp-cp-ep-dp-pp."""
+        """Where ``rank`` stands, counted in ``order``."""
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is outside a layout of {self.world_size} ranks")
-        rest, tp = divmod(rank, self.tp)
-        pp, dp = divmod(rest, self.dp)
-        return RankCoordinates(tp=tp, dp=dp, pp=pp)
-
-    def model_chunks(self, num_layers: int, pp_rank: int) -> tuple[ModelChunk, ...]:
-        """The model chunks of a pipeline stage: one, or ``vpp`` of them."""
-        chunks = self.vpp or 1
-        if self.pp_layers is not None:
-            first = sum(self.pp_layers[:pp_rank])
-            ranges = [range(first, first + self.pp_layers[pp_rank])]
-        else:
-            size = num_layers // (self.pp * chunks)
-            starts = [(chunk * self.pp + pp_rank) * size for chunk in range(chunks)]
-            ranges = [range(start, start + size) for start in starts]
-        return tuple(
-            ModelChunk(
-                layers=tuple(layers),
-                is_first=pp_rank == 0 and chunk == 0,
-                is_last=pp_rank == self.pp - 1 and chunk == chunks - 1,
-            )
-            for chunk, layers in enumerate(ranges)
-        )
+        return self._grid.coordinates(rank)
 
     def held_tensors(
         self,
@@ -172,11 +192,11 @@ class ParallelLayout:
         for rule in table.rules:
             rows = _rows(rule, self.tp, vocab_rows)
             for layer, name in _held_layers(rule, chunk):
-                copy = (0, 0 if rule.tp_axis is not None else at.tp, at.dp)
+                copy = (0, 0 if rule.tp_axis is not None else at.tp, at.dp_cp)
                 yield self._held(table, rule, rows, layer, name, at.tp, style, copy)
             if rule.hf_aliases and chunk.is_last and not chunk.is_first:
                 # Tied embeddings: the last stage describes its copy of the first stage's (language_module.py, 0.12+).
-                yield self._held(table, rule, rows, None, TIED_OUTPUT_NAME, at.tp, style, (1, 0, at.dp))
+                yield self._held(table, rule, rows, None, TIED_OUTPUT_NAME, at.tp, style, (1, 0, at.dp_cp))
 
     def _held(
         self,
@@ -232,7 +252,7 @@ class ParallelLayout:
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Megatron-LM's padded vocabulary: the next multiple of 128 x tp (``--make-vocab-size-divisible-by`` 128)."""
-    multiple = _VOCABULARY_MULTIPLE * tp
+    multiple = VOCABULARY_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple
 
 

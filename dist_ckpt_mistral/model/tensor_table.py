@@ -39,6 +39,20 @@ class KeyStyle(Enum):
     SINGLETON = "singleton"
 
 
+class ParamState(Enum):
+    """A tensor that training keeps for every parameter, of its shape and, behind a prefix, under its key.
+
+    A value is what Megatron's model-space formats call the state: ``fp32_param`` in ``plain`` (Float16Optimizer) and
+    ``fully_sharded_model_space`` (distributed optimizer, to 0.14), ``param`` in ``fully_reshardable`` (0.15 and newer);
+    mcore optimizer/optimizer.py and distrib_optimizer.py. WEIGHTS are the parameters themselves, without a prefix.
+    """
+
+    WEIGHTS = ()
+    MASTER = ("fp32_param", "param")
+    EXP_AVG = ("exp_avg",)
+    EXP_AVG_SQ = ("exp_avg_sq",)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfPart:
     """One Hugging Face tensor and the Megatron rows that hold it. ``hf_name`` may contain ``{layer}``."""
@@ -281,6 +295,24 @@ def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
     return (norm, head)
 
 
+#: What to call tensors of layers: the first pattern that the key matches says it.
+_KINDS: Final = (
+    (re.compile(r".*norm"), "norms"),
+    (re.compile(r".*\bself_attention\."), "attention"),
+    (re.compile(r".*\bexperts\."), "experts"),
+    (re.compile(r".*\bmlp\."), "MLP"),
+)
+
+
+def kind_of(rule: TensorRule, state: ParamState = ParamState.WEIGHTS) -> str:
+    """What a tensor is, for people: embedding, attention, MLP, experts, norms, output layer or optimizer state."""
+    if state is not ParamState.WEIGHTS:
+        return "optimizer state"
+    if rule.place is Place.EMBEDDING:
+        return "embedding"
+    return next((kind for pattern, kind in _KINDS if pattern.match(rule.mcore_key)), "output layer")
+
+
 #: Modules whose ``_extra_state`` objects megatron-core looks for, by layer spec: those of the local spec first, then
 #: what Transformer Engine adds (``core_attention`` until 0.14 only). A model raises if one of its own is missing.
 LOCAL_EXTRA_STATES: Final = (
@@ -300,9 +332,25 @@ TIED_OUTPUT_NAME: Final = "output_layer.weight"
 #: Prefixes that other writers put before every model key (NeMo 2: ``module.``; wrapped models: ``model.``).
 _PREFIX_ANCHOR: Final = "embedding.word_embeddings.weight"
 
+#: What stands before a model key to make it that of a state (several optimizers may count themselves before that).
+_STATE_PREFIX: Final = "optimizer.state.{state}."
+_OPTIMIZER: Final = re.compile(r"(chained_\d+\.)?optimizer\.")
+_STATE_KEY: Final = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
+#: Optimizer state as flat buffers, whose layout only the run knows that made them: pattern of the key -> the format.
+_FLAT_STATES: Final = (
+    (re.compile(r"(chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.gbuf_idx_"), "dp_reshardable"),
+    (
+        re.compile(r"(chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state($|/)"),
+        "dp_zero_gather_scatter",
+    ),
+)
+
+#: How every reason begins for which an export leaves out what the optimizer keeps.
+OPTIMIZER_STATE: Final = "optimizer state"
 #: Stored entries that are not weights: pattern of the key -> why an export leaves it out.
 _NOT_WEIGHTS: Final = (
-    (re.compile(r"(chained_\d+\.)?optimizer\."), "optimizer state"),
+    *((pattern, f"{OPTIMIZER_STATE} in flat buffers ({name})") for pattern, name in _FLAT_STATES),
+    (_OPTIMIZER, OPTIMIZER_STATE),
     (re.compile(r"(.*[./])?_extra_state($|/|\d)"), "Transformer Engine extra state"),
     (re.compile(r"rng_state($|/|\.)"), "random number generator state"),
     (re.compile(r"common_state($|/)"), "common state, read on its own"),
@@ -322,6 +370,27 @@ def model_prefix(mcore_keys: Iterable[str]) -> str:
         key=len,
     )
     return found[0] if found else ""
+
+
+def state_key(mcore_key: str, name: str) -> str:
+    """The key of the state that Megatron calls ``name``, of the parameter ``mcore_key``."""
+    return _STATE_PREFIX.format(state=name) + mcore_key
+
+
+def split_state_key(stored_key: str) -> tuple[str, str] | None:
+    """(what Megatron calls the state, the parameter's own key) of a stored tensor; None if it is no such state."""
+    match = _STATE_KEY.fullmatch(stored_key)
+    return (match[1], match[2]) if match else None
+
+
+def flat_state(stored_key: str) -> str | None:
+    """The format of a stored entry that is optimizer state in flat buffers, such as ``dp_reshardable``; else None."""
+    return next((name for pattern, name in _FLAT_STATES if pattern.match(stored_key)), None)
+
+
+def is_optimizer_state(stored_key: str) -> bool:
+    """Whether a stored entry, tensor or object, belongs to an optimizer."""
+    return _OPTIMIZER.match(stored_key) is not None
 
 
 def why_ignored(mcore_key: str, prefix: str = "") -> str | None:

@@ -1,4 +1,8 @@
-"""Mistral-shaped models and checkpoints of a given size, with random weights, for the benchmarks."""
+"""Mistral-shaped models and checkpoints of a given size, with random weights, for the benchmarks.
+
+``python tools/bench/models.py CASE BYTES DIRECTORY`` makes DIRECTORY/hf and the checkpoint DIRECTORY/CASE, unless they
+are there.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import json
 import math
 import os
 import pickle
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,26 @@ OPTIMIZER = {
     "optimizer.state.param.": "float32",
     "optimizer.state.exp_avg.": "float32",
     "optimizer.state.exp_avg_sq.": "float32",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """How a checkpoint is cut and spelled. Imports are made by ``from-hf``; others hold random bytes of their own."""
+
+    tp: int = 2
+    pp: int = 2
+    style: KeyStyle = KeyStyle.STACKED
+    with_optimizer: bool = False
+    is_import: bool = True
+
+
+CASES = {
+    "tp2pp2": Case(),
+    "tp8": Case(tp=8, pp=1),
+    "tp1": Case(tp=1, pp=1),
+    "per-layer": Case(style=KeyStyle.PER_LAYER, is_import=False),
+    "optimizer": Case(with_optimizer=True, is_import=False),
 }
 _EXPERTS = "decoder.layers.mlp.experts.experts."
 _LAYER_BYTES = 436_224_000  # one layer of the shape below in bfloat16
@@ -86,9 +111,15 @@ def _random_blocks(num_bytes: int) -> Iterator[bytes]:
         yield noise[shift : shift + min(_BLOCK_BYTES, num_bytes - start)]
 
 
-def make_checkpoint(directory: Path, hf: Path, *, tp: int, pp: int) -> None:
-    """Import ``hf`` with the chunks of a layout."""
-    from_hf(hf, directory, tp=tp, pp=pp)
+def make_checkpoint(directory: Path, hf: Path, config: MistralConfig, case: Case) -> None:
+    """The checkpoint of a case."""
+    if case.is_import:
+        from_hf(hf, directory, tp=case.tp, pp=case.pp)
+        return
+    layout = ParallelLayout(tp=case.tp, pp=case.pp)
+    layout.check(config)
+    make_sparse_checkpoint(directory, config, layout, style=case.style, with_optimizer=case.with_optimizer)
+    fill_holes(directory)
 
 
 def make_sparse_checkpoint(
@@ -179,6 +210,19 @@ def _chunks(
                         )
 
 
+def fill_holes(directory: Path) -> None:
+    """Give the chunks of a sparse checkpoint random bytes; their checksums stay zero."""
+    checkpoint = torch_dist.open_torch_dist(directory)
+    index = checkpoint.index(checkpoint.tensors)
+    for tensor in index.tensors.values():
+        chunk_bytes = tensor.shapes.prod(axis=1) * dtypes.itemsize_bytes(tensor.dtype)
+        for file, position, num_bytes in zip(tensor.files, tensor.positions, chunk_bytes.tolist(), strict=True):
+            with index.files[file].open("r+b") as output:
+                output.seek(position)
+                for block in _random_blocks(num_bytes):
+                    output.write(block)
+
+
 def _expert_chunks(
     config: MistralConfig, layout: ParallelLayout, experts: int, prefixes: dict[str, str]
 ) -> Iterator[NewChunk]:
@@ -202,3 +246,17 @@ def model_bytes(config: MistralConfig) -> int:
     """Size of the weights in bfloat16."""
     size = dtypes.itemsize_bytes("bfloat16")
     return sum(math.prod(tensor.shape) * size for tensor in tensor_table(config).hf_tensors().values())
+
+
+def main() -> None:
+    """Make what is missing."""
+    case, num_bytes, work = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    config = config_of_size(num_bytes)
+    if not (work / "hf").exists():
+        make_hf_model(work / "hf", config)
+    if not (work / case).exists():
+        make_checkpoint(work / case, work / "hf", config, CASES[case])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
 """Conversions against ``cp`` of the same bytes: ``python tools/bench/run.py --work DIR [--rounds 5] ...``.
 
 Every round runs each command once, ``cp`` before and after, so that a machine whose speed drifts hurts both alike;
-outputs of the round before are deleted first. Printed: seconds and ratio to the mean of the two ``cp``s, as minimum and
-median, and peak resident memory. Every round is appended to a results file, one JSON object a line.
+outputs of the round before are deleted first. Printed: seconds and ratio to the mean of the two ``cp``s, as minimum,
+median and maximum, and peak resident memory, libraries included. Every round is appended to a results file, one JSON
+object a line.
 
 "warm" reads sources from the page cache, "cold" from the disk (it drops the page cache before each command, as root);
 both wait for no disk at the end (``--no-sync``), as ``cp`` does. "durable" is warm and waits until the output is on the
@@ -19,13 +20,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from models import config_of_size, make_checkpoint, make_hf_model, model_bytes
+from models import CASES, config_of_size, model_bytes
 
 HERE = Path(__file__).parent
-LAYOUTS = {"tp2pp2": (2, 2), "tp8": (8, 1), "tp1": (1, 1)}
+TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
+#: As many ranks as the comparison with as many threads has, each with one thread.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
+COMMANDS = ("to-hf", "from-hf", "verify", "reshard", "to-hf-2-ranks")
+PEERS = ("dcp-full", "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +41,17 @@ class Run:
 
     seconds: float
     peak_mb: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """A command, what it reads and writes, and the command that moves (or compares) the same bytes."""
+
+    name: str
+    command: list[str]
+    source: Path
+    output: Path
+    baseline: list[str]
 
 
 def timed(command: list[str], *, sync: Path | None = None) -> Run:
@@ -49,74 +67,72 @@ def timed(command: list[str], *, sync: Path | None = None) -> Run:
     return Run(seconds=time.perf_counter() - start, peak_mb=usage.ru_maxrss / 1024)
 
 
-def commands(work: Path, layout: str, peers: list[str], *, no_sync: bool) -> dict[str, tuple[list[str], Path, Path]]:
-    """Name -> (command, its input, its output)."""
-    tool = [sys.executable, "-m", "dist_ckpt_mistral"]
+def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Iterator[Contest]:
+    """What is to be run on the checkpoint ``case``. An export moves the bytes of the weights alone."""
+    hf, checkpoint, copy = work / "hf", work / case, work / "out-cp"
     extra = ["--no-sync"] if no_sync else []
-    tp, pp = LAYOUTS[layout]
-    hf, checkpoint = work / "hf", work / layout
-    found = {
-        "to-hf": ([*tool, "to-hf", str(checkpoint), str(work / "out-hf"), *extra], checkpoint, work / "out-hf"),
-        "from-hf": (
-            [*tool, "from-hf", str(hf), str(work / "out-ckpt"), "--tp", str(tp), "--pp", str(pp), *extra],
-            hf,
-            work / "out-ckpt",
-        ),
-        "verify": ([*tool, "verify", str(checkpoint), str(hf)], checkpoint, work / "out-none"),
-    }
-    for peer in peers:
-        output = work / f"out-{peer}"
-        found[peer] = ([sys.executable, str(HERE / "peers.py"), peer, str(checkpoint), str(output)], checkpoint, output)
-    return found
+    tp, pp = CASES[case].tp, CASES[case].pp
+    for name in names:
+        output = work / f"out-{name}"
+        if name in PEERS:
+            command, source = [sys.executable, str(HERE / "peers.py"), name, str(checkpoint), str(output)], checkpoint
+        elif name == "from-hf":
+            command = [*TOOL, name, str(hf), str(output), "--tp", str(tp), "--pp", str(pp), *extra]
+            source = hf
+        elif name == "verify":
+            command, source = [*TOOL, name, str(checkpoint), str(hf)], checkpoint
+        elif name == "reshard":
+            command, source = [*TOOL, name, str(checkpoint), str(output), "--tp", "1", "--pp", "4", *extra], checkpoint
+        elif name == "to-hf-2-ranks":
+            command, source = [*TORCHRUN, "to-hf", str(checkpoint), str(output), "--workers", "1", *extra], checkpoint
+        else:
+            command, source = [*TOOL, name, str(checkpoint), str(output), *extra], checkpoint
+        baseline = ["cp", "-r", str(checkpoint if name == "reshard" else hf), str(copy)]
+        if name == "verify":
+            baseline = ["sh", "-c", 'for f in "$0"/*.safetensors; do cmp "$f" "$1/${f##*/}" || exit 1; done']
+            baseline += [str(hf), str(twin(work))]
+        yield Contest(name=name, command=command, source=source, output=output, baseline=baseline)
 
 
-def measure(work: Path, layout: str, mode: str, rounds: int, peers: list[str], results: Path) -> None:
+def twin(work: Path) -> Path:
+    """A copy of the Hugging Face files, for ``cmp``."""
+    if not (work / "twin").exists():
+        shutil.copytree(work / "hf", work / "twin")
+    return work / "twin"
+
+
+def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], results: Path) -> None:
     """All rounds of one mode, then the summary."""
-    ratios: dict[str, list[float]] = {}
-    seconds: dict[str, list[float]] = {}
-    peaks: dict[str, list[float]] = {}
+    sync = work if mode == "durable" else None
+    runs: dict[str, list[tuple[float, Run]]] = defaultdict(list)
     for number in range(rounds):
-        for name, (command, source, output) in commands(work, layout, peers, no_sync=mode != "durable").items():
-            before = baseline(name, source, work, mode)
-            prepare(source, output, mode)
-            run = timed(command, sync=work if mode == "durable" else None)
-            shutil.rmtree(output, ignore_errors=True)
-            after = baseline(name, source, work, mode)
-            mean = (before + after) / 2
-            seconds.setdefault(name, []).append(run.seconds)
-            ratios.setdefault(name, []).append(run.seconds / mean)
-            peaks.setdefault(name, []).append(run.peak_mb)
-            record = {
-                "layout": layout,
-                "mode": mode,
-                "round": number,
-                "command": name,
-                "cp_s": mean,
-                **asdict(run),
-            }
+        for contest in contests(work, case, names, no_sync=mode != "durable"):
+            before = baseline(contest, work, mode)
+            prepare(contest.source, contest.output, mode)
+            run = timed(contest.command, sync=sync)
+            shutil.rmtree(contest.output, ignore_errors=True)
+            mean = (before + baseline(contest, work, mode)) / 2
+            runs[contest.name].append((run.seconds / mean, run))
+            what = {"case": case, "mode": mode, "round": number, "command": contest.name, "baseline_s": mean}
             with results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-    for name, values in ratios.items():
+                file.write(json.dumps(what | asdict(run)) + "\n")
+    for name, done in runs.items():
+        ratios, seconds = [ratio for ratio, _ in done], [run.seconds for _, run in done]
         print(
-            f"{layout:8}{mode:9}{name:12}{min(seconds[name]):7.2f}{statistics.median(seconds[name]):8.2f} s"
-            f"   ratio {min(values):5.2f} min {statistics.median(values):5.2f} median {max(values):5.2f} max"
-            f"   {max(peaks[name]):6.0f} MB"
+            f"{case:10}{mode:9}{name:14}{min(seconds):7.2f}{statistics.median(seconds):8.2f} s   ratio "
+            f"{min(ratios):5.2f} min {statistics.median(ratios):5.2f} median {max(ratios):5.2f} max   "
+            f"{max(run.peak_mb for _, run in done):6.0f} MB",
+            flush=True,
         )
 
 
-def baseline(name: str, source: Path, work: Path, mode: str) -> float:
-    """Seconds of ``cp -r`` of the source; for ``verify``, of ``cmp`` of the Hugging Face files with a copy."""
-    target = work / "out-cp"
-    prepare(source, target, mode)
-    if name == "verify":
-        twin = work / "twin"
-        if not twin.exists():
-            shutil.copytree(work / "hf", twin)
-            prepare(source, target, mode)
-        pairs = [f"cmp '{file}' '{twin / file.name}'" for file in sorted((work / "hf").glob("*.safetensors"))]
-        return timed(["sh", "-c", " && ".join(pairs)]).seconds
-    run = timed(["cp", "-r", str(source), str(target)], sync=work if mode == "durable" else None)
-    shutil.rmtree(target)
+def baseline(contest: Contest, work: Path, mode: str) -> float:
+    """Seconds of what moves the same bytes."""
+    copy = work / "out-cp"
+    for source in (Path(contest.baseline[-2]), *([twin(work)] if contest.name == "verify" else [])):
+        prepare(source, copy, mode)
+    run = timed(contest.baseline, sync=work if mode == "durable" else None)
+    shutil.rmtree(copy, ignore_errors=True)
     return run.seconds
 
 
@@ -127,11 +143,8 @@ def prepare(source: Path, output: Path, mode: str) -> None:
         subprocess.run(["sync"], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("3")
     else:
-        for file in sorted(source.rglob("*")):
-            if file.is_file():
-                with file.open("rb") as stream:
-                    while stream.read(1 << 24):
-                        pass
+        files = [str(file) for file in sorted(source.rglob("*")) if file.is_file()]
+        subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
 
 
 def size(text: str) -> int:
@@ -143,22 +156,22 @@ def main() -> None:
     """Make what is missing, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a directory for some five times --size")
-    parser.add_argument("--size", type=size, default="4GB")
+    parser.add_argument("--size", type=size, default="4GB", help="of the weights; the case optimizer has 7 times that")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layout", choices=LAYOUTS, default="tp2pp2")
+    parser.add_argument("--case", choices=CASES, default="tp2pp2", help="how the checkpoint is cut and spelled")
     parser.add_argument("--modes", nargs="+", choices=("warm", "durable", "cold"), default=["warm", "durable"])
-    parser.add_argument("--peers", nargs="*", default=[], help="dcp-full, model: see peers.py")
+    parser.add_argument("--commands", nargs="+", choices=(*COMMANDS, *PEERS), help="peers: see peers.py")
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
     arguments = parser.parse_args()
+    case = CASES[arguments.case]
+    names = arguments.commands or [name for name in COMMANDS if case.is_import or name != "verify"]
     config = config_of_size(arguments.size)
-    if not (arguments.work / "hf").exists():
-        make_hf_model(arguments.work / "hf", config)
-    if not (arguments.work / arguments.layout).exists():
-        tp, pp = LAYOUTS[arguments.layout]
-        make_checkpoint(arguments.work / arguments.layout, arguments.work / "hf", tp=tp, pp=pp)
+    # In a process of its own: what a process has used of memory before exec counts as its child's.
+    make = [sys.executable, str(HERE / "models.py"), arguments.case, str(arguments.size), str(arguments.work)]
+    subprocess.run(make, check=True)
     print(f"{model_bytes(config) / 1e9:.2f} GB in {config.num_hidden_layers} layers, {os.cpu_count()} cores")
     for mode in arguments.modes:
-        measure(arguments.work, arguments.layout, mode, arguments.rounds, arguments.peers, arguments.results)
+        measure(arguments.work, arguments.case, mode, arguments.rounds, names, arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""How a checkpoint's tensors are cut into chunks so that every rank of a layout reads whole ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from dist_ckpt_mistral.mapping import CheckpointMap
+from dist_ckpt_mistral.model.parallel_layout import HeldBox, HeldTensor, ParallelLayout
+from dist_ckpt_mistral.shapes import Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """One chunk: a box of the stored tensor ``name``, in elements, that ``rank`` saves and reads."""
+
+    name: str
+    global_shape: Shape
+    offset: Shape
+    shape: Shape
+    rank: int
+
+
+def cuts(found: CheckpointMap, shapes: Mapping[str, Shape], layout: ParallelLayout) -> Iterator[Cut]:
+    """The chunks that the ranks of ``layout`` would save of the tensors ``found``, spelled as there.
+
+    ``shapes`` are the stored ones by name. A vocabulary keeps its rows, whatever the layout pads it to: chunks end
+    where ranks end, the last one where the rows do. Sizes must have passed ``layout.check``.
+    """
+    for rank in range(layout.world_size):
+        at = layout.coordinates(rank)
+        for chunk in layout.model_chunks(found.table.num_layers, at.pp):
+            for held in layout.held_tensors(found.table, chunk, at, style=found.style):
+                if held.is_main_replica:
+                    yield from _cut(found, shapes, held, rank)
+
+
+def _cut(found: CheckpointMap, shapes: Mapping[str, Shape], held: HeldTensor, rank: int) -> Iterator[Cut]:
+    names = found.spelling(held.rule, held.layer)
+    for box in held.boxes:
+        name = names[box.mcore_key]
+        spans = _rows(box, shapes[name][0]) if held.rule.padded_vocabulary else [(box.global_offset[0], box.shape[0])]
+        for start, rows in spans:
+            offset, shape = (start, *box.global_offset[1:]), (rows, *box.shape[1:])
+            yield Cut(name=name, global_shape=shapes[name], offset=offset, shape=shape, rank=rank)
+
+
+def _rows(box: HeldBox, stored_rows: int) -> Iterator[tuple[int, int]]:
+    """(start, rows) of the chunks of a box of rows, of which ``stored_rows`` are stored.
+
+    There may be fewer than the layout pads to; what there is more goes along with the last rank, as a further chunk.
+    """
+    start, end = box.global_offset[0], box.global_offset[0] + box.shape[0]
+    if start < stored_rows:
+        yield start, min(end, stored_rows) - start
+    if end == box.global_shape[0] < stored_rows:
+        yield end, stored_rows - end

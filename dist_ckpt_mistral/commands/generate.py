@@ -1,0 +1,93 @@
+"""``generate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from typing import TYPE_CHECKING
+
+from dist_ckpt_mistral import libraries, ranks
+from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.errors import LayoutError
+
+if TYPE_CHECKING:
+    from dist_ckpt_mistral.hf_inference import Sampling
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    command = options.declare(commands, "generate", run, "Let a model write: it runs on Megatron.")
+    command.add_argument("path", metavar="CKPT_OR_HF", help="checkpoint, Hugging Face directory or hub id")
+    command.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="what to go on from; may be given repeatedly"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=options.positive, default=64, metavar="N", help="at most so many (default 64)"
+    )
+    for flag, kind, what in (
+        ("temperature", options.positive_number, "divide the logits by it"),
+        ("top-k", options.positive, "draw from the K likeliest tokens"),
+        ("top-p", options.positive_number, "draw from the likeliest tokens that together have this probability"),
+        ("seed", options.not_negative, "of the draws (default 0)"),
+    ):
+        help_text = f"{what}; any of the four turns sampling on, else the likeliest token follows"
+        command.add_argument(f"--{flag}", type=kind, metavar=flag.rpartition("-")[2].upper()[:4], help=help_text)
+    for axis, what in (("tp", "tensor"), ("pp", "pipeline")):
+        help_text = f"{what} parallelism; needs torchrun with tp x pp ranks (default 1)"
+        command.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)
+    command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
+    options.add_config(command)
+    options.add_tokenizer(command)
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate on all ranks, and print the texts on the first."""
+    _require_ranks(arguments)
+    libraries.require("generate", "torch", "megatron.core", "transformers", extra="inference")
+    with libraries.quiet():
+        from dist_ckpt_mistral.megatron.generate import complete  # noqa: PLC0415  (--help must not wait for torch and Megatron)
+        from dist_ckpt_mistral.model.parallel_layout import ParallelLayout  # noqa: PLC0415
+
+        completions = list(
+            complete(
+                arguments.path,
+                arguments.prompt,
+                layout=ParallelLayout(tp=arguments.tp, pp=arguments.pp),
+                max_new_tokens=arguments.max_new_tokens,
+                sampling=_sampling(arguments),
+                config=arguments.config,
+                tokenizer=arguments.tokenizer,
+                dtype=arguments.dtype,
+            )
+        )
+    is_first = ranks.from_environment().is_first
+    if is_first and arguments.json:
+        print(json.dumps([completion.to_json() for completion in completions], indent=2, ensure_ascii=False))
+    elif is_first:
+        for completion in completions:
+            print(completion.text)
+    return options.EXIT_DONE
+
+
+def _require_ranks(arguments: argparse.Namespace) -> None:
+    """Refuse to start unless torchrun started one process for every rank of the layout."""
+    wanted, found = arguments.tp * arguments.pp, int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted != found:
+        prompts = [word for prompt in arguments.prompt for word in ("--prompt", prompt)]
+        command = ["generate", arguments.path, *prompts, "--tp", str(arguments.tp), "--pp", str(arguments.pp)]
+        raise LayoutError(
+            f"--tp {arguments.tp} --pp {arguments.pp} needs {wanted} ranks, and there are {found}. Start them with: "
+            f"torchrun --nproc-per-node {wanted} -m dist_ckpt_mistral {shlex.join(command)}"
+        )
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling | None:
+    """What the sampling options ask for, or None if none was given."""
+    from dist_ckpt_mistral.hf_inference import Sampling  # noqa: PLC0415  (--help must not wait)
+
+    given = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Sampling(**given) if given else None

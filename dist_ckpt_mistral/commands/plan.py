@@ -1,0 +1,45 @@
+"""``plan``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from dist_ckpt_mistral.commands import options
+
+_LOG = logging.getLogger(__name__)
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    command = options.declare(commands, "plan", run, "Say what every rank of a layout would read of a checkpoint.")
+    command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
+    options.add_layout(command, "to load with")
+    options.add_config(command)
+    command.add_argument("--weights-only", action="store_true", help="leave optimizer state out")
+    command.add_argument("--json", action="store_true", help="print JSON, with every rank")
+    command.add_argument("--svg", type=Path, metavar="FILE", help="draw, too, which chunk goes to which rank")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan, show, and draw if asked."""
+    from dist_ckpt_mistral.reading import picture, planner, table  # noqa: PLC0415  (--help must not wait for numpy)
+
+    if arguments.svg is not None:
+        picture.require_matplotlib()
+    found = planner.plan_reading(
+        arguments.checkpoint,
+        options.given_layout(arguments),
+        config=arguments.config,
+        weights_only=arguments.weights_only,
+    )
+    if arguments.svg is not None:
+        picture.save_svg(found, arguments.svg)
+        _LOG.info("wrote %s", arguments.svg)
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        options.show(table.render(found))
+    return options.EXIT_DONE

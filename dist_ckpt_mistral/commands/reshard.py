@@ -1,0 +1,43 @@
+"""``reshard``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.ranks import from_environment
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    summary = "Cut a Megatron checkpoint anew, so that every rank of a layout reads only whole chunks."
+    command = options.declare(commands, "reshard", run, summary)
+    command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
+    command.add_argument("output", metavar="OUT", type=Path, help="checkpoint to create")
+    options.add_layout(command, "to cut for")
+    options.add_config(command)
+    command.add_argument("--weights-only", action="store_true", help="leave all optimizer state behind")
+    options.add_output(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reshard, and say what was written."""
+    from dist_ckpt_mistral import resharding  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.report import conversion_line  # noqa: PLC0415
+
+    ranks = from_environment()
+    with options.effort("resharding", arguments, ranks) as effort:
+        done = resharding.reshard(
+            arguments.checkpoint,
+            arguments.output,
+            options.given_layout(arguments),
+            config=arguments.config,
+            weights_only=arguments.weights_only,
+            overwrite=arguments.overwrite,
+            effort=effort,
+            ranks=ranks,
+        )
+    if ranks.is_first:
+        print(conversion_line("wrote", done))
+    return options.EXIT_DONE

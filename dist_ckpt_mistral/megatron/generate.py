@@ -1,0 +1,91 @@
+"""Texts that a stored model writes: tokenizer and sampling are Hugging Face's, the model runs on Megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_ckpt_mistral import hub, ranks
+from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens
+from dist_ckpt_mistral.megatron.inference import generate, greedy
+from dist_ckpt_mistral.megatron.load_model import load_source
+from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model_source import ModelSource, open_source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A prompt and what the model wrote after it; ``ended`` if the model ended the text itself.
+
+    ``text`` is prompt and continuation without special tokens, ``continuation`` what was written alone.
+    """
+
+    prompt: str
+    text: str
+    continuation: str
+    prompt_tokens: tuple[int, ...]
+    new_tokens: tuple[int, ...]
+    ended: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def complete(
+    path: str | Path,
+    prompts: Sequence[str],
+    *,
+    layout: ParallelLayout,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+) -> Iterator[Completion]:
+    """Complete ``prompts`` one after the other; every rank of ``layout`` makes the same call and gets the same texts.
+
+    ``path`` is a Megatron checkpoint, a Hugging Face directory or a hub id. The likeliest token follows unless
+    ``sampling`` is given. The tokenizer is that of the directory ``tokenizer``, else of ``config``, else the one that
+    came with the model. ``dtype`` (a torch name) converts the weights. Runs on CUDA where there is any, else on a CPU.
+
+    Raises DistCkptMistralError if the model cannot be read or run, or has no tokenizer; on all ranks alike.
+    """
+    device = default_device()
+    layout = initialize_megatron(layout, device=device)
+
+    def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
+        source = open_source(
+            hub.local_directory(str(path)), config=None if config is None else MistralConfig.from_hf(config)
+        )
+        given = [Path(each) for each in (tokenizer, config) if each is not None]
+        directories = [*(each for each in given if each.is_dir()), source.assets]
+        words = load_tokenizer(directories)
+        return source, words, stop_tokens(source, words, directories)
+
+    source, words, stop = ranks.from_environment().each(prepare)
+    model = load_source(source, layout, dtype=dtype, device=device)
+    for prompt in prompts:
+        tokens = tuple(words(prompt)["input_ids"])
+        new = tuple(
+            generate(
+                model,
+                tokens,
+                vocab_size=source.config.vocab_size,
+                max_new_tokens=max_new_tokens,
+                stop_tokens=stop,
+                choose=greedy if sampling is None else sampling.chooser(),
+            )
+        )
+        yield Completion(
+            prompt=prompt,
+            text=words.decode([*tokens, *new], skip_special_tokens=True),
+            continuation=words.decode(list(new), skip_special_tokens=True),
+            prompt_tokens=tokens,
+            new_tokens=new,
+            ended=bool(new) and new[-1] in stop,
+        )

@@ -1,0 +1,84 @@
+"""The model in a ``run_config.yaml``, which Megatron-Bridge keeps in every checkpoint, as a ``MistralConfig``.
+
+Its ``model`` section is either a model provider, all fields in one (megatron/bridge/models/gpt_provider.py,
+``GPTModelProvider``, 0.1 to 0.7), or a ``GPTModelConfig`` around a ``transformer`` section (0.6 and newer,
+megatron/training/models/gpt.py of megatron-core 0.19). Both are Megatron-LM's args under other names: they are renamed
+here and read there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from dist_ckpt_mistral.errors import ConfigError
+from dist_ckpt_mistral.model.checks import is_positive_int
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.megatron_args import from_megatron_args
+
+#: Bridge's name -> that of Megatron-LM's args, where they differ.
+_RENAMED: Final[Mapping[str, str]] = {
+    "seq_length": "max_position_embeddings",  # Bridge gives GPTModel its seq_length as max_sequence_length
+    "num_moe_experts": "num_experts",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "yarn_rotary_scaling_factor": "rotary_scaling_factor",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
+}
+#: What Bridge may not leave out: without it, its own defaults would have to be guessed.
+_REQUIRED: Final = (
+    *("share_embeddings_and_output_weights", "gated_linear_unit", "activation_func"),
+    *("num_layers", "hidden_size", "num_attention_heads", "vocab_size"),
+)
+
+
+def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
+    """The configuration in the content of a ``run_config.yaml``; ``where`` names it in errors.
+
+    Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
+    """
+    model = run_config.get("model")
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"{where} has no section model. Give the model's config.json with --config.")
+    transformer = model.get("transformer")
+    fields = {**(transformer if isinstance(transformer, Mapping) else {}), **model}
+    values = {str(name): _plain(value) for name, value in fields.items()}
+    missing = [name for name in _REQUIRED if values.get(name) is None]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}. Give the model's config.json with --config.")
+    return from_megatron_args(_as_args(values), f"the model fields of {where}")
+
+
+def _as_args(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron-LM's names for Bridge's fields, and what Megatron-LM says in another way."""
+    heads = values["num_attention_heads"]
+    args = {_RENAMED.get(name, name): value for name, value in values.items()}
+    if args.get("kv_channels") is None and is_positive_int(heads) and is_positive_int(values["hidden_size"]):
+        args["kv_channels"] = values["hidden_size"] // heads  # TransformerConfig.__post_init__, all versions
+    groups = values.get("num_query_groups")
+    return {
+        **args,
+        "swiglu": values["gated_linear_unit"] is True and values["activation_func"] in _SILU,
+        "group_query_attention": True,
+        "num_query_groups": heads if groups is None else groups,
+        "untie_embeddings_and_output_weights": not values["share_embeddings_and_output_weights"],
+        "padded_vocab_size": None,
+    }
+
+
+#: A function as Bridge writes it: the target of a mapping, or its name (models/gpt/model_config.py, 0.7).
+_SILU: Final = ("torch.nn.functional.silu", "silu")
+
+
+def _plain(value: object) -> object:
+    """A scalar, a list of scalars, or the target of a mapping, such as a function or a dtype.
+
+    Anything else becomes a word: aliases may make it endless, and an error message would spell it out.
+    """
+    if isinstance(value, Mapping):
+        target = value.get("_target_")
+        return target if isinstance(target, str) else "a mapping"
+    if isinstance(value, list | tuple):
+        return list(value) if all(isinstance(item, int | float | str | None) for item in value) else "a list"
+    return value

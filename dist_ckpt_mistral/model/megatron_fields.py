@@ -1,0 +1,164 @@
+"""The fields of Megatron-LM's ``args`` namespace that describe a model: one table for every use of them.
+
+Of each field it knows the names it has had, what an absent one counts as (its default in ``pretrain_gpt.py``), and the
+flag that sets it. Sources: megatron/training/arguments.py (``validate_args``, ``core_transformer_config_from_args``)
+and checkpointing.py (``load_args_from_checkpoint``), Megatron-LM core_v0.12 to 0.19. Since 0.16 most of the parser is
+made from the fields of ``TransformerConfig``, which renamed two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One field of the args: the names it has had, newest last, its default there, and the flag that sets it.
+
+    ``flag`` is None where none is needed or none exists. For a field that is true or false, the flag turns the default
+    over. ``group`` is the heading under which the flag is shown.
+    """
+
+    names: tuple[str, ...]
+    flag: str | None = None
+    default: Any = None
+    group: str = "sizes"
+
+    @property
+    def name(self) -> str:
+        """The name to call it by: the oldest, which is that of the flag."""
+        return self.names[0]
+
+    def of(self, args: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever the args hold)
+        """The value in ``args``; the default where the args are older than the field, or do not say."""
+        return next((args[name] for name in reversed(self.names) if args.get(name) is not None), self.default)
+
+
+#: Fields that hold an attribute of MistralConfig unchanged.
+SAME_VALUE: Final[Mapping[str, Field]] = {
+    "num_hidden_layers": Field(names=("num_layers",), flag="--num-layers"),
+    "hidden_size": Field(names=("hidden_size",), flag="--hidden-size"),
+    "intermediate_size": Field(names=("ffn_hidden_size",), flag="--ffn-hidden-size"),
+    "num_attention_heads": Field(names=("num_attention_heads",), flag="--num-attention-heads"),
+    "head_dim": Field(names=("kv_channels",), flag="--kv-channels", group="attention"),
+    "rms_norm_eps": Field(names=("norm_epsilon", "layernorm_epsilon"), flag="--norm-epsilon", group="block"),
+    "rope_theta": Field(names=("rotary_base",), flag="--rotary-base", group="rope"),
+    "max_position_embeddings": Field(
+        names=("max_position_embeddings",), flag="--max-position-embeddings", group="rope"
+    ),
+}
+
+#: What makes a model a dense Mistral, with the value that it must have.
+ARCHITECTURE: Final[tuple[tuple[Field, Any], ...]] = (
+    (Field(names=("normalization",), flag="--normalization", default="LayerNorm", group="block"), "RMSNorm"),
+    (Field(names=("swiglu",), flag="--swiglu", default=False, group="block"), True),
+    (Field(names=("add_bias_linear",), flag="--disable-bias-linear", default=True, group="block"), False),
+    (Field(names=("rotary_percent",), flag="--rotary-percent", default=1.0, group="rope"), 1.0),
+    (Field(names=("softmax_type",), default="vanilla"), "vanilla"),
+    *(
+        (Field(names=names, default=False), False)
+        for names in (
+            ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
+            *(("add_qkv_bias",), ("squared_relu",), ("quick_geglu",), ("openai_gelu",)),
+            *(("rotary_interleaved",), ("use_rope_scaling",), ("use_mup",), ("is_hybrid_model",)),
+            *(("qk_layernorm",), ("qk_l2_norm",), ("attention_output_gate",), ("multi_latent_attention",)),
+            ("apply_residual_connection_post_layernorm",),
+        )
+    ),
+    *(
+        (Field(names=(name,)), None)
+        for name in (
+            *("num_experts", "mtp_num_layers", "hybrid_layer_pattern", "hybrid_override_pattern"),
+            *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+            *("experimental_attention_variant", "linear_attention_freq", "no_rope_freq", "softmax_scale"),
+            *("rotary_seq_len_interpolation_factor", "glu_linear_offset", "activation_func_clamp_value"),
+        )
+    ),
+)
+
+#: Fields that are computed, by name.
+COMPUTED: Final[Mapping[str, Field]] = {
+    field.name: field
+    for field in (
+        Field(names=("group_query_attention",), flag="--group-query-attention", default=False, group="attention"),
+        Field(names=("num_query_groups",), flag="--num-query-groups", group="attention"),
+        Field(names=("window_size",), flag="--window-size", group="attention"),
+        Field(names=("window_attn_skip_freq",)),
+        Field(
+            names=("untie_embeddings_and_output_weights",),
+            flag="--untie-embeddings-and-output-weights",
+            default=False,
+            group="vocabulary",
+        ),
+        Field(names=("seq_length",), flag="--seq-length", group="rope"),
+        Field(names=("attention_dropout",), flag="--attention-dropout", default=0.1, group="block"),
+        Field(names=("hidden_dropout",), flag="--hidden-dropout", default=0.1, group="block"),
+        Field(names=("position_embedding_type",), flag="--position-embedding-type", group="rope"),
+        Field(names=("vocab_size",), flag="--vocab-size", group="vocabulary"),
+        Field(names=("make_vocab_size_divisible_by",), flag="--make-vocab-size-divisible-by", group="vocabulary"),
+        Field(names=("padded_vocab_size",), flag="--padded-vocab-size", group="vocabulary"),
+        Field(names=("bf16",), flag="--bf16", default=False, group="dtype"),
+        Field(names=("fp16",), flag="--fp16", default=False, group="dtype"),
+    )
+}
+
+#: YaRN outside of MLA: attribute of YarnScaling -> field, with the defaults of ``_apply_yarn_config_from_args`` (0.19).
+YARN: Final[Mapping[str, Field]] = {
+    "factor": Field(names=("rotary_scaling_factor",), flag="--rotary-scaling-factor", default=1.0, group="rope"),
+    "original_max_position_embeddings": Field(
+        names=("yarn_original_max_position_embeddings",),
+        flag="--yarn-original-max-position-embeddings",
+        default=4096,
+        group="rope",
+    ),
+    "beta_fast": Field(names=("yarn_beta_fast",), flag="--yarn-beta-fast", default=32.0, group="rope"),
+    "beta_slow": Field(names=("yarn_beta_slow",), flag="--yarn-beta-slow", default=1.0, group="rope"),
+    "truncate": Field(
+        names=("yarn_correction_range_round_to_int",),
+        flag="--no-yarn-correction-range-round-to-int",
+        default=True,
+        group="rope",
+    ),
+}
+MSCALE: Final = Field(names=("mscale",), flag="--mscale", default=1.0, group="rope")
+MSCALE_ALL_DIM: Final = Field(names=("mscale_all_dim",), flag="--mscale-all-dim", default=0.0, group="rope")
+
+#: Every field that describes the model.
+FIELDS: Final = (
+    *SAME_VALUE.values(),
+    *(field for field, _ in ARCHITECTURE),
+    *COMPUTED.values(),
+    *YARN.values(),
+    MSCALE,
+    MSCALE_ALL_DIM,
+)
+
+#: What else Megatron-LM and Megatron-Bridge read from a checkpoint's args, Bridge without asking whether it is there
+#: (mlm_compat/arguments.py, mlm_compat/model.py and model_load_save.py of 0.6 and 0.7). Megatron-LM's own defaults.
+UNCHANGED: Final[Mapping[str, Any]] = {
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": False,
+    "apply_query_key_layer_scaling": False,
+    "virtual_pipeline_model_parallel_size": None,
+    "expert_model_parallel_size": 1,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "overlap_p2p_comm": False,
+    "cp_comm_type": ["p2p"],
+    "transformer_impl": "transformer_engine",
+    "no_persist_layer_norm": False,
+    "bias_swiglu_fusion": True,
+    "bias_gelu_fusion": False,
+    "fp8_param_gather": False,
+    "fp16_lm_cross_entropy": False,
+    "init_method_xavier_uniform": False,
+    "init_model_with_meta_device": False,
+    "moe_grouped_gemm": False,
+    "config_logger_dir": "",
+    "no_save_optim": True,
+    "no_save_rng": True,
+    "ckpt_format": "torch_dist",
+}
+DTYPE_FLAGS: Final[Mapping[str, str]] = {"bf16": "bfloat16", "fp16": "float16"}

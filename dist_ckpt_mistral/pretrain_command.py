@@ -1,0 +1,118 @@
+"""Everything that Megatron-LM's ``pretrain_gpt.py`` must be told to train on from a checkpoint or a model."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dist_ckpt_mistral.errors import ConfigError
+from dist_ckpt_mistral.formats import hf_directory, torch_dist
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
+from dist_ckpt_mistral.model.tensor_table import OPTIMIZER_STATE
+from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
+
+_LOG = logging.getLogger(__name__)
+
+#: Version of the JSON that ``megatron-args --json`` prints; fields are only ever added under one version.
+JSON_VERSION: Final = 1
+_ONE_RANK: Final = ParallelLayout()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainCommand:
+    """Flags for ``pretrain_gpt.py``, in groups of one subject, and the args of the model that they set, by name."""
+
+    config_from: str
+    args: Mapping[str, Any]
+    groups: Mapping[str, Sequence[str]]
+
+    @property
+    def flags(self) -> list[str]:
+        """All flags and values, as a program gets them."""
+        return [word for group in self.groups.values() for word in group]
+
+    @property
+    def text(self) -> str:
+        """What can be pasted into a shell behind ``pretrain_gpt.py``: one group a line."""
+        return " \\\n".join(shlex.join(group) for group in self.groups.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, stable within ``JSON_VERSION``."""
+        return {
+            "json_version": JSON_VERSION,
+            "config_from": self.config_from,
+            "args": dict(self.args),
+            "flags": self.flags,
+        }
+
+
+def megatron_args(
+    path: str | Path, *, config: MistralConfig | None = None, layout: ParallelLayout = _ONE_RANK
+) -> PretrainCommand:
+    """The flags with which ``pretrain_gpt.py`` builds the model at ``path`` and, if it is a checkpoint, loads it.
+
+    ``path`` is a Megatron checkpoint (its root or one iteration) or a Hugging Face directory, of which config.json is
+    enough if it says its dtype. ``config`` overrides the configuration that a checkpoint brings along; ``layout`` is
+    the one to train with. Raises DistCkptMistralError.
+    """
+    path = Path(path)
+    if hf_directory.is_model_directory(path):
+        return _for_hf(path, config, layout)
+    source = open_megatron(path, config=config)
+    embedding = source.links[source.tensors[0].hf_name][0].source
+    args, groups = pretrain_flags(
+        source.config,
+        dtype=source.main_dtype,
+        layout=layout,
+        vocab_rows=source.index.tensors[embedding].global_shape[0],
+    )
+    groups["checkpoint"] = [*_load(path, source), "--ckpt-format", "torch_dist"]
+    groups["tokenizer"] = _tokenizer(source.assets)
+    return _command(source.config_from, args, groups)
+
+
+def _for_hf(path: Path, config: MistralConfig | None, layout: ParallelLayout) -> PretrainCommand:
+    config_from = "the given configuration" if config else str(path / hf_directory.CONFIG_FILE)
+    config = config or MistralConfig.from_hf(path)
+    args, groups = pretrain_flags(config, dtype=config.dtype or open_hf(path).main_dtype, layout=layout)
+    groups["checkpoint"] = ["--ckpt-format", "torch_dist"]
+    groups["tokenizer"] = _tokenizer(path)
+    return _command(config_from, args, groups)
+
+
+def _command(config_from: str, args: Mapping[str, Any], groups: Mapping[str, list[str]]) -> PretrainCommand:
+    if args.get("position_embedding_type") == "yarn":
+        _LOG.info("the flags of YaRN need Megatron-LM 0.19 or newer")
+    return PretrainCommand(
+        config_from=config_from, args=args, groups={name: group for name, group in groups.items() if group}
+    )
+
+
+def _tokenizer(assets: Path | None) -> list[str]:
+    """The tokenizer that lies beside the model, if it is one that transformers loads."""
+    if assets is None or not any("tokenizer" in entry.name for entry in assets.iterdir()):
+        _LOG.warning("no tokenizer lies beside the model: add --tokenizer-type and what it needs")
+        return []
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(assets)]
+
+
+def _load(path: Path, source: ModelSource) -> list[str]:
+    """Where to load from; Megatron-LM takes a checkpoint root, and the number of an iteration other than the latest."""
+    flags = ["--load", str(path)]
+    if path.resolve() == source.path.resolve():
+        root, name = path.resolve().parent, path.resolve().name
+        step = name.removeprefix("iter_")
+        if torch_dist.iteration_name(int(step) if step.isdecimal() else None) != name:
+            raise ConfigError(
+                f"{path} is not named as Megatron-LM's --load needs it: expected iter_0000000 or release in a root, "
+                f"got {name!r}. Move it into one, with a {torch_dist.TRACKER_FILE} beside it."
+            )
+        flags = ["--load", str(root), *(["--ckpt-step", str(int(step))] if step.isdecimal() else [])]
+    has_optimizer = any(reason.startswith(OPTIMIZER_STATE) for _, reason in source.ignored)
+    return flags if has_optimizer else [*flags, "--finetune", "--no-load-optim", "--no-load-rng"]

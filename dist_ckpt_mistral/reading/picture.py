@@ -1,0 +1,72 @@
+"""The reading plan as a picture: which stored chunk goes to which rank.
+
+Few files and ranks are joined by ribbons, chunk by chunk; many become a matrix of files and ranks. The SVG is the same
+for the same plan, whatever matplotlib is configured to.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral.reading import matrix, ribbons, style
+from dist_ckpt_mistral.reading.plan import ReadingPlan
+from dist_ckpt_mistral.reading.table import counted, layout_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: With more files or ranks, or more ribbons, the eye cannot follow them; with more chunks, no viewer can.
+_MOST_ENDS: Final = 16
+_MOST_RIBBONS: Final = 600
+_MOST_CHUNKS: Final = 20_000
+
+
+def require_matplotlib() -> None:
+    """Raise OutputError if there is nothing to draw with."""
+    try:
+        import matplotlib as mpl  # noqa: F401, PLC0415  (only pictures need matplotlib)
+    except ImportError as error:
+        raise OutputError(
+            "pictures are drawn with matplotlib, which is not installed here. "
+            "Run: pip install 'dist-ckpt-mistral[plot]'"
+        ) from error
+
+
+def save_svg(plan: ReadingPlan, path: Path) -> None:
+    """Draw ``plan`` into an SVG file; an old one is replaced. Raises OutputError."""
+    require_matplotlib()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
+    import matplotlib.style  # noqa: PLC0415  (only pictures need matplotlib)
+
+    with matplotlib.style.context(["default", dict(style.SETTINGS)]):
+        try:
+            draw(plan).savefig(path, format="svg", metadata={"Date": None, "Creator": "dist-ckpt-mistral"})
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def draw(plan: ReadingPlan) -> Figure:
+    """The picture as a matplotlib figure."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  (only pictures need matplotlib)
+
+    figure = Figure(figsize=(13, 8.6), facecolor="white")
+    _write_title(figure, plan)
+    few = max(len(plan.files), len(plan.groups)) <= _MOST_ENDS and len(plan.chunks.files) <= _MOST_CHUNKS
+    flows = ribbons.flows(plan) if few else []
+    if few and len(flows) <= _MOST_RIBBONS:
+        ribbons.draw(figure, plan, flows)
+    else:
+        matrix.draw(figure, plan)
+    return figure
+
+
+def _write_title(figure: Figure, plan: ReadingPlan) -> None:
+    verdict, _, remedy = plan.verdict().replace("`", "").partition("; ")
+    stored = f"{counted(len(plan.files), 'file')}, {counted(len(plan.chunks.files), 'chunk')}"
+    facts = f"{'/'.join(plan.path.parts[-2:])}, {stored}   →   {layout_text(plan)}"
+    figure.text(0.02, 0.975, verdict, size=15, weight="bold", va="top")
+    figure.text(0.02, 0.935, facts, size=11, color=style.FAINT, va="top")
+    figure.text(0.02, 0.909, remedy, size=11, color=style.FAINT, va="top")

@@ -1,0 +1,192 @@
+"""What every rank of a layout reads of a stored checkpoint, in numbers.
+
+A rank reads what ``dist_checkpointing.load`` makes it read without ``--ckpt-fully-parallel-load``: every replica all of
+its boxes, and of each stored chunk that a box meets the whole (gather/chunk_reads.py says why).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from dist_ckpt_mistral.gather.chunk_reads import ChunkList, ChunkReads
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+
+#: Version of the JSON that ``plan --json`` prints; fields are only ever added under one version.
+JSON_VERSION: Final = 1
+#: The parts of a checkpoint that are planned, as JSON calls them.
+WEIGHTS: Final = "weights"
+OPTIMIZER: Final = "optimizer"
+#: From here on, one digit tells a factor from 1.
+_CLEARLY_MORE: Final = 1.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """How much is read. ``file_bytes`` are the bytes read of every file that is touched, ``num_reads`` the chunk loads.
+
+    All bytes are of tensors, without what the file format adds.
+    """
+
+    needed_bytes: int
+    loaded_bytes: int
+    num_reads: int
+    num_chunks: int
+    file_bytes: Mapping[str, int]
+
+    @property
+    def amplification(self) -> float | None:
+        """Bytes read for each byte needed; None where nothing is needed."""
+        return self.loaded_bytes / self.needed_bytes if self.needed_bytes else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, stable within ``JSON_VERSION``."""
+        return {
+            "needed_bytes": self.needed_bytes,
+            "read_bytes": self.loaded_bytes,
+            "amplification": self.amplification,
+            "num_reads": self.num_reads,
+            "num_chunks": self.num_chunks,
+            "files": dict(self.file_bytes),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankReads:
+    """Ranks that hold the same boxes and so read the same: their pipeline stage, its layers, and the chunks they read.
+
+    More than one rank does so where a layout has data or context parallelism.
+    """
+
+    ranks: tuple[int, ...]
+    stage: int
+    layers: tuple[int, ...]
+    reads: ChunkReads
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReadingPlan:
+    """What every rank of ``layout`` reads.
+
+    ``kinds`` say of every tensor of ``chunks`` what it is, for people; ``parts`` whether it is of WEIGHTS or OPTIMIZER.
+    ``left_out`` is why optimizer state that the checkpoint has is not in the plan, if that is so.
+    """
+
+    path: Path
+    config_from: str
+    layout: ParallelLayout
+    files: tuple[str, ...]
+    chunks: ChunkList
+    kinds: tuple[str, ...]
+    parts: tuple[str, ...]
+    groups: tuple[RankReads, ...]
+    left_out: str | None = None
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether optimizer state is in the plan."""
+        return OPTIMIZER in self.parts
+
+    @cached_property
+    def amounts(self) -> tuple[Amount, ...]:
+        """What one rank of each group reads."""
+        return self.amounts_of(WEIGHTS, OPTIMIZER)
+
+    @cached_property
+    def total(self) -> Amount:
+        """What all ranks read together; ``num_chunks`` are those that any rank reads."""
+        return self.total_of(WEIGHTS, OPTIMIZER)
+
+    def amounts_of(self, *parts: str) -> tuple[Amount, ...]:
+        """What one rank of each group reads of these parts."""
+        return tuple(self._amount([(group.reads, 1)], parts) for group in self.groups)
+
+    def total_of(self, *parts: str) -> Amount:
+        """What all ranks read together of these parts."""
+        return self._amount([(group.reads, len(group.ranks)) for group in self.groups], parts)
+
+    def _amount(self, times: Sequence[tuple[ChunkReads, int]], parts: Sequence[str]) -> Amount:
+        """The sum of reads, each so many times."""
+        files, tensors = self.chunks.files.tolist(), self.chunks.tensors.tolist()
+        needed_bytes = loaded_bytes = num_reads = 0
+        seen: set[int] = set()
+        by_file: dict[int, int] = defaultdict(int)
+        for reads, count in times:
+            for chunk, needed, loaded in reads:
+                if self.parts[tensors[chunk]] in parts:
+                    needed_bytes += needed * count
+                    loaded_bytes += loaded * count
+                    num_reads += count
+                    seen.add(chunk)
+                    by_file[files[chunk]] += loaded * count
+        return Amount(
+            needed_bytes=needed_bytes,
+            loaded_bytes=loaded_bytes,
+            num_reads=num_reads,
+            num_chunks=len(seen),
+            file_bytes={self.files[file]: by_file[file] for file in sorted(by_file)},
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the stored tensors that are read."""
+        return int(self.chunks.num_bytes.sum())
+
+    @property
+    def reads_only_whole_chunks(self) -> bool:
+        """Whether no rank reads a byte that it does not need."""
+        return self.total.loaded_bytes == self.total.needed_bytes
+
+    def verdict(self) -> str:
+        """The plan in a sentence."""
+        if self.reads_only_whole_chunks:
+            return "Every rank reads only what it needs: whole chunks."
+        told, worst = (factor(each) for each in (self.total.amplification, self._worst))
+        worst_told = f" (the worst {worst})" if worst != told else ""
+        return f"The ranks read {told} what they need{worst_told}; `dist-ckpt-mistral reshard` would make it 1.0."
+
+    @property
+    def _worst(self) -> float:
+        return max(amount.amplification or 0 for amount in self.amounts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, stable within ``JSON_VERSION``: totals, then every rank."""
+        amounts = zip(self.amounts, self.amounts_of(WEIGHTS), self.amounts_of(OPTIMIZER), strict=True)
+        ranks = [
+            {
+                "rank": rank,
+                "pipeline_stage": group.stage,
+                "layers": list(group.layers),
+                "reads_like": group.ranks[0],
+                **self._amount_json(*amount),
+            }
+            for group, amount in zip(self.groups, amounts, strict=True)
+            for rank in group.ranks
+        ]
+        return {
+            "json_version": JSON_VERSION,
+            "path": str(self.path),
+            "config_from": self.config_from,
+            "layout": asdict(self.layout),
+            "verdict": self.verdict(),
+            "left_out": self.left_out,
+            "stored_bytes": self.stored_bytes,
+            "total": self._amount_json(self.total, self.total_of(WEIGHTS), self.total_of(OPTIMIZER)),
+            "ranks": sorted(ranks, key=lambda each: int(each["rank"])),
+        }
+
+    def _amount_json(self, both: Amount, weights: Amount, optimizer: Amount) -> dict[str, Any]:
+        parts = {WEIGHTS: weights.to_json(), OPTIMIZER: optimizer.to_json() if self.has_optimizer else None}
+        return {**both.to_json(), **parts}
+
+
+def factor(amplification: float | None) -> str:
+    """``3.9 times``, with as many digits as tell it from 1."""
+    if amplification is None:
+        return "nothing of"
+    digits = 1 if amplification == 1 or amplification >= _CLEARLY_MORE else 4
+    return f"{amplification:.{digits}f} times"

@@ -1,0 +1,150 @@
+"""Plans what every rank of a layout reads of a stored checkpoint.
+
+Only the metadata is read: the data files may be elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.formats import torch_dist
+from dist_ckpt_mistral.gather.boxes import require_tiling
+from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
+from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, match_checkpoint
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
+from dist_ckpt_mistral.model.rank_grid import RankCoordinates
+from dist_ckpt_mistral.model.tensor_table import ParamState, flat_state, kind_of, split_state_key, tensor_table
+from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
+
+#: Why the optimizer state of megatron-core 0.12 to 0.14 is left out: what their loading reads of it is not known here.
+_BLOCKS: Final = (
+    "its optimizer state is in the format fully_sharded_model_space, which only megatron-core 0.12 to 0.14 load, in a "
+    "way of their own"
+)
+
+
+def plan_reading(
+    checkpoint: str | Path, layout: ParallelLayout, *, config: str | Path | None = None, weights_only: bool = False
+) -> ReadingPlan:
+    """Plan what every rank of ``layout`` reads of a Megatron checkpoint.
+
+    ``config`` is a config.json or a directory with one, for checkpoints that lost theirs. ``weights_only`` leaves
+    optimizer state out. The vocabulary is padded as Megatron-LM pads it for ``layout``; rows that are not stored need
+    no reading. Raises LayoutError where Megatron would refuse the layout, FormatError, TensorMismatchError or
+    PlanError where the checkpoint is not whole.
+    """
+    opened = torch_dist.open_torch_dist(Path(checkpoint), with_common_state=config is None)
+    given = MistralConfig.from_hf(config) if config is not None else None
+    chosen, config_from = choose_config(opened, given, read_embedded(opened))
+    layout.check(chosen)
+    states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(opened)
+    shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
+    table, where = tensor_table(chosen), str(opened.directory)
+    found = [match_checkpoint(table, shapes, opened.objects, where, state) for state in states]
+    index = _unlocated_index(opened, [name for each in found for name in each.names()])
+    chunks = chunk_list(index)
+    kinds = {name: kind for each in found for name, kind in _kinds(each).items()}
+    weights = set(found[0].names())
+    return ReadingPlan(
+        path=opened.directory,
+        config_from=config_from,
+        layout=layout,
+        files=tuple(path.name for path in index.files),
+        chunks=chunks,
+        kinds=tuple(kinds[name] for name in chunks.names),
+        parts=tuple(WEIGHTS if name in weights else OPTIMIZER for name in chunks.names),
+        groups=tuple(_groups(layout, found, index, chunks)),
+        left_out=left_out,
+    )
+
+
+def _states(checkpoint: torch_dist.TorchDistCheckpoint) -> tuple[tuple[ParamState, ...], str | None]:
+    """What there is to read of every parameter, and why there is optimizer state besides that cannot be planned."""
+    states = {name: split[0] for name in checkpoint.tensors if (split := split_state_key(name)) is not None}
+    flat = sorted({kind for name in (*checkpoint.tensors, *checkpoint.objects) if (kind := flat_state(name))})
+    if any(checkpoint.tensors[name].stored_shape != checkpoint.tensors[name].global_shape for name in states):
+        return (ParamState.WEIGHTS,), _BLOCKS
+    called = [state for state in ParamState if state is ParamState.WEIGHTS or set(states.values()) & set(state.value)]
+    return tuple(called), FLAT_STATE_ADVICE.format(name=flat[0]) if flat else None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Files of rank 10 after those of rank 2."""
+    return [(int(part or -1), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _unlocated_index(checkpoint: torch_dist.TorchDistCheckpoint, names: Sequence[str]) -> TensorIndex:
+    """The chunks of ``names``; of each, the position is that of the archive that holds it."""
+    stored = {name: checkpoint.chunks(name) for name in names}
+    every = tuple(checkpoint.file_bytes)
+    used = {every[number] for chunks in stored.values() for number in set(chunks.files.tolist())}
+    files = sorted(used, key=_natural)
+    number = np.array([files.index(name) if name in used else -1 for name in every])
+    tensors = {}
+    for name, chunks in stored.items():
+        shape = checkpoint.tensors[name].global_shape
+        require_tiling(chunks.offsets, chunks.shapes, shape, f"the stored chunks of {name!r} are not whole")
+        tensors[name] = IndexedTensor(
+            name=name,
+            dtype=dtypes.require_known(checkpoint.tensors[name].dtype, repr(name)),
+            global_shape=shape,
+            offsets=chunks.offsets,
+            shapes=chunks.shapes,
+            files=number[chunks.files],
+            positions=chunks.positions,
+        )
+    return TensorIndex(files=tuple(checkpoint.directory / name for name in files), tensors=tensors)
+
+
+def _kinds(found: CheckpointMap) -> dict[str, str]:
+    """What each stored tensor is, for people."""
+    return {
+        found.stored_name(stored.mcore_key): kind_of(rule, found.state)
+        for rule in found.table.rules
+        for layer in found.table.layers_of(rule)
+        for stored in found.stored(rule, layer)
+    }
+
+
+def _groups(
+    layout: ParallelLayout, found: Sequence[CheckpointMap], index: TensorIndex, chunks: ChunkList
+) -> Iterator[RankReads]:
+    """Ranks by what they hold, in the order of the first of each."""
+    places: dict[RankCoordinates, list[int]] = defaultdict(list)
+    for rank in range(layout.world_size):
+        places[replace(layout.coordinates(rank), cp=0, dp=0, dp_cp=0, edp=0)].append(rank)  # copies of each other
+    ranks: dict[tuple[int, tuple[WantedBox, ...]], list[int]] = defaultdict(list)
+    for at, same in places.items():
+        held = layout.model_chunks(found[0].table.num_layers, at.pp)
+        ranks[at.pp, tuple(box for each in found for box in _wanted(layout, each, held, at))] += same
+    for (stage, boxes), same in ranks.items():
+        held = layout.model_chunks(found[0].table.num_layers, stage)
+        yield RankReads(
+            ranks=tuple(sorted(same)),
+            stage=stage,
+            layers=tuple(layer for each in held for layer in each.layers),
+            reads=chunk_reads(index, chunks, boxes),
+        )
+
+
+def _wanted(
+    layout: ParallelLayout, found: CheckpointMap, model_chunks: Sequence[ModelChunk], at: RankCoordinates
+) -> Iterator[WantedBox]:
+    """The boxes of a rank, under the keys that the checkpoint has for them."""
+    for model_chunk in model_chunks:
+        for held in layout.held_tensors(found.table, model_chunk, at, style=found.style):
+            names = found.spelling(held.rule, held.layer)
+            for box in held.boxes:
+                yield WantedBox(names[box.mcore_key], box.global_offset, box.shape)

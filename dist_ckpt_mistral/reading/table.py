@@ -1,0 +1,132 @@
+"""The reading plan as a table: a row for the ranks of a pipeline stage that read equally much, each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
+from dist_ckpt_mistral.report import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+#: Runs of ranks that are spelled out before "and N more".
+_MOST_RUNS: Final = 6
+_PAIR: Final = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Ranks of one stage that need and read equally many bytes, each, if of other chunks and files.
+
+    ``parts`` are what each reads of weights and, if it is planned, of optimizer state; ``amounts`` what of both.
+    """
+
+    ranks: tuple[int, ...]
+    layers: tuple[int, ...]
+    parts: tuple[Amount, ...]
+    amounts: tuple[Amount, ...]
+
+
+def rows(plan: ReadingPlan) -> list[Row]:
+    """The rows of the table, in the order of the first rank of each."""
+    parts = list(zip(*(plan.amounts_of(part) for part in _parts(plan)), strict=True))
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for number, (group, amounts) in enumerate(zip(plan.groups, parts, strict=True)):
+        alike[group.stage, *((amount.needed_bytes, amount.loaded_bytes) for amount in amounts)].append(number)
+    found = [
+        Row(
+            ranks=tuple(sorted(rank for number in numbers for rank in plan.groups[number].ranks)),
+            layers=plan.groups[numbers[0]].layers,
+            parts=parts[numbers[0]],
+            amounts=tuple(plan.amounts[number] for number in numbers),
+        )
+        for numbers in alike.values()
+    ]
+    return sorted(found, key=lambda row: row.ranks)
+
+
+def _parts(plan: ReadingPlan) -> tuple[str, ...]:
+    return (WEIGHTS, OPTIMIZER) if plan.has_optimizer else (WEIGHTS,)
+
+
+def render(plan: ReadingPlan) -> RenderableType:
+    """The plan as a rich renderable."""
+    from rich.console import Group  # noqa: PLC0415  (only what is shown needs rich)
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(plan):
+        facts.add_row(Text(name, style="bold"), value)
+    table = Table("ranks", "layers", box=None, padding=(0, 2, 0, 0))
+    needs = [f"{part} needed" for part in _parts(plan)]
+    for name in (*(name for need in needs for name in (need, "read", "times")), "chunks", "files"):
+        table.add_column(name, justify="right")
+    for row in rows(plan):
+        table.add_row(spans(row.ranks), spans(row.layers), *_sizes(row.parts), *_counts(row.amounts))
+    totals = [plan.total_of(part) for part in _parts(plan)]
+    table.add_row("all together", "", *_sizes(totals), *_counts([plan.total]), style="bold")
+    notes = [Text(note) for note in (plan.verdict(), *_notes(plan))]
+    return Group(Text(str(plan.path), style="bold"), facts, Text(""), table, Text(""), *notes)
+
+
+def _sizes(parts: Sequence[Amount]) -> list[str]:
+    """Needed and read, and how much more that is."""
+    cells = []
+    for amount in parts:
+        times = "" if amount.amplification is None else factor(amount.amplification).removesuffix(" times")
+        cells += [human_bytes(amount.needed_bytes), human_bytes(amount.loaded_bytes), times]
+    return cells
+
+
+def _counts(amounts: Sequence[Amount]) -> list[str]:
+    """Chunks and files, from the fewest to the most."""
+    counts = [sorted({each.num_chunks for each in amounts}), sorted({len(each.file_bytes) for each in amounts})]
+    return [f"{count[0]} to {count[-1]}" if len(count) > 1 else str(count[0]) for count in counts]
+
+
+def _notes(plan: ReadingPlan) -> list[str]:
+    """What else to know."""
+    copies = max(len(group.ranks) for group in plan.groups)
+    notes = [f"Not in the plan: {plan.left_out}"] if plan.left_out else []
+    if copies > 1:
+        shared = "with Megatron's --ckpt-fully-parallel-load they would share the work"
+        notes.append(f"Up to {copies} ranks read the same; {shared}.")
+    return notes
+
+
+def _facts(plan: ReadingPlan) -> list[tuple[str, str]]:
+    parts = f"{counted(len(plan.chunks.files), 'chunk')}, {counted(len(plan.files), 'file')}"
+    return [
+        ("configuration", plan.config_from),
+        ("stored", f"{human_bytes(plan.stored_bytes)} in {parts}"),
+        ("layout", layout_text(plan)),
+    ]
+
+
+def layout_text(plan: ReadingPlan) -> str:
+    """``8 ranks: tp=4, pp=2``."""
+    told = str(plan.layout).removeprefix("ParallelLayout(").removesuffix(")")
+    return counted(plan.layout.world_size, "rank") + (f": {told}" if told else "")
+
+
+def counted(count: int, what: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def spans(numbers: Iterable[int], *, most: int = _MOST_RUNS) -> str:
+    """``0 to 3, 8``; of scattered numbers only the first ``most`` runs, and how many more numbers there are."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    told = [f"{run[0]} to {run[-1]}" if len(run) > _PAIR else ", ".join(map(str, run)) for run in runs[:most]]
+    more = sum(map(len, runs[most:]))
+    return ", ".join(told) + (f" and {more} more" if more else "")

@@ -1,0 +1,221 @@
+"""What one rank does in tests of Megatron-LM itself: ``python megatron_lm_ranks.py FOLDER``, as in megatron_ranks.py.
+
+Arguments, configuration, loading and saving are those of ``megatron.training``, which megatron-core's wheels ship from
+0.19 on; nothing of the package has a part in it. ``pretrain_gpt.py``, which they do not ship, would build the model as
+``Trained`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import torch
+import torch.distributed as dist
+import yaml
+from gpt_stage import Stage
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine, initialize_rerun_state_machine
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.training import checkpointing
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+from megatron.training.config.container import ConfigContainerBase
+from megatron.training.config.yaml_utils import safe_yaml_representers
+from megatron.training.global_vars import set_args
+from megatron_ranks import _hf_tensors, _pretend_cuda
+
+from dist_ckpt_mistral.model.config import MistralConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+#: What a machine without CUDA needs, and what pretrain_gpt.py demands beside a model.
+_HERE: Final = (
+    *("--use-cpu-initialization", "--distributed-backend", "gloo", "--transformer-impl", "local"),
+    *("--attention-backend", "unfused", "--no-persist-layer-norm", "--no-masked-softmax-fusion"),
+    *("--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion", "--no-gradient-accumulation-fusion"),
+    *("--micro-batch-size", "1", "--lr", "1e-4", "--train-iters", "1", "--exit-on-missing-checkpoint"),
+)
+_SIZES: Final = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("layernorm_epsilon", "window_size", "normalization", "gated_linear_unit", "add_bias_linear"),
+    *("attention_dropout", "hidden_dropout", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage"),
+    "num_layers_in_last_pipeline_stage",
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "context_parallel_size"),
+    *("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
+    *("yarn_mscale", "yarn_mscale_all_dim", "yarn_correction_range_round_to_int"),
+)
+_OTHER_ARGS: Final = (
+    *("rotary_base", "rotary_percent", "position_embedding_type", "max_position_embeddings", "seq_length"),
+    *("vocab_size", "make_vocab_size_divisible_by", "padded_vocab_size", "untie_embeddings_and_output_weights"),
+    *("use_tp_pp_dp_mapping", "ckpt_format", "load", "tokenizer_type", "tokenizer_model"),
+)
+
+
+class Trained(Stage):
+    """A rank's GPTModel as Megatron-LM's own arguments describe it."""
+
+    def __init__(self, args: Namespace, config: MistralConfig) -> None:
+        """Build the model; the parallel state must be that of ``args``."""
+        self.config = config
+        self.vocab_rows = args.padded_vocab_size
+        self.tp, self.tp_rank = args.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+        model = GPTModel(
+            core_transformer_config_from_args(args),
+            get_gpt_layer_local_spec(normalization=args.normalization),
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_base=args.rotary_base,
+        )
+        self.chunks = [model.bfloat16() if args.bf16 else model]
+
+
+def parse(*, flags: list[str]) -> dict[str, Any]:
+    """What Megatron-LM's own parser and checks make of flags, as its TransformerConfig and args hold it."""
+    args = _arguments(flags)
+    config = core_transformer_config_from_args(args)
+    return {
+        **{name: getattr(config, name, None) for name in _SIZES},
+        **{name: getattr(args, name) for name in _OTHER_ARGS},
+        "activation_func": config.activation_func.__name__,
+        "params_dtype": str(config.params_dtype),
+        "layers_here": _layers_here(config),
+    }
+
+
+def _layers_here(config: TransformerConfig) -> list[int] | None:
+    """The layer counts of a custom pipeline layout, by stage."""
+    layout = config.pipeline_model_parallel_layout
+    return None if layout is None else [sum(part.name == "decoder" for part in stage[0]) for stage in layout.layout]
+
+
+def load(*, flags: list[str], config: dict[str, Any], hf: str, save: str | None = None) -> dict[str, Any]:
+    """Load a checkpoint with Megatron-LM as pretrain_gpt.py does; tell what the model then holds wrongly.
+
+    With ``save``, save the model again with Megatron-LM, as iteration 11, generator states included.
+    """
+    args = _arguments([*flags, *(["--save", save, "--save-interval", "1"] if save else [])])
+    stage = _stage(args, MistralConfig.from_hf(config))
+    with torch.no_grad():
+        for _, parameter, _ in stage.parameters():
+            parameter.fill_(torch.nan)
+    iteration, _ = checkpointing.load_checkpoint(stage.chunks, None, None)
+    if save:
+        checkpointing.save_checkpoint(11, stage.chunks, None, None, 0)
+    return {"differences": stage.differences(_hf_tensors(hf)), "iteration": iteration}
+
+
+def dump_run_configs(*, flags: list[str], to: str) -> None:
+    """Write the model as Megatron-Bridge's run_config.yaml has it, in both forms, with the serializer that it uses.
+
+    Bridge's own classes add to Megatron's: a GPTModelConfig the name of its activation function, a provider the fields
+    of GPTModelConfig and YaRN (megatron/bridge/models/gpt/model_config.py and gpt_provider.py, 0.7).
+    """
+    args = _arguments(flags)
+    args.padded_vocab_size = None  # Bridge keeps the true size and pads it when it builds the model
+    model = gpt_config_from_args(args)
+    config = model.transformer
+    nested = model.as_dict()
+    nested["transformer"]["activation_func"] = "silu"
+    yarn = {name: getattr(config, name, None) for name in _SIZES if name.startswith("yarn")}
+    outer = {name: value for name, value in nested.items() if name != "transformer"}
+    flat = ConfigContainerBase._convert_value_to_dict(config) | yarn | outer  # noqa: SLF001  (what to_yaml calls)
+    if dist.get_rank() == 0:
+        Path(to).mkdir(parents=True)
+        with safe_yaml_representers():
+            for name, form in (("nested", nested | {"transformer": nested["transformer"] | yarn}), ("flat", flat)):
+                (Path(to) / f"{name}.yaml").write_text(yaml.safe_dump({"model": form}))
+
+
+def _arguments(flags: list[str]) -> Namespace:
+    """Megatron-LM's args for flags, through its own parser, the checkpoint if it is asked for, and its own checks."""
+    sys.argv = ["pretrain_gpt.py", *flags, *_HERE]
+    args = parse_args()
+    if args.use_checkpoint_args:
+        checkpointing.load_args_from_checkpoint(args)
+    validate_args(args, {})
+    return cast("Namespace", args)
+
+
+def _stage(args: Namespace, config: MistralConfig) -> Trained:
+    """What pretrain_gpt.py sets up before it loads, and the model."""
+    set_args(args)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    destroy_rerun_state_machine()
+    initialize_rerun_state_machine()
+    destroy_num_microbatches_calculator()
+    init_num_microbatches_calculator(
+        args.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+    )
+    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    return Trained(args, config)
+
+
+def _pretend_more_cuda() -> None:
+    """What megatron.training asks CUDA for; the devices that it names become the CPU."""
+    _pretend_cuda()
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(  # type: ignore[assignment]
+        major=9, minor=0, multi_processor_count=1, total_memory=1 << 34
+    )
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = lambda device: None  # noqa: ARG005
+    torch.cuda.get_rng_state = lambda *_: torch.zeros(8, dtype=torch.uint8)
+
+
+class _CudaIsCpu(torch.overrides.TorchFunctionMode):
+    """Tensors that are asked for on CUDA are made on the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        _: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Call ``func`` with another device."""
+        given = dict(kwargs or {})
+        if str(given.get("device", "")).startswith("cuda"):
+            given["device"] = "cpu"
+        return func(*args, **given)
+
+
+_TASKS: Final[Mapping[str, Callable[..., Any]]] = {task.__name__: task for task in (parse, load, dump_run_configs)}
+
+
+def main(folder: Path) -> None:
+    """Run the jobs in FOLDER/jobs.json."""
+    _pretend_more_cuda()
+    dist.init_process_group("gloo")
+    results = {}
+    with _CudaIsCpu():
+        for name, job in json.loads((folder / "jobs.json").read_text()).items():
+            print("job", name, flush=True)  # noqa: T201  (into the rank's log, which a failure shows)
+            results[name] = _TASKS[job.pop("task")](**job)
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # Megatron's writers would hold up an ordinary exit
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

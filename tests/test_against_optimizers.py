@@ -1,0 +1,94 @@
+"""Against Megatron's real optimizers, on four gloo ranks: entries, resharding and loading, all from one launch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from test_against_gpt_model import save_hf
+from torch_reading import described, load_tensors
+
+import dist_ckpt_mistral as dcm
+
+if TYPE_CHECKING:
+    from conftest import LaunchRanks
+
+#: Layout (of four ranks), whether embeddings are tied, key style, whether the optimizer is distributed.
+TRAININGS: Final[dict[str, tuple[dict[str, Any], bool, str, bool]]] = {
+    "distributed": ({"tp": 2, "dp": 2}, False, "STACKED", True),
+    "plain": ({"pp": 2, "tp": 2}, False, "STACKED", False),
+    "distributed, tied": ({"pp": 2, "dp": 2}, True, "STACKED", True),
+    "plain, interleaved, tied": ({"pp": 2, "vpp": 2, "dp": 2}, True, "STACKED", False),
+    "distributed, keys per layer": ({"tp": 2, "pp": 2}, False, "PER_LAYER", True),
+    "distributed, singleton": ({"tp": 4}, False, "SINGLETON", True),
+}
+#: What is saved and resharded, for which layout, and the layouts that load the result.
+JOURNEYS: Final[dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]]] = {
+    "to TP4": ("distributed", {"tp": 4}, [{"tp": 4}, {"tp": 2, "pp": 2}]),
+    "to PP4": ("distributed", {"pp": 4}, [{"pp": 4}]),
+    "plain to TP2 x DP2": ("plain", {"tp": 2, "dp": 2}, [{"tp": 2, "dp": 2}, {"pp": 2, "dp": 2}]),
+}
+LOADS: Final = [(name, layout) for name, (_, _, layouts) in JOURNEYS.items() for layout in layouts]
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where checkpoints lie: of the trainings and of the journeys, under their names."""
+    return tmp_path_factory.mktemp("optimizers")
+
+
+@pytest.fixture(scope="module")
+def results(launch_ranks: LaunchRanks, where: Path) -> list[dict[str, Any]]:
+    """What every rank says to every job of this module."""
+    models = {tied: save_hf(where / f"tied_{tied}", {"tie_word_embeddings": tied}) for tied in (False, True)}
+    config = {tied: json.loads((folder / "config.json").read_text()) for tied, folder in models.items()}
+    saved = {training for training, _, _ in JOURNEYS.values()}
+    jobs: dict[str, dict[str, Any]] = {}
+    for name, (layout, tied, style, distributed) in TRAININGS.items():
+        to = str(where / name / "iter_0000007") if name in saved else None
+        same = {"config": config[tied], "layout": layout, "style": style, "distributed": distributed}
+        jobs[name] = {"task": "save_training", "hf": str(models[tied]), "to": to, **same}
+    for name, (training, target, layouts) in JOURNEYS.items():
+        _, tied, style, distributed = TRAININGS[training]
+        at, to = str(where / training / "iter_0000007"), str(where / name)
+        jobs[name] = {"task": "reshard_checkpoint", "hf": str(models[tied]), "layout": {"dp": 4}, "at": at, "to": to}
+        jobs[name]["target"] = target
+        for layout in layouts:
+            same = {"config": config[tied], "layout": layout, "style": style, "distributed": distributed}
+            jobs[f"{name} {layout}"] = {"task": "load_training", "at": f"{to}/iter_0000007", "true": at, **same}
+    return launch_ranks(4, jobs)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_entries_equal_those_of_real_optimizers(name: str, results: list[dict[str, Any]]) -> None:
+    """On every rank the factory describes what Megatron's optimizer describes, replicas and all."""
+    assert [rank[name]["different"] for rank in results] == [[]] * 4
+    assert all(rank[name]["entries"] for rank in results)
+
+
+def test_entries_have_hf_names(results: list[dict[str, Any]]) -> None:
+    """Master weights and moments tell the Hugging Face names of their rows, as the weights do."""
+    names = [name for rank in results for each in rank["plain"]["names"] for name in each]
+    assert names.count("model.layers.7.mlp.up_proj.weight") == 2 * 3
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.k_proj.weight"} <= {*names}
+
+
+@pytest.mark.parametrize(("name", "layout"), LOADS)
+def test_megatron_loads_what_was_resharded(name: str, layout: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Megatron loads weights and optimizer, with the factory's entries and with a real optimizer's own, bit for bit."""
+    for rank in results:
+        loaded = rank[f"{name} {layout}"]
+        assert [each["wrong"] for each in loaded.values()] == [[], []]
+        assert loaded["factory"]["tensors"] == loaded["real"]["tensors"] > 40
+
+
+@pytest.mark.parametrize("name", JOURNEYS)
+def test_dcp_loads_what_was_resharded(name: str, where: Path, results: list[dict[str, Any]]) -> None:
+    """Torch's own DCP loads the same tensors before and after, optimizer included; the tracker names the iteration."""
+    before, after = where / JOURNEYS[name][0] / "iter_0000007", where / name
+    assert [rank[name]["num_tensors"] for rank in results] == [36] * 4
+    assert described(load_tensors(after / "iter_0000007")) == described(load_tensors(before))
+    assert (after / "latest_checkpointed_iteration.txt").read_text() == "7"
+    assert dcm.compare(before, after, config=where / "tied_False").is_equal

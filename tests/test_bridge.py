@@ -1,0 +1,309 @@
+"""Checkpoints of Megatron-Bridge: its directory layout, and run_config.yaml as the configuration."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from command_line import refusal, run
+from genuine import folder, shards, truth
+from safetensors.torch import load_file
+from torch_reading import described
+
+from dist_ckpt_mistral.convert import to_hf
+from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.formats.torch_dist import resolve_directory
+from dist_ckpt_mistral.model.bridge_config import from_run_config
+
+#: The model section that a provider leaves (megatron/bridge/models/mistral/mistral_provider.py, 0.6), as far as it
+#: matters, for the model of the fixture td_0161.
+PROVIDER = """
+_target_: megatron.bridge.models.mistral.mistral_provider.MistralModelProvider
+activation_func: {_call_: false, _target_: torch.nn.functional.silu}
+add_bias_linear: false
+add_qkv_bias: false
+attention_dropout: 0.0
+bf16: true
+cp_comm_type: null
+ffn_hidden_size: 96
+fp16: false
+gated_linear_unit: true
+hidden_size: 64
+kv_channels: 16
+layernorm_epsilon: 1.0e-05
+layernorm_zero_centered_gamma: false
+make_vocab_size_divisible_by: 128
+multi_latent_attention: false
+normalization: RMSNorm
+num_attention_heads: 8
+num_layers: 4
+num_moe_experts: null
+num_query_groups: 4
+params_dtype: {_call_: false, _target_: torch.bfloat16}
+position_embedding_type: rope
+qk_layernorm: false
+rope_scaling: false
+rope_scaling_factor: 1.0
+rotary_base: 10000.0
+rotary_interleaved: false
+rotary_percent: 1.0
+seq_length: 128
+share_embeddings_and_output_weights: false
+should_pad_vocab: true
+vocab_size: 250
+window_attn_skip_freq: null
+window_size: null
+yarn_beta_fast: null
+yarn_mscale: null
+yarn_rotary_scaling_factor: null
+"""
+
+
+def run_config(**changes: object) -> dict[str, Any]:
+    """A run_config.yaml as it is parsed, with changes to its model; a change to ``...`` takes the field away."""
+    model = yaml.safe_load(PROVIDER) | changes
+    return {"model": {name: value for name, value in model.items() if value is not ...}, "train": {"train_iters": 5}}
+
+
+@pytest.fixture
+def bridge_root(tmp_path: Path) -> Path:
+    """A root as Bridge leaves it: an iteration with run_config.yaml, and both trackers. Its shards are genuine."""
+    root = tmp_path / "bridge"
+    iteration = shutil.copytree(shards("td_0161"), root / "iter_0000005")
+    (iteration / "run_config.yaml").write_text(yaml.safe_dump(run_config()))
+    save_train_state(root, 5)
+    shutil.copy(root / "latest_train_state.pt", iteration / "train_state.pt")
+    (root / "latest_checkpointed_iteration.txt").write_text("5")
+    return root
+
+
+def save_train_state(root: Path, step: int) -> None:
+    """Save what ``TrainState.state_dict`` gives, as Bridge does (megatron/bridge/training/state.py, 0.6)."""
+    counts = ("consumed_train_samples", "step", "skipped_train_samples", "consumed_valid_samples")
+    state = {name: torch.tensor(step if name == "step" else 77, dtype=torch.int64) for name in counts}
+    state["floating_point_operations_so_far"] = torch.tensor(1e18, dtype=torch.float64)
+    state |= {name: torch.tensor(data=True) for name in ("do_train", "do_valid", "do_test")}
+    torch.save(state, root / "latest_train_state.pt")
+
+
+def test_a_bridge_checkpoint_exports_by_itself(bridge_root: Path, tmp_path: Path) -> None:
+    """Without any other file the root exports to the live model, bit for bit, and says where its sizes are from."""
+    done = to_hf(bridge_root, tmp_path / "hf")
+    assert done.config_from == "run_config.yaml inside the checkpoint"
+    assert described(load_file(tmp_path / "hf" / "model.safetensors")) == described(truth("td_0161"))
+    written, true = (json.loads((path / "config.json").read_bytes()) for path in (tmp_path / "hf", folder("td_0161")))
+    keys = [key for key in true if key not in ("dtype", "bos_token_id", "eos_token_id")]
+    assert {key: written[key] for key in keys} == {key: true[key] for key in keys}
+
+
+def test_a_given_configuration_and_megatrons_args_come_first(bridge_root: Path, tmp_path: Path) -> None:
+    """run_config.yaml is the last resort: it is not even read where something else tells the model."""
+    iteration = bridge_root / "iter_0000005"
+    (iteration / "run_config.yaml").write_text("not a configuration")
+    to_hf(bridge_root, tmp_path / "hf", config=folder("td_0161"))
+    copied = shutil.copytree(shards("mlm_0161"), tmp_path / "mlm")
+    (copied / "run_config.yaml").write_text("not a configuration")
+    assert to_hf(copied, tmp_path / "mlm_hf").config_from == "the args inside the checkpoint"
+
+
+@pytest.mark.parametrize("trackers", [["latest_train_state.pt"], ["latest_checkpointed_iteration.txt"]])
+def test_either_tracker_names_the_latest_iteration(trackers: list[str], bridge_root: Path) -> None:
+    """Bridge's train state alone is enough, and so is the tracker of Megatron-LM."""
+    for name in {"latest_train_state.pt", "latest_checkpointed_iteration.txt"} - set(trackers):
+        (bridge_root / name).unlink()
+    (bridge_root / "iter_0000003").mkdir()
+    assert resolve_directory(bridge_root).name == "iter_0000005"
+
+
+def test_trackers_that_disagree_are_told(bridge_root: Path, tmp_path: Path) -> None:
+    """Nothing is guessed where the two name different iterations, or one that is absent."""
+    save_train_state(bridge_root, 3)
+    line = refusal(tmp_path, "inspect", bridge_root)
+    assert "latest_checkpointed_iteration.txt names iter_0000005, latest_train_state.pt names iter_0000003" in line
+    (bridge_root / "latest_checkpointed_iteration.txt").unlink()
+    assert "latest_train_state.pt names iter_0000003, which is absent" in refusal(tmp_path, "inspect", bridge_root)
+
+
+class Evil:
+    """Would run a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Ask for a command."""
+        return subprocess.getoutput, ("touch evil",)
+
+
+@pytest.mark.parametrize(
+    ("state", "complaint"),
+    [
+        ({"step": 5}, "it has no step, an int64 scalar"),
+        ({"step": torch.tensor(5.0)}, "it has no step, an int64 scalar"),
+        ({"step": torch.tensor([5])}, "it has no step, an int64 scalar"),
+        ({"step": torch.tensor([1, 5])[1]}, "it has no step, an int64 scalar"),
+        ({"step": torch.tensor(-5)}, "expected a number of iterations"),
+        ({"steps": torch.tensor(5)}, "it has no step, an int64 scalar"),
+        ([torch.tensor(5)], "it has no step, an int64 scalar"),
+        (Evil(), "getoutput, which is outside the allowlist"),
+        (OrderedDict(step=torch.tensor(5)), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_train_states_are_read_without_trust(
+    state: object, complaint: str | None, bridge_root: Path, tmp_path: Path
+) -> None:
+    """A train state that is none, or that asks for more than tensors, is refused in one line."""
+    (bridge_root / "latest_checkpointed_iteration.txt").unlink()
+    torch.save(state, bridge_root / "latest_train_state.pt")
+    if complaint is None:
+        assert resolve_directory(bridge_root).name == "iter_0000005"
+    else:
+        assert complaint in refusal(tmp_path, "inspect", bridge_root)
+
+
+def test_every_truncated_train_state_is_refused(bridge_root: Path, tmp_path: Path) -> None:
+    """However much of the file is there, it is either the whole step or our error; random bytes are no state either."""
+    path = bridge_root / "latest_train_state.pt"
+    (bridge_root / "latest_checkpointed_iteration.txt").unlink()
+    whole = path.read_bytes()
+    for length in {*range(0, len(whole), 97), len(whole) - 1}:
+        path.write_bytes(whole[:length])
+        assert "latest_train_state.pt" in refusal(tmp_path, "inspect", bridge_root)
+    path.write_bytes(pickle.dumps({"step": 5}))
+    assert "is not a torch.save archive" in refusal(tmp_path, "inspect", bridge_root)
+
+
+def test_names_and_meanings_of_bridge() -> None:
+    """A window, tied embeddings, YaRN, heads without groups and no head dimension mean what Bridge means with them."""
+    changed = from_run_config(
+        run_config(
+            window_size=[4095, 0],
+            share_embeddings_and_output_weights=True,
+            num_query_groups=None,
+            kv_channels=None,
+            layernorm_epsilon=3e-6,
+            position_embedding_type="yarn",
+            yarn_rotary_scaling_factor=16.0,
+            yarn_original_max_position_embeddings=16,
+            yarn_beta_fast=20.0,
+            yarn_mscale=0.7,
+            yarn_mscale_all_dim=1.3,
+            yarn_correction_range_round_to_int=False,
+            bf16=False,
+            fp16=True,
+        ),
+        "run_config.yaml",
+    )
+    assert (changed.sliding_window, changed.tie_word_embeddings, changed.num_key_value_heads) == (4096, True, 8)
+    assert (changed.head_dim, changed.rms_norm_eps, changed.dtype, changed.vocab_size) == (8, 3e-6, "float16", 250)
+    assert changed.yarn is not None
+    assert (changed.yarn.factor, changed.yarn.original_max_position_embeddings) == (16.0, 16)
+    assert (changed.yarn.beta_fast, changed.yarn.beta_slow, changed.yarn.truncate) == (20.0, 1.0, False)
+    assert (changed.yarn.mscale, changed.yarn.mscale_all_dim) == (0.7, 1.3)
+
+
+def test_both_forms_of_the_model_section() -> None:
+    """A GPTModelConfig around a transformer section says the same as a provider."""
+    flat = run_config()["model"]
+    outer = ["vocab_size", "seq_length", "share_embeddings_and_output_weights", "position_embedding_type"]
+    outer += ["rotary_base", "rotary_percent", "rope_scaling", "make_vocab_size_divisible_by", "should_pad_vocab"]
+    inner = {name: value for name, value in flat.items() if name not in outer} | {"activation_func": "silu"}
+    nested = {name: flat[name] for name in outer} | {
+        "_builder_": "megatron.training.models.gpt.GPTModelBuilder",
+        "_target_": "megatron.training.models.gpt.GPTModelConfig",
+        "transformer": inner | {"_target_": "megatron.core.transformer.transformer_config.TransformerConfig"},
+    }
+    assert from_run_config({"model": nested}, "here") == from_run_config({"model": flat}, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "complaint"),
+    [
+        ({"num_moe_experts": 8}, UnsupportedModelError, "num_experts=8"),
+        ({"normalization": "LayerNorm"}, UnsupportedModelError, "normalization='LayerNorm'"),
+        ({"rope_scaling": True}, UnsupportedModelError, "use_rope_scaling=True"),
+        ({"gated_linear_unit": False}, UnsupportedModelError, "swiglu=False"),
+        ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, UnsupportedModelError, "swiglu=False"),
+        ({"seq_len_interpolation_factor": 2.0}, UnsupportedModelError, "interpolation_factor=2.0"),
+        ({"window_size": [4095, 0], "window_attn_skip_freq": 2}, UnsupportedModelError, "window_attn_skip_freq"),
+        ({"layernorm_zero_centered_gamma": True}, UnsupportedModelError, "apply_layernorm_1p=True"),
+        ({"activation_func": ...}, ConfigError, "lacks activation_func"),
+        ({"vocab_size": None, "num_layers": ...}, ConfigError, "lacks num_layers, vocab_size"),
+        ({"share_embeddings_and_output_weights": ...}, ConfigError, "lacks share_embeddings"),
+        ({"ffn_hidden_size": None}, ConfigError, "lack ffn_hidden_size"),
+        ({"num_layers": "four"}, ConfigError, "num_hidden_layers must be a positive integer, got 'four'"),
+        ({"num_attention_heads": [8]}, ConfigError, r"num_attention_heads must be a positive integer, got \[8\]"),
+        ({"layernorm_epsilon": float("nan")}, ConfigError, "rms_norm_eps must be a positive number"),
+        ({"num_layers": 10**15}, ConfigError, "expected at most"),
+        ({"hidden_size": {"a": {"b": 1}}}, ConfigError, "hidden_size must be a positive integer, got 'a mapping'"),
+    ],
+)
+def test_run_configs_of_other_models_are_refused(
+    changes: dict[str, Any], error: type[Exception], complaint: str
+) -> None:
+    """What makes it another model, and what is missing or does not fit, is named."""
+    with pytest.raises(error, match=complaint):
+        from_run_config(run_config(**changes), "run_config.yaml")
+
+
+BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40))])
+MERGES = "\n".join(
+    ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 40))]
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (f"{BOMB}\nmodel: {{num_layers: *a39}}", "lacks share_embeddings"),
+        (
+            f"{BOMB}\nmodel:\n{PROVIDER.replace('num_layers: 4', 'num_layers: *a39').replace(chr(10), chr(10) + '  ')}",
+            "num_hidden_layers must be a positive integer, got 'a list'",
+        ),
+        (MERGES, "merge keys '<<'"),
+        ("model: {num_layers: 1, num_layers: 2}", "duplicate keys or merge keys 'num_layers'"),
+        ("model: !!python/object/apply:subprocess.getoutput [touch evil]", "invalid YAML"),
+        ("model: !!python/name:os.system", "invalid YAML"),
+        ("model: &m {m: *m}", "lacks share_embeddings"),
+        ("model: [1, 2]", "has no section model"),
+        ("- 1", "expected a mapping, got list"),
+        ("", "expected a mapping, got NoneType"),
+        ("model: {", "invalid YAML"),
+        ("a: \x01", "invalid YAML"),
+        (b"\xff\xfe", "invalid YAML"),
+        ("model: 2026-99-99", "invalid YAML"),
+        ("model: {num_layers: " + "9" * 5000 + "}", "invalid YAML"),
+        ("[" * 100_000, "invalid YAML"),
+        ("x: " + "y" * (1 << 20), "too large"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else None,
+)
+def test_hostile_yaml_is_refused(content: str | bytes, complaint: str, bridge_root: Path, tmp_path: Path) -> None:
+    """Nothing is executed, expanded or guessed, and one line says what is wrong."""
+    path = bridge_root / "iter_0000005" / "run_config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refusal(tmp_path, "to-hf", bridge_root, tmp_path / "hf")
+    assert complaint in line
+    assert len(line) < 2000
+    assert not Path("evil").exists()
+
+
+def test_yaml_is_imported_for_bridge_alone() -> None:
+    """An export that needs no run_config.yaml does not import PyYAML."""
+    script = "import sys, dist_ckpt_mistral.convert, dist_ckpt_mistral.checkpoint_config; print('yaml' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"
+
+
+def test_inspection_names_run_config(bridge_root: Path) -> None:
+    """The report says the configuration and where it is from."""
+    told = json.loads("\n".join(run("inspect", bridge_root, "--json").out))
+    assert (told["config_from"], told["config"]["vocab_size"]) == ("run_config.yaml inside the checkpoint", 250)
+    assert told["problems"] == []

@@ -1,0 +1,281 @@
+"""Megatron-LM's own training code on both sides: it loads what from_hf wrote, and to_hf exports what it saved.
+
+One launch of four ranks. ``gpt_stage.hf_rows`` says what each parameter of the real GPTModels must hold.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hf_models import random_model, saved
+from safetensors.torch import load_file
+from torch_reading import described
+from transformers import AutoConfig
+
+from dist_ckpt_mistral import strict_yaml
+from dist_ckpt_mistral.convert import from_hf, to_hf
+from dist_ckpt_mistral.model.bridge_config import from_run_config
+from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.pretrain_command import megatron_args
+
+if TYPE_CHECKING:
+    from conftest import LaunchRanks
+
+pytestmark = pytest.mark.skipif(
+    sys.version_info < (3, 12),
+    reason="megatron-core 0.16, the last line for Python 3.11, ships no megatron.training",
+)
+
+YARN = {"rope_type": "yarn", "rope_theta": 31000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "window": {"sliding_window": 5, "rms_norm_eps": 3e-6, "rope_parameters": {"rope_theta": 5e5}},
+    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "yarn": {"tie_word_embeddings": True, "rope_parameters": YARN | {"truncate": False, "beta_fast": 16.0}},
+    "yarn-mscale": {"vocab_size": 128, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+}
+#: The flags of the README, with which the checkpoint describes the model.
+BY_CHECKPOINT = ("--ckpt-format", "torch_dist", "--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, how from_hf writes it, and how Megatron-LM is told to load it."""
+
+    model: str
+    written: dict[str, int] = field(default_factory=dict)
+    layout: dict[str, int] = field(default_factory=dict)
+    flags: tuple[str, ...] | None = None
+    saves: tuple[str, ...] | None = None
+
+
+#: ``flags`` None: those that megatron_args gives. With ``saves``, these flags are added and the model is saved again.
+CASES: dict[str, Case] = {
+    "release": Case(model="window", flags=(*BY_CHECKPOINT, "--finetune")),
+    "release, not finetuned": Case(model="window", written={"tp": 2, "pp": 2}, flags=BY_CHECKPOINT),
+    "iteration": Case(model="tied", written={"iteration": 7}, flags=BY_CHECKPOINT, layout={"tp": 2, "pp": 2}),
+    "yarn by the checkpoint": Case(model="yarn", flags=(*BY_CHECKPOINT, "--finetune"), layout={"tp": 2}),
+    "window by flags": Case(
+        model="window",
+        layout={"tp": 2, "pp": 2},
+        saves=("--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", "49"),
+    ),
+    "tied by flags": Case(model="tied", written={"iteration": 7}, layout={"pp": 2}, saves=()),
+    "yarn by flags": Case(model="yarn", layout={"tp": 2, "pp": 2}, saves=()),
+    "yarn-mscale by flags": Case(
+        model="yarn-mscale", saves=("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "anywhere")
+    ),
+}
+SAVED = [name for name, case in CASES.items() if case.saves is not None]
+
+#: What megatron_args is asked for, on four ranks: layout -> what Megatron's TransformerConfig must say of it.
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tp2-pp2": ({"tp": 2, "pp": 2}, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "pp2-vpp2": ({"pp": 2, "vpp": 2, "dp": 2}, {"virtual_pipeline_model_parallel_size": 2}),
+    "first and last": (
+        {"pp": 2, "num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
+        {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
+    ),
+    "embedding and loss": (
+        {"pp": 2, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+        {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+    ),
+    "context": ({"cp": 2, "tp": 2}, {"context_parallel_size": 2, "use_tp_pp_dp_mapping": False}),
+    "pipeline before data": ({"pp": 2, "dp": 2, "order": "tp-cp-ep-pp-dp"}, {"use_tp_pp_dp_mapping": True}),
+    "a layout in words": (
+        {"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "Et|t|t|tL"},
+        {"virtual_pipeline_model_parallel_size": 2},
+    ),
+    "stages": ({"pp": 4, "pp_layers": (1, 0, 2, 1)}, {"layers_here": [1, 0, 2, 1]}),
+}
+#: Sizes of released models, as far as they matter here.
+RELEASED: dict[str, dict[str, Any]] = {
+    "Mistral-7B-v0.1": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 10000.0},
+        "sliding_window": 4096,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+    },
+    "Mistral-Nemo-2407": {
+        "hidden_size": 5120,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 1000000.0},
+        "sliding_window": None,
+        "vocab_size": 131072,
+        "max_position_embeddings": 131072,
+    },
+}
+
+
+def layout_of(case: Case) -> ParallelLayout:
+    """The layout of four ranks that Megatron-LM loads a case with."""
+    tp, pp = case.layout.get("tp", 1), case.layout.get("pp", 1)
+    return ParallelLayout(tp=tp, pp=pp, dp=4 // (tp * pp))
+
+
+def described_model(folder: Path, **sizes: object) -> Path:
+    """A directory with nothing but a config.json, as transformers writes it."""
+    AutoConfig.for_model("mistral", **sizes, dtype="bfloat16").save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The models, what Megatron-LM said on each rank, and where it saved."""
+
+    hf: dict[str, Path]
+    ranks: list[dict[str, Any]]
+    saved: Path
+    run_configs: Path
+    parsed: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def results(launch_megatron_lm: LaunchRanks, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Write every case, and let Megatron-LM load, save and parse."""
+    folder = tmp_path_factory.mktemp("megatron_lm")
+    hf = {name: saved(random_model(**MODELS[name]), folder / "hf" / name) for name in MODELS}
+    jobs: dict[str, dict[str, Any]] = {}
+    for name, case in CASES.items():
+        root = folder / name
+        from_hf(hf[case.model], root, **case.written)  # type: ignore[arg-type]  # these are all int
+        layout = layout_of(case)
+        by_checkpoint = ["--load", str(root), "--tensor-model-parallel-size", str(layout.tp)]
+        by_checkpoint += ["--pipeline-model-parallel-size", str(layout.pp), *(case.flags or ())]
+        flags = megatron_args(root, layout=layout).flags if case.flags is None else by_checkpoint
+        config = json.loads((hf[case.model] / "config.json").read_text())
+        job = {"task": "load", "flags": [*flags, *(case.saves or ())], "config": config, "hf": str(hf[case.model])}
+        jobs[name] = job | ({} if case.saves is None else {"save": str(folder / "saved" / name)})
+    parsed = {name: described_model(folder / "described" / name, **sizes) for name, sizes in RELEASED.items()}
+    for name in RELEASED:
+        layout = ParallelLayout(tp=4)
+        jobs[f"parse {name}"] = {"task": "parse", "flags": megatron_args(parsed[name], layout=layout).flags}
+    for name, path in hf.items():
+        flags = megatron_args(path, layout=ParallelLayout(tp=2, dp=2)).flags
+        jobs[f"parse {name}"] = {"task": "parse", "flags": flags}
+        jobs[f"dump {name}"] = {"task": "dump_run_configs", "flags": flags, "to": str(folder / "run_configs" / name)}
+    four = described_model(folder / "four", **RELEASED["Mistral-Nemo-2407"] | {"num_hidden_layers": 4})
+    for name, (fields, _) in LAYOUTS.items():
+        jobs[f"lay out {name}"] = {
+            "task": "parse",
+            "flags": megatron_args(four, layout=ParallelLayout(**fields)).flags,
+        }
+    return Results(
+        hf=hf,
+        ranks=launch_megatron_lm(4, jobs),
+        saved=folder / "saved",
+        run_configs=folder / "run_configs",
+        parsed=parsed | hf,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_megatron_lm_loads_what_from_hf_wrote(name: str, results: Results) -> None:
+    """Every parameter of the GPTModel that Megatron-LM's own arguments describe holds its Hugging Face values."""
+    case = CASES[name]
+    told = [rank[name] for rank in results.ranks]
+    assert [each["differences"] for each in told] == [[]] * 4
+    finetunes = case.flags is None or "--finetune" in case.flags
+    assert {each["iteration"] for each in told} == {0 if finetunes else case.written.get("iteration", 0)}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_megatron_lm_saved_exports_by_itself(name: str, results: Results, tmp_path: Path) -> None:
+    """Without any other file: all tensors bit for bit, and a config.json in which transformers reads the same model."""
+    done = to_hf(results.saved / name, tmp_path / "hf")
+    assert done.config_from == "the args inside the checkpoint"
+    original = results.hf[CASES[name].model]
+    tensors, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", original))
+    assert described(tensors) == described(expected)
+    theirs, ours = (AutoConfig.from_pretrained(path) for path in (original, tmp_path / "hf"))
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+    names += ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "sliding_window", "dtype"]
+    names += ["tie_word_embeddings", "hidden_act"]
+    assert {each: getattr(ours, each) for each in names} == {each: getattr(theirs, each) for each in names}
+    rope = {key: value for key, value in theirs.rope_parameters.items() if value is not None}
+    assert rope.items() <= ours.rope_parameters.items()
+    assert MistralConfig.from_hf(tmp_path / "hf") == MistralConfig.from_hf(original)
+
+
+@pytest.mark.parametrize("name", [*RELEASED, *MODELS])
+def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Results) -> None:
+    """Parsed, checked and made into a TransformerConfig by Megatron-LM, every size is the one transformers reads."""
+    theirs = AutoConfig.from_pretrained(results.parsed[name])
+    tp = 4 if name in RELEASED else 2
+    rope, window = theirs.rope_parameters, theirs.sliding_window
+    expected = {
+        "num_layers": theirs.num_hidden_layers,
+        "hidden_size": theirs.hidden_size,
+        "ffn_hidden_size": theirs.intermediate_size,
+        "num_attention_heads": theirs.num_attention_heads,
+        "num_query_groups": theirs.num_key_value_heads,
+        "kv_channels": theirs.head_dim,
+        "layernorm_epsilon": theirs.rms_norm_eps,
+        "window_size": None if window is None else [window - 1, 0],
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "rotary_base": rope["rope_theta"],
+        "rotary_percent": 1.0,
+        "max_position_embeddings": theirs.max_position_embeddings,
+        "seq_length": theirs.max_position_embeddings,
+        "vocab_size": theirs.vocab_size,
+        "make_vocab_size_divisible_by": 128,
+        "padded_vocab_size": -(-theirs.vocab_size // (128 * tp)) * 128 * tp,
+        "untie_embeddings_and_output_weights": not theirs.tie_word_embeddings,
+        "params_dtype": str(theirs.dtype),
+        "ckpt_format": "torch_dist",
+        "position_embedding_type": "yarn" if name.startswith("yarn") else "rope",
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+    }
+    if name.startswith("yarn"):
+        expected |= {
+            "yarn_rotary_scaling_factor": rope["factor"],
+            "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+            "yarn_beta_fast": rope.get("beta_fast") or 32.0,
+            "yarn_beta_slow": rope.get("beta_slow") or 1.0,
+            "yarn_mscale": rope.get("mscale") or 1.0,
+            "yarn_mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
+            "yarn_correction_range_round_to_int": rope.get("truncate", True),
+        }
+    for rank in results.ranks:
+        told = rank[f"parse {name}"]
+        assert {key: told[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", ["nested", "flat"])
+def test_run_configs_from_megatrons_own_serializer(form: str, name: str, results: Results) -> None:
+    """The model section that Megatron serializes, all fields in it, gives the configuration that transformers wrote."""
+    path = results.run_configs / name / f"{form}.yaml"
+    read = from_run_config(strict_yaml.loads_object(path.read_bytes(), str(path)), str(path))
+    assert read == MistralConfig.from_hf(results.hf[name])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flags_mean_the_layout_to_megatrons_own_parser(name: str, results: Results) -> None:
+    """Interleaved, uneven and custom pipelines: Megatron-LM's TransformerConfig says what was asked for."""
+    told = results.ranks[0][f"lay out {name}"]
+    assert {key: told[key] for key in LAYOUTS[name][1]} == LAYOUTS[name][1]
