@@ -27,7 +27,8 @@ from torch_reading import read_metadata as torch_reads
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
-from dist_ckpt_mistral.formats.stored_metadata import StoredMetadata, read_metadata
+from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
+from dist_ckpt_mistral.formats.stored_metadata import StoredMetadata
 
 #: (offset, shape, file, position, length) of a chunk.
 Row = tuple[tuple[int, ...], tuple[int, ...], str, int, int]
@@ -56,13 +57,18 @@ def rows_as_read(metadata: StoredMetadata) -> dict[str, tuple[str, tuple[int, ..
         places = zip([files[number] for number in numbers], positions, lengths, strict=True)
         rows = [(*box, *place) for box, place in zip(boxes, places, strict=True)]
         assert tensor.num_chunks == len(rows)
-        found[name] = (tensor.dtype, tensor.global_shape, rows)
+        found[name] = (tensor.dtype, tensor.stored_shape, rows)
     return found
 
 
 def as_read(pickled: bytes) -> StoredMetadata:
     """What the package makes of ``.metadata``."""
     return read_metadata(lambda: pickled, "it")
+
+
+def ended_before_plans(pickled: bytes) -> bytes | None:
+    """The pickle without Megatron's plans."""
+    return pickle_records.ended_before(pickled, "all_local_plans", unless_behind="mcore_data")
 
 
 @pytest.mark.parametrize("case", GENUINE)
@@ -72,7 +78,7 @@ def test_genuine_metadata_is_what_torch_reads(case: str) -> None:
     for name in ("all_local_plans", "mcore_data"):
         vars(metadata).pop(name, None)
     pickled = (shards(case) / ".metadata").read_bytes()
-    assert pickle_records.ended_before(pickled, "all_local_plans") is not None
+    assert ended_before_plans(pickled) is not None
     for content in (pickled, pickle.dumps(metadata, protocol=2)):
         found = as_read(content)
         assert rows_as_read(found) == rows_of_torch(metadata)
@@ -140,7 +146,8 @@ def test_plans_that_stand_last_are_not_read() -> None:
     metadata.all_local_plans = [Path.home]
     found = as_read(pickle.dumps(metadata))
     assert rows_as_read(found) == rows_of_torch(metadata)
-    metadata.later = 1
+    metadata.mcore_data = {}
+    assert ended_before_plans(pickle.dumps(metadata)) is None
     with pytest.raises(FormatError, match="outside the allowlist"):
         as_read(pickle.dumps(metadata, protocol=2))
 
@@ -161,7 +168,7 @@ def test_many_frames() -> None:
     metadata: Any = Metadata(state_dict_metadata={"t": tensor}, storage_data=places)
     metadata.all_local_plans = [list(range(100_000))]
     pickled = pickle.dumps(metadata)
-    short = pickle_records.ended_before(pickled, "all_local_plans")
+    short = ended_before_plans(pickled)
     assert short is not None
     assert len(short) < len(pickled) - 100_000
     chunk_columns = as_read(pickled).chunks("t")
@@ -169,4 +176,4 @@ def test_many_frames() -> None:
     assert np.array_equal(chunk_columns.positions, np.arange(9000) * 10)
     last = pickled.rfind(pickle.FRAME, 0, len(pickled) - 8)
     for size in (last, len(pickled) - 1):
-        assert pickle_records.ended_before(pickled[:size], "all_local_plans") is None
+        assert ended_before_plans(pickled[:size]) is None

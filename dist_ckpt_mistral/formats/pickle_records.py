@@ -109,18 +109,24 @@ def loads(
         raise FormatError(f"{where} is not a readable pickle: {error!r}") from error
 
 
-def ended_before(pickled: bytes, key: str) -> bytes | None:
+def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes | None:
     """A pickled object of attributes, ended before its attribute ``key``; None if that cannot be told from the bytes.
 
-    Those must be the frames that picklers make from protocol 4 on (PEP 3154), all of them. Where ``key`` is something
-    else than an attribute of the topmost object, loading the result fails, or gives something else than that object.
+    Those must be the frames that picklers make from protocol 4 on (PEP 3154), all of them, without the attribute
+    ``unless_behind`` behind ``key``. Where ``key`` is something else than an attribute of the topmost object, loading
+    the result fails, or gives something else than that object.
     """
-    at = pickled.rfind(pickle.SHORT_BINUNICODE + bytes([len(key)]) + key.encode())
+    at = pickled.rfind(_short_string(key))
     end = _frame_end(pickled, at)
-    if at < 0 or end is None:
+    if at < 0 or end is None or pickled.find(_short_string(unless_behind), at) >= 0:
         return None
     ending = pickle.SETITEMS + pickle.BUILD + pickle.STOP
     return pickled[:at] + ending.ljust(end - at, b"\0")  # unpicklers want the whole frame
+
+
+def _short_string(text: str) -> bytes:
+    """The opcode of a string of less than 256 bytes."""
+    return pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()
 
 
 def _frame_end(pickled: bytes, at: int) -> int | None:

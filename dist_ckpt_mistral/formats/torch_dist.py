@@ -13,7 +13,8 @@ from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import common_state
 from dist_ckpt_mistral.formats.common_state import Entry
-from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor, read_metadata
+from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
+from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
 from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.name_ranges import listed

@@ -1,0 +1,206 @@
+"""Reading ``.metadata`` of a ``torch_dist`` checkpoint, without torch.
+
+It is a pickled ``torch.distributed.checkpoint.metadata.Metadata`` that lists every chunk of every tensor, and the file,
+offset and length of the ``torch.save`` archive that holds it (torch/distributed/checkpoint/filesystem.py, 2.6 to 2.15).
+The records that unpickling makes of a million chunks take a gigabyte: they give way to columns at once.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import add, itemgetter
+from pathlib import Path
+from typing import Any, Final
+
+from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
+from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats.pickle_records import OpaqueRecord, StateRecord, record_class
+from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
+from dist_ckpt_mistral.formats.torch_archive import torch_dtype_name
+from dist_ckpt_mistral.shapes import Shape
+
+#: What Megatron (0.12 to 0.19) adds to torch's Metadata behind all else: the plans of all ranks, which repeat it.
+_PLANS: Final = "all_local_plans"
+#: The attributes of ``_StorageInfo``; torch leaves out the one of transforms where there are none.
+_PLACE: Final = ("relative_path", "offset", "length")
+_TRANSFORMS: Final = "transform_descriptors"
+#: Where Megatron's ``fully_sharded_model_space`` keeps the shapes of tensors that are stored as blocks: an attribute of
+#: Metadata, and the entry for each tensor in it (mcore dist_checkpointing/strategies/torch.py, 0.12 to 0.14).
+MCORE_DATA: Final = "mcore_data"
+OWN_SHAPE: Final = "nd_reformulated_orig_global_shape"
+#: The attributes of a ``StateRecord``.
+_attributes: Final = itemgetter(0)
+
+
+def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
+    """The content of the ``.metadata`` file ``where``, whose bytes ``read`` gives.
+
+    Raises FormatError if it is damaged, UnsafePickleError if it asks for anything outside the allowlist.
+    """
+    with pickle_records.paused_collector():
+        try:
+            return _parse(_unpickled(read, where))  # all records are gone before the collector would look at them
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
+
+
+def _unpickled(read: Callable[[], bytes], where: str) -> dict[str, Any]:
+    """The attributes of the metadata. Megatron's plans, where they stand last, are left unread: half of the time."""
+    short = pickle_records.ended_before(read(), _PLANS, unless_behind=MCORE_DATA)
+    if short is not None:
+        try:
+            found: dict[str, Any] = _attributes(pickle_records.loads(short, _allowlist(), where))
+            if {"state_dict_metadata", "storage_data"} <= found.keys():
+                return found
+        except UnsafePickleError:
+            raise
+        except (AttributeError, FormatError, LookupError, TypeError):
+            pass  # the plans stand elsewhere
+    whole: dict[str, Any] = _attributes(pickle_records.loads(read(), _allowlist(), where))
+    return whole
+
+
+def _parse(metadata: dict[str, Any]) -> StoredMetadata:
+    """Whatever is amiss raises what ``read_metadata`` translates."""
+    described, storage_data = metadata["state_dict_metadata"], metadata["storage_data"]
+    indices = [*map(_attributes, storage_data)]
+    file_bytes, archives = _archives([*map(_attributes, storage_data.values())])
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for number, name in enumerate(map(itemgetter("fqn"), indices)):
+        numbers[name].append(number)
+    names, tensors, objects = [*file_bytes], {}, {}
+    own_shapes = _own_shapes(metadata)
+    for name, record in described.items():
+        stored = numbers.pop(name, [])
+        if type(record).__name__ == "TensorStorageMetadata":
+            offsets = [indices[number]["offset"] for number in stored]
+            tensors[str(name)] = _tensor(str(name), _attributes(record), offsets, stored, own_shapes.get(name))
+        elif len(stored) == 1:
+            file, position, num_bytes = (column[stored[0]] for column in archives)
+            objects[str(name)] = Entry(names[file], position, num_bytes)
+        else:
+            raise ValueError(f"{name!r} is listed, but it is not said where it is stored")
+    if numbers:
+        raise ValueError(f"{', '.join(map(repr, numbers))} are stored but not listed")
+    return StoredMetadata(file_bytes=file_bytes, tensors=tensors, objects=objects, archives=archives)
+
+
+def _archives(places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], Archives]:
+    """Where the last archive of each file ends, and all archives."""
+    if {*map(len, places)} - {len(_PLACE)}:
+        _require_untransformed(places)
+    names, positions, lengths = ([*map(itemgetter(key), places)] for key in _PLACE)
+    if not (_are_sizes(positions) and _are_sizes(lengths)):
+        place = next(place for place in zip(positions, lengths, strict=True) if not _are_sizes(place))
+        raise ValueError(f"it places an archive at {place[0]!r}, {place[1]!r} bytes long")
+    numbers = _FileNumbers()
+    files = [*map(numbers.__getitem__, names)]
+    ends = [0] * len(numbers)
+    for file, end in zip(files, map(add, positions, lengths), strict=True):
+        if end > ends[file]:  # noqa: PLR1730  (max takes three times as long, for every chunk)
+            ends[file] = end
+    return dict(zip(numbers, ends, strict=True)), Archives(
+        array("q", files), array("q", positions), array("q", lengths)
+    )
+
+
+def _own_shapes(metadata: Mapping[str, Any]) -> dict[str, Shape]:
+    """The shapes of the tensors that are stored as blocks, by key. Megatron says None where there are none."""
+    about = metadata.get(MCORE_DATA)
+    return {name: _sizes(each[OWN_SHAPE]) for name, each in (about or {}).items() if OWN_SHAPE in each}
+
+
+class _FileNumbers(dict[str, int]):
+    """The numbers of files in the order in which they are met."""
+
+    def __missing__(self, name: object) -> int:
+        """Shards lie beside ``.metadata``; anything but a plain name could point anywhere."""
+        if not isinstance(name, str) or Path(name).name != name or name in {"", ".", ".."}:
+            raise ValueError(f"it names the file {name!r}: expected the plain name of a file beside it")
+        return self.setdefault(name, len(self))
+
+
+def _require_untransformed(places: Iterable[Mapping[str, Any]]) -> None:
+    for place in places:
+        if place.get(_TRANSFORMS):
+            raise ValueError(f"it describes transformed data ({place[_TRANSFORMS]!r}), which is not supported")
+
+
+def _tensor(
+    name: str,
+    record: Mapping[str, Any],
+    stored_offsets: Sequence[Any],
+    archives: Sequence[int],
+    own_shape: Shape | None,
+) -> StoredTensor:
+    stored_shape = _sizes(record["size"])
+    chunks = [*map(_attributes, record["chunks"])]
+    boxes = ([*map(itemgetter(key), chunks)] for key in ("offsets", "sizes"))
+    offsets, shapes, stored = (_column(each, name) for each in (*boxes, stored_offsets))
+    return StoredTensor(
+        name=name,
+        dtype=str(record["properties"].state[0]),
+        global_shape=stored_shape if own_shape is None else own_shape,
+        stored_shape=stored_shape,
+        num_chunks=len(chunks),
+        offsets=offsets,
+        shapes=shapes,
+        stored_offsets=stored,
+        archives=array("q", archives),
+    )
+
+
+def _column(boxes: Sequence[Any], name: str) -> array[int]:
+    """Offsets or shapes of chunks, one behind the other: tuples of as many non-negative integers each."""
+    numbers = [*chain.from_iterable(boxes)]
+    if {*map(type, boxes)} - {tuple} or not _are_sizes(numbers):
+        boxes = [*map(_sizes, boxes)]  # raises
+    if len({*map(len, boxes)}) > 1:
+        raise ValueError(f"chunks of {name!r} have different numbers of axes")
+    return array("q", numbers)
+
+
+def _are_sizes(numbers: Collection[Any]) -> bool:
+    return {*map(type, numbers)} <= {int} and min(numbers, default=0) >= 0
+
+
+def _sizes(value: Any) -> Shape:  # noqa: ANN401  (from a pickle)
+    """A tuple of non-negative integers, as offsets and shapes must be."""
+    if type(value) is not tuple or not all(type(size) is int and size >= 0 for size in value):
+        raise ValueError(f"expected sizes, got {value!r}")
+    return value
+
+
+def _allowlist() -> Callable[[str, str], Any]:
+    """Fresh stand-ins for the classes of ``.metadata``; torch's dtypes become their names."""
+    checkpoint = "torch.distributed.checkpoint"
+    records = {
+        f"{checkpoint}.metadata": (
+            *("Metadata", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+            *("ChunkStorageMetadata", "MetadataIndex"),
+        ),
+        f"{checkpoint}.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        f"{checkpoint}.planner": ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"),
+        "megatron.core.dist_checkpointing.strategies.torch": ("MCoreSavePlan", "MCoreMetadata"),
+    }
+    allowed: dict[tuple[str, str], Any] = {
+        (module, name): record_class(name, StateRecord) for module, names in records.items() for name in names
+    }
+    allowed |= {
+        (f"{checkpoint}.metadata", "TensorProperties"): record_class("TensorProperties", OpaqueRecord),
+        (f"{checkpoint}.metadata", "_MEM_FORMAT_ENCODING"): _arguments,
+        (f"{checkpoint}.planner", "WriteItemType"): _arguments,
+        ("torch.serialization", "_get_layout"): _arguments,
+        ("pathlib", "PosixPath"): _arguments,
+        ("torch", "Size"): tuple,
+    }
+    return lambda module, name: torch_dtype_name(module, name) or allowed[module, name]
+
+
+def _arguments(*values: object) -> tuple[object, ...]:
+    """Stands in for calls whose result does not matter."""
+    return values
