@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def main(folder: Path, parent: int) -> None:
     """Do all runs one after the other, each under the parallel state of its layout."""
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
-    from resume_training import Training, change_layout, trainable_on_cpu  # noqa: PLC0415  (heavy)
+    from resume_cpu import trainable_on_cpu  # noqa: PLC0415  (heavy)
+    from resume_training import Training, change_layout  # noqa: PLC0415
 
     gc.freeze()  # Megatron looks for garbage with every save and load, and need not look at its own modules
     job = json.loads((folder / "job.json").read_text())

@@ -12,21 +12,20 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-from unittest import mock
 
-import megatron.core.optimizer
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from resume_cpu import fused_adam
 from resume_runs import LEARNING_RATE, MICROBATCHES, SEQUENCES, STEPS, TOKENS, batch
 
 from dist_ckpt_mistral.formats import torch_dist
 from dist_ckpt_mistral.megatron.build_model import as_chunks, build_model
-from dist_ckpt_mistral.megatron.runtime import initialize_megatron, without_cuda
+from dist_ckpt_mistral.megatron.runtime import initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -214,44 +213,8 @@ def _optimizer(trained: list[DistributedDataParallel], *, distributed: bool) -> 
         params_dtype=torch.bfloat16,
         use_distributed_optimizer=distributed,
     )
-    with contextlib.ExitStack() as stack:
-        if distributed:
-            stack.enter_context(
-                mock.patch.multiple(megatron.core.optimizer, USING_PYTORCH_OPTIMIZER=False, Adam=_FusedAdam)
-            )
+    with fused_adam() if distributed else contextlib.nullcontext():
         return get_megatron_optimizer(wanted, trained)
-
-
-class _FusedAdam(torch.optim.AdamW):
-    """AdamW that counts steps where FusedAdam of Apex and Transformer Engine does: once a group, not once a tensor.
-
-    Megatron's DistributedOptimizer needs that: with torch's own it raises KeyError: 'step' when it loads
-    (distrib_optimizer.py, _set_main_param_and_optimizer_states, megatron-core 0.16.1 and 0.19.2).
-    """
-
-    def __init__(self, params: Any, *, adam_w_mode: bool, **options: Any) -> None:  # noqa: ANN401  (as FusedAdam)
-        """Take what Megatron gives to FusedAdam."""
-        if not adam_w_mode:
-            raise ValueError("this AdamW decouples weight decay")
-        super().__init__(params, **options)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a state without the steps of tensors, which AdamW would miss."""
-        torch.optim.Optimizer.__setstate__(self, state)
-
-    def step(self) -> None:  # type: ignore[override]  # Megatron gives no closure
-        """Step, with the group's count in the place of the tensors' own."""
-        for group in self.param_groups:
-            for state in self._states(group):
-                state["step"] = torch.tensor(float(group.get("step", 0)))
-        super().step()
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            for state in self._states(group):
-                del state["step"]
-
-    def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        return [self.state[parameter] for parameter in group["params"] if self.state.get(parameter)]
 
 
 def _mean_loss(chunks: Sequence[Any], sequences: torch.Tensor, *, forward_only: bool = False) -> float:
@@ -288,25 +251,3 @@ def change_layout(layout: ParallelLayout) -> None:
     """Set up Megatron's parallel state for ``layout``, in the place of another one's."""
     parallel_state.destroy_model_parallel()
     initialize_megatron(layout, device="cpu")
-
-
-@contextlib.contextmanager
-def trainable_on_cpu() -> Iterator[None]:
-    """Within the block Megatron can train without CUDA, Apex and Transformer Engine."""
-    kind = torch.Tensor.type
-
-    def of_cuda(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  (torch's signature)
-        """What Megatron's optimizers accept: FloatTensor counts as cuda.FloatTensor."""
-        answer: Any = kind(tensor, *arguments, **options)
-        if not isinstance(answer, str) or answer.startswith("torch.cuda."):  # without_cuda sends the call here twice
-            return answer
-        return answer.replace("torch.", "torch.cuda.")
-
-    with (
-        without_cuda(),
-        mock.patch.object(torch.Tensor, "type", of_cuda),
-        mock.patch.object(torch.cuda, "current_stream", return_value=None),  # there is nothing to wait for
-        mock.patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True),  # as _FusedAdam counts
-        mock.patch.object(distrib_optimizer, "quantize_param_shard"),  # of float8, raises without Transformer Engine
-    ):
-        yield
