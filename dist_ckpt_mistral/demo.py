@@ -8,12 +8,10 @@ import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +20,7 @@ from dist_ckpt_mistral import convert, libraries, verify
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import torch_dist
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.rank_processes import run_ranks
 from dist_ckpt_mistral.report import human_bytes
 
 #: What the demo needs beyond this package.
@@ -198,51 +197,19 @@ def _rank_line(rank: int, outcome: Mapping[str, Any]) -> str:
 
 def _load_with_megatron(hf: Path, iteration: Path) -> list[dict[str, Any]]:
     """Run ``megatron.load_check`` on every rank of the layout; what each found. Nothing of it outlives this call."""
-    environment = os.environ | {
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
+    check = [sys.executable, "-m", "dist_ckpt_mistral.megatron.load_check"]
+    layout = [f"--tp={_LAYOUT.tp}", f"--pp={_LAYOUT.pp}", f"--parent={os.getpid()}"]
     with tempfile.TemporaryDirectory() as reports:
-        ranks: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(_LAYOUT.world_size):
-                command = [sys.executable, "-m", "dist_ckpt_mistral.megatron.load_check", f"--rank={rank}"]
-                command += [f"--tp={_LAYOUT.tp}", f"--pp={_LAYOUT.pp}", f"--parent={os.getpid()}"]
-                command += [str(path.absolute()) for path in (hf, iteration, Path(reports))]
-                with Path(reports, f"rank{rank}.log").open("wb") as log:
-                    ranks.append(
-                        subprocess.Popen(  # noqa: S603  (this Python, our own module)
-                            command, env=environment, stdout=log, stderr=log, start_new_session=True
-                        )
-                    )
-            _wait(ranks, Path(reports))
-        finally:
-            for each in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(each.pid, signal.SIGKILL)
-                each.wait()
-        outcomes = [json.loads(Path(reports, f"rank{rank}.json").read_bytes()) for rank in range(len(ranks))]
+        paths = [path.absolute() for path in (hf, iteration, Path(reports))]
+        ranks = range(_LAYOUT.world_size)
+        run_ranks(
+            [[*check, f"--rank={rank}", *layout, *paths] for rank in ranks], Path(reports), timeout_s=_RANKS_TIMEOUT_S
+        )
+        outcomes = [json.loads(Path(reports, f"rank{rank}.json").read_bytes()) for rank in ranks]
     different = {rank: outcome["different"] for rank, outcome in enumerate(outcomes) if outcome["different"]}
     if different:
         raise DistCkptMistralError(f"Megatron loaded other rows than the original files hold, by rank: {different}")
     return outcomes
-
-
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], reports: Path) -> None:
-    """Wait for all ranks; as soon as one fails, or time is up, fail with what it had to say."""
-    deadline = time.monotonic() + _RANKS_TIMEOUT_S
-    while any(codes := [each.poll() for each in ranks]) or None in codes:
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is None and time.monotonic() > deadline:
-            failed = codes.index(None)
-        if failed is not None:
-            log = (reports / f"rank{failed}.log").read_text(errors="replace")
-            what = f"ended with {codes[failed]}" if codes[failed] else f"was not done after {_RANKS_TIMEOUT_S} s"
-            raise DistCkptMistralError(f"Megatron did not load the checkpoint: rank {failed} {what}: {log[-2000:]}")
-        time.sleep(0.1)
 
 
 def _compare_logits(original: Path, export: Path, say: Say) -> None:

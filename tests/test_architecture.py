@@ -18,7 +18,7 @@ from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_ST
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
-errors shapes name_ranges dtypes strict_json strict_yaml ranks hub storage libraries
+errors shapes name_ranges dtypes strict_json strict_yaml ranks rank_processes hub storage libraries
 model.checks model.yarn model.row_blocks model.config model.tensor_table
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
@@ -161,7 +161,7 @@ def test_what_only_one_room_does(module: str) -> None:
     assert attributes.isdisjoint(unpicklers) or module == "formats.pickle_records"
     touching = {"open", "read_bytes", "read_text", "write_bytes", "write_text", "unlink", "rename", "rmtree"}
     touched = {attribute for owner, attribute in attributes if owner != "storage"} | names
-    own_reports = ("report", "demo", "megatron.load_check", "cli")
+    own_reports = ("report", "demo", "rank_processes", "megatron.load_check", "cli")
     assert touched.isdisjoint(touching) or module in ("storage", *own_reports)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import json
 import os
@@ -11,11 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from processes import processes_about, until
 
 from dist_ckpt_mistral import demo
 from dist_ckpt_mistral.cli import main
@@ -56,17 +55,7 @@ def test_what_is_kept(told: tuple[subprocess.CompletedProcess[str], Path]) -> No
 
 def test_no_rank_is_left(told: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     """When the demo is over, no process has anything to do with its files."""
-    assert _processes_about(told[1]) == []
-
-
-def _processes_about(folder: Path) -> list[int]:
-    """Ids of the living processes with ``folder`` in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if os.fsencode(folder) in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found
+    assert processes_about(told[1]) == []
 
 
 def test_the_check_can_fail(told: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path) -> None:
@@ -113,15 +102,15 @@ def test_a_rank_does_not_outlive_its_parent(
     command = [sys.executable, "-c", program, *_CHECK, *arguments]
     with subprocess.Popen(command, env=_environment(), stderr=subprocess.DEVNULL) as parent:
         try:
-            _until((tmp_path / "rendezvous").exists, seconds=120)
-            left = _processes_about(tmp_path)
+            until((tmp_path / "rendezvous").exists, seconds=120)
+            left = processes_about(tmp_path)
         finally:
             parent.kill()
     assert len(left) == 2, "the parent and the rank"
     try:
-        _until(lambda: not _processes_about(tmp_path), seconds=20)
+        until(lambda: not processes_about(tmp_path), seconds=20)
     finally:
-        for process_id in _processes_about(tmp_path):
+        for process_id in processes_about(tmp_path):
             os.kill(process_id, signal.SIGKILL)
 
 
@@ -136,13 +125,6 @@ def _environment() -> Mapping[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
-
-
-def _until(condition: Callable[[], bool], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
 
 
 def test_a_failing_rank_fails_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -159,6 +159,19 @@ def test_a_new_model_is_random_and_trains(megatron: SimpleNamespace) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+def test_a_loaded_model_can_be_trained(megatron: SimpleNamespace, saved: dict[str, dict[str, Path]]) -> None:
+    """Loaded weights bear the marks by which Megatron counts gradients, as those do that it initializes itself."""
+    path = saved["full attention"]["hf"]
+    fresh = megatron.build_model(dcm.MistralConfig.from_hf(path), dtype=torch.float32, device="cpu")
+    marks = ("tensor_model_parallel", "partition_dim", "partition_stride")
+
+    def marked(model: torch.nn.Module) -> dict[str, list[Any]]:
+        return {name: [getattr(each, mark, None) for mark in marks] for name, each in model.named_parameters()}
+
+    assert marked(fresh)["decoder.layers.0.mlp.linear_fc1.weight"] == [True, 0, 2]
+    assert marked(megatron.load_model(path, device="cpu")) == marked(fresh)
+
+
 def test_what_does_not_fit_is_refused(megatron: SimpleNamespace, saved: dict[str, dict[str, Path]]) -> None:
     """Layouts that do not fit the ranks or what is set up, settings and models that Megatron does not know: by name."""
     path = saved["full attention"]["hf"]

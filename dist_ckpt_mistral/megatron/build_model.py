@@ -15,6 +15,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dist_ckpt_mistral.convert import require_weight_dtype
@@ -47,6 +54,9 @@ _ARCHITECTURE: Final[Mapping[str, Any]] = {
     "persist_layer_norm": False,
     "use_cpu_initialization": True,
 }
+
+#: Megatron's tensor-parallel layers, and the axis along which each cuts its weight.
+_CUT_AXES: Final[Mapping[type, int]] = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
 
 
 class CpuGPTModel(GPTModel):  # type: ignore[misc]  # megatron is untyped
@@ -127,8 +137,23 @@ def build_chunks(
                 vp_stage=stage,
                 **shape,
             )
+        _mark_tensor_parallel(chunk)
         chunks.append(chunk.to(dtype))
     return chunks
+
+
+def _mark_tensor_parallel(chunk: GPTModel) -> None:
+    """Say which weights tensor parallelism cuts, and along which axis.
+
+    Megatron-core 0.16 does so only where it initializes them (tensor_parallel/layers.py). What is not marked it takes
+    for a copy, and leaves it out of the gradient norm: training such a model would clip wrongly.
+    """
+    glu = {module.linear_fc1 for module in chunk.modules() if isinstance(module, MLP)}
+    for module in chunk.modules():
+        axis = next((axis for kind, axis in _CUT_AXES.items() if isinstance(module, kind)), None)
+        weight = None if axis is None else module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1 + (module in glu))
 
 
 def as_model(chunks: list[GPTModel]) -> Model:

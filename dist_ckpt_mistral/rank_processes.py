@@ -1,0 +1,81 @@
+"""The ranks of one job as processes of this machine, on its CPU, of which nothing is left when the job is over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dist_ckpt_mistral.errors import DistCkptMistralError
+
+#: Gloo between processes of one machine, one thread each: there are more ranks than cores.
+_ENVIRONMENT: Final = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron insists on it
+    "CUDA_VISIBLE_DEVICES": "",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "MASTER_ADDR": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+#: How much of a failed rank's log an error shows, in characters.
+_LOG_TAIL: Final = 4000
+
+
+def run_ranks(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout_s: float) -> None:
+    """Run one process for each command, as the ranks of one job, and wait until all have ended well.
+
+    They get torchrun's environment variables; what they print goes to ``folder``/rankN.log. Whether this returns or
+    raises, neither they nor processes that they started are left.
+
+    Raises DistCkptMistralError with the end of its log when a rank fails, or is not done after ``timeout_s`` seconds.
+    """
+    environment = os.environ | _ENVIRONMENT | {"WORLD_SIZE": str(len(commands)), "MASTER_PORT": str(_free_port())}
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank, command in enumerate(commands):
+            with _log(folder, rank).open("wb") as log:
+                ranks.append(
+                    subprocess.Popen(  # noqa: S603  (commands of the caller, no shell)
+                        command,
+                        env=environment | {"RANK": str(rank)},
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+        _wait(ranks, folder, timeout_s)
+    finally:
+        for each in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.pid, signal.SIGKILL)  # the rank, and writers that Megatron spawned and left behind
+            each.wait()
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(codes := [each.poll() for each in ranks]) or None in codes:
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is None and time.monotonic() > deadline:
+            failed = codes.index(None)
+        if failed is not None:
+            what = f"ended with {codes[failed]}" if codes[failed] else f"was not done after {timeout_s:.0f} s"
+            log = _log(folder, failed).read_text(errors="replace")
+            raise DistCkptMistralError(f"rank {failed} {what} (all: {codes}): {log[-_LOG_TAIL:]}")
+        time.sleep(0.1)
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.log"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

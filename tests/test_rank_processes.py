@@ -1,0 +1,56 @@
+"""``run_ranks``: ranks as processes, and that nothing of them is left. No torch: any command can be a rank."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import until_none_is_left
+
+from dist_ckpt_mistral.errors import DistCkptMistralError
+from dist_ckpt_mistral.rank_processes import run_ranks
+
+#: Starts a process that would outlive it by far.
+LEAVES_A_CHILD = (
+    "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', {0!r}]);"
+)
+
+
+def python(code: str, folder: Path) -> list[str]:
+    """A command that runs ``code`` and can be found by its folder."""
+    return [sys.executable, "-c", code.format(str(folder)), str(folder)]
+
+
+def test_every_rank_knows_its_place(tmp_path: Path) -> None:
+    """Ranks get torchrun's variables, one port for all; what they print is in their logs."""
+    code = "import os; print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')))"
+    run_ranks([python(code, tmp_path)] * 3, tmp_path, timeout_s=60)
+    lines = [(tmp_path / f"rank{rank}.log").read_text().split() for rank in range(3)]
+    assert [line[:3] for line in lines] == [[str(rank), "3", "127.0.0.1"] for rank in range(3)]
+    assert len({line[3] for line in lines}) == 1
+
+
+def test_nothing_is_left_of_ranks_that_end_well(tmp_path: Path) -> None:
+    """Processes that a rank started and left behind are ended with it."""
+    run_ranks([python(LEAVES_A_CHILD, tmp_path)] * 2, tmp_path, timeout_s=60)
+    until_none_is_left(tmp_path)
+
+
+def test_a_failing_rank_is_named(tmp_path: Path) -> None:
+    """The error has rank, exit code and last words; ranks that wait for it are ended, and all of theirs."""
+    waits = python(LEAVES_A_CHILD + "import time; time.sleep(600)", tmp_path)
+    fails = python("import sys; print('why'); sys.exit(3)", tmp_path)
+    started = time.monotonic()
+    with pytest.raises(DistCkptMistralError, match=r"rank 1 ended with 3 .*why"):
+        run_ranks([waits, fails], tmp_path, timeout_s=300)
+    assert time.monotonic() - started < 60
+    until_none_is_left(tmp_path)
+
+
+def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
+    """When time is up, the rank that is not done is named and ended."""
+    with pytest.raises(DistCkptMistralError, match="rank 1 was not done after 2 s"):
+        run_ranks([python("", tmp_path), python("import time; time.sleep(600)", tmp_path)], tmp_path, timeout_s=2)
+    until_none_is_left(tmp_path)
