@@ -516,6 +516,15 @@ def test_headers_are_taken_and_refused_as_the_library_does(
 
 
 @pytest.mark.parametrize(
+    "shape", ["[0, 18446744073709551616]", "[9223372036854775808, 2, 0]", "[0, 9223372036854775808]"]
+)
+def test_empty_tensors_with_absurd_axes(shape: str) -> None:
+    """Axes and products that 64 bits cannot hold are refused as by the library, even where nothing is stored."""
+    text = f'{{"a":{{"dtype":"U8","shape":{shape},"data_offsets":[0,0]}}}}'.encode()
+    assert we_read(text, b"") == library_reads(len(text).to_bytes(8, "little") + text)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}',

@@ -6,8 +6,10 @@ with spaces to 8 bytes, then the data without gaps (safetensors 0.8, ``safetenso
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ _LENGTH_BYTES: Final = 8
 _METADATA_KEY: Final = "__metadata__"
 #: The limit of the safetensors library itself.
 _MAX_HEADER_BYTES: Final = 100_000_000
+#: What the library counts with has 64 bits, also on the way to a product of 0.
+_TOO_MANY: Final = 1 << 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +106,8 @@ def _file_tensor(name: str, entry: object, where: str) -> FileTensor:
     shape, span = entry.get("shape"), entry.get("data_offsets")
     if not (_is_sizes(shape) and _is_sizes(span)) or len(span) != 2:  # noqa: PLR2004  (begin and end)
         raise FormatError(f"bad shape or data_offsets of {what}: got {shape!r} and {span!r}")
+    if any(count >= _TOO_MANY for count in (*shape, *itertools.accumulate(shape, operator.mul))):
+        raise FormatError(f"bad shape of {what}: {shape!r} has more elements than can be counted")
     if span[1] - span[0] != math.prod(shape) * dtypes.itemsize_bytes(dtype):
         raise FormatError(
             f"size mismatch for {what}: expected {math.prod(shape) * dtypes.itemsize_bytes(dtype)} bytes "
