@@ -5,7 +5,6 @@ A box is an offset and a shape in elements. Many boxes are two int64 arrays ``[n
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -82,7 +81,7 @@ def require_tiling(offsets: IntArray, shapes: IntArray, global_shape: Shape, wha
         return
     filled = np.flatnonzero((shapes > 0).all(axis=1))
     lows, highs = offsets[filled], ends[filled]
-    fault = _first_fault(lows, highs, (), tuple(global_shape))
+    fault = _first_fault(lows, highs, tuple(global_shape))
     if fault is not None:
         raise PlanError(f"{what}: {fault}")
 
@@ -135,21 +134,49 @@ def unrolled(extents: IntArray) -> tuple[IntArray, IntArray]:
     return owner, index
 
 
-def _first_fault(lows: IntArray, highs: IntArray, prefix: tuple[tuple[int, int], ...], extents: Shape) -> str | None:
-    """Walk the axes: between two neighbouring cuts the boxes that span them must tile the remaining axes."""
-    if not extents or not len(lows):
-        if len(lows) == 1:
-            return None
-        slab = _describe([a for a, _ in prefix] + [0] * len(extents), [b for _, b in prefix] + list(extents))
-        return f"nothing is stored for {slab}" if not len(lows) else f"{len(lows)} boxes overlap at {slab}"
-    axis = len(prefix)
-    cuts = np.unique(np.concatenate([[0, extents[0]], lows[:, axis], highs[:, axis]]))
-    for start, stop in itertools.pairwise(cuts.tolist()):
+def _first_fault(lows: IntArray, highs: IntArray, extents: Shape) -> str | None:
+    """The fault of boxes ``[lows, highs)`` that aren't a tiling, at the first element that isn't covered just once."""
+    at = _first_miscovered(lows, highs, extents)
+    if at is None:
+        return None
+    slab: list[tuple[int, int]] = []
+    for axis, start in enumerate(at):  # as far as the same boxes reach
+        stops = np.concatenate([[extents[axis]], lows[:, axis], highs[:, axis]])
+        stop = int(stops[stops > start].min())
         spanning = (lows[:, axis] <= start) & (highs[:, axis] >= stop)
-        fault = _first_fault(lows[spanning], highs[spanning], (*prefix, (start, stop)), extents[1:])
-        if fault is not None:
-            return fault
-    return None
+        slab.append((start, stop) if len(lows) else (0, extents[axis]))
+        lows, highs = lows[spanning], highs[spanning]
+    named = _describe([start for start, _ in slab], [stop for _, stop in slab])
+    return f"{len(lows)} boxes overlap at {named}" if len(lows) else f"nothing is stored for {named}"
+
+
+def _first_miscovered(lows: IntArray, highs: IntArray, extents: Shape) -> tuple[int, ...] | None:
+    """The first element, in row-major order, that not just one of the boxes ``[lows, highs)`` covers.
+
+    What a box covers is the signed sum, over its corners, of all that lies behind each; such sums are equal only where
+    their corners are. So boxes tile the whole where all corners but its own cancel out, and else go wrong at the first
+    that is left. Corners are taken along the axes that are cut at all: the boxes of a tensor of any rank stay few.
+    """
+    cut = np.flatnonzero(((lows != 0) | (highs != np.array(extents, dtype=np.int64))).any(axis=0))
+    whole = np.array(extents, dtype=np.int64)[None, cut]
+    corners = np.concatenate([np.zeros_like(whole), lows[:, cut]])
+    opposite = np.concatenate([whole, highs[:, cut]])
+    signs = np.ones(len(corners), dtype=np.int64)
+    signs[0] = -1
+    for axis in range(len(cut)):
+        further = corners.copy()
+        further[:, axis] = opposite[:, axis]
+        corners, signs = np.concatenate([corners, further]), np.concatenate([signs, -signs])
+        opposite = np.concatenate([opposite, opposite])
+    order = ascending(corners)
+    ordered = corners[order]
+    firsts = np.append(0, np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1)
+    left = np.flatnonzero(np.add.reduceat(signs[order], firsts))
+    if not left.size:
+        return None
+    at = np.zeros(len(extents), dtype=np.int64)
+    at[cut] = ordered[firsts[left[0]]]
+    return tuple(at.tolist())
 
 
 def _describe(low: Sequence[int] | IntArray, high: Sequence[int] | IntArray) -> str:
