@@ -29,6 +29,8 @@ def cuts(found: CheckpointMap, shapes: Mapping[str, Shape], layout: ParallelLayo
     """
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
+        if at.dp_cp:
+            continue  # a copy of a rank that saves all of this
         for chunk in layout.model_chunks(found.table.num_layers, at.pp):
             for held in layout.held_tensors(found.table, chunk, at, style=found.style):
                 if held.is_main_replica:

@@ -6,13 +6,15 @@ its boxes, and of each stored chunk that a box meets the whole (gather/chunk_rea
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
+from dist_ckpt_mistral.gather.boxes import IntArray
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, ChunkReads
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 
@@ -110,25 +112,28 @@ class ReadingPlan:
         return self._amount([(group.reads, len(group.ranks)) for group in self.groups], parts)
 
     def _amount(self, times: Sequence[tuple[ChunkReads, int]], parts: Sequence[str]) -> Amount:
-        """The sum of reads, each so many times."""
-        files, tensors = self.chunks.files.tolist(), self.chunks.tensors.tolist()
-        needed_bytes = loaded_bytes = num_reads = 0
-        seen: set[int] = set()
-        by_file: dict[int, int] = defaultdict(int)
+        """The sum of reads, each so many times. Takes as many steps as there are reads, however many chunks there are."""
+        is_part = np.array([part in parts for part in self.parts], dtype=bool)
+        needed_bytes = num_reads = 0
+        seen: list[IntArray] = []
+        loaded: list[IntArray] = []
         for reads, count in times:
-            for chunk, needed, loaded in reads:
-                if self.parts[tensors[chunk]] in parts:
-                    needed_bytes += needed * count
-                    loaded_bytes += loaded * count
-                    num_reads += count
-                    seen.add(chunk)
-                    by_file[files[chunk]] += loaded * count
+            rows = np.flatnonzero(is_part[self.chunks.tensors[reads.chunks]])
+            needed_bytes += int(reads.needed_bytes[rows].sum()) * count
+            num_reads += len(rows) * count
+            seen.append(reads.chunks[rows])
+            loaded.append(reads.loaded_bytes[rows] * count)
+        chunks, place = np.unique(np.concatenate(seen), return_inverse=True)
+        files, file = np.unique(self.chunks.files[chunks], return_inverse=True)
+        of_files = np.zeros(len(files), dtype=np.int64)
+        np.add.at(of_files, file[place], np.concatenate(loaded))  # exact, where bincount's weights are floats
+        file_bytes = dict(zip((self.files[number] for number in files), of_files.tolist(), strict=True))
         return Amount(
             needed_bytes=needed_bytes,
-            loaded_bytes=loaded_bytes,
+            loaded_bytes=sum(file_bytes.values()),
             num_reads=num_reads,
-            num_chunks=len(seen),
-            file_bytes={self.files[file]: by_file[file] for file in sorted(by_file)},
+            num_chunks=len(chunks),
+            file_bytes=file_bytes,
         )
 
     @property

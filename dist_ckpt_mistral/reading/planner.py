@@ -91,7 +91,8 @@ def _unlocated_index(checkpoint: torch_dist.TorchDistCheckpoint, names: Sequence
     every = tuple(checkpoint.file_bytes)
     used = {every[number] for chunks in stored.values() for number in set(chunks.files.tolist())}
     files = sorted(used, key=_natural)
-    number = np.array([files.index(name) if name in used else -1 for name in every])
+    numbers = {name: number for number, name in enumerate(files)}
+    number = np.array([numbers.get(name, -1) for name in every])  # no chunk is in the others
     tensors = {}
     for name, chunks in stored.items():
         shape = checkpoint.tensors[name].global_shape
