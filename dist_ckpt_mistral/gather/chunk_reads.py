@@ -50,11 +50,11 @@ class ChunkReads:
 
     chunks: IntArray
     needed_bytes: IntArray
-    loaded_bytes: IntArray
+    read_bytes: IntArray
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Yield ``(chunk, needed_bytes, loaded_bytes)`` of every read."""
-        return zip(self.chunks.tolist(), self.needed_bytes.tolist(), self.loaded_bytes.tolist(), strict=True)
+        """Yield ``(chunk, needed_bytes, read_bytes)`` of every read."""
+        return zip(self.chunks.tolist(), self.needed_bytes.tolist(), self.read_bytes.tolist(), strict=True)
 
 
 def chunk_list(index: TensorIndex) -> ChunkList:
@@ -97,4 +97,4 @@ def chunk_reads(index: TensorIndex, chunks: ChunkList, boxes: Iterable[WantedBox
         numbers.append(chunks.places[name][met.chunk])
         needed.append((met.high - met.low).prod(axis=1) * dtypes.itemsize_bytes(tensor.dtype))
     read = _joined(numbers)
-    return ChunkReads(chunks=read, needed_bytes=_joined(needed), loaded_bytes=chunks.num_bytes[read])
+    return ChunkReads(chunks=read, needed_bytes=_joined(needed), read_bytes=chunks.num_bytes[read])

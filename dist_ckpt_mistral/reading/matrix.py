@@ -59,10 +59,10 @@ def _cells(plan: ReadingPlan, rows: Bins, columns: Bins) -> dict[tuple[int, int]
     found: dict[tuple[int, int], tuple[int, int]] = {}
     for column, groups in enumerate(columns):
         for reads in (plan.groups[group].reads for group in groups):
-            for chunk, needed_bytes, loaded_bytes in reads:
+            for chunk, needed_bytes, read_bytes in reads:
                 cell = column, row_of[file_of[chunk]]
                 needed, read = found.get(cell, (0, 0))
-                found[cell] = needed + needed_bytes, read + loaded_bytes
+                found[cell] = needed + needed_bytes, read + read_bytes
     return found
 
 
@@ -120,16 +120,16 @@ def _ranks_text(plan: ReadingPlan, columns: Bins) -> str:
 def _draw_ranks(axes: Axes, plan: ReadingPlan, columns: Bins) -> None:
     """Above the matrix: what a rank needs and what it reads; of several in a column, the one that reads most."""
     most = [
-        max((plan.amounts[group] for group in groups), key=lambda amount: amount.loaded_bytes) for groups in columns
+        max((plan.amounts[group] for group in groups), key=lambda amount: amount.read_bytes) for groups in columns
     ]
     places = range(len(columns))
     needed = [amount.needed_bytes for amount in most]
-    in_vain = [amount.loaded_bytes - amount.needed_bytes for amount in most]
+    in_vain = [amount.read_bytes - amount.needed_bytes for amount in most]
     for number, bar in enumerate(axes.bar(places, needed, width=0.8, color=style.WHOLE)):
         bar.set_gid(f"ranks-{plan.groups[columns[number][0]].ranks[0]}")
     axes.bar(places, in_vain, width=0.8, bottom=needed, color=style.PART)
     axes.set(xlim=(-0.5, len(columns) - 0.5), xticks=[])
-    top = max(amount.loaded_bytes for amount in most)
+    top = max(amount.read_bytes for amount in most)
     axes.set_yticks([0, top], ["0", human_bytes(top)], size=8)
     axes.set_title("each rank reads", loc="left", size=9.5, pad=4)
     _bare(axes, keep="left")

@@ -35,7 +35,7 @@ class Amount:
     """
 
     needed_bytes: int
-    loaded_bytes: int
+    read_bytes: int
     num_reads: int
     num_chunks: int
     file_bytes: Mapping[str, int]
@@ -43,13 +43,13 @@ class Amount:
     @property
     def amplification(self) -> float | None:
         """Bytes read for each byte needed; None where nothing is needed."""
-        return self.loaded_bytes / self.needed_bytes if self.needed_bytes else None
+        return self.read_bytes / self.needed_bytes if self.needed_bytes else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, stable within ``JSON_VERSION``."""
         return {
             "needed_bytes": self.needed_bytes,
-            "read_bytes": self.loaded_bytes,
+            "read_bytes": self.read_bytes,
             "amplification": self.amplification,
             "num_reads": self.num_reads,
             "num_chunks": self.num_chunks,
@@ -116,21 +116,21 @@ class ReadingPlan:
         is_part = np.array([part in parts for part in self.parts], dtype=bool)
         needed_bytes = num_reads = 0
         seen: list[IntArray] = []
-        loaded: list[IntArray] = []
+        read: list[IntArray] = []
         for reads, count in times:
             rows = np.flatnonzero(is_part[self.chunks.tensors[reads.chunks]])
             needed_bytes += int(reads.needed_bytes[rows].sum()) * count
             num_reads += len(rows) * count
             seen.append(reads.chunks[rows])
-            loaded.append(reads.loaded_bytes[rows] * count)
+            read.append(reads.read_bytes[rows] * count)
         chunks, place = np.unique(np.concatenate(seen), return_inverse=True)
         files, file = np.unique(self.chunks.files[chunks], return_inverse=True)
         of_files = np.zeros(len(files), dtype=np.int64)
-        np.add.at(of_files, file[place], np.concatenate(loaded))  # exact, where bincount's weights are floats
+        np.add.at(of_files, file[place], np.concatenate(read))  # exact, where bincount's weights are floats
         file_bytes = dict(zip((self.files[number] for number in files), of_files.tolist(), strict=True))
         return Amount(
             needed_bytes=needed_bytes,
-            loaded_bytes=sum(file_bytes.values()),
+            read_bytes=sum(file_bytes.values()),
             num_reads=num_reads,
             num_chunks=len(chunks),
             file_bytes=file_bytes,
@@ -144,7 +144,7 @@ class ReadingPlan:
     @property
     def reads_only_whole_chunks(self) -> bool:
         """Whether no rank reads a byte that it does not need."""
-        return self.total.loaded_bytes == self.total.needed_bytes
+        return self.total.read_bytes == self.total.needed_bytes
 
     def verdict(self) -> str:
         """The plan in a sentence."""

@@ -58,7 +58,7 @@ class Flow:
     kinds: tuple[tuple[str, int], ...]
 
     @property
-    def loaded_bytes(self) -> int:
+    def read_bytes(self) -> int:
         """Bytes that one rank reads of these chunks."""
         return sum(num_bytes for _, num_bytes in self.kinds)
 
@@ -71,9 +71,9 @@ def flows(plan: ReadingPlan) -> list[Flow]:
 def _flows_of(plan: ReadingPlan, number: int, group: RankReads) -> Iterator[Flow]:
     needed: dict[int, int] = defaultdict(int)
     read: dict[int, int] = defaultdict(int)
-    for chunk, needed_bytes, loaded_bytes in group.reads:
+    for chunk, needed_bytes, read_bytes in group.reads:
         needed[chunk] += needed_bytes
-        read[chunk] += loaded_bytes
+        read[chunk] += read_bytes
     files, sizes = plan.chunks.files.tolist(), plan.chunks.num_bytes.tolist()
 
     def run(place: tuple[int, int]) -> tuple[int, int, bool]:
@@ -131,7 +131,7 @@ def draw(figure: Figure, plan: ReadingPlan, drawn: Sequence[Flow]) -> None:
     axes.set(xlim=(0, 1), ylim=(1, 0))
     axes.axis("off")
     _heading(axes, sum(_LEFT) / 2, f"{human_bytes(plan.stored_bytes)} stored")
-    _heading(axes, sum(_RIGHT) / 2, f"{human_bytes(plan.total.loaded_bytes)} read, all together")
+    _heading(axes, sum(_RIGHT) / 2, f"{human_bytes(plan.total.read_bytes)} read, all together")
     chunks = _draw_files(axes, plan)
     _draw_ranks(axes, plan, drawn, chunks)
     kinds = [style.patch(style.KINDS[kind], kind) for kind in style.KINDS if kind in plan.kinds]
@@ -158,19 +158,19 @@ def _draw_files(axes: Axes, plan: ReadingPlan) -> list[Span]:
 
 
 def _draw_ranks(axes: Axes, plan: ReadingPlan, drawn: Sequence[Flow], chunks: Sequence[Span]) -> None:
-    blocks = stacked([amount.loaded_bytes for amount in plan.amounts])
-    layers = sum(amount.loaded_bytes for amount in plan.amounts) / (plan.stored_bytes or 1)  # of ribbons, on the left
+    blocks = stacked([amount.read_bytes for amount in plan.amounts])
+    layers = sum(amount.read_bytes for amount in plan.amounts) / (plan.stored_bytes or 1)  # of ribbons, on the left
     alpha = 0.42 / max(1.0, layers) ** 0.6
     labels = apart([(block.top + block.bottom) / 2 for block in blocks])
     for number, (group, amount, block) in enumerate(zip(plan.groups, plan.amounts, blocks, strict=True)):
         own = [flow for flow in drawn if flow.group == number]
-        for flow, end in zip(own, _divided(block, [flow.loaded_bytes for flow in own]), strict=True):
+        for flow, end in zip(own, _divided(block, [flow.read_bytes for flow in own]), strict=True):
             begin = Span(chunks[flow.chunks[0]].top, chunks[flow.chunks[1]].bottom)
             _ribbon(axes, begin, end, style.WHOLE if flow.is_whole else style.PART, alpha=alpha)
             for (kind, _), part in zip(flow.kinds, _divided(end, [size for _, size in flow.kinds]), strict=True):
                 _block(axes, _RIGHT, part, style.KINDS[kind])
         _block(axes, _NEED, block, style.PART)
-        share = (block.bottom - block.top) * amount.needed_bytes / (amount.loaded_bytes or 1)
+        share = (block.bottom - block.top) * amount.needed_bytes / (amount.read_bytes or 1)
         _block(axes, _NEED, Span(block.top, block.top + share), style.WHOLE, f"ranks-{group.ranks[0]}")
         _label(axes, _NEED[1] + 0.008, labels[number], _who(plan, group), _how_much(plan, number), align="left")
 
@@ -185,9 +185,9 @@ def _how_much(plan: ReadingPlan, number: int) -> str:
     amount = plan.amounts[number]
     if not amount.needed_bytes:
         return "needs nothing"
-    if amount.loaded_bytes == amount.needed_bytes:
+    if amount.read_bytes == amount.needed_bytes:
         return f"reads the {human_bytes(amount.needed_bytes)} it needs"
-    read, needed = human_bytes(amount.loaded_bytes), human_bytes(amount.needed_bytes)
+    read, needed = human_bytes(amount.read_bytes), human_bytes(amount.needed_bytes)
     return f"reads {read}, {factor(amount.amplification)} the {needed} it needs"
 
 

@@ -36,7 +36,7 @@ def rows(plan: ReadingPlan) -> list[Row]:
     parts = list(zip(*(plan.amounts_of(part) for part in _parts(plan)), strict=True))
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for number, (group, amounts) in enumerate(zip(plan.groups, parts, strict=True)):
-        alike[group.stage, *((amount.needed_bytes, amount.loaded_bytes) for amount in amounts)].append(number)
+        alike[group.stage, *((amount.needed_bytes, amount.read_bytes) for amount in amounts)].append(number)
     found = [
         Row(
             ranks=tuple(sorted(rank for number in numbers for rank in plan.groups[number].ranks)),
@@ -79,7 +79,7 @@ def _sizes(parts: Sequence[Amount]) -> list[str]:
     cells = []
     for amount in parts:
         times = "" if amount.amplification is None else factor(amount.amplification).removesuffix(" times")
-        cells += [human_bytes(amount.needed_bytes), human_bytes(amount.loaded_bytes), times]
+        cells += [human_bytes(amount.needed_bytes), human_bytes(amount.read_bytes), times]
     return cells
 
 
