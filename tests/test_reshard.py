@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,6 +143,24 @@ def test_chunks_tile_tensors_and_serve_ranks(model: tuple[dcm.MistralConfig, dcm
             for held in layout.held_tensors(table, part, at):
                 for box in held.boxes:
                     _require_whole(box, chunks[box.mcore_key], box.mcore_key)
+
+
+def test_copies_of_a_rank_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 16 times the ranks for data and context parallelism, the same chunks are cut, in as many steps."""
+    config = dcm.MistralConfig.from_hf(folder("td_0161"))
+    found, looked = new_checkpoint_map(tensor_table(config)), []
+    held_tensors = dcm.ParallelLayout.held_tensors
+
+    def counted(layout: dcm.ParallelLayout, *args: Any, **options: Any) -> Any:  # noqa: ANN401  (passed through)
+        looked.append(args)
+        return held_tensors(layout, *args, **options)
+
+    monkeypatch.setattr(dcm.ParallelLayout, "held_tensors", counted)
+    shapes = found.shapes()
+    alone = [replace(cut, rank=0) for cut in cuts(found, shapes, dcm.ParallelLayout(tp=2, pp=2))]
+    steps = len(looked)
+    copied = [replace(cut, rank=0) for cut in cuts(found, shapes, dcm.ParallelLayout(tp=2, pp=2, dp=8, cp=2))]
+    assert (copied, len(looked)) == (alone, 2 * steps)
 
 
 @pytest.mark.parametrize("case", [OPT, "opt_fsms_0140", "opt_fr_0192", "vpp_0161"])

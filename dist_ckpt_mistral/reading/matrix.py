@@ -119,9 +119,7 @@ def _ranks_text(plan: ReadingPlan, columns: Bins) -> str:
 
 def _draw_ranks(axes: Axes, plan: ReadingPlan, columns: Bins) -> None:
     """Above the matrix: what a rank needs and what it reads; of several in a column, the one that reads most."""
-    most = [
-        max((plan.amounts[group] for group in groups), key=lambda amount: amount.read_bytes) for groups in columns
-    ]
+    most = [max((plan.amounts[group] for group in groups), key=lambda amount: amount.read_bytes) for groups in columns]
     places = range(len(columns))
     needed = [amount.needed_bytes for amount in most]
     in_vain = [amount.read_bytes - amount.needed_bytes for amount in most]

@@ -112,7 +112,7 @@ class ReadingPlan:
         return self._amount([(group.reads, len(group.ranks)) for group in self.groups], parts)
 
     def _amount(self, times: Sequence[tuple[ChunkReads, int]], parts: Sequence[str]) -> Amount:
-        """The sum of reads, each so many times. Takes as many steps as there are reads, however many chunks there are."""
+        """The sum of reads, each so many times. Takes as many steps as there are reads, not as there are chunks."""
         is_part = np.array([part in parts for part in self.parts], dtype=bool)
         needed_bytes = num_reads = 0
         seen: list[IntArray] = []
