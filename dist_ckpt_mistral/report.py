@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
@@ -254,13 +256,12 @@ def _summary(hf_names: Sequence[str]) -> str:
 
 
 def save_html(report: Report, path: Path) -> None:
-    """Write the report as one self-contained page. Raises OSError."""
+    """Write the report as one self-contained page; an old one is replaced. Raises OutputError."""
     from rich.console import Console  # noqa: PLC0415  (only what is shown needs rich)
 
-    with Path("/dev/null").open("w") as nowhere:
-        console: Console = Console(record=True, width=180, file=nowhere, markup=False, emoji=False)
-        console.print(render(report))
-        console.save_html(str(path))
+    console: Console = Console(record=True, width=180, file=io.StringIO(), markup=False, emoji=False)
+    console.print(render(report))
+    storage.write_whole(path, console.export_html().encode())
 
 
 def human_bytes(num_bytes: int) -> str:

@@ -38,6 +38,26 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all: under another name beside it, then renamed; an old one is replaced.
+
+    What is no regular file, such as a pipe, is written to as it is. Raises OutputError.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        target = path.resolve()  # a link stays one
+        staging = _staging_name(target)
+        try:
+            write_bytes(staging, data)
+            staging.replace(target)
+        finally:
+            staging.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a small file, content only. The target must not exist."""
     write_bytes(target, read_bytes(source))
@@ -199,7 +219,7 @@ def new_staging(target: Path, *, overwrite: bool, num_bytes: int) -> Path:
     """
     require_writable(target, overwrite=overwrite)
     target = target.absolute()
-    staging = target.parent / f".{target.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
+    staging = _staging_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(target.parent).free
@@ -209,6 +229,11 @@ def new_staging(target: Path, *, overwrite: bool, num_bytes: int) -> Path:
     except OSError as error:
         raise OutputError(f"cannot create {target}: {error.strerror or error}") from error
     return staging
+
+
+def _staging_name(target: Path) -> Path:
+    """A name that nothing has, for what will be ``target``."""
+    return target.parent / f".{target.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def publish(staging: Path, target: Path, *, durable: bool) -> None:

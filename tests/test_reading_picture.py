@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_table import ParamState, kind_of, tensor_table
 from dist_ckpt_mistral.reading.matrix import bins
+from dist_ckpt_mistral.reading.picture import save_svg
 from dist_ckpt_mistral.reading.planner import plan_reading
 from dist_ckpt_mistral.reading.ribbons import apart
 from dist_ckpt_mistral.reading.style import KINDS
@@ -81,6 +83,20 @@ def test_a_picture_is_always_the_same(tmp_path: Path) -> None:
         assert mpl.rcParams["font.size"] == 30
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "<dc:date>" not in (tmp_path / "a.svg").read_text()
+
+
+def test_drawing_leaves_the_callers_logging_alone(tmp_path: Path) -> None:
+    """Matplotlib is quiet while it draws; then its logger has the level that it had."""
+    case = folder("td_0161")
+    plan = plan_reading(case / "checkpoint", ParallelLayout(), config=case)
+    logger = logging.getLogger("matplotlib")
+    before = logger.level
+    try:
+        logger.setLevel(logging.INFO)
+        save_svg(plan, tmp_path / "plan.svg")
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(before)
 
 
 def test_many_files_and_ranks_become_a_matrix(tmp_path: Path) -> None:

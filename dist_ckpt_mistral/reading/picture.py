@@ -6,10 +6,14 @@ for the same plan, whatever matplotlib is configured to.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.reading import matrix, ribbons, style
 from dist_ckpt_mistral.reading.plan import ReadingPlan
@@ -38,14 +42,29 @@ def require_matplotlib() -> None:
 def save_svg(plan: ReadingPlan, path: Path) -> None:
     """Draw ``plan`` into an SVG file; an old one is replaced. Raises OutputError."""
     require_matplotlib()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
+    with _quiet_matplotlib():
+        storage.write_whole(path, _svg(plan))
+
+
+def _svg(plan: ReadingPlan) -> bytes:
     import matplotlib.style  # noqa: PLC0415  (only pictures need matplotlib)
 
     with matplotlib.style.context(["default", dict(style.SETTINGS)]):
-        try:
-            draw(plan).savefig(path, format="svg", metadata={"Date": None, "Creator": "dist-ckpt-mistral"})
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        content = io.BytesIO()
+        draw(plan).savefig(content, format="svg", metadata={"Date": None, "Creator": "dist-ckpt-mistral"})
+    return content.getvalue()
+
+
+@contextlib.contextmanager
+def _quiet_matplotlib() -> Iterator[None]:
+    """Without what matplotlib tells of its font cache; its logger is the caller's again afterwards."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def draw(plan: ReadingPlan) -> Figure:
