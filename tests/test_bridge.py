@@ -223,6 +223,19 @@ def test_both_forms_of_the_model_section() -> None:
     assert from_run_config({"model": nested}, "here") == from_run_config({"model": flat}, "here")
 
 
+def test_sections_that_contradict_each_other_are_refused() -> None:
+    """A field in both sections must have one value: otherwise it and both values are named, and no section wins."""
+    flat = run_config()["model"]
+    same = {"model": flat | {"transformer": {"num_layers": 4, "_target_": "TransformerConfig", "kv_channels": 16}}}
+    assert from_run_config(same, "here") == from_run_config({"model": flat}, "here")
+    other = {"model": flat | {"transformer": {"num_layers": 6, "hidden_size": 64, "kv_channels": None}}}
+    told = (
+        r"model and model.transformer of here differ about kv_channels \(16 and None\), num_layers \(4 and 6\)\. Give"
+    )
+    with pytest.raises(ConfigError, match=told):
+        from_run_config(other, "here")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "complaint"),
     [

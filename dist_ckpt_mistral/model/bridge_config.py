@@ -15,6 +15,7 @@ from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import from_megatron_args
+from dist_ckpt_mistral.name_ranges import listed
 
 #: Bridge's name -> that of Megatron-LM's args, where they differ.
 _RENAMED: Final[Mapping[str, str]] = {
@@ -31,6 +32,8 @@ _REQUIRED: Final = (
     *("share_embeddings_and_output_weights", "gated_linear_unit", "activation_func"),
     *("num_layers", "hidden_size", "num_attention_heads", "vocab_size"),
 )
+#: What a section says of itself, and the one inside the other: no fields of the model.
+_OF_A_SECTION: Final = ("_target_", "_call_", "_builder_", "transformer")
 
 
 def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
@@ -41,13 +44,30 @@ def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
     model = run_config.get("model")
     if not isinstance(model, Mapping):
         raise ConfigError(f"{where} has no section model. Give the model's config.json with --config.")
-    transformer = model.get("transformer")
-    fields = {**(transformer if isinstance(transformer, Mapping) else {}), **model}
-    values = {str(name): _plain(value) for name, value in fields.items()}
+    values = _model_fields(model, where)
     missing = [name for name in _REQUIRED if values.get(name) is None]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}. Give the model's config.json with --config.")
     return from_megatron_args(_as_args(values), f"the model fields of {where}")
+
+
+def _model_fields(model: Mapping[str, Any], where: str) -> dict[str, object]:
+    """The fields of a section ``model`` and of its ``transformer``. Raises ConfigError where these differ on one."""
+    inner, outer = (_fields(section) for section in (model.get("transformer"), model))
+    differ = [name for name in outer if name in inner and outer[name] != inner[name]]
+    if differ:
+        told = [f"{name:.60} ({outer[name]!r:.60} and {inner[name]!r:.60})" for name in differ]
+        raise ConfigError(
+            f"the sections model and model.transformer of {where} differ about "
+            f"{listed(told)}. Give the model's config.json with --config."
+        )
+    return inner | outer
+
+
+def _fields(section: object) -> dict[str, object]:
+    """The fields of one section, without what it says of itself; none if it isn't there."""
+    told = section.items() if isinstance(section, Mapping) else ()
+    return {str(name): _plain(value) for name, value in told if name not in _OF_A_SECTION}
 
 
 def _as_args(values: Mapping[str, Any]) -> dict[str, Any]:
