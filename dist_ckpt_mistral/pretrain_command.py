@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
+from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
-from dist_ckpt_mistral.model.tensor_table import OPTIMIZER_STATE
+from dist_ckpt_mistral.model.tensor_table import flat_state, is_optimizer_state
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
 
 _LOG = logging.getLogger(__name__)
@@ -65,14 +66,13 @@ def megatron_args(
     if hf_directory.is_model_directory(path):
         return _for_hf(path, config, layout)
     source = open_megatron(path, config=config)
-    embedding = source.links[source.tensors[0].hf_name][0].source
     args, groups = pretrain_flags(
         source.config,
         dtype=source.main_dtype,
         layout=layout,
-        vocab_rows=source.index.tensors[embedding].global_shape[0],
+        vocab_rows=_vocabulary_rows(source),
     )
-    groups["checkpoint"] = [*_load(path, source), "--ckpt-format", "torch_dist"]
+    groups["checkpoint"] = [*_load(path, source), *_left_out(source, layout), "--ckpt-format", "torch_dist"]
     groups["tokenizer"] = _tokenizer(source.assets)
     return _command(source.config_from, args, groups)
 
@@ -96,8 +96,7 @@ def _command(config_from: str, args: Mapping[str, Any], groups: Mapping[str, lis
 
 def _tokenizer(assets: Path | None) -> list[str]:
     """The tokenizer that lies beside the model, if it is one that transformers loads."""
-    known = ("tokenizer", "tekken")
-    if assets is None or not any(word in entry.name for entry in assets.iterdir() for word in known):
+    if assets is None or not any(hf_directory.is_tokenizer_file(entry.name) for entry in assets.iterdir()):
         _LOG.warning("no tokenizer lies beside the model: add --tokenizer-type and what it needs")
         return []
     return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(assets)]
@@ -105,15 +104,43 @@ def _tokenizer(assets: Path | None) -> list[str]:
 
 def _load(path: Path, source: ModelSource) -> list[str]:
     """Where to load from; Megatron-LM takes a checkpoint root, and the number of an iteration other than the latest."""
-    flags = ["--load", str(path)]
-    if path.resolve() == source.path.resolve():
-        root, name = path.resolve().parent, path.resolve().name
-        step = name.removeprefix("iter_")
-        if torch_dist.iteration_name(int(step) if step.isdecimal() else None) != name:
-            raise ConfigError(
-                f"{path} is not named as Megatron-LM's --load needs it: expected iter_0000000 or release in a root, "
-                f"got {name!r}. Move it into one, with a {torch_dist.TRACKER_FILE} beside it."
-            )
-        flags = ["--load", str(root), *(["--ckpt-step", str(int(step))] if step.isdecimal() else [])]
-    has_optimizer = any(reason.startswith(OPTIMIZER_STATE) for _, reason in source.ignored)
-    return flags if has_optimizer else [*flags, "--finetune", "--no-load-optim", "--no-load-rng"]
+    if path.resolve() != source.path.resolve():
+        return ["--load", str(path)]
+    root, name = path.resolve().parent, path.resolve().name
+    step = torch_dist.iteration_of(name)
+    if step is None:
+        raise ConfigError(
+            f"{path} is not named as Megatron-LM's --load needs it: expected iter_0000000 or release in a root, "
+            f"got {name!r}. Move it into one, with a {torch_dist.TRACKER_FILE} beside it."
+        )
+    return ["--load", str(root), *(["--ckpt-step", step] if step.isdecimal() else [])]
+
+
+def _left_out(source: ModelSource, layout: ParallelLayout) -> list[str]:
+    """What training must do without: all but the weights where there is nothing else, or what cannot be laid out anew.
+
+    Megatron-LM refuses flat optimizer state at another (TP, PP) than the args in the checkpoint say, which are 1 where
+    they don't; by itself it ignores the state of random number generators then (``load_checkpoint`` in
+    megatron/training/checkpointing.py, 0.19).
+    """
+    if not any(is_optimizer_state(name) for name, _ in source.ignored):
+        return ["--finetune", "--no-load-optim", "--no-load-rng"]
+    flat = sorted({kind for name, _ in source.ignored if (kind := flat_state(name))})
+    if not flat:
+        return []
+    args = torch_dist.open_torch_dist(source.path).common_state.get("args")
+    told = args if isinstance(args, Mapping) else {}
+    saved = tuple(told.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
+    if saved == (layout.tp, layout.pp):
+        return []
+    _LOG.warning(
+        "--no-load-optim, because Megatron-LM takes the checkpoint for one of tp=%s, pp=%s, not tp=%s, pp=%s: %s",
+        *(*saved, layout.tp, layout.pp, FLAT_STATE_ADVICE.format(name=flat[0])),
+    )
+    return ["--no-load-optim"]
+
+
+def _vocabulary_rows(source: ModelSource) -> int:
+    """The rows of the stored vocabulary, those that pad it too."""
+    vocabulary = next(tensor for tensor in source.tensors if tensor.rule.padded_vocabulary)
+    return source.index.tensors[source.links[vocabulary.hf_name][0].source].global_shape[0]

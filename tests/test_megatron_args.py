@@ -297,6 +297,30 @@ def test_a_checkpoint_of_training_goes_on(tmp_path: Path) -> None:
     assert at[4]["padded_vocab_size"] == at[4]["make_vocab_size_divisible_by"] * 4 == 256
 
 
+def test_flat_optimizer_state_is_left_behind_where_megatron_refuses_it(tmp_path: Path) -> None:
+    """At another TP or PP than the args in the checkpoint say (or 1): --no-load-optim, and a warning; else neither."""
+    directory = shutil.copytree(shards("opt_dr_0161"), tmp_path / "root" / "iter_0000042")
+    arguments = ("megatron-args", directory, "--config", folder("opt_dr_0161"))
+    state = torch.load(directory / "common.pt", weights_only=False)
+    for told, tp, pp in ((None, 1, 1), (None, 2, 1), ((2, 1), 2, 1), ((2, 1), 1, 1), ((2, 1), 2, 2)):
+        if told is not None:
+            sizes = {f"{axis}_model_parallel_size": n for axis, n in zip(("tensor", "pipeline"), told, strict=True)}
+            torch.save(state | {"args": argparse.Namespace(**sizes)}, directory / "common.pt")
+        outcome = run(*arguments, "--tp", tp, "--pp", pp)
+        text = "\n".join(outcome.out)
+        refused = (told or (1, 1)) != (tp, pp)
+        assert (outcome.code, "--no-load-optim" in words(text), "--finetune" in text) == (0, refused, False)
+        assert any("flat buffers" in line for line in outcome.err) == refused
+
+
+@pytest.mark.parametrize(("name", "is_tokenizer"), [("tekken.json", True), ("a_tokenizer.model", True), ("x", False)])
+def test_a_tokenizer_is_told_by_its_files(name: str, is_tokenizer: bool, tmp_path: Path) -> None:
+    """A file of a tokenizer, of transformers or Mistral, makes the flags name its directory; any other does not."""
+    hf = saved(random_model(), tmp_path / "hf")
+    (hf / name).write_text("{}")
+    assert ("--tokenizer-model" in megatron_args(hf).flags) == is_tokenizer
+
+
 def test_what_has_no_flags_is_refused(tmp_path: Path, imported: Path) -> None:
     """A rope base with a fraction, a layout that does not fit, and a directory that --load could not name."""
     path = tmp_path / "config.json"
@@ -305,5 +329,6 @@ def test_what_has_no_flags_is_refused(tmp_path: Path, imported: Path) -> None:
     assert "is not divisible by tp=3" in refusal(tmp_path, "megatron-args", imported, "--tp", "3")
     line = refusal(tmp_path, "megatron-args", imported, "--tp", "2", "--order", "dp-tp-cp-ep-pp")
     assert "order='dp-tp-cp-ep-pp' has no flag: Megatron-LM knows 'tp-cp-ep-dp-pp' and 'tp-cp-ep-pp-dp'" in line
-    moved = shutil.copytree(imported / "release", tmp_path / "moved")
-    assert "expected iter_0000000 or release in a root, got 'moved'" in refusal(tmp_path, "megatron-args", moved)
+    for name in ("moved", "iter_00000042", "iter_42"):
+        moved = shutil.copytree(imported / "release", tmp_path / name)
+        assert f"expected iter_0000000 or release in a root, got {name!r}" in refusal(tmp_path, "megatron-args", moved)

@@ -161,7 +161,7 @@ _TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
 
 def iteration_of(directory_name: str) -> str | None:
     """What the tracker says for a directory of this name: ``iter_0000500`` is ``500``; None if it is no iteration."""
-    match = re.fullmatch(r"iter_(\d{7,18})", directory_name)
+    match = re.fullmatch(r"iter_(\d{7}|[1-9]\d{7,17})", directory_name)
     if match:
         return str(int(match[1]))
     return _RELEASE if directory_name == _RELEASE else None
