@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ EXIT_DIFFERENT: Final = 3
 #: Help texts of arguments that several commands take.
 CKPT: Final = "Megatron checkpoint: its root, or one iter_* or release directory in it"
 CKPT_OR_HF: Final = "checkpoint or Hugging Face directory"
-WEIGHT_DTYPES: Final = ("bfloat16", "float16", "float32")
+WEIGHT_DTYPES: Final = dtypes.WEIGHT_DTYPES
 #: Megatron-LM's option for the layers of a stage at either end, the field of a layout that it sets, and which end.
 _END_COUNTS: Final = (
     ("--decoder-first-pipeline-num-layers", "num_layers_in_first_pipeline_stage", "first"),
