@@ -420,7 +420,7 @@ def set_dtype(dtype: torch.dtype) -> Callable[[Any], None]:
         (set_entry(offset=64), (repr(NORM), "at byte 64 of")),
         (set_entry(transform_descriptors=["zstd"]), ("transformed data (['zstd'])", "not supported")),
         (set_size(torch.Size([65])), (NORM, "expected [64], got [65]")),
-        (set_size(torch.Size([64, 1])), (NORM, "expected [64], got [64, 1]")),
+        (set_size(torch.Size([64, 1])), (repr(NORM), "a chunk", "has 1 axes, the tensor has 2")),
         (set_size([64]), (".metadata", "expected sizes, got [64]")),
         (set_size((64.0,)), (".metadata", "expected sizes, got (64.0,)")),
         (set_size(None), (".metadata", "expected sizes, got None")),
