@@ -698,6 +698,7 @@ def rename_file(record: dict[str, Any], name: str) -> None:
         ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive number, got nan"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps must be a positive number, got inf"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number, got '1e-5'"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta must be a positive number, got 1000"),
         ({"rope_parameters": {"rope_theta": -1}}, "rope_theta must be a positive number, got -1"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
         ({"dtype": "float99"}, "dtype must be one of"),
