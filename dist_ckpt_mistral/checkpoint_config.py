@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from dist_ckpt_mistral import embedded, storage, strict_yaml
+from dist_ckpt_mistral import embedded, strict_yaml
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import torch_dist
 from dist_ckpt_mistral.model.bridge_config import from_run_config
@@ -37,8 +37,9 @@ def choose_config(
         return from_megatron_args(args), "the args inside the checkpoint"
     run_config = checkpoint.directory / RUN_CONFIG_FILE
     if run_config.is_file():
-        content = strict_yaml.loads_object(storage.read_bytes(run_config), str(run_config))
-        return from_run_config(content, str(run_config)), f"{RUN_CONFIG_FILE} inside the checkpoint"
+        return from_run_config(
+            strict_yaml.read_object(run_config), str(run_config)
+        ), f"{RUN_CONFIG_FILE} inside the checkpoint"
     raise ConfigError(
         f"{checkpoint.directory} holds neither a Hugging Face configuration nor Megatron's args nor {RUN_CONFIG_FILE}. "
         "Give the model's config.json with --config."

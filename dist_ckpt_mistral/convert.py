@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from dist_ckpt_mistral import dtypes, embedded, hub, storage, strict_json
 from dist_ckpt_mistral.chunking import cuts
@@ -38,6 +38,16 @@ _DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
 
 
+class _Origin(Protocol):
+    """What is converted: where its configuration is from, and what of it stays behind."""
+
+    @property
+    def config_from(self) -> str: ...
+
+    @property
+    def ignored(self) -> Ignored: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """What a conversion wrote (or, on a dry run, would write). Sizes in bytes, file names relative to ``output``."""
@@ -48,6 +58,20 @@ class Conversion:
     num_bytes: int
     files: Mapping[str, int]
     ignored: Ignored
+
+    @classmethod
+    def of(
+        cls, output: Path, plan: BytePlan, files: Mapping[str, int], origin: _Origin, *, num_tensors: int
+    ) -> Conversion:
+        """What ``plan`` brings from ``origin`` into the ``files`` of ``output``."""
+        return cls(
+            output=output,
+            config_from=origin.config_from,
+            num_tensors=num_tensors,
+            num_bytes=plan.num_bytes,
+            files=files,
+            ignored=origin.ignored,
+        )
 
 
 def to_hf(
@@ -96,14 +120,7 @@ def to_hf(
         write_output(
             output, plan, sizes, complete=complete, checksums=False, overwrite=overwrite, effort=effort, ranks=ranks
         )
-    return Conversion(
-        output=output,
-        config_from=source.config_from,
-        num_tensors=len(plan.segments),
-        num_bytes=plan.num_bytes,
-        files=sizes,
-        ignored=source.ignored,
-    )
+    return Conversion.of(output, plan, sizes, source, num_tensors=len(plan.segments))
 
 
 def _which_weights(weights: str) -> ParamState:
@@ -180,6 +197,7 @@ def from_hf(
     """
     output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
+    torch_dist.require_iteration(iteration)
     step = Path(torch_dist.iteration_name(iteration))
 
     def prepare() -> tuple[ModelSource, CheckpointLayout, BytePlan]:
@@ -188,38 +206,35 @@ def from_hf(
         directory = hub.local_directory(str(hf))
         storage.require_apart(directory, output)
         source = open_hf(directory)
-        layout.check(source.config)
-        require_equal_aliases(source)
-        new = new_checkpoint_map(source.table)
-        links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
-        objects = [NewObject.empty(_extra_states(source.table))]
-        chunks = _chunks(source, new, links, layout, dtype)
-        written = torch_dist_writer.lay_out(chunks, objects, num_files=layout.world_size)
-        return source, written, plan_gather(source.index, written.index(step), links)
+        return source, *_plan_import(source, layout, dtype, step)
 
     source, written, plan = ranks.each(prepare)
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
-        crc32_at = {(plan.segments[i].file, plan.segments[i].position): crc32 for i, crc32 in checksums.items()}
-        written.write_around(targets, crc32_at)
+        written.finish(targets, plan, checksums)
         _write_beside_shards(staging / step, source, layout, dtype or source.main_dtype, iteration)
         storage.write_bytes(staging / step / torch_dist.METADATA_FILE, written.metadata())
-        storage.write_bytes(
-            staging / torch_dist.TRACKER_FILE, ("release" if iteration is None else str(iteration)).encode()
-        )
+        storage.write_bytes(staging / torch_dist.TRACKER_FILE, torch_dist.tracker_text(iteration))
 
-    sizes = {str(step / name): size for name, size in zip(written.file_names, written.file_bytes, strict=True)}
+    sizes = written.file_sizes(step)
     write_output(
         output, plan, sizes, complete=complete, checksums=True, overwrite=overwrite, effort=effort, ranks=ranks
     )
-    return Conversion(
-        output=output,
-        config_from=source.config_from,
-        num_tensors=len(source.tensors),
-        num_bytes=plan.num_bytes,
-        files=sizes,
-        ignored=source.ignored,
-    )
+    return Conversion.of(output, plan, sizes, source, num_tensors=len(source.tensors))
+
+
+def _plan_import(
+    source: ModelSource, layout: ParallelLayout, dtype: str | None, step: Path
+) -> tuple[CheckpointLayout, BytePlan]:
+    """What the new checkpoint's files hold where, and the way there."""
+    layout.check(source.config)
+    require_equal_aliases(source)
+    new = new_checkpoint_map(source.table)
+    links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
+    chunks = _chunks(source, new, links, layout, dtype)
+    objects = [NewObject.empty(_extra_states(source.table))]
+    written = torch_dist_writer.lay_out(chunks, objects, num_files=layout.world_size)
+    return written, plan_gather(source.index, written.index(step), links)
 
 
 def require_equal_aliases(source: ModelSource) -> None:

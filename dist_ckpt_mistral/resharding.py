@@ -82,24 +82,16 @@ def reshard(
     old, written, plan = ranks.each(prepare)
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
-        crc32_at = {(plan.segments[i].file, plan.segments[i].position): crc32 for i, crc32 in checksums.items()}
-        written.write_around(targets, crc32_at)
+        written.finish(targets, plan, checksums)
         _copy_beside(old.stored, staging / old.step)
         storage.write_bytes(staging / old.step / torch_dist.METADATA_FILE, written.metadata())
         _write_root(old, staging)
 
-    sizes = {str(old.step / name): size for name, size in zip(written.file_names, written.file_bytes, strict=True)}
+    sizes = written.file_sizes(old.step)
     write_output(
         output, plan, sizes, complete=complete, checksums=True, overwrite=overwrite, effort=effort, ranks=ranks
     )
-    return Conversion(
-        output=output,
-        config_from=old.config_from,
-        num_tensors=len(old.names),
-        num_bytes=plan.num_bytes,
-        files=sizes,
-        ignored=old.left,
-    )
+    return Conversion.of(output, plan, sizes, old, num_tensors=len(old.tensors.tensors))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,7 +99,8 @@ class _Old:
     """The checkpoint to reshard.
 
     ``tensors`` are those that come along, ``cuts`` the new chunks of those that the model has, by name; ``objects`` are
-    archives to take as they are. ``step`` is the directory to write, in the output.
+    archives to take as they are, ``ignored`` is what stays behind. ``step`` is the directory to write, in the output,
+    and ``train_state`` what Megatron-Bridge keeps beside it, if that names it.
     """
 
     stored: TorchDistCheckpoint
@@ -115,12 +108,9 @@ class _Old:
     tensors: TensorIndex
     cuts: Mapping[str, list[Cut]]
     objects: Mapping[Entry, NewObject]
-    left: Ignored
+    ignored: Ignored
     step: Path
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.tensors.tensors)
+    train_state: Path | None
 
     def index(self) -> TensorIndex:
         """The tensors, and the objects as bytes."""
@@ -182,8 +172,9 @@ def _open(path: Path, config: str | Path | None, layout: ParallelLayout, *, weig
         tensors=stored.index(kept),
         cuts=_cuts(found, {name: shapes[name] for name in kept}, layout, where),
         objects=_archives(stored, left),
-        left=tuple(left.items()),
+        ignored=tuple(left.items()),
         step=_step(stored.directory),
+        train_state=_train_state(stored.directory),
     )
 
 
@@ -232,6 +223,14 @@ def _step(directory: Path) -> Path:
     return Path(name) if torch_dist.iteration_of(name) is not None else Path()
 
 
+def _train_state(directory: Path) -> Path | None:
+    """Megatron-Bridge's own tracker beside the iteration's directory, if there is one, and it names this iteration."""
+    path, name = directory.resolve().parent / TRAIN_STATE_FILE, str(_step(directory))
+    if torch_dist.iteration_of(name) is None or not path.is_file():
+        return None
+    return path if torch_dist.iteration_name(read_step(path)) == name else None
+
+
 def _identity(tensor: IndexedTensor) -> Link:
     origin, shape = (0,) * len(tensor.global_shape), tensor.global_shape
     return Link(source=tensor.name, source_offset=origin, target=tensor.name, target_offset=origin, shape=shape)
@@ -261,6 +260,5 @@ def _write_root(old: _Old, root: Path) -> None:
     if iteration is None:
         return
     storage.write_bytes(root / torch_dist.TRACKER_FILE, iteration.encode())
-    train_state = old.stored.directory.resolve().parent / TRAIN_STATE_FILE
-    if train_state.is_file() and torch_dist.iteration_name(read_step(train_state)) == str(old.step):
-        storage.copy_file(train_state, root / TRAIN_STATE_FILE)
+    if old.train_state is not None:
+        storage.copy_file(old.train_state, root / TRAIN_STATE_FILE)

@@ -9,7 +9,7 @@ import resource
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -19,6 +19,7 @@ from dist_ckpt_mistral.errors import FormatError, OutputError
 #: Names of unpublished outputs: a sibling of the output, so that publishing is a rename within one file system.
 _STAGING_MARK: Final = ".incomplete-"
 _REPLACED_MARK: Final = ".replaced-"
+_BLOCK_BYTES: Final = 1 << 20
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 #: At most three such groups of files are open at once (two sources and a target), and then some others.
 _SHARE_OF_DESCRIPTORS: Final = 4
@@ -59,8 +60,18 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file, content only. The target must not exist."""
-    write_bytes(target, read_bytes(source))
+    """Copy a file of any size, content only, in blocks. The target must not exist."""
+    with target.open("xb") as file:
+        file.writelines(_blocks(source))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 class SourceFiles:

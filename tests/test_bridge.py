@@ -19,8 +19,9 @@ from genuine import folder, shards, truth
 from safetensors.torch import load_file
 from torch_reading import described
 
+from dist_ckpt_mistral import strict_yaml
 from dist_ckpt_mistral.convert import to_hf
-from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.errors import ConfigError, FormatError, UnsupportedModelError
 from dist_ckpt_mistral.formats.torch_dist import resolve_directory
 from dist_ckpt_mistral.model.bridge_config import from_run_config
 
@@ -306,6 +307,14 @@ def test_hostile_yaml_is_refused(content: str | bytes, complaint: str, bridge_ro
     assert complaint in line
     assert len(line) < 2000
     assert not Path("evil").exists()
+
+
+def test_the_size_is_looked_at_before_reading(tmp_path: Path) -> None:
+    """A file that no memory could hold is refused for its size."""
+    with (tmp_path / "run_config.yaml").open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(FormatError, match="too large: expected at most 1048576 bytes, got 4398046511104"):
+        strict_yaml.read_object(tmp_path / "run_config.yaml")
 
 
 def test_yaml_is_imported_for_bridge_alone() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import pickletools
+import shutil
 import types
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from command_line import refusal
 from genuine import GENUINE, shards
 from hf_models import random_model, saved
 from hypothesis import given, settings
@@ -39,10 +41,10 @@ from torch_reading import described, raw_bytes, read_metadata
 from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.dtypes import KNOWN_DTYPES, to_safetensors
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
-from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats import common_state, pickle_records
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs, PersistentId
 from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
-from dist_ckpt_mistral.formats.torch_archive import STORAGES, ArchiveReader, StoredTensor
+from dist_ckpt_mistral.formats.torch_archive import STORAGES, ArchiveReader, StoredTensor, row_major_strides
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
 from dist_ckpt_mistral.formats.torch_dist import open_torch_dist
 from dist_ckpt_mistral.storage import SourceFiles
@@ -265,6 +267,65 @@ def test_a_damaged_directory_never_misleads(data: st.DataObject, tmp_path_factor
     except FormatError:
         return
     assert (found.dtype, found.shape, found.data.position) == (whole.dtype, whole.shape, whole.data.position)
+
+
+@pytest.mark.parametrize(
+    ("field", "num_bytes"), [(1, 16), (1, 0xFFFF), (7, 9)], ids=["a field cut short", "a field of 64 kB", "another"]
+)
+def test_extra_fields_beyond_their_entry_are_refused(field: int, num_bytes: int, tmp_path: Path) -> None:
+    """A ZIP64 field that says to be longer than what holds it is damage, to the reader and to ``inspect``."""
+    directory = shutil.copytree(shards("td_0161"), tmp_path / "ckpt")
+    path = directory / "common.pt"
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\1\2")
+    name_bytes = int.from_bytes(content[at + 28 : at + 30], "little")
+    content[at + 20 : at + 28] = b"\xff" * 8  # both sizes are in the ZIP64 field
+    content[at + 30 : at + 32] = (8).to_bytes(2, "little")
+    extra = field.to_bytes(2, "little") + num_bytes.to_bytes(2, "little") + bytes(4)
+    behind = at + 46 + name_bytes
+    content[behind:behind] = extra
+    end = content.index(b"PK\5\6")
+    whole = int.from_bytes(content[end + 12 : end + 16], "little") + len(extra)
+    content[end + 12 : end + 16] = whole.to_bytes(4, "little")
+    path.write_bytes(content)
+    assert "an extra field reaches beyond its record's entry" in refusal(tmp_path, "inspect", directory)
+
+
+class Shaped:
+    """A tensor of torch that says to have another shape."""
+
+    def __init__(self, *shape: int) -> None:
+        """Of this shape, in row-major order."""
+        self.shape = shape
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """As tensors do it."""
+        of_torch: Any = torch.zeros(1)
+        rebuild, (storage, offset, _, _, *rest) = of_torch.__reduce_ex__(2)
+        return rebuild, (storage, offset, self.shape, row_major_strides(self.shape), *rest)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1,) * 65, "holds a tensor of 65 axes: expected at most 64"),
+        ((10**5000,), "which is not supported"),
+        ((2, 1 << 62), r"is damaged: expected \d+ bytes"),
+    ],
+    ids=["65 axes", "5000 digits", "2 ** 63 elements"],
+)
+def test_absurd_shapes_in_archives(shape: tuple[int, ...], expected: str, tmp_path: Path) -> None:
+    """Axes and extents without end are refused, in an error that can be printed."""
+    torch.save(Shaped(*shape), tmp_path / "t.pt")
+    with pytest.raises(FormatError, match=expected):
+        read_archive(tmp_path / "t.pt")
+
+
+def test_keys_of_the_common_state_are_strings(tmp_path: Path) -> None:
+    """1 and "1" are not one entry."""
+    torch.save({"1": 1, 1: 2}, tmp_path / "common.pt")
+    with pytest.raises(FormatError, match="keys that are no strings"):
+        common_state.read(tmp_path, None)
 
 
 # Pickles

@@ -270,7 +270,7 @@ def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Result
 def test_run_configs_from_megatrons_own_serializer(form: str, name: str, results: Results) -> None:
     """The model section that Megatron serializes, all fields in it, gives the configuration that transformers wrote."""
     path = results.run_configs / name / f"{form}.yaml"
-    read = from_run_config(strict_yaml.loads_object(path.read_bytes(), str(path)), str(path))
+    read = from_run_config(strict_yaml.read_object(path), str(path))
     assert read == MistralConfig.from_hf(results.hf[name])
 
 

@@ -62,8 +62,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_conversions_under_a_hard_limit(large: Path, tmp_path: Path) -> None:
-    """All that reads or writes models runs within a fraction of the model's size, with more workers than cores."""
+    """Whatever reads or writes models and the files beside them takes a fraction of their size, with many workers."""
     checkpoint, cut, back = tmp_path / "checkpoint", tmp_path / "cut", tmp_path / "back"
+    beside_bytes = 2 * _LIMIT_BYTES
     for command in (
         ("from-hf", large, checkpoint, "--tp", 4, "--workers", 4, "--no-sync"),
         ("reshard", checkpoint, cut, "--tp", 2, "--workers", 4, "--no-sync"),
@@ -72,6 +73,10 @@ def test_conversions_under_a_hard_limit(large: Path, tmp_path: Path) -> None:
     ):
         done = limited(*command)
         assert done.returncode == 0, done.stderr
+        if command[0] == "from-hf":
+            with (checkpoint / "release" / "beside.bin").open("wb") as beside:
+                beside.truncate(beside_bytes)
+    assert (cut / "release" / "beside.bin").stat().st_size == beside_bytes
     assert (back / "model.safetensors").stat().st_size == (large / "model.safetensors").stat().st_size
 
 

@@ -328,6 +328,24 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     assert not (tmp_path / "older" / "latest_train_state.pt").exists()
 
 
+def test_names_that_no_tracker_can_say(tmp_path: Path) -> None:
+    """``iter_00000500`` is no iteration of Megatron's: the output stands alone, and can be opened."""
+    step = shutil.copytree(shards("common_0192"), tmp_path / "root" / "iter_00000500")
+    dcm.reshard(step, tmp_path / "out", dcm.ParallelLayout(), config=folder("common_0192"))
+    assert not (tmp_path / "out" / "latest_checkpointed_iteration.txt").exists()
+    assert dcm.compare(step, tmp_path / "out", config=folder("common_0192")).is_equal
+
+
+def test_a_damaged_train_state_is_told_before_copying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of the root is read first: nothing is written where it is damaged."""
+    root = tmp_path / "root"
+    shutil.copytree(shards("common_0192"), root / "iter_0000007")
+    (root / "latest_train_state.pt").write_bytes(b"damaged")
+    monkeypatch.setattr("dist_ckpt_mistral.resharding.write_output", lambda *_, **__: pytest.fail("it writes"))
+    with pytest.raises(FormatError, match=r"latest_train_state\.pt"):
+        dcm.reshard(root / "iter_0000007", tmp_path / "out", dcm.ParallelLayout(), config=folder("common_0192"))
+
+
 def test_refusals(tmp_path: Path) -> None:
     """Layouts that Megatron refuses, outputs that exist, inputs that are damaged: nothing is written."""
     case = folder(OPT)

@@ -18,6 +18,7 @@ import huggingface_hub
 import mistral_common
 import pytest
 import torch
+from command_line import refusal
 from genuine import folder, shards
 from hf_models import SIZES, contents, logits, megatron_tensors, random_model, saved
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -403,6 +404,24 @@ def test_a_root_is_written_as_megatron_lm_reads_it(
     for number, path in enumerate((tmp_path / "ckpt", tmp_path / "ckpt" / step)):
         to_hf(path, tmp_path / f"exported{number}")
         assert contents(tmp_path / f"exported{number}") == contents(original)
+
+
+@pytest.mark.parametrize("iteration", [-5, 10**18, True, 1.0])
+def test_iterations_that_no_tracker_can_name(iteration: Any, tmp_path: Path) -> None:  # noqa: ANN401  (wrong types)
+    """What could not be opened again is not written: the library refuses it, and so does the command."""
+    original = saved(random_model(), tmp_path / "original")
+    with pytest.raises(ConfigError, match=rf"from 0 to {10**18 - 1}, got {iteration}"):
+        from_hf(original, tmp_path / "ckpt", iteration=iteration)
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_the_last_iteration_can_be_reopened(tmp_path: Path) -> None:
+    """The largest number that is accepted is found again through its tracker; one more is refused on the way in."""
+    original = saved(random_model(), tmp_path / "original")
+    from_hf(original, tmp_path / "ckpt", iteration=10**18 - 1)
+    to_hf(tmp_path / "ckpt", tmp_path / "exported")
+    assert contents(tmp_path / "exported") == contents(original)
+    refusal(tmp_path, "from-hf", original, tmp_path / "more", "--iteration", 10**18)
 
 
 def test_an_older_step_of_a_root_can_be_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,75 @@ def test_many_frames() -> None:
     last = pickled.rfind(pickle.FRAME, 0, len(pickled) - 8)
     for size in (last, len(pickled) - 1):
         assert ended_before_plans(pickled[:size]) is None
+
+
+def of_shared_parts(size: torch.Size, box: torch.Size, *, num_chunks: int, num_tensors: int = 1) -> bytes:
+    """``.metadata`` of tensors that share one list of chunks, which share one box; objects are stored besides."""
+    chunks = [ChunkStorageMetadata(box, box) for _ in range(num_chunks)]
+    properties = TensorProperties(dtype=torch.float32)
+    described: Any = {f"t{i}": TensorStorageMetadata(properties, size, chunks) for i in range(num_tensors)}
+    stored = [MetadataIndex("t0", box), *(MetadataIndex(f"o{i}") for i in range(1, num_chunks))]
+    place = _StorageInfo("f", 0, 10)
+    return pickle.dumps(Metadata(state_dict_metadata=described, storage_data=dict.fromkeys(stored, place)))
+
+
+LONG = torch.Size([1] * 20_000)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "complaint"),
+    [
+        (of_shared_parts(torch.Size([2000]), LONG, num_chunks=2000), "has 20000 axes, the tensor has 1"),
+        (of_shared_parts(LONG, LONG, num_chunks=2000), "at most 64 axes, got 20000"),
+        (
+            of_shared_parts(torch.Size([9]), torch.Size([9]), num_chunks=2000, num_tensors=2000),
+            "4000000 chunks are described, but only 2000 archives are stored",
+        ),
+    ],
+    ids=["long boxes", "long everything", "shared lists"],
+)
+def test_parts_that_are_shared_do_not_fill_the_memory(pickled: bytes, complaint: str) -> None:
+    """A long tuple or list costs its pickle a few bytes for each use: refused before a use costs more."""
+    assert len(pickled) < 300_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=complaint):
+            as_read(pickled)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_tensors_may_have_as_many_axes_as_torch_allows() -> None:
+    """64 axes are read, 65 are refused."""
+    most = torch.Size([1] * 64)
+    assert as_read(of_shared_parts(most, most, num_chunks=1)).tensors["t0"].stored_shape == most
+    more = torch.Size([1] * 65)
+    with pytest.raises(FormatError, match="at most 64 axes, got 65"):
+        as_read(of_shared_parts(more, more, num_chunks=1))
+
+
+def with_another_key(name: Any, record: Any) -> bytes:  # noqa: ANN401  (a hostile pickle)
+    """``.metadata`` of an object, and of something else, under the key ``name``."""
+    described: Any = {"1": BytesStorageMetadata(), name: record}
+    stored = [MetadataIndex("1"), MetadataIndex(name)]
+    return pickle.dumps(
+        Metadata(state_dict_metadata=described, storage_data=dict.fromkeys(stored, _StorageInfo("f", 0, 10)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "complaint"),
+    [
+        (1, BytesStorageMetadata(), "it has the key 1: expected a string"),
+        (None, BytesStorageMetadata(), "it has the key None: expected a string"),
+        ("\ud800", BytesStorageMetadata(), "surrogates not allowed"),
+        ("2", ChunkStorageMetadata(torch.Size([1]), torch.Size([1])), "'2' is a ChunkStorageMetadata: expected"),
+        ("2", {}, "'2' is a dict: expected"),
+    ],
+)
+def test_keys_are_strings_and_stand_for_tensors_or_objects(name: Any, record: Any, complaint: str) -> None:  # noqa: ANN401
+    """1 is never taken for "1", nor anything unknown for an object."""
+    assert [*as_read(with_another_key("2", BytesStorageMetadata())).objects] == ["1", "2"]
+    with pytest.raises(FormatError, match=complaint):
+        as_read(with_another_key(name, record))

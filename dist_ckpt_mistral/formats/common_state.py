@@ -90,7 +90,9 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
         value = value[0]
     if not isinstance(value, dict):
         raise FormatError(f"the common state in {path} is not a dict")
-    return {str(key): _plain(item) for key, item in value.items()}
+    if not all(type(key) is str for key in value):
+        raise FormatError(f"the common state in {path} has keys that are no strings")
+    return {key: _plain(item) for key, item in value.items()}
 
 
 def write(state: Mapping[str, Any]) -> bytes:

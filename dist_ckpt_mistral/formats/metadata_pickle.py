@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import add, itemgetter
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
@@ -20,7 +21,7 @@ from dist_ckpt_mistral.formats import pickle_records
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.pickle_records import OpaqueRecord, StateRecord, record_class
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
-from dist_ckpt_mistral.formats.torch_archive import torch_dtype_name
+from dist_ckpt_mistral.formats.torch_archive import MAX_AXES, torch_dtype_name
 from dist_ckpt_mistral.shapes import Shape
 
 #: What Megatron (0.12 to 0.19) adds to torch's Metadata behind all else: the plans of all ranks, which repeat it.
@@ -72,21 +73,44 @@ def _parse(metadata: dict[str, Any]) -> StoredMetadata:
     numbers: dict[str, list[int]] = defaultdict(list)
     for number, name in enumerate(map(itemgetter("fqn"), indices)):
         numbers[name].append(number)
+    _require_names([*described, *numbers])
+    _require_bounded(described.values(), len(indices))
     names, tensors, objects = [*file_bytes], {}, {}
     own_shapes = _own_shapes(metadata)
     for name, record in described.items():
         stored = numbers.pop(name, [])
-        if type(record).__name__ == "TensorStorageMetadata":
+        if _is_tensor(record):
             offsets = [indices[number]["offset"] for number in stored]
-            tensors[str(name)] = _tensor(str(name), _attributes(record), offsets, stored, own_shapes.get(name))
+            tensors[name] = _tensor(name, _attributes(record), offsets, stored, own_shapes.get(name))
+        elif type(record).__name__ != "BytesStorageMetadata":
+            raise ValueError(f"{name!r} is a {type(record).__name__}: expected a tensor or an object")
         elif len(stored) == 1:
             file, position, num_bytes = (column[stored[0]] for column in archives)
-            objects[str(name)] = Entry(names[file], position, num_bytes)
+            objects[name] = Entry(names[file], position, num_bytes)
         else:
             raise ValueError(f"{name!r} is listed, but it is not said where it is stored")
     if numbers:
         raise ValueError(f"{', '.join(map(repr, numbers))} are stored but not listed")
     return StoredMetadata(file_bytes=file_bytes, tensors=tensors, objects=objects, archives=archives)
+
+
+def _is_tensor(record: object) -> bool:
+    return type(record).__name__ == "TensorStorageMetadata"
+
+
+def _require_names(names: Sequence[Any]) -> None:
+    """Keys must be strings, and such that can be printed and written: 1 and "1" are not one tensor."""
+    others = [name for name in names if type(name) is not str]
+    if others:
+        raise ValueError(f"it has the key {short(others[0])}: expected a string")
+    "".join(names).encode()  # raises where there are halves of surrogate pairs
+
+
+def _require_bounded(described: Iterable[Any], num_archives: int) -> None:
+    """A pickle may refer to one list of chunks a thousand times; what is stored is as large as the file at most."""
+    num_chunks = sum(len(_attributes(record)["chunks"]) for record in described if _is_tensor(record))
+    if num_chunks > num_archives:
+        raise ValueError(f"{num_chunks} chunks are described, but only {num_archives} archives are stored")
 
 
 def _archives(places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], Archives]:
@@ -96,7 +120,7 @@ def _archives(places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], Arch
     names, positions, lengths = ([*map(itemgetter(key), places)] for key in _PLACE)
     if not (_are_sizes(positions) and _are_sizes(lengths)):
         place = next(place for place in zip(positions, lengths, strict=True) if not _are_sizes(place))
-        raise ValueError(f"it places an archive at {place[0]!r}, {place[1]!r} bytes long")
+        raise ValueError(f"it places an archive at {short(place[0])}, {short(place[1])} bytes long")
     numbers = _FileNumbers()
     files = [*map(numbers.__getitem__, names)]
     ends = [0] * len(numbers)
@@ -120,14 +144,14 @@ class _FileNumbers(dict[str, int]):
     def __missing__(self, name: object) -> int:
         """Shards lie beside ``.metadata``; anything but a plain name could point anywhere."""
         if not isinstance(name, str) or Path(name).name != name or name in {"", ".", ".."}:
-            raise ValueError(f"it names the file {name!r}: expected the plain name of a file beside it")
+            raise ValueError(f"it names the file {short(name)}: expected the plain name of a file beside it")
         return self.setdefault(name, len(self))
 
 
 def _require_untransformed(places: Iterable[Mapping[str, Any]]) -> None:
     for place in places:
         if place.get(_TRANSFORMS):
-            raise ValueError(f"it describes transformed data ({place[_TRANSFORMS]!r}), which is not supported")
+            raise ValueError(f"it describes transformed data ({short(place[_TRANSFORMS])}), which is not supported")
 
 
 def _tensor(
@@ -137,13 +161,15 @@ def _tensor(
     archives: Sequence[int],
     own_shape: Shape | None,
 ) -> StoredTensor:
-    stored_shape = _sizes(record["size"])
+    stored_shape, dtype = _sizes(record["size"]), record["properties"].state[0]
+    if type(dtype) is not str:  # what stands in for torch's dtypes
+        raise ValueError(f"{name!r} has the dtype {short(dtype)}")
     chunks = [*map(_attributes, record["chunks"])]
     boxes = ([*map(itemgetter(key), chunks)] for key in ("offsets", "sizes"))
-    offsets, shapes, stored = (_column(each, name) for each in (*boxes, stored_offsets))
+    offsets, shapes, stored = (_column(each, len(stored_shape), name) for each in (*boxes, stored_offsets))
     return StoredTensor(
         name=name,
-        dtype=str(record["properties"].state[0]),
+        dtype=dtype,
         global_shape=stored_shape if own_shape is None else own_shape,
         stored_shape=stored_shape,
         num_chunks=len(chunks),
@@ -154,13 +180,19 @@ def _tensor(
     )
 
 
-def _column(boxes: Sequence[Any], name: str) -> array[int]:
-    """Offsets or shapes of chunks, one behind the other: tuples of as many non-negative integers each."""
-    numbers = [*chain.from_iterable(boxes)]
-    if {*map(type, boxes)} - {tuple} or not _are_sizes(numbers):
+def _column(boxes: Sequence[Any], ndim: int, name: str) -> array[int]:
+    """Offsets or shapes of chunks, one behind the other: tuples of ``ndim`` non-negative integers each.
+
+    Lengths are looked at before anything is put together: a pickle may refer to one long tuple a thousand times.
+    """
+    if {*map(type, boxes)} - {tuple}:
         boxes = [*map(_sizes, boxes)]  # raises
-    if len({*map(len, boxes)}) > 1:
-        raise ValueError(f"chunks of {name!r} have different numbers of axes")
+    wrong = {*map(len, boxes)} - {ndim}
+    if wrong:
+        raise ValueError(f"a chunk of {name!r} has {min(wrong)} axes, the tensor has {ndim}")
+    numbers = [*chain.from_iterable(boxes)]
+    if not _are_sizes(numbers):
+        boxes = [*map(_sizes, boxes)]  # raises
     return array("q", numbers)
 
 
@@ -169,9 +201,11 @@ def _are_sizes(numbers: Collection[Any]) -> bool:
 
 
 def _sizes(value: Any) -> Shape:  # noqa: ANN401  (from a pickle)
-    """A tuple of non-negative integers, as offsets and shapes must be."""
+    """A tuple of non-negative integers, as offsets and shapes must be, of no more axes than torch's tensors have."""
     if type(value) is not tuple or not all(type(size) is int and size >= 0 for size in value):
-        raise ValueError(f"expected sizes, got {value!r}")
+        raise ValueError(f"expected sizes, got {short(value)}")
+    if len(value) > MAX_AXES:
+        raise ValueError(f"expected sizes of at most {MAX_AXES} axes, got {len(value)} axes")
     return value
 
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Final
 
 from dist_ckpt_mistral import dtypes
@@ -27,10 +28,15 @@ CENTRAL: Final = struct.Struct("<4s6H3I5H2I")
 END: Final = struct.Struct("<4s4H2IH")
 END64: Final = struct.Struct("<4sQ2H2I4Q")
 LOCATOR64: Final = struct.Struct("<4sIQI")
+EXTRA: Final = struct.Struct("<2H")
 MAX32: Final = 0xFFFFFFFF
 ZIP64_FIELD: Final = 1
 #: Archive heads and tails fit in this many bytes in every checkpoint seen.
 _EDGE_BYTES: Final = 2048
+#: Most operations of torch take no more axes (2.6 to 2.15, ``dim_bitset_size`` in ATen/WrapDimUtilsMulti.h); sizes are
+#: signed numbers of 64 bits.
+MAX_AXES: Final = 64
+_MAX_EXTENT: Final = 1 << 63
 LITTLE_ENDIAN: Final = b"little"
 
 #: torch's typed storages, by the names that pickles use.
@@ -190,10 +196,24 @@ class ArchiveReader:
             name = directory[at : at + name_bytes].decode(errors="replace")
             extra = directory[at + name_bytes : at + name_bytes + extra_bytes]
             at += name_bytes + extra_bytes + comment_bytes
-            size, packed, header = _zip64_values(extra, (size, packed, header))
+            size, packed, header = self._zip64_values(extra, (size, packed, header))
             if signature != b"PK\1\2" or method != 0 or size != packed:
                 raise FormatError(f"{self._where} is damaged or compressed: record {name!r} is not stored plainly")
             yield name.partition("/")[2], (header, size, crc32)
+
+    def _zip64_values(self, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
+        """``values`` with those that are 0xFFFFFFFF taken from the ZIP64 extra field, in order."""
+        at = 0
+        while MAX32 in values and at + EXTRA.size <= len(extra):
+            field, num_bytes = EXTRA.unpack_from(extra, at)
+            at += EXTRA.size
+            if at + num_bytes > len(extra):
+                raise FormatError(f"{self._where} is damaged: an extra field reaches beyond its record's entry")
+            if field == ZIP64_FIELD:
+                longs = iter(struct.unpack_from(f"<{num_bytes // 8}Q", extra, at))
+                return tuple(next(longs, value) if value == MAX32 else value for value in values)
+            at += num_bytes
+        return values
 
     def _directory(self) -> tuple[int, int, int]:
         """(records, bytes, offset) of the central directory."""
@@ -209,20 +229,6 @@ class ArchiveReader:
             raise FormatError(f"{self._where} is damaged: its ZIP64 locator is missing")
         end = END64.unpack(self._read(end_at, END64.size))
         return end[7], end[8], end[9]
-
-
-def _zip64_values(extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
-    """``values`` with those that are 0xFFFFFFFF taken from the ZIP64 extra field, in order."""
-    if MAX32 not in values:
-        return values
-    at = 0
-    while at + 4 <= len(extra):
-        field, num_bytes = struct.unpack_from("<2H", extra, at)
-        if field == ZIP64_FIELD:
-            longs = iter(struct.unpack_from(f"<{num_bytes // 8}Q", extra, at + 4))
-            return tuple(next(longs, value) if value == MAX32 else value for value in values)
-        at += 4 + num_bytes
-    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +249,12 @@ class _Tensor:
 
     def checked(self, where: str) -> tuple[str, Shape]:
         """Dtype and shape, if the tensor is the whole of its storage in row-major order."""
+        if isinstance(self.shape, tuple) and len(self.shape) > MAX_AXES:
+            raise FormatError(f"{where} holds a tensor of {len(self.shape)} axes: expected at most {MAX_AXES}")
         is_plain = (
             isinstance(self.storage, _Storage)
             and all(
-                isinstance(sizes, tuple) and all(isinstance(n, int) and n >= 0 for n in sizes)
+                isinstance(sizes, tuple) and all(isinstance(n, int) and 0 <= n < _MAX_EXTENT for n in sizes)
                 for sizes in (self.shape, self.strides)
             )
             and self.offset == 0
@@ -302,5 +310,5 @@ def _tensor_global(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins o
 def _storage(pid: Any) -> _Storage:  # noqa: ANN401  (from a pickle)
     """torch.save's persistent id: ("storage", type, key, device, elements). Only storage 0 exists."""
     if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and pid[2] == "0"):  # noqa: PLR2004
-        raise FormatError(f"an unexpected persistent object {pid!r}")
+        raise FormatError(f"an unexpected persistent object {short(pid)}")
     return _Storage(pid[1] if isinstance(pid[1], str) and pid[1] else None, pid[4])

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
-from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats import common_state
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
-from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
+from dist_ckpt_mistral.formats.train_state import MAX_STEP, TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -147,6 +147,12 @@ def _tracked(tracker: Path) -> str:
     return _RELEASE if step == _RELEASE else iteration_name(int(step))
 
 
+def require_iteration(iteration: int | None) -> None:
+    """Raise ConfigError for a number that no directory and no tracker can have; None is a release."""
+    if iteration is not None and not (type(iteration) is int and 0 <= iteration < MAX_STEP):
+        raise ConfigError(f"iteration: expected a whole number from 0 to {MAX_STEP - 1}, got {iteration!r}")
+
+
 def iteration_name(iteration: int | None) -> str:
     """Megatron's directory name of an iteration; None is a release (weights without training state)."""
     return _RELEASE if iteration is None else f"iter_{iteration:07d}"
@@ -160,11 +166,14 @@ _TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
 
 
 def iteration_of(directory_name: str) -> str | None:
-    """What the tracker says for a directory of this name: ``iter_0000500`` is ``500``; None if it is no iteration."""
-    match = re.fullmatch(r"iter_(\d{7}|[1-9]\d{7,17})", directory_name)
-    if match:
-        return str(int(match[1]))
-    return _RELEASE if directory_name == _RELEASE else None
+    """What the tracker says for a directory of this name: ``iter_0000500`` is ``500``; None if it is no iteration.
+
+    That is also ``iter_00000500``, which no tracker can name.
+    """
+    if directory_name == _RELEASE:
+        return _RELEASE
+    match = re.fullmatch(r"iter_(\d{7,18})", directory_name)
+    return str(int(match[1])) if match and iteration_name(int(match[1])) == directory_name else None
 
 
 def tracker_text(iteration: int | None) -> bytes:

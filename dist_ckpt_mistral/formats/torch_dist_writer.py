@@ -17,6 +17,7 @@ from dist_ckpt_mistral.formats.metadata_pickle import MCORE_DATA, OWN_SHAPE
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
 from dist_ckpt_mistral.gather.flat_ranges import as_range_of_blocks
+from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import TargetFile
@@ -119,6 +120,16 @@ class CheckpointLayout:
             if each.content is None:
                 tensors[each.keys[0]] = object_bytes(each.keys[0], each.num_bytes, file=0, position=position)
         return TensorIndex(files=tuple(directory / name for name in self.file_names), tensors=tensors)
+
+    def file_sizes(self, directory: Path) -> dict[str, int]:
+        """The bytes of the data files by name, in ``directory`` of the output."""
+        return {str(directory / name): size for name, size in zip(self.file_names, self.file_bytes, strict=True)}
+
+    def finish(self, targets: Mapping[int, TargetFile], plan: BytePlan, checksums: Mapping[int, int]) -> None:
+        """Write what stands around the data that ``plan`` has written; ``checksums`` are CRC-32 by its segments."""
+        segments = plan.segments
+        crc32_at = {(segments[i].file, segments[i].position): crc32 for i, crc32 in checksums.items()}
+        self.write_around(targets, crc32_at)
 
     def write_around(self, targets: Mapping[int, TargetFile], crc32_at: Mapping[tuple[int, int], int]) -> None:
         """Write what stands around the data; ``targets`` are by file, ``crc32_at`` by file and position of the data."""

@@ -17,7 +17,8 @@ from dist_ckpt_mistral.storage import SourceFiles
 
 TRAIN_STATE_FILE: Final = "latest_train_state.pt"
 _STEP_BYTES: Final = 8
-_MAX_STEP: Final = 10**18
+#: Iterations are below this; so is what Megatron-LM's tracker file may say.
+MAX_STEP: Final = 10**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def read_step(path: Path) -> int:
             raise FormatError(f"{where} is big-endian, which is not supported")
         content = archive.read(f"data/{step.key}")
     value = int.from_bytes(content, "little", signed=True)
-    if len(content) != _STEP_BYTES or not 0 <= value < _MAX_STEP:
+    if len(content) != _STEP_BYTES or not 0 <= value < MAX_STEP:
         raise FormatError(f"step in {where}: expected a number of iterations in {_STEP_BYTES} bytes, got {content!r}")
     return value
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def is_positive_int(value: object) -> bool:
     """Whether ``value`` is a whole number of at least 1; true and false are none."""
@@ -9,5 +11,5 @@ def is_positive_int(value: object) -> bool:
 
 
 def is_positive_number(value: object) -> bool:
-    """Whether ``value`` is a finite number above 0; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    """Whether ``value`` is a number above 0 that a float can hold; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
