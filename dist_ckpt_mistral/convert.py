@@ -20,7 +20,7 @@ from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, new_checkpoint_map
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, ParamState, TensorTable
@@ -78,7 +78,7 @@ def to_hf(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    config: str | Path | None = None,
+    config: GivenConfig | None = None,
     weights: str = "model",
     dtype: str | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
@@ -89,7 +89,7 @@ def to_hf(
 ) -> Conversion:
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
 
-    ``config`` is a config.json or a directory with one (and with the tokenizer), for checkpoints that lost theirs.
+    ``config`` is for checkpoints that lost theirs: itself, a config.json, or a directory with one and the tokenizer.
     ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
     keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte. Raises
     DistCkptMistralError; then nothing is published.
@@ -101,14 +101,13 @@ def to_hf(
         require_weight_dtype(dtype)
         storage.require_apart(checkpoint, output)
         storage.require_writable(output, overwrite=overwrite or dry_run)
-        given = MistralConfig.from_hf(config) if config is not None else None
-        source = open_megatron(checkpoint, config=given, state=state)
+        source = open_megatron(checkpoint, config=given_config(config), state=state)
         file_set = _hf_files(source, dtype, max_file_bytes)
         return source, file_set, source.plan_into(file_set.tensor_index(output))
 
     source, file_set, plan = ranks.each(prepare)
     _LOG.info("configuration: %s", source.config_from)
-    assets = Path(config) if config is not None and Path(config).is_dir() else source.assets
+    assets = given_directory(config) or source.assets
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):

@@ -102,10 +102,10 @@ def stop_tokens(
     generation = {} if path is None else strict_json.loads_object(storage.read_bytes(path), str(path))
     for told in (generation.get("eos_token_id"), source.config.to_hf().get("eos_token_id"), tokenizer.eos_token_id):
         if told is not None:
-            found = frozenset(told if isinstance(told, list) else [told])
+            found = told if isinstance(told, list) else [told]
             if not all(isinstance(token, int) for token in found):
                 raise ConfigError(f"eos_token_id of {source.path}: expected numbers, got {json.dumps(told)}")
-            return found
+            return frozenset(found)
     return frozenset()
 
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dist_ckpt_mistral.gather.executor import BandReader
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -75,10 +75,9 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         self._files.__exit__(kind, error, trace)
 
 
-def open_checkpoint(path: str | Path, *, config: str | Path | MistralConfig | None = None) -> LazyCheckpoint:
+def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> LazyCheckpoint:
     """Open a Megatron checkpoint or a Hugging Face directory for lazy reading; use it as a context manager.
 
     ``config`` is for checkpoints that do not tell theirs. Raises DistCkptMistralError if it cannot be read.
     """
-    given = config if config is None or isinstance(config, MistralConfig) else MistralConfig.from_hf(config)
-    return LazyCheckpoint(open_source(Path(path), config=given))
+    return LazyCheckpoint(open_source(Path(path), config=given_config(config)))

@@ -49,12 +49,17 @@ def quiet() -> Iterator[None]:
         import torch  # noqa: F401, PLC0415  (sets levels of its loggers when it is imported)
         import transformers  # noqa: PLC0415  (slow)
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        talk = transformers.utils.logging
+        verbosity, had_progress_bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
+        talk.set_verbosity_error()
+        talk.disable_progress_bar()
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
             yield
         finally:
+            talk.set_verbosity(verbosity)
+            if had_progress_bars:
+                talk.enable_progress_bar()
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -6,7 +6,7 @@ model is there with the right shape; else all problems are reported together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -30,6 +30,7 @@ from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.shapes import Shape
 
 Ignored = tuple[tuple[str, str], ...]
+_NO_STATES: Final[Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,25 +65,23 @@ class CheckpointMap:
         keys = (stored.mcore_key for stored in self.table.stored(rule, layer, self.style))
         return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, layer)), strict=True))
 
+    def tensors(self) -> Iterator[tuple[str, TensorRule, Shape]]:
+        """Every stored tensor that holds this state of the parameters, once: its name, its rule and its least shape.
+
+        The name is as the checkpoint spells it, the shape is that without vocabulary padding.
+        """
+        for rule in self.table.rules:
+            every = (stored for layer in self.table.layers_of(rule) for stored in self.stored(rule, layer))
+            for key, shape in {stored.mcore_key: stored.global_shape for stored in every}.items():
+                yield self.stored_name(key), rule, shape
+
     def names(self) -> list[str]:
-        """Every stored tensor that holds this state of the parameters, as the checkpoint spells it."""
-        return list(
-            dict.fromkeys(
-                self.stored_name(stored.mcore_key)
-                for rule in self.table.rules
-                for layer in self.table.layers_of(rule)
-                for stored in self.stored(rule, layer)
-            )
-        )
+        """The names of all these tensors."""
+        return [name for name, _, _ in self.tensors()]
 
     def shapes(self) -> dict[str, Shape]:
-        """Every such tensor and the least shape that it must have: without vocabulary padding."""
-        return {
-            self.stored_name(stored.mcore_key): stored.global_shape
-            for rule in self.table.rules
-            for layer in self.table.layers_of(rule)
-            for stored in self.stored(rule, layer)
-        }
+        """Their names, and the shapes that they must have at least."""
+        return {name: shape for name, _, shape in self.tensors()}
 
     def key_of(self, tensor: HfTensor) -> str:
         """The stored tensor that holds the first row of a Hugging Face tensor."""
@@ -127,10 +126,7 @@ def match_checkpoint(
     objects = tuple(objects)
     states = {} if state is ParamState.WEIGHTS else _states(state, tensors, objects, where)
     by_key = {key: tensors[name] for key, name in states.items()} or tensors
-    prefix = model_prefix(by_key)
-    present = {key.removeprefix(prefix) for key in by_key if key.startswith(prefix)}
-    style, keys = _spelling(table, present)
-    found = CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, state=state, states=states)
+    found = _spelled(table, by_key, state, states)
     problems = [*_missing(found, tensors), *_misshapen(found, tensors)]
     ignored, unknown = _left(found, tensors)
     if unknown:
@@ -140,17 +136,18 @@ def match_checkpoint(
             f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
             "Check that the configuration belongs to this checkpoint."
         )
-    ignored += [(key, why_ignored(key, prefix) or "not a tensor") for key in objects]
+    ignored += [(key, why_ignored(key, found.prefix) or "not a tensor") for key in objects]
     return replace(found, ignored=tuple(ignored))
 
 
 def _left(found: CheckpointMap, tensors: Mapping[str, Shape]) -> tuple[list[tuple[str, str]], list[str]]:
     """The tensors that are not in ``found``: those to leave, with the reason, and those that nothing explains."""
     used, states = set(found.names()), set(found.states.values())
+    others: set[str] = set() if found.state is ParamState.WEIGHTS else set(_spelled(found.table, tensors).names())
     ignored, unknown = [], []
     for name in tensors:
         reason = None if name in states else why_ignored(name, found.prefix)
-        if reason is None and found.state is not ParamState.WEIGHTS and name not in states:
+        if reason is None and name in others:
             reason = "weights in the precision of training"
         if reason is not None:
             ignored.append((name, reason))
@@ -204,6 +201,18 @@ FLAT_STATE_ADVICE: Final = (
 )
 
 
+def _spelled(
+    table: TensorTable,
+    names: Collection[str],
+    state: ParamState = ParamState.WEIGHTS,
+    states: Mapping[str, str] = _NO_STATES,
+) -> CheckpointMap:
+    """How ``names``, keys of parameters, spell the tensors of the table."""
+    prefix = model_prefix(names)
+    style, keys = _spelling(table, {name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+    return CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, state=state, states=states)
+
+
 def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[TensorRule, str]]:
     """The key style, and of every rule the key, of which most is present."""
 
@@ -226,16 +235,13 @@ def _missing(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
 
 
 def _misshapen(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
-    problems = {}
-    for rule in found.table.rules:
-        for layer in found.table.layers_of(rule):
-            for stored in found.stored(rule, layer):
-                name = found.stored_name(stored.mcore_key)
-                shape = tensors.get(name)
-                if shape is not None and not _fits(shape, stored.global_shape, rule):
-                    least = "at least " if rule.padded_vocabulary else ""
-                    problems[name] = f"shape of {name}: expected {least}{list(stored.global_shape)}, got {list(shape)}"
-    return list(problems.values())
+    problems = []
+    for name, rule, expected in found.tensors():
+        shape = tensors.get(name)
+        if shape is not None and not _fits(shape, expected, rule):
+            least = "at least " if rule.padded_vocabulary else ""
+            problems.append(f"shape of {name}: expected {least}{list(expected)}, got {list(shape)}")
+    return problems
 
 
 def _fits(shape: Shape, expected: Shape, rule: TensorRule) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
 from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
 from dist_ckpt_mistral.model.tensor_table import flat_state, is_optimizer_state
@@ -54,7 +54,7 @@ class PretrainCommand:
 
 
 def megatron_args(
-    path: str | Path, *, config: MistralConfig | None = None, layout: ParallelLayout = _ONE_RANK
+    path: str | Path, *, config: GivenConfig | None = None, layout: ParallelLayout = _ONE_RANK
 ) -> PretrainCommand:
     """The flags with which ``pretrain_gpt.py`` builds the model at ``path`` and, if it is a checkpoint, loads it.
 
@@ -62,10 +62,10 @@ def megatron_args(
     enough if it says its dtype. ``config`` overrides the configuration that a checkpoint brings along; ``layout`` is
     the one to train with. Raises DistCkptMistralError.
     """
-    path = Path(path)
+    path, known = Path(path), given_config(config)
     if hf_directory.is_model_directory(path):
-        return _for_hf(path, config, layout)
-    source = open_megatron(path, config=config)
+        return _for_hf(path, known, layout)
+    source = open_megatron(path, config=known)
     args, groups = pretrain_flags(
         source.config,
         dtype=source.main_dtype,

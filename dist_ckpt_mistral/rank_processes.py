@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ _ENVIRONMENT: Final = {
     "MASTER_ADDR": "127.0.0.1",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
+    "TORCHELASTIC_USE_AGENT_STORE": "False",  # the ranks' own store, also where we run under torchrun ourselves
 }
 #: How much of a failed rank's log an error shows, in characters.
 _LOG_TAIL: Final = 4000
@@ -30,31 +31,31 @@ _LOG_TAIL: Final = 4000
 def run_ranks(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout_s: float) -> None:
     """Run one process for each command, as the ranks of one job, and wait until all have ended well.
 
-    They get torchrun's environment variables; what they print goes to ``folder``/rankN.log. Whether this returns or
+    They get the environment variables of torchrun by which ranks find each other (RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); what they print goes to ``folder``/rankN.log. Whether this returns or
     raises, neither they nor processes that they started are left.
 
     Raises DistCkptMistralError with the end of its log when a rank fails, or is not done after ``timeout_s`` seconds.
     """
-    environment = os.environ | _ENVIRONMENT | {"WORLD_SIZE": str(len(commands)), "MASTER_PORT": str(_free_port())}
+    count = str(len(commands))
     ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank, command in enumerate(commands):
-            with _log(folder, rank).open("wb") as log:
-                ranks.append(
-                    subprocess.Popen(  # noqa: S603  (commands of the caller, no shell)
-                        command,
-                        env=environment | {"RANK": str(rank)},
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
+    with _reserved_port() as port:
+        job = os.environ | _ENVIRONMENT | {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
+        try:
+            for rank, command in enumerate(commands):
+                environment = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                with _log(folder, rank).open("wb") as log:
+                    ranks.append(
+                        subprocess.Popen(  # noqa: S603  (commands of the caller, no shell)
+                            command, env=environment, stdout=log, stderr=log, start_new_session=True
+                        )
                     )
-                )
-        _wait(ranks, folder, timeout_s)
-    finally:
-        for each in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(each.pid, signal.SIGKILL)  # the rank, and writers that Megatron spawned and left behind
-            each.wait()
+            _wait(ranks, folder, timeout_s)
+        finally:
+            for each in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(each.pid, signal.SIGKILL)  # the rank, and writers that Megatron spawned and left behind
+                each.wait()
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
@@ -74,8 +75,14 @@ def _log(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.log"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Within the block the system gives this port to nobody else, though the first rank takes seconds to listen on it.
+
+    A socket that is bound and does not listen keeps it. SO_REUSEADDR, which torch's store sets too, lets the rank in.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port: int = held.getsockname()[1]
+        yield port

@@ -14,7 +14,7 @@ from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.tensor_table import model_prefix, tensor_table, why_ignored
 from dist_ckpt_mistral.name_ranges import grouped
 
@@ -63,12 +63,13 @@ class Report:
         return {"json_version": JSON_VERSION, **content}
 
 
-def inspect(path: Path, *, config: MistralConfig | None = None) -> Report:
+def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
     """Look at a checkpoint or a Hugging Face directory without reading tensor data.
 
     What is wrong with it becomes a problem of the report. Raises FormatError only if ``path`` is neither.
     """
-    return _inspect_hf(path, config) if hf_directory.is_model_directory(path) else _inspect_megatron(path, config)
+    path, known = Path(path), given_config(config)
+    return _inspect_hf(path, known) if hf_directory.is_model_directory(path) else _inspect_megatron(path, known)
 
 
 def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:

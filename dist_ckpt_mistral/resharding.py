@@ -28,7 +28,7 @@ from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, Ignored, match_checkpoint
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config import GivenConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_table import (
     flat_state,
@@ -54,7 +54,7 @@ def reshard(
     output: str | Path,
     layout: ParallelLayout,
     *,
-    config: str | Path | None = None,
+    config: GivenConfig | None = None,
     weights_only: bool = False,
     overwrite: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
@@ -150,11 +150,10 @@ class _Old:
                 )
 
 
-def _open(path: Path, config: str | Path | None, layout: ParallelLayout, *, weights_only: bool) -> _Old:
+def _open(path: Path, config: GivenConfig | None, layout: ParallelLayout, *, weights_only: bool) -> _Old:
     stored = torch_dist.open_torch_dist(path)
     where = str(stored.directory)
-    given = MistralConfig.from_hf(config) if config is not None else None
-    known, config_from = choose_config(stored, given, read_embedded(stored))
+    known, config_from = choose_config(stored, given_config(config), read_embedded(stored))
     _LOG.info("configuration: %s", config_from)
     layout.check(known)
     shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}

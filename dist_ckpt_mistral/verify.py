@@ -11,7 +11,7 @@ import numpy as np
 
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.executor import BandReader, Effort, run_all
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -63,7 +63,7 @@ def compare(
     a: str | Path,
     b: str | Path,
     *,
-    config: str | Path | None = None,
+    config: GivenConfig | None = None,
     effort: Effort = _DEFAULT_EFFORT,
 ) -> Comparison:
     """Compare two models, each a Megatron checkpoint or a Hugging Face directory, tensor by tensor and bit by bit.
@@ -71,8 +71,7 @@ def compare(
     A checkpoint that tells no configuration goes by ``config``, else by the other side's. Raises DistCkptMistralError
     if either cannot be read.
     """
-    given = MistralConfig.from_hf(config) if config is not None else None
-    source_a, source_b = open_pair(Path(a), Path(b), config=given)
+    source_a, source_b = open_pair(Path(a), Path(b), config=given_config(config))
     return compare_sources(source_a, source_b, effort)
 
 

@@ -50,6 +50,7 @@ def megatron() -> Iterator[SimpleNamespace]:
             core + "transformer.transformer_layer": "layer",
             core + "transformer.pipeline_parallel_layer_layout": "layout",
             ours + "sharded_state_dict": "factory",
+            ours + "runtime": "runtime",
             "gpt_stage": "gpt_stage",
             "megatron_ranks": "ranks",
         }
@@ -78,7 +79,7 @@ class AsRank:
         dist.destroy_process_group()
 
 
-def as_rank(megatron: SimpleNamespace, layout: ParallelLayout, rank: int) -> AsRank:
+def as_rank(megatron: SimpleNamespace, layout: ParallelLayout, rank: int, **more: Any) -> AsRank:  # noqa: ANN401
     """Megatron's parallel state as a rank of ``layout`` sees it."""
     return AsRank(
         megatron,
@@ -89,6 +90,7 @@ def as_rank(megatron: SimpleNamespace, layout: ParallelLayout, rank: int) -> AsR
         virtual_pipeline_model_parallel_size=layout.vpp,
         context_parallel_size=layout.cp,
         order=layout.order,
+        **more,
     )
 
 
@@ -157,6 +159,45 @@ def test_ranks_count_as_megatron_counts(megatron: SimpleNamespace, ranks: dict[s
     at = layout.coordinates(rank)
     assert (layout.world_size, layout.expert_dp) == (world_size, copies)
     assert {axis: getattr(at, axis) for axis in expected} == expected
+
+
+def set_up_for(megatron: SimpleNamespace, rank: int, there: ParallelLayout, wanted: ParallelLayout) -> None:
+    """Ask for ``wanted`` where Megatron's parallel state is that of ``there``."""
+    sizes = {"expert_model_parallel_size": there.ep, "expert_tensor_parallel_size": there.etp}
+    with as_rank(megatron, there, rank, **sizes):
+        megatron.runtime.initialize_megatron(wanted, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "message"),
+    [
+        ({"tp": 2, "dp": 2, "order": "dp-tp-cp-ep-pp"}, {"tp": 2}, "tp group of rank .: expected ranks"),
+        ({"cp": 2, "dp": 2, "order": "tp-dp-cp-pp"}, {"cp": 2}, "cp group of rank .: expected ranks"),
+        ({"pp": 2, "dp": 2, "order": "tp-cp-ep-pp-dp"}, {"pp": 2}, "pp group of rank .: expected ranks"),
+        ({"ep": 4, "dp": 4}, {"ep": 2}, "ep: expected 2, got 4"),
+        ({"tp": 2, "dp": 2, "etp": 1}, {"tp": 2}, "etp: expected 2, got 1"),
+        ({"tp": 4}, {"tp": 2}, "tp: expected 2, got 4, dp: expected 2, got 1"),
+    ],
+)
+def test_a_parallel_state_of_another_layout_is_refused(
+    megatron: SimpleNamespace, there: dict[str, Any], wanted: dict[str, Any], message: str
+) -> None:
+    """Other sizes, or the same in another rank order, are refused on every rank; the layout's own are accepted."""
+    layout = ParallelLayout(**there)
+    for rank in range(layout.world_size):
+        set_up_for(megatron, rank, layout, layout)
+        with pytest.raises(LayoutError, match=message):
+            set_up_for(megatron, rank, layout, ParallelLayout(**wanted))
+
+
+@settings(suppress_health_check=_SHARED_FIXTURE)
+@given(layouts.models(), st.data())
+def test_its_own_parallel_state_is_accepted(
+    megatron: SimpleNamespace, model: tuple[MistralConfig, ParallelLayout], data: st.DataObject
+) -> None:
+    """Whatever the layout is: the groups of its parallel state are those that it expects, on any rank."""
+    layout = model[1]
+    set_up_for(megatron, data.draw(st.integers(0, layout.world_size - 1)), layout, layout)
 
 
 def test_dp_is_by_default_the_fewest_that_experts_allow() -> None:

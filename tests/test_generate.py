@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from command_line import refusal, run
 from genuine import folder, shards
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from small_models import MODELS, PROMPT, VOCABULARY, save_tokenizer, small_model
 from transformers import AutoTokenizer
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral import libraries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,6 +201,31 @@ def test_generation_stops_at_every_end(places: dict[str, Path], tmp_path: Path) 
         (tmp_path / "hf" / "generation_config.json").unlink(missing_ok=True)
 
 
+def test_an_end_that_is_no_token_is_refused(places: dict[str, Path], tmp_path: Path) -> None:
+    """Where generation_config.json has something else than tokens as the end, it is named."""
+    hf = shutil.copytree(places["tied"], tmp_path / "hf")
+    for wrong in ([[2]], {"a": 2}, "2"):
+        (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        told = refusal(tmp_path, "generate", hf, "--prompt", TEXT)
+        assert f"expected numbers, got {json.dumps(wrong)}" in told
+
+
+def test_libraries_speak_again_afterwards() -> None:
+    """What keeps transformers quiet ends with its block: verbosity and progress bars are as they were."""
+    talk = transformers.utils.logging
+    kept = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    try:
+        for verbosity, bars in ((talk.INFO, True), (talk.WARNING, False)):
+            talk.set_verbosity(verbosity)
+            (talk.enable_progress_bar if bars else talk.disable_progress_bar)()
+            with libraries.quiet():
+                assert (talk.get_verbosity(), talk.is_progress_bar_enabled()) == (talk.ERROR, False)
+            assert (talk.get_verbosity(), talk.is_progress_bar_enabled()) == (verbosity, bars)
+    finally:
+        talk.set_verbosity(kept[0])
+        (talk.enable_progress_bar if kept[1] else talk.disable_progress_bar)()
+
+
 def test_a_tokenizer_can_be_given(places: dict[str, Path], tmp_path: Path) -> None:
     """A checkpoint that training saved has neither configuration nor tokenizer: both can be given."""
     arguments = ["generate", shards("td_0192"), "--prompt", "abc", "--config", folder("td_0192")]
@@ -209,9 +237,15 @@ def test_a_tokenizer_can_be_given(places: dict[str, Path], tmp_path: Path) -> No
 def test_what_generate_refuses(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that nobody started, sampling from nothing, a broken tokenizer, missing packages: in one line each."""
     start = ["generate", places["tied"], "--prompt", "a b"]
+    options = ["--max-new-tokens", 5, "--top-k", 3, "--dtype", "float32", "--config", tmp_path / "a b", "--json"]
+    told = refusal(tmp_path, *start, "--prompt=-c", *options, "--tp", 2, "--pp", 2)
+    (again,) = [shlex.split(told.partition("-m dist_ckpt_mistral ")[2])]
+    for given in (start, ["--prompt=-c"], options[:2], options[2:4], options[4:6], options[6:8], options[8:]):
+        words = list(map(str, given))
+        assert any(again[at : at + len(words)] == words for at in range(len(again)))
     told = refusal(tmp_path, *start, "--tp", 2, "--pp", 2)
     assert "--tp 2 --pp 2 needs 4 ranks, and there are 1. Start them with: torchrun --nproc-per-node 4 -m " in told
-    assert f"dist_ckpt_mistral generate {places['tied']} --prompt 'a b' --tp 2 --pp 2" in told
+    assert f"dist_ckpt_mistral generate {places['tied']} --prompt 'a b' --max-new-tokens 64 --tp 2 --pp 2" in told
     assert "top_p must be above 0 and at most 1, got 1.5" in refusal(tmp_path, *start, "--top-p", 1.5)
     assert run(*start, "--temperature", 0).code == run(*start, "--seed", -1).code == 2
     broken = tmp_path / "broken"

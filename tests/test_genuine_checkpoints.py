@@ -11,6 +11,7 @@ import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch_reading import described, edited_metadata, load_in_own_shapes, load_tensors, read_metadata
 from transformers import AutoModelForCausalLM
 
+import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.convert import to_hf
 from dist_ckpt_mistral.formats.torch_dist import open_torch_dist
 from dist_ckpt_mistral.lazy_checkpoint import open_checkpoint
@@ -222,3 +224,25 @@ def test_a_checkpoint_without_any_configuration_asks_for_one(tmp_path: Path) -> 
     ):
         to_hf(folder("td_0192") / "checkpoint", tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "text", "record"])
+def test_a_config_is_given_in_any_way(kind: str, tmp_path: Path) -> None:
+    """Everything that takes a configuration takes it as a directory, a config.json or a MistralConfig."""
+    at, case, one = shards("td_0192"), folder("td_0192"), dcm.ParallelLayout()
+    record = dcm.MistralConfig.from_hf(case)
+    ways = {"directory": case, "file": case / "config.json", "text": str(case), "record": record}
+    config: Any = ways[kind]
+    done = dcm.to_hf(at, tmp_path / "hf", config=config)
+    assert dcm.MistralConfig.from_hf(tmp_path / "hf") == record
+    found = [
+        done.config_from,
+        dcm.reshard(at, tmp_path / "out", one, config=config).config_from,
+        dcm.plan_reading(at, one, config=config).config_from,
+        dcm.inspect(at, config=config).config_from,
+        dcm.megatron_args(tmp_path / "hf", config=config).config_from,
+    ]
+    assert found == ["the given configuration"] * len(found)
+    assert dcm.compare(at, at, config=config).is_equal
+    with dcm.open_checkpoint(at, config=config) as tensors:
+        assert tensors.config == record

@@ -227,6 +227,25 @@ def test_generation_stops_where_it_should(saved: dict[str, dict[str, Path]], meg
             tokens(prompt, 1)
 
 
+def test_training_goes_on_after_a_text(saved: dict[str, dict[str, Path]], megatron: SimpleNamespace) -> None:
+    """Modules are in evaluation mode while a text is written only: then each is as before, also when it breaks off."""
+    model = megatron.load_model(saved["tied"]["hf"], device="cpu")
+    model.decoder.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    assert True in before
+    assert False in before
+
+    def broken(*_: torch.Tensor) -> int:
+        assert not any(module.training for module in model.modules())
+        raise ZeroDivisionError
+
+    list(megatron.generate(model, [1], vocab_size=VOCABULARY, max_new_tokens=2))
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(ZeroDivisionError):
+        list(megatron.generate(model, [1], vocab_size=VOCABULARY, max_new_tokens=2, choose=broken))
+    assert [module.training for module in model.modules()] == before
+
+
 def test_the_cpu_stands_in_for_cuda_only_within(megatron: SimpleNamespace, saved: dict[str, dict[str, Path]]) -> None:
     """After a forward pass on a CPU torch answers as before: nothing of the disguise stays."""
     before = (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.cuda)

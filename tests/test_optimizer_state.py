@@ -43,6 +43,13 @@ def full_state(case: str, name: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
+def real_rows(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same without the rows that pad the vocabulary of 250 tokens to 256, in embedding and head."""
+    vocabularies = [key for key in state if key.startswith(("embedding.", "output_layer."))]
+    assert [len(state[key]) for key in vocabularies] == [256, 256]
+    return state | {key: state[key][:250] for key in vocabularies}
+
+
 def exported(case: str, to: Path, **options: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401  (of to_hf)
     """The tensors of an export."""
     dcm.to_hf(folder(case) / "checkpoint", to, config=folder(case), **options)
@@ -62,10 +69,7 @@ def as_megatron_stores(hf: dict[str, torch.Tensor], case: str) -> dict[str, torc
 def test_master_weights_are_what_dcp_loads(case: str, tmp_path: Path) -> None:
     """The float32 master weights leave bit for bit as torch's DCP loads them, padding rows aside."""
     hf = exported(case, tmp_path / "hf", weights="master")
-    expected = {
-        key: tensor[:250] if tensor.shape[0] == 256 and tensor.ndim == 2 else tensor
-        for key, tensor in full_state(case, READABLE[case]).items()
-    }
+    expected = real_rows(full_state(case, READABLE[case]))
     assert {tensor.dtype for tensor in hf.values()} == {torch.float32}
     assert described(as_megatron_stores(hf, case)) == described(expected)
     assert dcm.MistralConfig.from_hf(tmp_path / "hf").dtype == "float32"
@@ -89,8 +93,7 @@ def test_moments_are_what_dcp_loads(case: str, state: ParamState, name: str) -> 
     source = open_megatron(folder(case) / "checkpoint", config=dcm.MistralConfig.from_hf(folder(case)), state=state)
     with dcm.LazyCheckpoint(source) as moments:
         read = as_megatron_stores(dict(moments), case)
-    expected = full_state(case, name)
-    assert described(read) == described({key: tensor[: len(read[key])] for key, tensor in expected.items()})
+    assert described(read) == described(real_rows(full_state(case, name)))
 
 
 def test_the_cut_case_is_cut() -> None:
@@ -218,3 +221,25 @@ def test_blocks_that_do_not_fit_are_refused(own: object, message: str, tmp_path:
         metadata.mcore_data = about
     with pytest.raises(FormatError, match=message):
         open_torch_dist(directory).index([name])
+
+
+@pytest.mark.parametrize("state", [ParamState.MASTER, ParamState.EXP_AVG])
+def test_unknown_tensors_are_refused(state: ParamState, tmp_path: Path) -> None:
+    """What the table does not know is no weight to leave aside: it is named, whatever state is asked for."""
+    case = folder("opt_plain_0161")
+    directory = shutil.copytree(case / "checkpoint", tmp_path / "ckpt")
+    foreign = ("decoder.layers.self_attention.q_layernorm.weight", "vision_tower.blob")
+    with edited_metadata(directory) as metadata:
+        listed, stored = metadata.state_dict_metadata, metadata.storage_data
+        known = "decoder.final_layernorm.weight"
+        (at,) = [index for index in stored if index.fqn == known]
+        metadata.state_dict_metadata = listed | dict.fromkeys(foreign, listed[known])
+        metadata.storage_data = stored | {type(at)(name, at.offset): stored[at] for name in foreign}
+    config = dcm.MistralConfig.from_hf(case)
+    with pytest.raises(TensorMismatchError, match="2 tensors are unknown to the table: ") as refused:
+        open_megatron(directory, config=config, state=state)
+    assert all(f"{name} [64]" in str(refused.value) for name in foreign)
+    whole = open_megatron(case / "checkpoint", config=config, state=state)
+    left = {name for name, reason in whole.ignored if reason == "weights in the precision of training"}
+    weights = {name for name in read_metadata(directory).state_dict_metadata if not name.startswith("optimizer.")}
+    assert left == {name for name in weights if "_extra_state" not in name} - {*foreign}

@@ -25,11 +25,33 @@ def python(code: str, folder: Path) -> list[str]:
 
 def test_every_rank_knows_its_place(tmp_path: Path) -> None:
     """Ranks get torchrun's variables, one port for all; what they print is in their logs."""
-    code = "import os; print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')))"
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    code = f"import os; print(*(os.environ[name] for name in {names}))"
     run_ranks([python(code, tmp_path)] * 3, tmp_path, timeout_s=60)
     lines = [(tmp_path / f"rank{rank}.log").read_text().split() for rank in range(3)]
-    assert [line[:3] for line in lines] == [[str(rank), "3", "127.0.0.1"] for rank in range(3)]
-    assert len({line[3] for line in lines}) == 1
+    assert [line[:-1] for line in lines] == [[str(rank)] * 2 + ["3"] * 2 + ["127.0.0.1"] for rank in range(3)]
+    assert len({line[-1] for line in lines}) == 1
+
+
+def test_the_port_is_kept_for_the_first_rank(tmp_path: Path) -> None:
+    """Nobody else gets the port while the ranks start; a rank that binds it as torch's store does may listen on it."""
+    code = """
+import os, socket
+place = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+with socket.socket() as other:
+    try:
+        other.bind(place)
+    except OSError:
+        print("kept")
+with socket.socket() as store:
+    store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    store.bind(place)
+    store.listen()
+    socket.create_connection(place).close()
+    print("mine")
+"""
+    run_ranks([python(code, tmp_path)], tmp_path, timeout_s=60)
+    assert (tmp_path / "rank0.log").read_text().split() == ["kept", "mine"]
 
 
 def test_nothing_is_left_of_ranks_that_end_well(tmp_path: Path) -> None:

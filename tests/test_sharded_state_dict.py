@@ -142,6 +142,10 @@ def test_what_does_not_fit_is_refused(api: SimpleNamespace) -> None:
         api.sharded_state_dict(CONFIG, TP2, 0, padded_vocab_size=249)
     with pytest.raises(ConfigError, match="Give dtype"):
         api.sharded_state_dict(replace(CONFIG, dtype=None), TP2, 0)
+    with pytest.raises(ConfigError, match="dtype 'int8' is not supported"):
+        api.sharded_state_dict(replace(CONFIG, dtype="int8"), TP2, 0)
+    with pytest.raises(ConfigError, match="dtype 'float8' is not supported"):
+        api.sharded_state_dict(CONFIG, TP2, 0, dtype="float8")
     assert api.sharded_state_dict(replace(CONFIG, dtype=None), TP2, 0, dtype=torch.half)[QKV].dtype == torch.half
 
 

@@ -49,7 +49,10 @@ def main(folder: Path, parent: int) -> None:
 
 
 def _do(run: Run, training: Training, hf: str) -> dict[str, Any]:
-    """Train as ``run`` says: loss and gradient norm of every step by its number, and the counters at the checkpoint."""
+    """Train as ``run`` says: loss and gradient norm of every step by its number, and the counters at the checkpoint.
+
+    ``norm_elements`` is how many elements the last gradient norm was of.
+    """
     told: dict[str, Any] = {"losses": {}, "norms": {}}
     if run.resumed is not None and run.resharded is not None:
         reshard(run.resumed, run.resharded, training.layout, config=hf, ranks=from_environment())
@@ -69,6 +72,7 @@ def _do(run: Run, training: Training, hf: str) -> dict[str, Any]:
         if run.saved is not None and training.steps_done == SAVED_AFTER:
             training.save(run.saved)
             told["counters"] = training.counters()
+    told["norm_elements"] = training.norm_elements()
     if run.ended is not None:
         training.save(run.ended)
         told["float32_loss"] = training.float32_loss()

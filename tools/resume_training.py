@@ -78,6 +78,17 @@ class Training:
         self.steps_done += 1
         return loss, norm
 
+    def norm_elements(self) -> int:
+        """How many elements the gradient has whose norm Megatron takes, on all ranks together."""
+        total = 0
+        for each in self._optimizers():
+            # Renamed between megatron-core 0.16 and 0.19 (optimizer/optimizer.py).
+            named = next(n for n in ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm") if hasattr(each, n))
+            counted = torch.tensor(sum(gradient.numel() for gradient in getattr(each, named)()))
+            dist.all_reduce(counted, group=each.get_grad_stats_parallel_group())
+            total += int(counted)
+        return total
+
     def begin(self, weights: str) -> None:
         """Begin with the weights of a checkpoint, such as ``from-hf`` writes."""
         self._load_weights(dist_checkpointing.load(self._weights(), _latest(weights)))
@@ -162,8 +173,13 @@ class Training:
         for name, chunk in _nested(self.chunks).items():
             chunk.load_state_dict(state[name])
 
+    def _optimizers(self) -> list[Any]:
+        """Megatron's own, of which it may have chained several."""
+        chained: list[Any] = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return chained
+
     def _torch_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [each.optimizer for each in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
+        return [each.optimizer for each in self._optimizers()]
 
     def _forget_step(self) -> None:
         for each in self._torch_optimizers():

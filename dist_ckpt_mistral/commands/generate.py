@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral import libraries, ranks
@@ -76,12 +77,24 @@ def _require_ranks(arguments: argparse.Namespace) -> None:
     """Refuse to start unless torchrun started one process for every rank of the layout."""
     wanted, found = arguments.tp * arguments.pp, int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != found:
-        prompts = [word for prompt in arguments.prompt for word in ("--prompt", prompt)]
-        command = ["generate", arguments.path, *prompts, "--tp", str(arguments.tp), "--pp", str(arguments.pp)]
+        command = ["generate", arguments.path, *_given_options(arguments)]
         raise LayoutError(
             f"--tp {arguments.tp} --pp {arguments.pp} needs {wanted} ranks, and there are {found}. Start them with: "
             f"torchrun --nproc-per-node {wanted} -m dist_ckpt_mistral {shlex.join(command)}"
         )
+
+
+def _given_options(arguments: argparse.Namespace) -> Iterator[str]:
+    """Every option as it was given, for another command line."""
+    for name, value in vars(arguments).items():
+        option = "--" + name.replace("_", "-")
+        if name in ("path", "command") or value is None or value is False:
+            continue
+        if value is True:
+            yield option
+            continue
+        for text in map(str, value if isinstance(value, list) else [value]):
+            yield from (f"{option}={text}",) if text.startswith("-") else (option, text)
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling | None:

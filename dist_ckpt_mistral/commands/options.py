@@ -119,11 +119,9 @@ def given_layout(arguments: argparse.Namespace) -> ParallelLayout:
 
 def given_config(arguments: argparse.Namespace) -> MistralConfig | None:
     """The configuration that ``--config`` names, if it was given."""
-    if arguments.config is None:
-        return None
-    from dist_ckpt_mistral.model.config import MistralConfig  # noqa: PLC0415  (--help must not wait)
+    from dist_ckpt_mistral.model import config  # noqa: PLC0415  (--help must not wait)
 
-    return MistralConfig.from_hf(arguments.config)
+    return config.given_config(arguments.config)
 
 
 def positive(text: str) -> int:

@@ -24,9 +24,9 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dist_ckpt_mistral.convert import require_weight_dtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron, on_device, without_cuda
+from dist_ckpt_mistral.megatron.sharded_state_dict import weight_dtype
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
 from dist_ckpt_mistral.model.yarn import YarnScaling
@@ -102,7 +102,7 @@ def build_model(
     layout.check(config)
     layout = initialize_megatron(layout, device=device)
     settings = {"perform_initialization": perform_initialization, **transformer_config}
-    chunks = build_chunks(config, layout, _dtype(config, dtype), device, padded_vocab_size, settings)
+    chunks = build_chunks(config, layout, weight_dtype(config, dtype), device, padded_vocab_size, settings)
     return as_model([chunk.to(device) for chunk in chunks])
 
 
@@ -164,21 +164,6 @@ def as_model(chunks: list[GPTModel]) -> Model:
 def as_chunks(model: Model) -> list[GPTModel]:
     """The chunks of a rank's model."""
     return model if isinstance(model, list) else [model]
-
-
-def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype itself. Raises ConfigError if weights cannot have it."""
-    name = str(dtype).removeprefix("torch.")
-    require_weight_dtype(name)
-    found: torch.dtype = getattr(torch, name)
-    return found
-
-
-def _dtype(config: MistralConfig, dtype: torch.dtype | str | None) -> torch.dtype:
-    chosen = config.dtype if dtype is None else dtype
-    if chosen is None:
-        raise ConfigError("no dtype for the weights: the configuration does not say one. Give dtype.")
-    return torch_dtype(chosen)
 
 
 def _transformer_config(

@@ -12,7 +12,7 @@ from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens
 from dist_ckpt_mistral.megatron.inference import generate, greedy
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 
@@ -43,7 +43,7 @@ def complete(
     layout: ParallelLayout,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    config: str | Path | None = None,
+    config: GivenConfig | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
 ) -> Iterator[Completion]:
@@ -59,11 +59,8 @@ def complete(
     layout = initialize_megatron(layout, device=device)
 
     def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
-        source = open_source(
-            hub.local_directory(str(path)), config=None if config is None else MistralConfig.from_hf(config)
-        )
-        given = [Path(each) for each in (tokenizer, config) if each is not None]
-        directories = [*(each for each in given if each.is_dir()), source.assets]
+        source = open_source(hub.local_directory(str(path)), config=given_config(config))
+        directories = [*map(given_directory, (tokenizer, config)), source.assets]
         words = load_tokenizer(directories)
         return source, words, stop_tokens(source, words, directories)
 

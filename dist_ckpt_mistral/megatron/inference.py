@@ -7,6 +7,7 @@ prompt at a time. Hidden states go from stage to stage by plain point-to-point m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -80,13 +81,38 @@ def generate(
     The first token among ``stop_tokens`` ends it and is yielded too. ``choose`` is asked on one rank of the last stage.
     ``vocab_size`` leaves out the rows that only pad the vocabulary.
 
+    Dropout is off meanwhile; whether the model is in training mode afterwards is as it was before.
+
     Raises ConfigError if the prompt is empty or has tokens outside the vocabulary.
     """
     outside = [token for token in prompt if not 0 <= token < vocab_size]
     if not prompt or outside:
         raise ConfigError(f"a prompt needs tokens of 0 to {vocab_size - 1}, got {outside[:5] or 'none'}")
-    for chunk in as_chunks(model):
-        chunk.eval()
+    with _evaluating(as_chunks(model)):
+        yield from _tokens(model, prompt, vocab_size, max_new_tokens, stop_tokens, choose)
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[GPTModel]) -> Iterator[None]:
+    """Within the block no module is in training mode; afterwards those are that were before."""
+    training = [module for chunk in chunks for module in chunk.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tokens(
+    model: Model,
+    prompt: Sequence[int],
+    vocab_size: int,
+    max_new_tokens: int,
+    stop_tokens: Collection[int],
+    choose: Choose,
+) -> Iterator[int]:
     context = StaticInferenceContext(1, len(prompt) + max_new_tokens)
     tokens = torch.tensor([[*prompt]])
     seen = 0

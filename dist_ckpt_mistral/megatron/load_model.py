@@ -19,9 +19,10 @@ from dist_ckpt_mistral import hub, ranks
 from dist_ckpt_mistral.convert import require_equal_aliases
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.executor import Effort, execute
-from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks, torch_dtype
+from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
+from dist_ckpt_mistral.model.config import GivenConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.rank_plan import live_rows, plan_held
@@ -35,7 +36,7 @@ def load_model(
     path: str | Path,
     *,
     layout: ParallelLayout = _ALONE,
-    config: str | Path | MistralConfig | None = None,
+    config: GivenConfig | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     padded_vocab_size: int | None = None,
@@ -50,7 +51,7 @@ def load_model(
     Args:
         path: A Megatron checkpoint (root or iteration), a Hugging Face directory or hub id.
         layout: The parallel layout; its data-parallel replicas follow from the number of ranks.
-        config: For checkpoints that do not tell theirs: a config.json, or a directory with one.
+        config: For checkpoints that do not tell theirs: itself, a config.json, or a directory with one.
         dtype: Converts the weights (rounding to nearest even; torch's own or its name), by default they keep the one
             that they are stored in.
         device: Where the model goes, by default CUDA where there is any, else the CPU.
@@ -66,8 +67,7 @@ def load_model(
     layout = initialize_megatron(layout, device=device)
 
     def opened() -> ModelSource:
-        given = config if config is None or isinstance(config, MistralConfig) else MistralConfig.from_hf(config)
-        return open_source(hub.local_directory(str(path)), config=given)
+        return open_source(hub.local_directory(str(path)), config=given_config(config))
 
     return load_source(
         ranks.from_environment().each(opened),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final
@@ -26,6 +26,15 @@ from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 _PATIENCE: Final = timedelta(hours=24)
 #: What Megatron-LM adds to the seed from one pipeline stage to the next (megatron/training/initialize.py).
 _SEED_STEP: Final = 100
+#: The process group of this rank along each axis of a layout.
+_GROUPS: Final[Mapping[str, Callable[[], dist.ProcessGroup]]] = {
+    "tp": parallel_state.get_tensor_model_parallel_group,
+    "pp": parallel_state.get_pipeline_model_parallel_group,
+    "cp": parallel_state.get_context_parallel_group,
+    "dp": parallel_state.get_data_parallel_group,
+    "ep": parallel_state.get_expert_model_parallel_group,
+    "etp": parallel_state.get_expert_tensor_parallel_group,
+}
 
 
 def default_device() -> torch.device:
@@ -96,20 +105,22 @@ def _initialize_parallel_state(layout: ParallelLayout) -> None:
 
 
 def _require_same(layout: ParallelLayout) -> None:
-    """Refuse a layout that is not that of the parallel state."""
-    pairs = {
-        "tp": (layout.tp, parallel_state.get_tensor_model_parallel_world_size()),
-        "pp": (layout.pp, parallel_state.get_pipeline_model_parallel_world_size()),
-        "cp": (layout.cp, parallel_state.get_context_parallel_world_size()),
-        "vpp": (layout.vpp or 1, parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1),
-    }
-    different = [
-        f"{name}: expected {wanted}, got {found}" for name, (wanted, found) in pairs.items() if wanted != found
-    ]
+    """Refuse a layout that is not that of the parallel state: other sizes, or ranks that count in another order.
+
+    Who shares a group with a rank shows both, on any rank: so all ranks refuse alike, and none waits for the others.
+    """
+    vpp = (layout.vpp or 1, parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1)
+    different = [f"vpp: expected {vpp[0]}, got {vpp[1]}"] if vpp[0] != vpp[1] else []
+    for axis, group in _GROUPS.items():
+        wanted, found = layout.peers(dist.get_rank(), axis), dist.get_process_group_ranks(group())
+        if len(wanted) != len(found):
+            different.append(f"{axis}: expected {len(wanted)}, got {len(found)}")
+        elif wanted != found:
+            different.append(f"{axis} group of rank {dist.get_rank()}: expected ranks {wanted}, got {found}")
     if different:
         raise LayoutError(
             f"Megatron's parallel state is not that of the layout: {', '.join(different)}. Give the layout that it "
-            "has, or call parallel_state.destroy_model_parallel() first."
+            "has, with its order of ranks, or call parallel_state.destroy_model_parallel() first."
         )
 
 
@@ -120,7 +131,12 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def without_cuda() -> Iterator[None]:
-    """Within the block what asks for CUDA gets the CPU: the current device, ``device="cuda"``, ``.cuda()``."""
+    """Within the block what asks for CUDA gets the CPU: the current device, ``device="cuda"``, ``.cuda()``.
+
+    ``torch.cuda.current_device``, ``torch.cuda.synchronize`` and ``Tensor.cuda`` are replaced for the whole process,
+    all its threads included: no other thread may use a GPU meanwhile, or enter or leave such a block. Every forward of
+    a model on the CPU is one (``CpuGPTModel``).
+    """
     answers = {
         (torch.cuda, "current_device"): lambda: "cpu",
         (torch.cuda, "synchronize"): lambda *_: None,

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from dist_ckpt_mistral.convert import require_weight_dtype
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.megatron.hf_metadata import (
     Data,
@@ -52,7 +53,7 @@ def sharded_state_dict(
     rank: int,
     *,
     data: Mapping[str, Any] | Supplier | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     style: KeyStyle = KeyStyle.STACKED,
     padded_vocab_size: int | None = None,
 ) -> ShardedStateDict:
@@ -67,18 +68,18 @@ def sharded_state_dict(
         rank: Counts as Megatron does for ``layout``: in its ``order``, by default tp-cp-ep-dp-pp with pp slowest.
         data: None to let ``load`` allocate; or a mapping of the keys of the result to tensors, such as a module's
             state dict; or a ``Supplier``, called when Megatron first touches a tensor.
-        dtype: Of every tensor; by default what ``config`` says.
+        dtype: Of every tensor (torch's own or its name); by default what ``config`` says.
         style: How keys of layers are spelled; a load must ask in the style of the checkpoint.
         padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to. A load may ask for any size.
 
     Raises:
         LayoutError: The layout does not fit the model, or ``rank`` or ``padded_vocab_size`` the layout.
-        ConfigError: Neither ``dtype`` nor ``config`` gives a dtype.
+        ConfigError: Neither ``dtype`` nor ``config`` gives a dtype that weights can have.
         TensorMismatchError: ``data`` lacks tensors, has unknown ones, or some of another shape or dtype. What a
             ``Supplier`` gives is checked when it is called.
     """
     at, table = layout.coordinates(rank), tensor_table(config)
-    dtype = _dtype(config) if dtype is None else dtype
+    dtype = weight_dtype(config, dtype)
     entries = tensor_entries(config, layout, rank, data=data, dtype=dtype, style=style, vocab_rows=padded_vocab_size)
     for chunk, own in zip(layout.model_chunks(table.num_layers, at.pp), entries, strict=True):
         own.update(_extra_states(table, chunk, at, style))
@@ -116,11 +117,20 @@ def nested(chunks: list[ShardedStateDict]) -> ShardedStateDict:
     return {f"model{number}": each for number, each in enumerate(chunks)} if len(chunks) > 1 else chunks[0]
 
 
-def _dtype(config: MistralConfig) -> torch.dtype:
-    if config.dtype is None:
+def weight_dtype(config: MistralConfig, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of the weights: ``dtype``, else what ``config`` says. Raises ConfigError if they cannot have it."""
+    chosen = config.dtype if dtype is None else dtype
+    if chosen is None:
         raise ConfigError("no dtype for the weights: the configuration does not say one. Give dtype.")
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
+    return torch_dtype(chosen)
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype itself. Raises ConfigError if weights cannot have it."""
+    name = str(dtype).removeprefix("torch.")
+    require_weight_dtype(name)
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

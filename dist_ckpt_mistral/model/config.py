@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
 from dist_ckpt_mistral.model.yarn import YarnScaling, rope_parameters, yarn_of
+
+#: How callers give a configuration: itself, a config.json, or a directory with one.
+GivenConfig: TypeAlias = "str | Path | MistralConfig"
 
 #: HF ``model_type`` values that the tensor table knows.
 MODEL_TYPES: Final = ("mistral",)
@@ -138,6 +141,18 @@ class MistralConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.dtype,
         }
+
+
+def given_config(config: GivenConfig | None) -> MistralConfig | None:
+    """The configuration that a caller gave, whichever way, or None if none was. Raises as ``from_hf``."""
+    return config if config is None or isinstance(config, MistralConfig) else MistralConfig.from_hf(config)
+
+
+def given_directory(config: GivenConfig | None) -> Path | None:
+    """The directory that a caller gave for its configuration, whose other small files may be wanted; else None."""
+    if config is None or isinstance(config, MistralConfig):
+        return None
+    return Path(config) if Path(config).is_dir() else None
 
 
 def _from_hf_mapping(raw: Mapping[str, Any], where: str) -> MistralConfig:

@@ -6,6 +6,7 @@ It stands beside the table and not under ``megatron/`` because an import must cu
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -174,6 +175,16 @@ class ParallelLayout(PipelineLayout):
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is outside a layout of {self.world_size} ranks")
         return self._grid.coordinates(rank)
+
+    def peers(self, rank: int, axis: str) -> list[int]:
+        """The ranks that differ from ``rank`` on one axis alone, itself among them: Megatron's group of that name.
+
+        ``axis`` is tp, cp, dp or pp; or ep or etp, on the grid of the experts.
+        """
+        axes = ("etp", "ep", "edp", "pp") if axis in ("ep", "etp") else ("tp", "cp", "dp", "pp")
+        others = operator.attrgetter(*(each for each in axes if each != axis))
+        own = others(self.coordinates(rank))
+        return [each for each in range(self.world_size) if others(self.coordinates(each)) == own]
 
     def held_tensors(
         self,

@@ -21,7 +21,7 @@ from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, match_checkpoint
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config import GivenConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
 from dist_ckpt_mistral.model.rank_grid import RankCoordinates
@@ -36,18 +36,17 @@ _BLOCKS: Final = (
 
 
 def plan_reading(
-    checkpoint: str | Path, layout: ParallelLayout, *, config: str | Path | None = None, weights_only: bool = False
+    checkpoint: str | Path, layout: ParallelLayout, *, config: GivenConfig | None = None, weights_only: bool = False
 ) -> ReadingPlan:
     """Plan what every rank of ``layout`` reads of a Megatron checkpoint.
 
-    ``config`` is a config.json or a directory with one, for checkpoints that lost theirs. ``weights_only`` leaves
-    optimizer state out. The vocabulary is padded as Megatron-LM pads it for ``layout``; rows that are not stored need
-    no reading. Raises LayoutError where Megatron would refuse the layout, FormatError, TensorMismatchError or
+    ``config`` (itself, a config.json, or a directory with one) is for checkpoints that lost theirs. ``weights_only``
+    leaves optimizer state out. The vocabulary is padded as Megatron-LM pads it for ``layout``; rows that are not stored
+    need no reading. Raises LayoutError where Megatron would refuse the layout, FormatError, TensorMismatchError or
     PlanError where the checkpoint is not whole.
     """
     opened = torch_dist.open_torch_dist(Path(checkpoint), with_common_state=config is None)
-    given = MistralConfig.from_hf(config) if config is not None else None
-    chosen, config_from = choose_config(opened, given, read_embedded(opened))
+    chosen, config_from = choose_config(opened, given_config(config), read_embedded(opened))
     layout.check(chosen)
     states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(opened)
     shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
@@ -111,12 +110,7 @@ def _unlocated_index(checkpoint: torch_dist.TorchDistCheckpoint, names: Sequence
 
 def _kinds(found: CheckpointMap) -> dict[str, str]:
     """What each stored tensor is, for people."""
-    return {
-        found.stored_name(stored.mcore_key): kind_of(rule, found.state)
-        for rule in found.table.rules
-        for layer in found.table.layers_of(rule)
-        for stored in found.stored(rule, layer)
-    }
+    return {name: kind_of(rule, found.state) for name, rule, _ in found.tensors()}
 
 
 def _groups(
