@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Final
 
 from dist_ckpt_mistral.commands import demo, from_hf, generate, inspect, megatron_args, plan, reshard, to_hf, verify
-from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE
+from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
 _COMMANDS: Final = (from_hf, to_hf, plan, reshard, inspect, verify, generate, megatron_args, demo)
@@ -26,7 +26,7 @@ _EXIT_INTERRUPTED: Final = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=max(level, logging.WARNING))
     logging.getLogger("dist_ckpt_mistral").setLevel(level)  # what other libraries note is not about what the user does
     signal.signal(signal.SIGTERM, _interrupt)  # so that an unpublished output is removed
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if not (arguments.on_all_ranks or is_first_rank()):
+        return EXIT_DONE
     command: Callable[[argparse.Namespace], int] = arguments.command
     code = command(arguments)
     sys.stdout.flush()
@@ -60,7 +62,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (
 def _fail(error: Exception, *, debug: bool) -> int:
     if debug:
         raise error
-    if os.environ.get("RANK", "0") == "0":  # the ranks of a job fail together, with one voice
+    if is_first_rank():  # the ranks of a job fail together, with one voice
         print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
     return EXIT_DATA
 

@@ -72,11 +72,23 @@ class Sampling:
         return draw
 
 
-def load_tokenizer(directories: Iterable[Path | None]) -> Any:  # noqa: ANN401  (transformers is untyped)
+def tokenizer_directories(tokenizer: str | Path | None, *others: Path | None) -> list[Path]:
+    """Where to look for a tokenizer: in ``tokenizer`` alone if given, else in ``others`` in this order.
+
+    Raises ConfigError if ``tokenizer`` is given and is no directory.
+    """
+    if tokenizer is None:
+        return [each for each in others if each is not None]
+    if not Path(tokenizer).is_dir():
+        raise ConfigError(f"the tokenizer {tokenizer} is not a directory. Give the one that holds its files.")
+    return [Path(tokenizer)]
+
+
+def load_tokenizer(directories: Iterable[Path]) -> Any:  # noqa: ANN401  (transformers is untyped)
     """The tokenizer in the first of ``directories`` that has one. Raises ConfigError where none has."""
     from transformers import AutoTokenizer  # noqa: PLC0415  (slow)
 
-    looked = [directory for directory in directories if directory is not None]
+    looked = list(directories)
     for directory in looked:
         if any(hf_directory.is_tokenizer_file(path.name) for path in directory.iterdir()):
             try:

@@ -40,7 +40,11 @@ def run_ranks(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout
     count = str(len(commands))
     ranks: list[subprocess.Popen[bytes]] = []
     with _reserved_port() as port:
-        job = os.environ | _ENVIRONMENT | {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
+        job = (
+            _own_environment()
+            | _ENVIRONMENT
+            | {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
+        )
         try:
             for rank, command in enumerate(commands):
                 environment = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -56,6 +60,14 @@ def run_ranks(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(each.pid, signal.SIGKILL)  # the rank, and writers that Megatron spawned and left behind
                 each.wait()
+
+
+def _own_environment() -> dict[str, str]:
+    """This process's environment without what Megatron chose for a model built here: each rank chooses for itself.
+
+    NVTE_FLASH_ATTN and the like (models/common/language_module/language_module.py, 0.16 to 0.19).
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:

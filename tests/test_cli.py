@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run, tree
+from command_line import Outcome, run, tree
 from genuine import folder, shards, truth
 from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
@@ -314,6 +314,20 @@ def test_the_version_is_told() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert outcome.out == [f"dist-ckpt-mistral {version}"]
     assert version == project["version"]
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["plan"], ["verify", "ckpt"], ["megatron-args"]])
+def test_one_rank_speaks(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun the first rank alone answers, and its lines end without blanks; the others are silent."""
+    monkeypatch.chdir(tmp_path)
+    from_hf(saved(random_model(), tmp_path / "hf"), tmp_path / "ckpt")
+    first = run(*command, "ckpt")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    second = run(*command, "ckpt")
+    assert (first.code, second) == (0, Outcome(code=0, out=[], err=[]))
+    assert first.out
+    assert [line for line in first.out if line != line.rstrip()] == []
 
 
 def test_notes_go_to_stderr_and_results_to_stdout(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import transformers
 from command_line import refusal, run
 from genuine import folder, shards
+from hf_models import random_model, saved
 from safetensors.torch import load_file, save_file
 from small_models import MODELS, PROMPT, VOCABULARY, save_tokenizer, small_model
 from transformers import AutoTokenizer
@@ -246,8 +247,10 @@ def test_what_generate_refuses(places: dict[str, Path], tmp_path: Path, monkeypa
     told = refusal(tmp_path, *start, "--tp", 2, "--pp", 2)
     assert "--tp 2 --pp 2 needs 4 ranks, and there are 1. Start them with: torchrun --nproc-per-node 4 -m " in told
     assert f"dist_ckpt_mistral generate {places['tied']} --prompt 'a b' --max-new-tokens 64 --tp 2 --pp 2" in told
-    assert "top_p must be above 0 and at most 1, got 1.5" in refusal(tmp_path, *start, "--top-p", 1.5)
-    assert run(*start, "--temperature", 0).code == run(*start, "--seed", -1).code == 2
+    assert [run(*start, *wrong).code for wrong in (("--top-p", 1.5), ("--temperature", 0), ("--seed", -1))] == [2] * 3
+    nowhere = tmp_path / "nowhere"
+    for command in (start, ["verify", places["tied"], places["tied-ckpt"], "--logits", "--prompt", "a"]):
+        assert f"the tokenizer {nowhere} is not a directory" in refusal(tmp_path, *command, "--tokenizer", nowhere)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "tokenizer.json").write_text("{}")
@@ -281,6 +284,14 @@ def test_verify_logits_takes_prompts(places: dict[str, Path]) -> None:
     assert (outcome.code, outcome.err) == (0, [])
     assert [line.partition(":")[0] for line in outcome.out[:2]] == ["'ab', 3 tokens", f"{TEXT!r}, 17 tokens"]
     assert outcome.out[2].startswith("the logits agree: largest difference ")
+
+
+def test_prompts_that_no_model_takes(places: dict[str, Path], tmp_path: Path) -> None:
+    """A prompt with tokens outside the vocabulary is refused in one line; options of --logits without it are misuse."""
+    hf = saved(random_model(), tmp_path / "hf")
+    command = ["verify", hf, hf, "--prompt", "z", "--tokenizer", places["tied"]]
+    assert "a prompt needs tokens of 0 to 49, got [" in refusal(tmp_path, *command, "--logits")
+    assert run(*command).code == run(*command[:3], *command[5:]).code == 2
 
 
 @pytest.mark.parametrize("change", [0.01, float("nan")])

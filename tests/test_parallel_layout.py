@@ -292,3 +292,11 @@ def test_an_empty_stage_is_possible() -> None:
     first, last = held_by_ranks(config, ParallelLayout(pp=2, pp_layers=(0, 6)), KeyStyle.STACKED)
     assert [held.module_name for held in first] == ["embedding.word_embeddings.weight"]
     assert last[0].replica_id == (1, 0, 0)
+
+
+@pytest.mark.parametrize("field", ["tp", "pp", "cp", "dp", "ep", "etp"])
+@pytest.mark.parametrize("count", ["2", 2.0, 0, True])
+def test_counts_are_whole_numbers(field: str, count: object) -> None:
+    """Anything but a whole number of at least 1 is refused by name."""
+    with pytest.raises(LayoutError, match=f"^{field} must be at least 1, got "):
+        ParallelLayout(**{field: count})  # type: ignore[arg-type]

@@ -33,6 +33,15 @@ def test_every_rank_knows_its_place(tmp_path: Path) -> None:
     assert len({line[-1] for line in lines}) == 1
 
 
+def test_ranks_choose_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Megatron notes in the environment when it builds a model here is not passed on; all else is."""
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "1")
+    monkeypatch.setenv("OF_THE_USER", "kept")
+    code = "import os; print(os.environ.get('NVTE_FLASH_ATTN'), os.environ['OF_THE_USER'])"
+    run_ranks([python(code, tmp_path)], tmp_path, timeout_s=60)
+    assert (tmp_path / "rank0.log").read_text().split() == ["None", "kept"]
+
+
 def test_the_port_is_kept_for_the_first_rank(tmp_path: Path) -> None:
     """Nobody else gets the port while the ranks start; a rank that binds it as torch's store does may listen on it."""
     code = """

@@ -11,7 +11,9 @@ from dist_ckpt_mistral.ranks import from_environment
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
-    command = options.declare(commands, "from-hf", run, "Import a Hugging Face model into a Megatron checkpoint.")
+    command = options.declare(
+        commands, "from-hf", run, "Import a Hugging Face model into a Megatron checkpoint.", on_all_ranks=True
+    )
     command.add_argument("hf", metavar="HF", help="Hugging Face directory or hub id")
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint root to create")
     for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
-    command = options.declare(commands, "generate", run, "Let a model write: it runs on Megatron.")
+    command = options.declare(commands, "generate", run, "Let a model write: it runs on Megatron.", on_all_ranks=True)
     command.add_argument("path", metavar="CKPT_OR_HF", help="checkpoint, Hugging Face directory or hub id")
     command.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="what to go on from; may be given repeatedly"
@@ -30,7 +30,7 @@ def add(commands: options.Commands) -> None:
     for flag, kind, what in (
         ("temperature", options.positive_number, "divide the logits by it"),
         ("top-k", options.positive, "draw from the K likeliest tokens"),
-        ("top-p", options.positive_number, "draw from the likeliest tokens that together have this probability"),
+        ("top-p", options.probability, "draw from the likeliest tokens that together have this probability"),
         ("seed", options.not_negative, "of the draws (default 0)"),
     ):
         help_text = f"{what}; any of the four turns sampling on, else the likeliest token follows"

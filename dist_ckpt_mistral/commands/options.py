@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -40,12 +41,21 @@ Commands: TypeAlias = Any
 
 
 def declare(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    *,
+    on_all_ranks: bool = False,
 ) -> argparse.ArgumentParser:
-    """A new command ``name`` that ``run`` carries out; ``run`` returns the exit code."""
+    """A new command ``name`` that ``run`` carries out; ``run`` returns the exit code.
+
+    Under torchrun the first rank alone runs it, unless ``on_all_ranks``. ``arguments.wrong_usage(message)`` ends the
+    program as argparse does.
+    """
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, on_all_ranks=on_all_ranks, wrong_usage=command.error)
     return command
 
 
@@ -124,6 +134,11 @@ def given_config(arguments: argparse.Namespace) -> MistralConfig | None:
     return config.given_config(arguments.config)
 
 
+def is_first_rank() -> bool:
+    """Whether this is the only process or torchrun's first, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -139,6 +154,14 @@ def positive_number(text: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def probability(text: str) -> float:
+    """A number above 0 and at most 1."""
+    number = positive_number(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text!r}")
     return number
 
 
@@ -184,4 +207,8 @@ def show(content: RenderableType) -> None:
     from rich.console import Console  # noqa: PLC0415  (only tables need rich)
 
     width = None if sys.stdout.isatty() else _PAGE_COLUMNS
-    Console(width=width, highlight=False, markup=False, emoji=False).print(content)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(content)
+    for line in capture.get().splitlines():  # rich fills the last column with blanks
+        print(line.rstrip())

@@ -13,7 +13,9 @@ from dist_ckpt_mistral.ranks import Ranks
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
-    command = options.declare(commands, "verify", run, "Compare two models, whatever they are stored as.")
+    command = options.declare(
+        commands, "verify", run, "Compare two models, whatever they are stored as.", on_all_ranks=True
+    )
     command.add_argument("a", metavar="A", type=Path, help=options.CKPT_OR_HF)
     command.add_argument("b", metavar="B", type=Path, help=options.CKPT_OR_HF)
     options.add_config(command)
@@ -31,8 +33,12 @@ def add(commands: options.Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, and list the differences."""
-    return _compare_logits(arguments) if arguments.logits else _compare_bits(arguments)
+    """Compare, and list the differences. Under torchrun all ranks take part in running models, one compares bits."""
+    if arguments.logits:
+        return _compare_logits(arguments)
+    if arguments.prompt or arguments.tokenizer:
+        arguments.wrong_usage("--prompt and --tokenizer go with --logits")
+    return _compare_bits(arguments) if options.is_first_rank() else options.EXIT_DONE
 
 
 def _compare_bits(arguments: argparse.Namespace) -> int:
@@ -65,6 +71,9 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             tolerance=arguments.tolerance,
         )
+    code = options.EXIT_DONE if outcome.agree else options.EXIT_DIFFERENT
+    if not options.is_first_rank():
+        return code
     if arguments.json:
         print(json.dumps(outcome.to_json(), indent=2, ensure_ascii=False))
     else:
@@ -81,4 +90,4 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
             f"{outcome.tolerance:.2e} (float32; transformers on {outcome.in_transformers}, "
             f"Megatron on {outcome.in_megatron})"
         )
-    return options.EXIT_DONE if outcome.agree else options.EXIT_DIFFERENT
+    return code

@@ -126,7 +126,8 @@ def resolve_directory(path: Path) -> Path:
     if (path / METADATA_FILE).exists() or (path / BACKEND_FILE).exists():
         return path
     if not path.is_dir():
-        raise FormatError(f"{path} is not a checkpoint: there is no such directory")
+        what = "it is a file" if path.exists() else "there is no such directory"
+        raise FormatError(f"{path} is not a checkpoint: {what}")
     latest = {name: read(path / name) for name, read in _TRACKERS.items() if (path / name).is_file()}
     if len(set(latest.values())) > 1:
         raise FormatError(f"{path} is ambiguous: {', '.join(f'{n} names {d}' for n, d in latest.items())}. Give one.")

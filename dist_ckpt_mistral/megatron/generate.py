@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ckpt_mistral import hub, ranks
-from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens
+from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens, tokenizer_directories
 from dist_ckpt_mistral.megatron.inference import generate, greedy
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
@@ -60,9 +60,8 @@ def complete(
 
     def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
         source = open_source(hub.local_directory(str(path)), config=given_config(config))
-        directories = [*map(given_directory, (tokenizer, config)), source.assets]
-        words = load_tokenizer(directories)
-        return source, words, stop_tokens(source, words, directories)
+        words = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), source.assets))
+        return source, words, stop_tokens(source, words, [*map(given_directory, (tokenizer, config)), source.assets])
 
     source, words, stop = ranks.from_environment().each(prepare)
     model = load_source(source, layout, dtype=dtype, device=device)

@@ -85,11 +85,16 @@ def generate(
 
     Raises ConfigError if the prompt is empty or has tokens outside the vocabulary.
     """
+    require_tokens(prompt, vocab_size)
+    with _evaluating(as_chunks(model)):
+        yield from _tokens(model, prompt, vocab_size, max_new_tokens, stop_tokens, choose)
+
+
+def require_tokens(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raise ConfigError if ``prompt`` is empty or has tokens outside the vocabulary."""
     outside = [token for token in prompt if not 0 <= token < vocab_size]
     if not prompt or outside:
         raise ConfigError(f"a prompt needs tokens of 0 to {vocab_size - 1}, got {outside[:5] or 'none'}")
-    with _evaluating(as_chunks(model)):
-        yield from _tokens(model, prompt, vocab_size, max_new_tokens, stop_tokens, choose)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ import torch
 
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats import hf_directory
-from dist_ckpt_mistral.hf_inference import load_hf_model, load_tokenizer
-from dist_ckpt_mistral.megatron.inference import forward
+from dist_ckpt_mistral.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
+from dist_ckpt_mistral.megatron.inference import forward, require_tokens
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -91,8 +91,8 @@ def compare_logits(
     if hf_directory.is_model_directory(source_b.path) and not hf_directory.is_model_directory(source_a.path):
         theirs, ours = ours, theirs
     if prompts:
-        words = load_tokenizer([None if tokenizer is None else Path(tokenizer), source_a.assets, source_b.assets])
-        tokens = [torch.tensor([words(prompt)["input_ids"]]) for prompt in prompts]
+        words = load_tokenizer(tokenizer_directories(tokenizer, source_a.assets, source_b.assets))
+        tokens = [_tokens(words(prompt)["input_ids"], source_a.config) for prompt in prompts]
     else:
         tokens = _random_tokens(theirs.config, seed)
     expected, actual = _in_transformers(theirs, tokens), _in_megatron(ours, tokens)
@@ -113,6 +113,12 @@ def _compared(prompt: str | None, expected: torch.Tensor, actual: torch.Tensor) 
         largest_logit=float(expected.abs().max()),
         same_tokens=torch.equal(expected.argmax(-1), actual.argmax(-1)),
     )
+
+
+def _tokens(ids: Sequence[int], config: MistralConfig) -> torch.Tensor:
+    """A prompt ``[1, n]``."""
+    require_tokens(ids, config.vocab_size)
+    return torch.tensor([ids])
 
 
 def _random_tokens(config: MistralConfig, seed: int) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import LayoutError
+from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.pipeline_layout import ModelChunk, PipelineLayout, parse_pipeline_layout
 from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER, RankCoordinates, RankGrid
@@ -80,8 +81,12 @@ class ParallelLayout(PipelineLayout):
     def __post_init__(self) -> None:
         """Refuse what no model could be laid out with; fill in what follows from the other fields."""
         counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
-        problems = [f"{name} must be at least 1, got {n}" for name, n in counts.items() if n is not None and n < 1]
-        if self.pp >= 1:
+        problems = [
+            f"{name} must be at least 1, got {n!r}"
+            for name, n in counts.items()
+            if n is not None and not is_positive_int(n)
+        ]
+        if is_positive_int(self.pp):
             problems += self.contradictions()
         if not problems:
             object.__setattr__(self, "vpp", self._chunks_per_stage())
