@@ -328,6 +328,16 @@ def test_keys_of_the_common_state_are_strings(tmp_path: Path) -> None:
         common_state.read(tmp_path, None)
 
 
+@pytest.mark.parametrize("state", [{"iteration": 10**5000}, {"args": {"window_size": (10**5000, 0)}}])
+def test_numbers_that_cannot_be_printed_are_refused(state: dict[str, Any], tmp_path: Path) -> None:
+    """Python raises ValueError where a number has more than 4300 digits: no message may come to that."""
+    if "args" in state:
+        state = {"args": types.SimpleNamespace(**state["args"])}
+    torch.save(state, tmp_path / "common.pt")
+    with pytest.raises(FormatError, match="has a number of more than 1024 bits"):
+        common_state.read(tmp_path, None)
+
+
 # Pickles
 
 PLAIN = st.recursive(

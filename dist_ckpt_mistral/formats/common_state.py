@@ -25,6 +25,8 @@ COMMON_FILE: Final = "common.pt"
 #: The object that holds the common state from megatron-core 0.17 on.
 SHARDED_KEY: Final = "common_state/shard_0_1"
 
+#: No number of Megatron's comes near; one of 1024 bits is beyond all floats.
+_MAX_BITS: Final = 1024
 #: Classes that training puts into the common state: those of megatron-core's own ``safe_globals.py`` (0.14 to 0.19).
 #: All become inert records, so a whole package of classes can be let in; functions cannot.
 _RECORDS: Final = {
@@ -92,7 +94,9 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
         raise FormatError(f"the common state in {path} is not a dict")
     if not all(type(key) is str for key in value):
         raise FormatError(f"the common state in {path} has keys that are no strings")
-    return {key: _plain(item) for key, item in value.items()}
+    state = {key: _plain(item) for key, item in value.items()}
+    _require_sane_numbers(state, path)
+    return state
 
 
 def write(state: Mapping[str, Any]) -> bytes:
@@ -105,6 +109,15 @@ def write(state: Mapping[str, Any]) -> bytes:
         for name, value in state["args"].items()
     }
     return pickled_archive(pickle_records.dumps({**state, "args": Instance(Global("argparse", "Namespace"), args)}))
+
+
+def _require_sane_numbers(state: Mapping[str, Any], path: Path) -> None:
+    """Whole numbers in the state, its dicts, and lists in those: Python does not even print those of 4300 digits."""
+    inner = [(name, value) for each in state.values() if isinstance(each, dict) for name, value in each.items()]
+    for name, value in (*state.items(), *inner):
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(type(number) is int and number.bit_length() > _MAX_BITS for number in numbers):
+            raise FormatError(f"{name!r} of the common state in {path} has a number of more than {_MAX_BITS} bits")
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (from a pickle)
