@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from dist_ckpt_mistral.errors import DistCkptMistralError
 T = TypeVar("T")
 
 #: A rank waits this long for the slowest: copying a share of a large checkpoint takes as long as it takes.
-_PATIENCE: Final = timedelta(hours=24)
+PATIENCE: Final = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,20 @@ class Ranks:
         return result
 
 
+def leave_at_exit() -> None:
+    """End the process group that was joined before Python itself ends: torch's threads may abort the process else.
+
+    Seen with torch 2.14: "terminate called without an active exception", after all work was done.
+    """
+    import torch.distributed as dist  # noqa: PLC0415  (one process needs no torch)
+
+    def leave() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    atexit.register(leave)
+
+
 def from_environment() -> Ranks:
     """The ranks that ``torchrun`` announces in the environment (RANK, WORLD_SIZE, MASTER_ADDR ...), else this process.
 
@@ -71,7 +86,8 @@ def from_environment() -> Ranks:
     import torch.distributed as dist  # noqa: PLC0415  (one process needs no torch)
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        leave_at_exit()
     world_size = dist.get_world_size()
 
     def exchange(value: Any) -> list[Any]:  # noqa: ANN401  (whatever the ranks have to say)

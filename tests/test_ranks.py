@@ -17,6 +17,7 @@ from hf_models import contents, random_model, saved
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.rank_processes import run_ranks
 from dist_ckpt_mistral.ranks import Ranks
 
 
@@ -88,6 +89,18 @@ def test_a_refusal_on_one_rank_keeps_the_others_from_starting(hf: Path, tmp_path
     failures = on_ranks(2, lambda ranks: dcm.from_hf(sources[ranks.rank], tmp_path / "out", ranks=ranks))
     assert all("absent" in str(failure) for failure in failures)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_leave_before_python_ends(tmp_path: Path) -> None:
+    """The process group that a rank joined is ended at exit, before the interpreter shuts down."""
+    code = """
+import atexit, torch.distributed as dist
+atexit.register(lambda: print("joined" if dist.is_initialized() else "left"))  # handlers run last in, first out
+from dist_ckpt_mistral.ranks import from_environment
+print(from_environment().exchange(dist.get_rank()))
+"""
+    run_ranks([[sys.executable, "-c", code]] * 2, tmp_path, timeout_s=120)
+    assert [(tmp_path / f"rank{rank}.log").read_text().splitlines()[-2:] for rank in (0, 1)] == [["[0, 1]", "left"]] * 2
 
 
 def test_torchrun(hf: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any, Final
 
 import torch
@@ -19,11 +18,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 from torch.overrides import TorchFunctionMode
 
+from dist_ckpt_mistral import ranks
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 
-#: A rank waits this long for the others; reading a large model takes as long as it takes.
-_PATIENCE: Final = timedelta(hours=24)
 #: What Megatron-LM adds to the seed from one pipeline stage to the next (megatron/training/initialize.py).
 _SEED_STEP: Final = 100
 #: The process group of this rank along each axis of a layout.
@@ -77,9 +75,10 @@ def _join(device: torch.device) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=ranks.PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    ranks.leave_at_exit()
 
 
 def _with_replicas(layout: ParallelLayout, world_size: int) -> ParallelLayout:
