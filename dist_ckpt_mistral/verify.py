@@ -101,7 +101,7 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
 def _compare_bits(a: ModelSource, b: ModelSource, names: list[str], effort: Effort) -> Iterator[Difference]:
     plan_a, plan_b = a.plan_of(names), b.plan_of(names)
     with SourceFiles(plan_a.source_files) as files_a, SourceFiles(plan_b.source_files) as files_b:
-        reader_a, reader_b = (BandReader(files, effort.band_bytes // 2) for files in (files_a, files_b))
+        reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
 
         def work(number: int) -> str | None:
             segment_a, segment_b = plan_a.segments[number], plan_b.segments[number]

@@ -607,9 +607,11 @@ def test_effort_bounds_memory() -> None:
         for memory_bytes in (1 << 20, 32 << 20, 1 << 30):
             effort = Effort(workers=workers, memory_bytes=memory_bytes)
             assert effort.threads == workers
-            assert 64 << 10 <= effort.band_bytes <= 2 << 20
-            assert effort.band_bytes % 64 == 0
-            assert effort.band_bytes * workers * 2 <= memory_bytes
+            for readers in (1, 2):
+                band_bytes = effort.band_bytes(readers)
+                assert 64 << 10 <= band_bytes * readers <= 2 << 20
+                assert band_bytes % 64 == 0
+                assert band_bytes * readers * workers * 2 <= memory_bytes
 
 
 # Row blocks

@@ -74,11 +74,10 @@ class Effort:
         """Threads that saturate a local disk: as many as there are cores, at most 8, unless ``workers`` says."""
         return self.workers or min(8, len(os.sched_getaffinity(0)))
 
-    @property
-    def band_bytes(self) -> int:
-        """Bytes that each thread gathers at a time: whole pages."""
-        share = self.memory_bytes // (self.threads * _BUFFERS) // _PAGE_BYTES * _PAGE_BYTES
-        return max(_LEAST_BAND_BYTES, min(BAND_BYTES, share))
+    def band_bytes(self, readers: int = 1) -> int:
+        """Bytes that each thread gathers at a time with each of ``readers``: whole pages."""
+        share = self.memory_bytes // (self.threads * _BUFFERS * readers) // _PAGE_BYTES * _PAGE_BYTES
+        return max(_LEAST_BAND_BYTES // readers, min(BAND_BYTES, share))
 
 
 def execute(
@@ -95,7 +94,7 @@ def execute(
     """
     parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
     with SourceFiles(plan.source_files) as sources:
-        reader = BandReader(sources, effort.band_bytes)
+        reader = BandReader(sources, effort.band_bytes())
 
         def work(part: int) -> int:
             number, low, high = parts[part]
