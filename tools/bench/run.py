@@ -82,7 +82,7 @@ def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Itera
         elif name == "verify":
             command, source = [*TOOL, name, str(checkpoint), str(hf)], checkpoint
         elif name == "reshard":
-            command, source = [*TOOL, name, str(checkpoint), str(output), "--tp", "1", "--pp", "4", *extra], checkpoint
+            command, source = [*TOOL, name, str(checkpoint), str(output), "--tp", "4", *extra], checkpoint
         elif name == "to-hf-2-ranks":
             command, source = [*TORCHRUN, "to-hf", str(checkpoint), str(output), "--workers", "1", *extra], checkpoint
         else:
