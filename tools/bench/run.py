@@ -27,6 +27,8 @@ from pathlib import Path
 
 from models import CASES, config_of_size, model_bytes
 
+from dist_ckpt_mistral.commands.options import size
+
 HERE = Path(__file__).parent
 TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
 #: As many ranks as the comparison with as many threads has, each with one thread.
@@ -145,11 +147,6 @@ def prepare(source: Path, output: Path, mode: str) -> None:
     else:
         files = [str(file) for file in sorted(source.rglob("*")) if file.is_file()]
         subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
-
-
-def size(text: str) -> int:
-    """``4GB`` in bytes."""
-    return int(float(text.upper().removesuffix("GB")) * 10**9)
 
 
 def main() -> None:
