@@ -22,7 +22,8 @@ errors shapes name_ranges dtypes strict_json ranks rank_processes hub storage st
 model.checks model.yarn model.row_blocks model.config model.tensor_table
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
-gather.boxes gather.links gather.tensor_index gather.flat_ranges gather.plan gather.executor gather.chunk_reads
+gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
+gather.plan gather.executor gather.chunk_reads
 formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.safetensors formats.hf_directory

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from dist_ckpt_mistral.errors import PlanError, TensorMismatchError
 from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.storage import SourceFile
 
 #: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
 #: target offsets from the start of the segment. All in bytes.
@@ -60,8 +60,8 @@ class Segment:
 class BytePlan:
     """What to copy where: segments in the order of their target files and positions."""
 
-    source_files: tuple[Path, ...]
-    target_files: tuple[Path, ...]
+    source_files: tuple[SourceFile, ...]
+    target_files: tuple[SourceFile, ...]
     segments: tuple[Segment, ...]
 
     @property

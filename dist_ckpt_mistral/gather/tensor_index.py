@@ -6,13 +6,13 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray, Meets, grid_cuts, grid_meets, intersect
 from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.storage import SourceFile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,5 +83,5 @@ class IndexedTensor:
 class TensorIndex:
     """Tensors by name, and the files that their chunks lie in."""
 
-    files: tuple[Path, ...]
+    files: tuple[SourceFile, ...]
     tensors: Mapping[str, IndexedTensor]
