@@ -13,6 +13,7 @@ from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
+from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.tensor_table import model_prefix, tensor_table, why_ignored
@@ -74,19 +75,22 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
 def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
     file_set = hf_directory.read_directory(path)
-    stored = [tensor for file in file_set.files.values() for tensor in file.tensors]
+    stored = list(file_set.tensors())
     problems: list[str] = []
     ignored: dict[str, str] = {}
+    quantized = Quantized()
     try:
         config = config or MistralConfig.from_hf(path)
-        shapes = {tensor.name: tensor.shape for tensor in stored}
-        ignored = dict(match_hf(tensor_table(config), shapes, str(path))[1])
+        quantized = match_quantized(stored, config, str(path))
+        ignored = dict(quantized.ignored)
+        shapes = {tensor.name: tensor.shape for tensor in stored if tensor.name not in ignored}
+        ignored.update(match_hf(tensor_table(config), shapes, str(path))[1])
     except DistCkptMistralError as error:
         problems.append(str(error))
     return Report(
         path=str(path),
         kind="Hugging Face directory",
-        format="safetensors",
+        format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
         config_from=str(path / hf_directory.CONFIG_FILE) if config else None,
         config=_config_values(config),
         tensors=tuple(

@@ -19,14 +19,14 @@ from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_ST
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
 errors shapes name_ranges dtypes strict_json ranks rank_processes hub storage strict_yaml libraries
-model.checks model.yarn model.row_blocks model.config model.tensor_table
+model.checks model.yarn model.quantization model.row_blocks model.config model.tensor_table
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
 gather.plan gather.executor gather.chunk_reads
 formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
-formats.safetensors formats.hf_directory
+formats.safetensors formats.hf_directory formats.quantized
 mapping embedded checkpoint_config model_source writing verify chunking convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture

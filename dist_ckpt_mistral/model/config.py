@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
+from dist_ckpt_mistral.model.quantization import require_readable, unquantized
 from dist_ckpt_mistral.model.yarn import YarnScaling, rope_parameters, yarn_of
 
 #: How callers give a configuration: itself, a config.json, or a directory with one.
@@ -119,9 +120,12 @@ class MistralConfig:
         return _from_hf_mapping(strict_json.loads_object(storage.read_bytes(path), str(path)), str(path))
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read."""
+        """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read.
+
+        It says nothing of quantization: what this package writes is not quantized.
+        """
         if self.hf_config is not None:
-            return dict(self.hf_config)
+            return unquantized(self.hf_config)
         return {
             "architectures": ["MistralForCausalLM"],
             "model_type": "mistral",
@@ -162,6 +166,7 @@ def _from_hf_mapping(raw: Mapping[str, Any], where: str) -> MistralConfig:
             f"model_type {model_type!r} in {where} is not supported: the tensor table knows {', '.join(MODEL_TYPES)}."
         )
     _refuse_other_architectures(raw, where)
+    require_readable(raw, where)
     missing = [name for name in _REQUIRED_SIZES if raw.get(name) is None]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}. Check that it is the model's own config.json.")
@@ -188,13 +193,6 @@ def _from_hf_mapping(raw: Mapping[str, Any], where: str) -> MistralConfig:
 def _refuse_other_architectures(raw: Mapping[str, Any], where: str) -> None:
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"hidden_act {raw['hidden_act']!r} in {where}: Mistral models use 'silu'.")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, Mapping) else method
-        raise UnsupportedModelError(
-            f"{where} describes quantized weights (quant_method {method!r}), which are not supported. "
-            "Start from the unquantized release."
-        )
 
 
 def _head_dim(values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
