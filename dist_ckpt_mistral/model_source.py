@@ -17,7 +17,8 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import HfTensor, ParamState, TensorTable, tensor_table
+from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, TensorTable
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 
 _LOG = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
     padded = []
     for rule in table.rules:
         if rule.padded_vocabulary:
-            stored = found.stored(rule, None)[0]
+            stored = found.stored(rule, ())[0]
             name = found.stored_name(stored.mcore_key)
             rows = shapes[name][0]
             if rows > rule.shape[0]:

@@ -15,7 +15,8 @@ from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
-from dist_ckpt_mistral.model.tensor_table import model_prefix, tensor_table, why_ignored
+from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.name_ranges import grouped
 
 if TYPE_CHECKING:
