@@ -18,7 +18,7 @@ from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, to
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.gather.links import Link, reverse
+from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, new_checkpoint_map
 from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
@@ -231,7 +231,14 @@ def _plan_import(
     layout.check(source.config)
     require_equal_aliases(source)
     new = new_checkpoint_map(source.table)
-    links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
+    links = [
+        link
+        for tensor in source.tensors
+        if not tensor.is_alias
+        for second in map(reverse, new.links(tensor))
+        for first in source.links[tensor.hf_name]
+        if (link := compose(first, second)) is not None
+    ]
     chunks = _chunks(source, new, links, layout, dtype)
     objects = [NewObject.empty(_extra_states(source.table))]
     written = torch_dist_writer.lay_out(chunks, objects, num_files=layout.world_size)

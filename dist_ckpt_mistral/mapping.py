@@ -30,6 +30,7 @@ from dist_ckpt_mistral.model.tensor_rules import (
     TensorTable,
 )
 from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.own_links import own_shapes
 from dist_ckpt_mistral.shapes import Shape
 
 Ignored = tuple[tuple[str, str], ...]
@@ -283,20 +284,39 @@ def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tu
     Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
     """
     known = table.hf_tensors()
-    missing = [name for name, tensor in known.items() if name not in tensors and not tensor.is_alias]
     ignored = tuple((name, reason) for name in tensors if name not in known and (reason := why_hf_ignored(name)))
     dropped = {name for name, _ in ignored}
-    unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in known and name not in dropped]
+    held = {name: shape for name, shape in tensors.items() if name not in dropped}
+    aliases = {name for name, tensor in known.items() if tensor.is_alias}
+    _require_all({name: tensor.shape for name, tensor in known.items()}, held, where, optional=aliases)
+    return [tensor for name, tensor in known.items() if name in tensors], ignored
+
+
+def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
+    """Match the tensors of Mistral AI's own files (name -> shape): the Hugging Face tensors that they make up.
+
+    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
+    """
+    found = [tensor for tensor in table.hf_tensors().values() if not tensor.is_alias]
+    _require_all({name: shape for tensor in found for name, shape in own_shapes(tensor).items()}, tensors, where)
+    return found
+
+
+def _require_all(
+    expected: Mapping[str, Shape], tensors: Mapping[str, Shape], where: str, *, optional: Collection[str] = ()
+) -> None:
+    """Raise TensorMismatchError unless ``tensors`` are the expected ones, but for some of the ``optional`` ones."""
+    missing = [name for name in expected if name not in tensors and name not in optional]
+    unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in expected]
     problems = [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
     problems += [f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}"] if unknown else []
     problems += [
-        f"shape of {name}: expected {list(tensor.shape)}, got {list(tensors[name])}"
-        for name, tensor in known.items()
-        if name in tensors and tensors[name] != tensor.shape
+        f"shape of {name}: expected {list(shape)}, got {list(tensors[name])}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name] != shape
     ]
     if problems:
         raise TensorMismatchError(
             f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
             "Check that config.json belongs to these files."
         )
-    return [tensor for name, tensor in known.items() if name in tensors], ignored

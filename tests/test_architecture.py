@@ -19,7 +19,8 @@ from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, tensor_table
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
 errors shapes name_ranges dtypes strict_json ranks rank_processes hub storage strict_yaml libraries
-model.checks model.yarn model.experts model.latent_attention model.hf_families model.hf_config model.config
+model.checks model.yarn model.experts model.latent_attention model.hf_families model.hf_config
+model.params_json model.config
 model.row_blocks model.tensor_rules model.tensor_table model.stored_entries
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
@@ -27,7 +28,7 @@ gather.boxes gather.links gather.tensor_index gather.flat_ranges gather.plan gat
 formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.safetensors formats.hf_directory
-mapping embedded checkpoint_config model_source writing verify chunking convert resharding
+own_links mapping embedded checkpoint_config model_source writing verify chunking convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check

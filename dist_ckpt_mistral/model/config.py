@@ -13,6 +13,7 @@ from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
+from dist_ckpt_mistral.model.params_json import PARAMS_FILE, config_of_params
 from dist_ckpt_mistral.model.yarn import YarnScaling
 
 #: How callers give a configuration: itself, a config.json, or a directory with one.
@@ -126,22 +127,31 @@ class MistralConfig:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> MistralConfig:
         """Read a Hugging Face configuration: a model directory, a config.json, or its parsed content.
 
+        Mistral AI's own params.json is read too, and counts as the config.json that says the same.
+
         Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
         """
         if isinstance(source, Mapping):
             return _from_hf_mapping(source, "the given configuration")
-        path = Path(source)
-        if path.is_dir():
-            path = path / "config.json"
+        path = config_file(Path(source))
         if not path.is_file():
             raise ConfigError(f"no model configuration: {path} does not exist. Give config.json or its directory.")
-        return _from_hf_mapping(strict_json.loads_object(storage.read_bytes(path), str(path)), str(path))
+        raw = strict_json.loads_object(storage.read_bytes(path), str(path))
+        return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read."""
         if self.hf_config is not None:
             return dict(self.hf_config)
         return config_json({name: getattr(self, name) for name in self.__slots__})
+
+
+def config_file(path: Path) -> Path:
+    """The file that tells the configuration of a directory: config.json, else params.json; a file is itself."""
+    if not path.is_dir():
+        return path
+    own = path / PARAMS_FILE
+    return own if own.is_file() and not (path / "config.json").is_file() else path / "config.json"
 
 
 def given_config(config: GivenConfig | None) -> MistralConfig | None:

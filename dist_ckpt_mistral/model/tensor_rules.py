@@ -73,14 +73,29 @@ class ParamState(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnRows:
+    """``rows`` rows of a Hugging Face tensor, from ``first_row`` on, that are a tensor of Mistral AI's own files.
+
+    Where heads of ``rotated_rows`` rows are rotated, the two dimensions that turn together are neighbours there, while
+    in Hugging Face's they are half a head apart; elsewhere (0) rows are in the same order.
+    """
+
+    name: str
+    first_row: int
+    rows: int
+    rotated_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HfPart:
-    """One Hugging Face tensor and the Megatron rows that hold it.
+    """One Hugging Face tensor and the Megatron rows that hold it; ``own`` are the tensors of Mistral AI's own files.
 
     A name without ``{expert}`` for rows of experts stands for a tensor that packs all experts, one behind the other.
     """
 
     hf_name: str
     rows: RowBlocks
+    own: tuple[OwnRows, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +190,7 @@ class HfTensor:
     rule: TensorRule
     index: Index
     rows: RowBlocks
+    own: tuple[OwnRows, ...]
     is_alias: bool = False
 
     def packed(self) -> Iterator[tuple[Index, Index]]:
@@ -249,6 +265,7 @@ def _hf_tensors(rule: TensorRule) -> Iterator[HfTensor]:
                     rule=rule,
                     index=index,
                     rows=part.rows,
+                    own=part.own,
                     is_alias=hf_name != part.hf_name,
                 )
 
