@@ -16,9 +16,11 @@ from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import HfTensor, ParamState, TensorTable, tensor_table
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf, match_own
+from dist_ckpt_mistral.model.config import MistralConfig, config_file
+from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, TensorTable
+from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,25 +75,28 @@ def open_source(path: Path, *, config: MistralConfig | None = None, dtype: str |
 
     ``dtype`` is what the values of quantized weights are rounded to, else as ``open_hf`` says.
     """
-    if hf_directory.is_model_directory(path):
+    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
         return open_hf(path, config=config, dtype=dtype)
     return open_megatron(path, config=config)
 
 
 def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
-    """Open a Hugging Face directory; its config.json must be there unless ``config`` is given.
+    """Open a Hugging Face directory, or one in Mistral AI's own rendering.
 
-    FP8 weights have values of ``dtype``, else of the dtype that the configuration names, else of bfloat16.
+    Its configuration must be there unless ``config`` is given. FP8 weights have values of ``dtype``, else of the dtype
+    that the configuration names, else of bfloat16.
     """
     hf_directory.require_directory(path)
-    config_from = "the given configuration" if config else str(path / hf_directory.CONFIG_FILE)
+    config_from = "the given configuration" if config else str(config_file(path))
     config = config or MistralConfig.from_hf(path)
     files = hf_directory.read_directory(path)
+    table = tensor_table(config)
+    if hf_directory.is_own_directory(path):
+        return _open_own(path, config, config_from, table, files)
     quantized = match_quantized(files.tensors(), config, str(path), dtype)
     index = dequantized(files.tensor_index(path), quantized.weights, quantized.dtype)
-    table = tensor_table(config)
-    left = dict(quantized.ignored)
-    shapes = {name: tensor.global_shape for name, tensor in index.tensors.items() if name not in left}
+    scales = dict(quantized.ignored)
+    shapes = {name: tensor.global_shape for name, tensor in index.tensors.items() if name not in scales}
     tensors, ignored = match_hf(table, shapes, str(path))
     if quantized.weights:
         _LOG.info("%s: %s", path, quantized.note)
@@ -108,6 +113,34 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
         hf_files=None if ignored or quantized.weights else files,
         assets=path,
         quantized=quantized,
+    )
+
+
+def _open_own(path: Path, config: MistralConfig, config_from: str, table: TensorTable, files: FileSet) -> ModelSource:
+    """A model in Mistral AI's own rendering, seen as Hugging Face's."""
+    index = files.tensor_index(path)
+    shapes = {name: tensor.global_shape for name, tensor in index.tensors.items()}
+    tensors = match_own(table, shapes, str(path))
+    seen = {
+        name: IndexedTensor.whole(
+            name, stored.dtype, shape, file=int(stored.files[0]), position=int(stored.positions[0])
+        )
+        for tensor in tensors
+        for name, shape in indexed_shapes(tensor).items()
+        for stored in (index.tensors[name],)
+    }
+    return ModelSource(
+        path=path,
+        kind="directory of Mistral AI's own files",
+        config=config,
+        config_from=config_from,
+        table=table,
+        index=TensorIndex(files=index.files, tensors=seen),
+        tensors=tuple(tensors),
+        links={tensor.hf_name: own_links(tensor) for tensor in tensors},
+        ignored=(),
+        hf_files=None,
+        assets=path,
     )
 
 
@@ -162,7 +195,7 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
     padded = []
     for rule in table.rules:
         if rule.padded_vocabulary:
-            stored = found.stored(rule, None)[0]
+            stored = found.stored(rule, ())[0]
             name = found.stored_name(stored.mcore_key)
             rows = shapes[name][0]
             if rows > rule.shape[0]:

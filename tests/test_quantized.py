@@ -243,8 +243,8 @@ def misshapen(tensors: Tensors) -> None:
 
 
 def of_bytes(tensors: Tensors) -> None:
-    """Exponents, not scales."""
-    tensors[Q_SCALE] = tensors[Q_SCALE].to(torch.float64)
+    """Exponents, not scales, as MXFP8 has them."""
+    tensors[Q_SCALE] = tensors[Q_SCALE].to(torch.uint8)
 
 
 def not_finite(tensors: Tensors) -> None:
@@ -263,7 +263,7 @@ def not_finite(tensors: Tensors) -> None:
             misshapen,
             f"shape of {Q_SCALE!r}: expected one scale, or one for each of blocks of [4, 4] of [40, 24], got [10, 4]",
         ),
-        (of_bytes, f"dtype of {Q_SCALE!r}: expected one of bfloat16, float16, float32, got float64"),
+        (of_bytes, f"dtype of {Q_SCALE!r}: expected one of bfloat16, float16, float32, got uint8"),
         (not_finite, f"bad scale of {Q!r}: expected finite numbers that are not negative, got nan in {Q_SCALE!r} of "),
     ],
 )

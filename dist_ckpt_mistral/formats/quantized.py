@@ -8,7 +8,7 @@ them a value is the number times its scale, ``inv`` or not. Scales of activation
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,38 +79,20 @@ def match_quantized(
     numbers = [tensor for tensor in by_name.values() if tensor.dtype == FP8]
     if not numbers:
         return Quantized()
-    activations = {name for name in by_name if _OF_ACTIVATIONS.match(name)}
-    scales = {name: by_name[name] for name in by_name if name.endswith(_SUFFIXES) and name not in activations}
-    held = {tensor: [tensor.name + end for end in _SUFFIXES if tensor.name + end in scales] for tensor in numbers}
-    orphans = sorted(scales.keys() - {name for names in held.values() for name in names})
-    problems = [
-        f"{len(names)} {what}: {listed(names)}"
-        for what, names in (
-            ("of them have no scales", [tensor.name for tensor, names in held.items() if not names]),
-            ("of them have two tensors of scales", [tensor.name for tensor, names in held.items() if len(names) > 1]),
-            ("tensors of scales have no FP8 weight", orphans),
-        )
-        if names
-    ]
-    block_size = weight_block_size(told, where)
-    found = [_scaled(tensor, scales[names[0]], block_size) for tensor, names in held.items() if len(names) == 1]
-    problems += [each for each in found if isinstance(each, str)]
-    if problems:
-        raise TensorMismatchError(
-            f"the FP8 weights ({FP8}) in {where} cannot be dequantized: {'; '.join(problems)}. "
-            "Check that all files of the model are there and belong together."
-        )
-    weights = tuple(each for each in found if not isinstance(each, str))
-    ignored = [(weight.scale, _WHY_SCALES) for weight in weights] + [(name, _WHY_ACTIVATIONS) for name in activations]
+    of_activations = [name for name in by_name if _OF_ACTIVATIONS.match(name)]
+    scales = {name: by_name[name] for name in by_name if name.endswith(_SUFFIXES)}
+    held = _pairs(numbers, scales.keys() - set(of_activations), where)
+    weights = _scaled(held, scales, weight_block_size(told, where), where)
+    ignored = dict.fromkeys(held.values(), _WHY_SCALES) | dict.fromkeys(of_activations, _WHY_ACTIVATIONS)
     dtype = dtype or (config.dtype if config.dtype in dtypes.WEIGHT_DTYPES else "bfloat16")
-    return Quantized(weights=weights, dtype=dtype, ignored=tuple(sorted(ignored)))
+    return Quantized(weights=weights, dtype=dtype, ignored=tuple(sorted(ignored.items())))
 
 
 def _refuse_others(tensors: Iterable[FileTensor], where: str, what_next: str) -> None:
     """Raise UnsupportedModelError at the first sign of another method."""
     for tensor in tensors:
         how = next((how for pattern, how in _OTHERS if pattern.match(tensor.name)), None)
-        if how is None and tensor.dtype in _OTHER_DTYPES:
+        if how is None and tensor.dtype in _OTHER_DTYPES and not tensor.name.endswith(_SUFFIXES):
             how = f"to {tensor.dtype}"
         if how is not None:
             raise UnsupportedModelError(
@@ -119,15 +101,44 @@ def _refuse_others(tensors: Iterable[FileTensor], where: str, what_next: str) ->
             )
 
 
-def _scaled(weight: FileTensor, scale: FileTensor, block_size: BlockShape | None) -> ScaledTensor | str:
-    """An FP8 weight with its scales, or what is wrong with them."""
-    if scale.dtype not in dtypes.WEIGHT_DTYPES:
-        return f"dtype of {scale.name!r}: expected one of {', '.join(dtypes.WEIGHT_DTYPES)}, got {scale.dtype}"
-    found = scaled_tensor(weight.name, weight.shape, scale.name, scale.shape, block_size)
-    if found is None:
-        blocks = f"blocks of {list(block_size)}" if block_size else "equal blocks"
-        return (
-            f"shape of {scale.name!r}: expected one scale, or one for each of {blocks} of {list(weight.shape)}, "
-            f"got {list(scale.shape)}"
+def _pairs(numbers: list[FileTensor], scales: set[str], where: str) -> dict[FileTensor, str]:
+    """The name of the scales of every weight. Raises TensorMismatchError unless all have just one, and all belong."""
+    held = {tensor: [tensor.name + end for end in _SUFFIXES if tensor.name + end in scales] for tensor in numbers}
+    problems = {
+        "of them have no scales": [tensor.name for tensor, names in held.items() if not names],
+        "of them have two tensors of scales": [tensor.name for tensor, names in held.items() if len(names) > 1],
+        "tensors of scales have no FP8 weight": sorted(scales.difference(*held.values())),
+    }
+    _raise_any([f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names], where)
+    return {tensor: names[0] for tensor, names in held.items()}
+
+
+def _scaled(
+    held: Mapping[FileTensor, str], scales: Mapping[str, FileTensor], block_size: BlockShape | None, where: str
+) -> tuple[ScaledTensor, ...]:
+    """How scales lie over the weights. Raises TensorMismatchError where they do not fit."""
+    weights: list[ScaledTensor] = []
+    problems: list[str] = []
+    blocks = f"blocks of {list(block_size)}" if block_size else "equal blocks"
+    for weight, scale in ((weight, scales[name]) for weight, name in held.items()):
+        found = scaled_tensor(weight.name, weight.shape, scale.name, scale.shape, block_size)
+        if found is not None and scale.dtype in dtypes.WEIGHT_DTYPES:
+            weights.append(found)
+        elif found is not None:
+            expected = ", ".join(dtypes.WEIGHT_DTYPES)
+            problems.append(f"dtype of {scale.name!r}: expected one of {expected}, got {scale.dtype}")
+        else:
+            problems.append(
+                f"shape of {scale.name!r}: expected one scale, or one for each of {blocks} of {list(weight.shape)}, "
+                f"got {list(scale.shape)}"
+            )
+    _raise_any(problems, where)
+    return tuple(weights)
+
+
+def _raise_any(problems: list[str], where: str) -> None:
+    if problems:
+        raise TensorMismatchError(
+            f"the FP8 weights ({FP8}) in {where} cannot be dequantized: {'; '.join(problems)}. "
+            "Check that all files of the model are there and belong together."
         )
-    return found
