@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from hf_models import random_model, saved
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import quantizer_finegrained_fp8
 
 if TYPE_CHECKING:
@@ -27,33 +27,39 @@ PER_BLOCK: Final = PER_TENSOR | {"activation_scheme": "dynamic", "weight_block_s
 
 
 def is_quantized(name: str) -> bool:
-    """Whether releases quantize the tensor of this name: the projections of layers, not their norms."""
-    return "_proj." in name
+    """Whether releases quantize the tensor of this name: the projections of layers, experts included."""
+    return "_proj" in name or ".w1." in name or ".w2." in name or ".w3." in name
 
 
 def save_fp8(
     folder: Path,
     told: dict[str, Any],
     *,
+    model: PreTrainedModel | None = None,
     scale_dtype: torch.dtype = torch.float32,
     scale_shape: tuple[int, ...] = (),
     **sizes: Any,  # noqa: ANN401  (of the model's configuration)
 ) -> Path:
-    """Save a model whose projections are FP8; ``told`` becomes its quantization_config."""
-    saved(random_model(**sizes), folder)
+    """Save a model whose projections are FP8; ``told`` becomes its quantization_config.
+
+    Without blocks there is a scale of ``scale_shape`` for a matrix, or one for each matrix of a stack.
+    """
+    saved(random_model(**sizes) if model is None else model, folder)
     generator = torch.Generator().manual_seed(3)
     tensors = {}
     for name, tensor in load_file(folder / WEIGHTS).items():
         tensors[name] = tensor
         if is_quantized(name):
-            block, shape = told["weight_block_size"], scale_shape
-            if block:
-                shape = tuple(-(-size // each) for size, each in zip(tensor.shape, block, strict=True))
+            *stack, rows, columns = tensor.shape
+            shape = (*stack, 1, 1) if stack else scale_shape
+            if told["weight_block_size"]:
+                block = told["weight_block_size"]
+                shape = (*stack, -(-rows // block[0]), -(-columns // block[1]))
             tensors[name] = tensor.to(torch.float8_e4m3fn)
-            scales = torch.rand(shape, generator=generator) + 0.01
-            tensors[name.replace("weight", "weight_scale_inv")] = scales.to(scale_dtype)
+            tensors[f"{name}_scale_inv"] = (torch.rand(shape, generator=generator) + 0.01).to(scale_dtype)
             if told["activation_scheme"] == "static":
-                tensors[name.replace("weight", "activation_scale")] = torch.tensor(0.25)
+                scale = name.replace("weight", "activation_scale") if not stack else f"{name}_activation_scale"
+                tensors[scale] = torch.full(tuple(stack), 0.25)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     tell(folder, quantization_config=told)
     return folder

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import refusal, run
+from family_models import FAMILY, family_model
 from fp8_models import PER_BLOCK, PER_TENSOR, WEIGHTS, in_transformers, is_quantized, save_fp8, tell
 from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
+from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import UnsupportedModelError
@@ -69,6 +71,28 @@ def test_import_and_export_give_what_transformers_loads(
     assert expected.keys() - kept.keys() <= {"lm_head.weight"}
     assert_same(stored, kept)
     assert_same(load_file(tmp_path / "out" / WEIGHTS), kept)
+
+
+@pytest.mark.parametrize("case", FAMILY)
+@pytest.mark.parametrize("told", [PER_TENSOR, PER_BLOCK], ids=["per tensor", "per block"])
+def test_the_whole_family(case: str, told: dict[str, Any], tmp_path: Path) -> None:
+    """Experts one by one and packed, with a scale or a grid for each, and MLA: numbers times scales, as in FP8 kernels.
+
+    transformers 5.23 itself loads packed experts without their scales where it dequantizes.
+    """
+    hf = save_fp8(tmp_path / "hf", told, model=family_model(case))
+    stored, block = load_file(hf / WEIGHTS), told["weight_block_size"]
+    expected = {
+        name: _dequantize_fp8_weight(tensor, stored[f"{name}_scale_inv"], block, torch.float32).bfloat16()
+        if f"{name}_scale_inv" in stored
+        else tensor
+        for name, tensor in stored.items()
+        if not name.endswith(("_scale_inv", "_scale"))
+    }
+    assert any(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values())
+    dcm.from_hf(hf, tmp_path / "ckpt", tp=2, pp=2)
+    dcm.to_hf(tmp_path / "ckpt", tmp_path / "out")
+    assert_same(load_file(tmp_path / "out" / WEIGHTS), expected)
 
 
 def test_what_becomes_of_the_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
