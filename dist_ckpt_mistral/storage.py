@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self, TypeAlias
+from typing import Final, Protocol, Self
 
 from dist_ckpt_mistral.errors import FormatError, OutputError
 
@@ -77,25 +77,17 @@ def _blocks(path: Path) -> Iterator[bytes]:
 class DerivedFile(Protocol):
     """A file that lies nowhere: what is read of it is computed from other files of the same ``SourceFiles``."""
 
-    @property
-    def name(self) -> str:
-        """What to call it."""
-
     def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``position`` on, from any thread."""
-
-
-#: What ``SourceFiles`` reads.
-SourceFile: TypeAlias = Path | DerivedFile
 
 
 class SourceFiles:
     """Files to read at positions from several threads. Opened on first use, closed together."""
 
-    def __init__(self, sources: Sequence[SourceFile]) -> None:
-        """Remember ``sources``; file ``i`` of the other methods is ``sources[i]``."""
-        self._paths = {number: source for number, source in enumerate(sources) if isinstance(source, Path)}
-        self._derived = {number: source for number, source in enumerate(sources) if not isinstance(source, Path)}
+    def __init__(self, paths: Sequence[Path], derived: Sequence[DerivedFile] = ()) -> None:
+        """Remember them; file ``i`` of the other methods is ``paths[i]``, and ``derived`` are counted on from there."""
+        self._paths = tuple(paths)
+        self._derived = dict(enumerate(derived, len(self._paths)))
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
         allow_open_files(len(self._paths))

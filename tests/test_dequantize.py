@@ -60,7 +60,7 @@ def read(index: TensorIndex, cuts: list[int]) -> torch.Tensor:
     whole = torch.empty(tensor.global_shape, dtype=getattr(torch, tensor.dtype))
     data = whole.view(-1).view(torch.uint8).numpy().data
     ends = [cut * whole.itemsize for cut in (0, *sorted(cuts), whole.numel())]
-    with SourceFiles(index.files) as files:
+    with SourceFiles(index.files, index.derived) as files:
         for start, end in itertools.pairwise(ends):
             files.read_into(int(tensor.files[0]), start, [data[start:end]])
     return whole
@@ -190,7 +190,7 @@ def test_a_gather_brings_every_value_to_its_place(
         for low, to, size in ((0, columns - at, at), (at, 0, columns - at))
     ]
     plan = plan_gather(index, target, links)
-    with SourceFiles(plan.source_files) as files:
+    with SourceFiles(plan.source_files, plan.derived_files) as files:
         bands = BandReader(files, data.draw(st.sampled_from([64, 256, 4096]))).bands(plan.segments[0])
         found = torch.frombuffer(bytearray(b"".join(map(bytes, bands))), dtype=torch.bfloat16).reshape(rows, columns)
     expected = Fp8Dequantize(None)._dequantize_one(weight.view(FP8), scales, output_dtype=torch.bfloat16)  # noqa: SLF001

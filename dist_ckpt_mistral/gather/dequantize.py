@@ -22,7 +22,7 @@ from dist_ckpt_mistral.gather.flat_ranges import boxes_of_range
 from dist_ckpt_mistral.gather.scales import ScaledTensor
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.storage import SourceFile, SourceFiles
+from dist_ckpt_mistral.storage import DerivedFile, SourceFiles
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -36,7 +36,6 @@ class DequantizedFile:
     buffers hold whole ones.
     """
 
-    name: str
     file: int
     position: int
     stored_dtype: str
@@ -89,13 +88,12 @@ def dequantized(index: TensorIndex, tensors: Iterable[ScaledTensor], dtype: str)
 
     The scales are read now. Raises FormatError where one is negative or no finite number.
     """
-    files: list[SourceFile] = [*index.files]
+    derived: list[DerivedFile] = [*index.derived]
     found = dict(index.tensors)
     with SourceFiles(index.files) as sources:
         for tensor in tensors:
             stored = index.tensors[tensor.name]
             values = DequantizedFile(
-                name=tensor.name,
                 file=int(stored.files[0]),
                 position=int(stored.positions[0]),
                 stored_dtype=stored.dtype,
@@ -104,11 +102,10 @@ def dequantized(index: TensorIndex, tensors: Iterable[ScaledTensor], dtype: str)
                 scales=_read_scales(sources, index, tensor),
                 dtype=dtype,
             )
-            found[tensor.name] = IndexedTensor.whole(
-                tensor.name, dtype, stored.global_shape, file=len(files), position=0
-            )
-            files.append(values)
-    return TensorIndex(files=tuple(files), tensors=found)
+            number = len(index.files) + len(derived)
+            found[tensor.name] = IndexedTensor.whole(tensor.name, dtype, stored.global_shape, file=number, position=0)
+            derived.append(values)
+    return TensorIndex(files=index.files, tensors=found, derived=tuple(derived))
 
 
 def _read_scales(sources: SourceFiles, index: TensorIndex, tensor: ScaledTensor) -> FloatArray:
