@@ -15,7 +15,7 @@ from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf, match_own
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
+from dist_ckpt_mistral.model.config import SLIDING, GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.name_ranges import grouped
@@ -189,7 +189,7 @@ def _generation(checkpoint: torch_dist.TorchDistCheckpoint) -> str:
 
 
 def _config_values(config: MistralConfig | None) -> dict[str, Any] | None:
-    return None if config is None else {name: getattr(config, name) for name in config.__slots__ if name != "hf_config"}
+    return None if config is None else {name: value for name, value in asdict(config).items() if name != "hf_config"}
 
 
 def render(report: Report) -> RenderableType:
@@ -253,14 +253,24 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 
 def _model_line(config: dict[str, Any]) -> str:
-    window = f", sliding window {config['sliding_window']}" if config["sliding_window"] else ""
-    tied = ", tied embeddings" if config["tie_word_embeddings"] else ""
-    return (
-        f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, ffn {config['intermediate_size']}, "
-        f"{config['num_attention_heads']} heads in {config['num_key_value_heads']} groups of dimension "
-        f"{config['head_dim']}, "
-        f"vocabulary {config['vocab_size']}{tied}{window}"
-    )
+    experts, latent, window = config["experts"], config["latent_attention"], config["sliding_window"]
+    kind = "" if config["model_type"] == "mistral" else config["model_type"]
+    mlp = f"ffn {config['intermediate_size']}"
+    if experts is not None:
+        size, shared = experts["intermediate_size"], experts["shared_intermediate_size"]
+        mlp = f"{experts['num_experts']} experts of ffn {size}, {experts['experts_per_token']} a token"
+        mlp += f", a shared one of {shared}" if shared else ""
+    heads = f"in {config['num_key_value_heads']} groups of dimension {config['head_dim']}"
+    if latent is not None:
+        heads = f"of latent attention (keys and values {latent['kv_lora_rank']}, queries {latent['q_lora_rank']})"
+    some = f" in {config['layer_types'].count(SLIDING)} layers" if window and config["layer_types"] else ""
+    parts = [
+        *(kind, f"{config['num_hidden_layers']} layers", f"hidden {config['hidden_size']}", mlp),
+        *(f"{config['num_attention_heads']} heads {heads}", f"vocabulary {config['vocab_size']}"),
+        "tied embeddings" if config["tie_word_embeddings"] else "",
+        f"sliding window {window}{some}" if window else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _summary(hf_names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+import copy
 from typing import Any, Final
 
 import torch
@@ -71,7 +71,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def family_model(case: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model of a case, every parameter random, norms included."""
-    sizes = deepcopy(_SIZES | FAMILY[case])  # transformers writes into what it is given
+    sizes = copy.deepcopy(_SIZES | FAMILY[case])  # transformers writes into rope_parameters
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from dist_ckpt_mistral.model.checks import is_positive_int
 
 BlockShape: TypeAlias = tuple[int, int]
 
-#: Where a config.json speaks of quantization: compressed-tensors up to 0.5 had a name of its own.
+#: Where a config.json speaks of quantization: older compressed-tensors had a key of its own, which vLLM reads too.
 _KEYS: Final = ("quantization_config", "compression_config")
 #: Where the rest of a multimodal model's config.json describes its language model.
 _TEXT: Final = "text_config"
