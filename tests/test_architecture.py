@@ -18,7 +18,7 @@ from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_ST
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
-errors shapes name_ranges dtypes strict_json ranks rank_processes hub storage strict_yaml libraries
+errors shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub storage strict_yaml libraries
 model.checks model.yarn model.row_blocks model.config model.tensor_table
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
