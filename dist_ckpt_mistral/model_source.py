@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
-from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, TensorMismatchError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.gather.links import Link
@@ -17,8 +17,9 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import MistralConfig, config_file
-from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, TensorTable
+from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, Place, TensorTable
 from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 
 _LOG = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class ModelSource:
 
     ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
     how Hugging Face files hold or held it, ``assets`` the directory of the small files that belong to it.
+    ``carried_from`` is where the tensors are that Megatron's model does not have: None if there are none, or nowhere.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class ModelSource:
     ignored: Ignored
     hf_files: FileSet | None
     assets: Path | None
+    carried_from: Path | None
 
     def dtype_of(self, tensor: HfTensor) -> str:
         """The torch dtype name in which a tensor is stored."""
@@ -51,7 +54,7 @@ class ModelSource:
     @property
     def main_dtype(self) -> str:
         """The torch dtype name of the embedding, which is that of the model."""
-        return self.dtype_of(self.tensors[0])
+        return next(self.dtype_of(tensor) for tensor in self.tensors if tensor.rule.place is Place.EMBEDDING)
 
     def plan_into(self, target: TensorIndex) -> BytePlan:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
@@ -87,7 +90,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
     table = tensor_table(config)
     if hf_directory.is_own_directory(path):
         return _open_own(path, config, config_from, table, files)
-    index = files.tensor_index(path)
+    index = files.tensor_index(path, table.usual_name)
     tensors, ignored = match_hf(table, {name: tensor.global_shape for name, tensor in index.tensors.items()}, str(path))
     return ModelSource(
         path=path,
@@ -101,6 +104,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
         ignored=ignored,
         hf_files=None if ignored else files,
         assets=path,
+        carried_from=path if table.carried else None,
     )
 
 
@@ -129,6 +133,7 @@ def _open_own(path: Path, config: MistralConfig, config_from: str, table: Tensor
         ignored=(),
         hf_files=None,
         assets=path,
+        carried_from=path if table.carried else None,
     )
 
 
@@ -154,7 +159,7 @@ def open_megatron(
     table = tensor_table(config)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     found = match_checkpoint(table, shapes, checkpoint.objects, where, state)
-    tensors = _described(table, remembered)
+    tensors = _described(found.table, remembered)
     folder = checkpoint.directory / embedded.ASSETS_FOLDER
     return ModelSource(
         path=checkpoint.directory,
@@ -168,13 +173,42 @@ def open_megatron(
         ignored=(*found.ignored, *_padding(table, found, shapes)),
         hf_files=remembered.hf_files if remembered else None,
         assets=folder if folder.is_dir() else None,
+        carried_from=checkpoint.directory if found.table.carried else None,
+    )
+
+
+def completed(source: ModelSource, directory: Path | None) -> ModelSource:
+    """``source`` with what Megatron's model does not have, from a Hugging Face directory if it has none of its own.
+
+    Raises TensorMismatchError if it takes a directory and there is none, or one without these tensors.
+    """
+    carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.place is Place.CARRIED]
+    if not carried or source.carried_from is not None:
+        return source
+    what = (
+        f"{source.path} holds a language model alone (Megatron saves no other), and its configuration describes a "
+        f"vision tower and a projector besides ({listed(carried)})"
+    )
+    if directory is None:
+        raise TensorMismatchError(f"{what}. Give the original Hugging Face directory, weights included, with --config.")
+    try:
+        original = open_hf(directory)
+    except DistCkptMistralError as error:
+        raise type(error)(f"{what}, but they cannot come from {directory}: {error}") from error
+    added = [tensor for tensor in original.tensors if tensor.hf_name in carried]
+    return replace(
+        source,
+        tensors=(*added, *source.tensors),  # as the table has them: vision comes first
+        index=source.index.joined(original.index, carried),
+        links={**source.links, **{name: original.links[name] for name in carried}},
+        carried_from=directory,
     )
 
 
 def _described(table: TensorTable, remembered: embedded.Embedded | None) -> tuple[HfTensor, ...]:
     """All tensors of the table; aliases only where the original files had them."""
-    files = remembered.hf_files.files if remembered and remembered.hf_files else {}
-    original = {tensor.name for file in files.values() for tensor in file.tensors}
+    files = remembered.hf_files if remembered and remembered.hf_files else FileSet(files={})
+    original = files.by_name("the record of the original files", table.usual_name)
     return tuple(t for t in table.hf_tensors().values() if not t.is_alias or t.hf_name in original)
 
 

@@ -84,12 +84,14 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
     hf_names = {} if is_own else {tensor.name: (tensor.name,) for tensor in stored}
     try:
         config = config or MistralConfig.from_hf(path)
-        shapes = {tensor.name: tensor.shape for tensor in stored}
+        table = tensor_table(config)
         if is_own:
-            found = match_own(tensor_table(config), shapes, str(path))
+            found = match_own(table, {tensor.name: tensor.shape for tensor in stored}, str(path))
             hf_names = {name: (tensor.hf_name,) for tensor in found for name in own_shapes(tensor)}
         else:
-            ignored = dict(match_hf(tensor_table(config), shapes, str(path))[1])
+            named = {name: tensor for name, (_, _, tensor) in file_set.by_name(str(path), table.usual_name).items()}
+            left = match_hf(table, {name: tensor.shape for name, tensor in named.items()}, str(path))[1]
+            ignored = {named[name].name: reason for name, reason in left}
     except DistCkptMistralError as error:
         problems.append(str(error))
     return Report(
@@ -264,6 +266,7 @@ def _model_line(config: dict[str, Any]) -> str:
         *(f"{config['num_attention_heads']} heads {heads}", f"vocabulary {config['vocab_size']}"),
         "tied embeddings" if config["tie_word_embeddings"] else "",
         f"sliding window {window}{some}" if window else "",
+        f"vision tower of {config['vision']['num_hidden_layers']} layers" if config["vision"] else "",
     ]
     return ", ".join(filter(None, parts))
 

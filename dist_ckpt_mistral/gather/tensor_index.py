@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +85,13 @@ class TensorIndex:
 
     files: tuple[Path, ...]
     tensors: Mapping[str, IndexedTensor]
+
+    def joined(self, other: TensorIndex, names: Iterable[str]) -> TensorIndex:
+        """This index with the tensors ``names`` of another one behind it, which this one does not have."""
+        files_before = len(self.files)
+        added = {
+            name: replace(tensor, files=tensor.files + files_before)
+            for name in names
+            for tensor in [other.tensors[name]]
+        }
+        return TensorIndex(files=(*self.files, *other.files), tensors={**self.tensors, **added})
