@@ -183,10 +183,9 @@ def test_training_is_looked_at_and_resharded(trip: Trip, tmp_path: Path) -> None
     assert dcm.compare(trip.original, tmp_path / "cut", config=trip.original).is_equal
 
 
+@pytest.mark.parametrize("trip", [DENSE], indirect=True)
 def test_args_alone_tell_of_a_language_model(trip: Trip, tmp_path: Path) -> None:
     """With Megatron-LM's own args an export is the language model, and verify takes the other side's word for more."""
-    if trip.case != DENSE:
-        pytest.skip("one model is enough")
     kept = torch.load(trip.checkpoint / "release" / "common.pt", weights_only=False)
     del kept["content_metadata"]
     shutil.copytree(trip.trained, tmp_path / "trained")
@@ -215,6 +214,15 @@ def test_keys_as_megatron_bridge_writes_them(trip: Trip, tmp_path: Path) -> None
         metadata.storage_data = {type(index)(bridged(index.fqn), index.offset): at for index, at in stored.items()}
     dcm.to_hf(tmp_path / "ckpt", tmp_path / "hf")
     assert contents(tmp_path / "hf") == contents(trip.original)
+
+
+@pytest.mark.parametrize("trip", [DENSE], indirect=True)
+def test_logits_of_text(trip: Trip) -> None:
+    """Of text, Megatron's language model says what the whole model says in transformers, from files or exported."""
+    for sides in ((trip.original, trip.checkpoint), (trip.trained, trip.trained)):
+        outcome = run("verify", *sides, "--logits", "--config", trip.original)
+        assert outcome.code == 0, outcome
+        assert outcome.out[-1].startswith("the logits agree: largest difference ")
 
 
 def test_master_weights_and_vision(trip: Trip, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
+from dist_ckpt_mistral.model.hf_families import FAMILIES, MULTIMODAL_ARCHITECTURE
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.params_json import PARAMS_FILE, config_of_params
 from dist_ckpt_mistral.model.vision import Vision
@@ -103,6 +104,11 @@ class MistralConfig:
             yield f"layer_types must name one of {', '.join(sorted(_KINDS))} for every layer, got {kinds!r:.200}"
         elif SLIDING in kinds and self.sliding_window is None:
             yield f"layer_types name {SLIDING}, but sliding_window is null"
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that runs the model."""
+        return FAMILIES[self.model_type].architecture if self.vision is None else MULTIMODAL_ARCHITECTURE
 
     @property
     def window_layers(self) -> tuple[bool, ...]:

@@ -136,6 +136,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 #: A language model of one of the families, with a vision tower: its own config stands under ``text_config``.
 MULTIMODAL: Final = "mistral3"
+MULTIMODAL_ARCHITECTURE: Final = "Mistral3ForConditionalGeneration"
 #: The vision tower of all of these, and what transformers fills in for keys that its config leaves out.
 VISION_TYPE: Final = "pixtral"
 VISION_DEFAULTS: Final[Mapping[str, Any]] = {
