@@ -163,10 +163,12 @@ def match_checkpoint(
     ignored, unknown = _left(found, tensors)
     if unknown:
         problems.append(f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}")
+    advice = "Check that the configuration belongs to this checkpoint."
+    if not table.carried and any(map(is_carried, unknown)):
+        advice = "Give the config.json of the whole multimodal model with --config."
     if problems:
         raise TensorMismatchError(
-            f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
-            "Check that the configuration belongs to this checkpoint."
+            f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. {advice}"
         )
     ignored += [(key, why_ignored(key, found.prefix) or "not a tensor") for key in objects]
     return replace(found, ignored=tuple(ignored))

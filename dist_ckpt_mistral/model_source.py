@@ -180,6 +180,8 @@ def open_megatron(
 def completed(source: ModelSource, directory: Path | None) -> ModelSource:
     """``source`` with what Megatron's model does not have, from a Hugging Face directory if it has none of its own.
 
+    Then that directory's layout of files counts, too.
+
     Raises TensorMismatchError if it takes a directory and there is none, or one without these tensors.
     """
     carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.place is Place.CARRIED]
@@ -201,6 +203,7 @@ def completed(source: ModelSource, directory: Path | None) -> ModelSource:
         tensors=(*added, *source.tensors),  # as the table has them: vision comes first
         index=source.index.joined(original.index, carried),
         links={**source.links, **{name: original.links[name] for name in carried}},
+        hf_files=source.hf_files or original.hf_files,
         carried_from=directory,
     )
 

@@ -1,8 +1,7 @@
 """The names of a multimodal model: of its vision tower and projector, and how they change those of its language model.
 
-Hugging Face: transformers 4.50 to 5.23, models/pixtral and models/mistral3. In a Megatron checkpoint the vision tower
-and the projector have the same names (Megatron-Bridge, models/ministral3, 0.2 to 0.7), and Megatron's own loaders
-ignore them.
+Hugging Face: transformers 4.50 to 5.23, models/pixtral and models/mistral3. In a Megatron checkpoint the tower and the
+projector have the same names (Megatron-Bridge, models/ministral3/ministral3_bridge.py); Megatron's loaders ignore them.
 """
 
 from __future__ import annotations
