@@ -23,7 +23,8 @@ model.checks model.yarn model.experts model.latent_attention model.hf_families m
 model.params_json model.config
 model.row_blocks model.tensor_rules model.tensor_table model.stored_entries
 model.pipeline_layout model.rank_grid model.parallel_layout
-model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
+model.megatron_fields model.megatron_vocabulary model.attention_args model.expert_args model.megatron_args
+model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.tensor_index gather.flat_ranges gather.plan gather.executor gather.chunk_reads
 formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
