@@ -18,6 +18,7 @@ from dist_ckpt_mistral.model.megatron_fields import (
     LLAMA_4_SCALING,
     MSCALE,
     MSCALE_ALL_DIM,
+    SAME_VALUE,
     YARN,
     Field,
 )
@@ -87,15 +88,14 @@ def attention_of(args: Args, num_layers: object, where: str) -> dict[str, Any]:
     """The fields of a MistralConfig that say how its layers attend, by name; they are yet to be checked."""
     latent = latent_attention_of(args)
     sliding_window, layer_types = _windows(args, num_layers, where)
-    position, rope_type = (COMPUTED[name].of(args) for name in ("position_embedding_type", "rope_type"))
-    has_yarn = position == "yarn" if latent is None else rope_type != "rope"
+    has_yarn = COMPUTED["position_embedding_type"].of(args) == "yarn"
     return {
         "latent_attention": latent,
         "num_key_value_heads": args["num_attention_heads"] if latent else _num_query_groups(args),
         "head_dim": latent.qk_head_dim if latent else COMPUTED["kv_channels"].of(args),
         "sliding_window": sliding_window,
         "layer_types": layer_types,
-        "yarn": _yarn(args, YARN if latent is None else LATENT_YARN) if has_yarn else None,
+        "yarn": _latent_yarn(args) if latent else _yarn(args, YARN) if has_yarn else None,
         "llama_4_scaling_beta": LLAMA_4_SCALING.of(args) or None,
     }
 
@@ -171,6 +171,14 @@ def _window(args: Args, where: str) -> int | None:
     if after > 0:
         raise UnsupportedModelError(f"window_size {given!r} in {where}: Mistral models see nothing after a token.")
     return before + 1
+
+
+def _latent_yarn(args: Args) -> YarnScaling:
+    """Transformers (5.23) rotates a part of a head only with YaRN: one that stretches by 1 stands for none."""
+    if COMPUTED["rope_type"].of(args) == "rope":
+        original = SAME_VALUE["max_position_embeddings"].of(args)
+        return YarnScaling(factor=1.0, original_max_position_embeddings=original)
+    return _yarn(args, LATENT_YARN)
 
 
 def _yarn(args: Args, fields: Mapping[str, Field]) -> YarnScaling:

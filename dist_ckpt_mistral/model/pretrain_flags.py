@@ -106,6 +106,11 @@ def _warn_of_what_has_no_flag(config: MistralConfig, args: Mapping[str, Any]) ->
             "Megatron-LM has no flag for %s: set it in the args between parsing them and building the model.",
             "; ".join(told),
         )
+    if config.latent_attention is not None and config.latent_attention.q_lora_rank is None:
+        _LOG.warning(
+            "without q_lora_rank, megatron-core 0.19 puts a norm before linear_q_proj or refuses to build it: "
+            "train this model with an older one."
+        )
     if config.llama_4_scaling_beta is not None:
         yarn = config.yarn
         _LOG.warning(
