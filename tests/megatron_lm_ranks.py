@@ -123,6 +123,18 @@ def load(
     return {"differences": stage.differences(_hf_tensors(hf)), "iteration": iteration}
 
 
+@torch.no_grad()
+def say(*, flags: list[str], more: dict[str, Any], config: dict[str, Any], tokens: list[int]) -> list[list[float]]:
+    """The logits of a checkpoint that Megatron-LM loads into one stage, for every token of a prompt."""
+    args = _arguments(flags, more)
+    stage = _stage(args, MistralConfig.from_hf(config))
+    checkpointing.load_checkpoint(stage.chunks, None, None)
+    count = len(tokens)
+    hidden = torch.ones(count, count, dtype=torch.bool).triu(1)[None, None]
+    logits = stage.chunks[0].eval()(torch.tensor([tokens]), torch.arange(count)[None], hidden)
+    return cast("list[list[float]]", logits[0, :, : stage.config.vocab_size].tolist())
+
+
 def dump_run_configs(*, flags: list[str], more: dict[str, Any], to: str) -> None:
     """Write the model as Megatron-Bridge's run_config.yaml has it, in both forms, with the serializer that it uses.
 
@@ -222,7 +234,7 @@ class _CudaIsCpu(torch.overrides.TorchFunctionMode):
         return func(*args, **given)
 
 
-_TASKS: Final[Mapping[str, Callable[..., Any]]] = {task.__name__: task for task in (parse, load, dump_run_configs)}
+_TASKS: Final[Mapping[str, Callable[..., Any]]] = {task.__name__: task for task in (parse, load, say, dump_run_configs)}
 
 
 def main(folder: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from family_models import FAMILY, family_model
+import torch
+from family_models import FAMILY, family_model, model_class
 from hf_models import random_model, saved
 from safetensors.torch import load_file
 from torch_reading import described
@@ -41,6 +42,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "yarn-mscale": {"vocab_size": 128, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
 }
 WITH_EXPERTS = [name for name in FAMILY if name.startswith(("mixtral", "mistral4"))]
+#: Models that megatron-core 0.19 builds, and a prompt longer than a window, but no longer than YaRN's original context.
+SAYING = [name for name in FAMILY if "plain queries" not in name]
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 9]
 #: The flags of the README, with which the checkpoint describes the model.
 BY_CHECKPOINT = ("--ckpt-format", "torch_dist", "--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--bf16")
 
@@ -170,6 +174,7 @@ class Results:
     ranks: list[dict[str, Any]]
     saved: Path
     run_configs: Path
+    saying: Path
     parsed: dict[str, Path]
 
 
@@ -204,6 +209,16 @@ def results(launch_megatron_lm: LaunchRanks, tmp_path_factory: pytest.TempPathFa
         }
         jobs[f"parse {name}"] = {"task": "parse", **told}
         jobs[f"dump {name}"] = {"task": "dump_run_configs", **told, "to": str(folder / "run_configs" / name)}
+    for name in SAYING:
+        where, root = folder / "saying" / name, folder / "said" / name
+        from_hf(saved(family_model(name, torch.float32, rms_norm_eps=1e-6), where), root)
+        jobs[f"say {name}"] = {
+            "task": "say",
+            "flags": megatron_args(root).flags,
+            "more": {"original_max_position_embeddings": 16} if name.startswith("mistral4") else {},
+            "config": json.loads((where / "config.json").read_text()),
+            "tokens": PROMPT,
+        }
     four = described_model(folder / "four", **RELEASED["Mistral-Nemo-2407"] | {"num_hidden_layers": 4})
     for name, (fields, _) in LAYOUTS.items():
         jobs[f"lay out {name}"] = {
@@ -216,6 +231,7 @@ def results(launch_megatron_lm: LaunchRanks, tmp_path_factory: pytest.TempPathFa
         ranks=launch_megatron_lm(4, jobs),
         saved=folder / "saved",
         run_configs=folder / "run_configs",
+        saying=folder / "saying",
         parsed=parsed | hf,
     )
 
@@ -375,6 +391,16 @@ def test_flags_mean_experts_windows_and_latents_to_megatrons_own_parser(name: st
     for rank in results.ranks:
         told = rank[f"parse {name}"]
         assert {key: told[key] for key in PARTS[name]} == PARTS[name]
+
+
+@pytest.mark.parametrize("name", SAYING)
+def test_flags_mean_the_same_function(name: str, results: Results) -> None:
+    """A model that Megatron-LM's own arguments describe says what transformers says, as far as it can."""
+    model = model_class(AutoConfig.from_pretrained(results.saying / name)).from_pretrained(results.saying / name)
+    with torch.no_grad():
+        expected = model.float().eval()(torch.tensor([PROMPT])).logits[0]
+    for rank in results.ranks:
+        assert torch.allclose(torch.tensor(rank[f"say {name}"]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -54,6 +54,8 @@ _LAYOUT: Final[Mapping[str, Field]] = {
     "use_tp_pp_dp_mapping": Field(names=("use_tp_pp_dp_mapping",), flag="--use-tp-pp-dp-mapping", default=False),
 }
 _LAYOUT_GROUP: Final = "parallelism"
+#: Of the norms of latents in transformers, whatever the model's own is (modeling_mistral4.py, 5.23).
+_LATENT_EPSILON: Final = 1e-6
 #: The one other rank order of Megatron-LM (megatron/training/initialize.py).
 _PIPELINE_BEFORE_DATA: Final = "tp-cp-ep-pp-dp"
 
@@ -110,6 +112,12 @@ def _warn_of_what_has_no_flag(config: MistralConfig, args: Mapping[str, Any]) ->
         _LOG.warning(
             "without q_lora_rank, megatron-core 0.19 puts a norm before linear_q_proj or refuses to build it: "
             "train this model with an older one."
+        )
+    if config.latent_attention is not None and config.rms_norm_eps != _LATENT_EPSILON:
+        _LOG.warning(
+            "Megatron-LM norms latents with norm_epsilon=%s, as all else, where transformers has %s for them: "
+            "the difference is small, but there.",
+            *(config.rms_norm_eps, _LATENT_EPSILON),
         )
     if config.llama_4_scaling_beta is not None:
         yarn = config.yarn
