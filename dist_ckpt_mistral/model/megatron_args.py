@@ -80,21 +80,15 @@ def from_megatron_args(args: Mapping[str, Any], where: str = "the checkpoint's a
 
     Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
     """
-    latent = latent_attention_of(args)
-    required = [*SAME_VALUE.values(), COMPUTED["position_embedding_type"]]
-    required += [COMPUTED["kv_channels"]] if latent is None else []
-    missing = [field.name for field in required if field.of(args) is None]
-    if missing:
-        raise ConfigError(f"{where} lack {', '.join(missing)}. Give the model's config.json with --config.")
-    sizes = {attribute: field.of(args) for attribute, field in SAME_VALUE.items()}
-    if is_positive_int(sizes["num_hidden_layers"]) and sizes["num_hidden_layers"] > _MAX_LAYERS:
-        raise ConfigError(f"{where} say num_layers={sizes['num_hidden_layers']}: expected at most {_MAX_LAYERS}")
-    experts = experts_of(args, packed=latent is not None)
-    found = {**sizes, **attention_of(args, sizes["num_hidden_layers"], where), "experts": experts}
-    if experts is not None and latent is None:
-        found["intermediate_size"] = experts.intermediate_size
+    found = _found(args, where)
     model_type = _model_type(found)
     _refuse_other_architectures(args, found, model_type, where)
+    if model_type == "mistral4" and found["llama_4_scaling_beta"] is None:
+        _LOG.warning(
+            "%s do not tell llama_4_scaling_beta, which Megatron has not: it is taken for 0. "
+            "Give config.json with --config for a model that has it.",
+            where,
+        )
     return MistralConfig(
         **found,
         model_type=model_type,
@@ -102,6 +96,24 @@ def from_megatron_args(args: Mapping[str, Any], where: str = "the checkpoint's a
         tie_word_embeddings=not COMPUTED["untie_embeddings_and_output_weights"].of(args),
         dtype=next((dtype for flag, dtype in DTYPE_FLAGS.items() if args.get(flag)), None),
     )
+
+
+def _found(args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a MistralConfig that say what the model is made of; they are yet to be checked."""
+    latent = latent_attention_of(args)
+    required = [*SAME_VALUE.values(), COMPUTED["position_embedding_type"]]
+    required += [COMPUTED["kv_channels"]] if latent is None else []
+    missing = [field.name for field in required if field.of(args) is None]
+    if missing:
+        raise ConfigError(f"{where} lack {', '.join(missing)}. Give the model's config.json with --config.")
+    sizes = {attribute: field.of(args) for attribute, field in SAME_VALUE.items()}
+    num_layers = sizes["num_hidden_layers"]
+    if is_positive_int(num_layers) and num_layers > _MAX_LAYERS:
+        raise ConfigError(f"{where} say num_layers={num_layers}: expected at most {_MAX_LAYERS}")
+    experts = experts_of(args, packed=latent is not None)
+    if experts is not None and latent is None:
+        sizes["intermediate_size"] = experts.intermediate_size
+    return {**sizes, **attention_of(args, num_layers, where), "experts": experts}
 
 
 #: Fields of a MistralConfig that only models of some families have.
@@ -136,9 +148,3 @@ def _refuse_other_architectures(args: Mapping[str, Any], found: Mapping[str, Any
     ]
     if foreign:
         raise UnsupportedModelError(f"{where} are those of no model of the Mistral family: {', '.join(foreign)}")
-    if is_latent and found["llama_4_scaling_beta"] is None:
-        _LOG.warning(
-            "%s do not tell llama_4_scaling_beta, which Megatron has not: it is taken for 0. "
-            "Give config.json with --config for a model that has it.",
-            where,
-        )

@@ -77,7 +77,8 @@ def pretrain_flags(
         )
     args = to_megatron_args(config, dtype=dtype, tp=layout.tp, pp=layout.pp)
     args |= _padding(config.vocab_size, layout.tp, vocab_rows)
-    _warn_of_what_has_no_flag(config, args)
+    for warning in _not_told(config, args):
+        _LOG.warning("%s", warning)
     values: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
     described = [(field, field.group, args.get(field.name)) for field in FIELDS]
@@ -96,36 +97,33 @@ def pretrain_flags(
     return values, groups
 
 
-def _warn_of_what_has_no_flag(config: MistralConfig, args: Mapping[str, Any]) -> None:
-    """Say what Megatron-LM must be told otherwise, and what it cannot be told."""
-    told = [
-        f"{field.name}={args[field.name]}, not {field.default}"
-        for field in LATENT_YARN.values()
-        if field.flag is None and args.get(field.name, field.default) != field.default
-    ]
-    if told:
-        _LOG.warning(
-            "Megatron-LM has no flag for %s: set it in the args between parsing them and building the model.",
-            "; ".join(told),
+def _not_told(config: MistralConfig, args: Mapping[str, Any]) -> Iterator[str]:
+    """What no flag tells Megatron-LM: how to tell it otherwise, or how another model is trained."""
+    if config.llama_4_scaling_beta is not None:
+        yarn = config.yarn
+        exact = "its original context" if yarn is None else f"{yarn.original_max_position_embeddings} tokens"
+        yield (
+            f"Megatron-LM does not scale queries by position (llama_4_scaling_beta={config.llama_4_scaling_beta}): "
+            f"up to {exact} the model is exact, for the scale is 1 there, and beyond it is another one."
         )
-    if config.latent_attention is not None and config.latent_attention.q_lora_rank is None:
-        _LOG.warning(
+    others = [field for field in LATENT_YARN.values() if field.flag is None]
+    told = [(field, args.get(field.name, field.default)) for field in others]
+    without_flag = [f"{field.name}={value}, not {field.default}" for field, value in told if value != field.default]
+    if without_flag:
+        yield (
+            f"Megatron-LM has no flag for {'; '.join(without_flag)}: set it in the args, between parsing them and "
+            "building the model."
+        )
+    latent = config.latent_attention
+    if latent is not None and latent.q_lora_rank is None:
+        yield (
             "without q_lora_rank, megatron-core 0.19 puts a norm before linear_q_proj or refuses to build it: "
             "train this model with an older one."
         )
-    if config.latent_attention is not None and config.rms_norm_eps != _LATENT_EPSILON:
-        _LOG.warning(
-            "Megatron-LM norms latents with norm_epsilon=%s, as all else, where transformers has %s for them: "
-            "the difference is small, but there.",
-            *(config.rms_norm_eps, _LATENT_EPSILON),
-        )
-    if config.llama_4_scaling_beta is not None:
-        yarn = config.yarn
-        _LOG.warning(
-            "Megatron-LM does not scale queries by position (llama_4_scaling_beta=%s): up to %s the model is exact, "
-            "for the scale is 1 there, and beyond it is another one.",
-            config.llama_4_scaling_beta,
-            "its original context" if yarn is None else f"{yarn.original_max_position_embeddings} tokens",
+    if latent is not None and config.rms_norm_eps != _LATENT_EPSILON:
+        yield (
+            f"Megatron-LM norms latents with norm_epsilon={config.rms_norm_eps}, as all else, where transformers has "
+            f"{_LATENT_EPSILON} for them: the difference is small, but there."
         )
 
 
