@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "stages": ({"pp": 4, "pp_layers": (1, 0, 2, 1)}, {"layers_here": [1, 0, 2, 1]}),
 }
-#: Sizes of released models, as far as they matter here.
+#: Sizes of released models, as far as they matter here; those of newer ones are the defaults of transformers.
 RELEASED: dict[str, dict[str, Any]] = {
     "Mistral-7B-v0.1": {
         "hidden_size": 4096,
@@ -146,6 +147,29 @@ RELEASED: dict[str, dict[str, Any]] = {
         "vocab_size": 131072,
         "max_position_embeddings": 131072,
     },
+    "Mixtral-8x7B-v0.1": {
+        "model_type": "mixtral",
+        "head_dim": 128,
+        "rope_parameters": {"rope_theta": 1000000.0},
+        "max_position_embeddings": 32768,
+    },
+    "Ministral-8B-Instruct-2410": {
+        "model_type": "ministral",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 100000000.0},
+        "sliding_window": 32768,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3] * 9,
+        "vocab_size": 131072,
+        "max_position_embeddings": 32768,
+    },
+    "Ministral-3-8B-Base-2512": {"model_type": "ministral3"},
+    "Mistral-Small-4-119B-2603": {"model_type": "mistral4"},
 }
 
 
@@ -156,7 +180,7 @@ def layout_of(case: Case) -> ParallelLayout:
 
 def described_model(folder: Path, **sizes: object) -> Path:
     """A directory with nothing but a config.json, as transformers writes it."""
-    AutoConfig.for_model("mistral", **sizes, dtype="bfloat16").save_pretrained(folder)
+    AutoConfig.for_model(**{"model_type": "mistral", **deepcopy(sizes)}, dtype="bfloat16").save_pretrained(folder)
     return folder
 
 
@@ -268,7 +292,8 @@ def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Result
     """Parsed, checked and made into a TransformerConfig by Megatron-LM, every size is the one transformers reads."""
     theirs = AutoConfig.from_pretrained(results.parsed[name])
     tp = 4 if name in RELEASED else 2
-    rope, window = theirs.rope_parameters, theirs.sliding_window
+    rope, window = theirs.rope_parameters, getattr(theirs, "sliding_window", None)
+    has_yarn = rope["rope_type"] == "yarn" and theirs.model_type != "mistral4"
     expected = {
         "num_layers": theirs.num_hidden_layers,
         "hidden_size": theirs.hidden_size,
@@ -294,12 +319,12 @@ def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Result
         "untie_embeddings_and_output_weights": not theirs.tie_word_embeddings,
         "params_dtype": str(theirs.dtype),
         "ckpt_format": "torch_dist",
-        "position_embedding_type": "yarn" if name.startswith("yarn") else "rope",
+        "position_embedding_type": "yarn" if has_yarn else "rope",
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
     }
-    if name.startswith("yarn"):
+    if has_yarn:
         expected |= {
             "yarn_rotary_scaling_factor": rope["factor"],
             "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
@@ -325,6 +350,33 @@ def test_run_configs_from_megatrons_own_serializer(form: str, name: str, results
 
 #: Case -> what Megatron's TransformerConfig must say of it, besides sizes that all models have.
 PARTS: dict[str, dict[str, Any]] = {
+    "Mixtral-8x7B-v0.1": {
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 14336,
+        "moe_router_pre_softmax": False,
+        "moe_shared_expert_intermediate_size": None,
+        "sequence_parallel": True,
+    },
+    "Ministral-8B-Instruct-2410": {"window_size": [32767, 0], "window_attn_skip_freq": [0, 1, 1, 1] * 9},
+    "Mistral-Small-4-119B-2603": {
+        "num_moe_experts": 128,
+        "moe_router_topk": 4,
+        "moe_ffn_hidden_size": 2048,
+        "moe_shared_expert_intermediate_size": 2048,
+        "moe_router_pre_softmax": False,
+        "moe_router_group_topk": None,
+        "q_lora_rank": 1024,
+        "kv_lora_rank": 256,
+        "qk_head_dim": 64,
+        "qk_pos_emb_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 128.0,
+        "original_max_position_embeddings": 4096,  # its 8192 has no flag, and a warning says so
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
     "mixtral": {
         "num_moe_experts": 4,
         "moe_router_topk": 2,
@@ -385,7 +437,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", PARTS)
 def test_flags_mean_experts_windows_and_latents_to_megatrons_own_parser(name: str, results: Results) -> None:
     """What the model has besides a dense Mistral's parts, Megatron's TransformerConfig says too."""
     for rank in results.ranks:
