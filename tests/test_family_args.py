@@ -263,6 +263,15 @@ def test_every_nth_layer_has_no_window(skip: int | None, model_type: str, layers
     assert (config.sliding_window is None) == (skip == 1)
 
 
+def test_windows_are_where_transformers_has_them() -> None:
+    """Only Ministral's layers differ, whatever layer_types another model names; latent attention has no window."""
+    kinds = ["full_attention"] * 3 + ["sliding_attention"]
+    named = {"sliding_window": 5, "layer_types": kinds}
+    assert config_of("ministral", **named).window_layers == (False, False, False, True)
+    assert config_of("ministral", **named, model_type="mistral").window_layers == (True,) * 4
+    assert config_of("mistral4", sliding_window=5).window_layers == (False,) * 4
+
+
 def test_latent_attention_without_sizes_has_those_of_the_parser() -> None:
     """Absent args are those that pretrain_gpt.py would have, YaRN's the defaults of MLATransformerConfig."""
     names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "q_lora_rank")
