@@ -292,7 +292,7 @@ def _write_beside_shards(
     """Write metadata.json, common.pt and the small Hugging Face files; ``.metadata`` comes last and elsewhere."""
     storage.write_bytes(directory / torch_dist.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
     state: dict[str, Any] = {
-        "args": to_megatron_args(source.config, dtype=dtype, tp=layout.tp, pp=layout.pp),
+        "args": to_megatron_args(source.config, dtype=dtype, tp=layout.tp, pp=layout.pp, ep=layout.ep),
         "checkpoint_version": 3.0,
         "iteration": iteration or 0,
         "content_metadata": {

@@ -69,9 +69,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def family_model(case: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """The model of a case, every parameter random, norms included."""
-    sizes = copy.deepcopy(SIZES | FAMILY[case])  # transformers writes into rope_parameters
+def family_model(case: str, dtype: torch.dtype = torch.bfloat16, **changes: object) -> PreTrainedModel:
+    """The model of a case, every parameter random, norms included; ``changes`` are of its config.json."""
+    sizes = copy.deepcopy(SIZES | FAMILY[case] | changes)  # transformers writes into rope_parameters
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(0)

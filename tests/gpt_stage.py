@@ -155,11 +155,28 @@ def hf_rows(hf: HfTensors, stage: Stage, name: str, layer: int | None) -> torch.
 
 
 def _part(tensor: torch.Tensor, axis: int, stage: Stage) -> torch.Tensor:
-    size = tensor.shape[axis] // stage.tp
-    return tensor.narrow(axis, stage.tp_rank * size, size)
+    return _cut(tensor, axis, stage.tp, stage.tp_rank)
+
+
+def _cut(tensor: torch.Tensor, axis: int, ways: int, rank: int) -> torch.Tensor:
+    size = tensor.shape[axis] // ways
+    return tensor.narrow(axis, rank * size, size)
+
+
+#: Latent attention in Megatron's local spec: its projections cut along their rows, and Hugging Face's names for them.
+_LATENT: Final = {
+    "linear_q_proj": "q_proj",
+    "linear_q_down_proj": "q_a_proj",
+    "linear_q_up_proj": "q_b_proj",
+    "linear_kv_down_proj": "kv_a_proj_with_mqa",
+    "linear_kv_up_proj": "kv_b_proj",
+}
 
 
 def _layer_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Tensor:
+    if name.startswith("mlp.experts."):
+        return _expert_rows(hf, stage, name, layer)
+
     def whole(part: str) -> torch.Tensor:
         return hf[f"model.layers.{layer}.{part}.weight"]
 
@@ -169,15 +186,41 @@ def _layer_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Ten
         groups = torch.cat([whole(f"self_attn.{each}_proj").view(heads) for each in "qkv"], 1)
         return _part(groups.reshape(-1, hidden), 0, stage)
 
-    def fc1() -> torch.Tensor:
-        return torch.cat([_part(whole(f"mlp.{each}_proj"), 0, stage) for each in ("gate", "up")])
+    def fc1(mlp: str) -> torch.Tensor:
+        return torch.cat([_part(whole(f"{mlp}.{each}_proj"), 0, stage) for each in ("gate", "up")])
 
+    def latent(part: str) -> Callable[[], torch.Tensor]:
+        return lambda: _part(whole(f"self_attn.{part}"), 0, stage)
+
+    gate = "block_sparse_moe" if f"model.layers.{layer}.block_sparse_moe.gate.weight" in hf else "mlp"
     rows: dict[str, Callable[[], torch.Tensor]] = {
         "input_layernorm.weight": lambda: whole("input_layernorm"),
         "pre_mlp_layernorm.weight": lambda: whole("post_attention_layernorm"),
         "self_attention.linear_qkv.weight": qkv,
         "self_attention.linear_proj.weight": lambda: _part(whole("self_attn.o_proj"), 1, stage),
-        "mlp.linear_fc1.weight": fc1,
+        "self_attention.q_layernorm.weight": lambda: whole("self_attn.q_a_layernorm"),
+        "self_attention.kv_layernorm.weight": lambda: whole("self_attn.kv_a_layernorm"),
+        **{f"self_attention.{there}.weight": latent(here) for there, here in _LATENT.items()},
+        "mlp.linear_fc1.weight": lambda: fc1("mlp"),
         "mlp.linear_fc2.weight": lambda: _part(whole("mlp.down_proj"), 1, stage),
+        "mlp.router.weight": lambda: whole(f"{gate}.gate"),
+        "mlp.shared_experts.linear_fc1.weight": lambda: fc1("mlp.shared_experts"),
+        "mlp.shared_experts.linear_fc2.weight": lambda: _part(whole("mlp.shared_experts.down_proj"), 1, stage),
     }
     return rows[name]()
+
+
+def _expert_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Tensor:
+    """What ``mlp.experts.local_experts.N.linear_fc1.weight`` (or ``fc2``) of a SequentialMLP must hold."""
+    number, module = name.removeprefix("mlp.experts.local_experts.").removesuffix(".weight").split(".")
+    assert stage.config.experts is not None
+    here = stage.config.experts.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    expert = parallel_state.get_expert_model_parallel_rank() * here + int(number)
+    cut = (parallel_state.get_expert_tensor_parallel_world_size(), parallel_state.get_expert_tensor_parallel_rank())
+    packed, single = (f"model.layers.{layer}.{each}" for each in ("mlp.experts.", "block_sparse_moe.experts."))
+    if module == "linear_fc2":
+        down = f"{packed}down_proj"
+        return _cut(hf[down][expert] if down in hf else hf[f"{single}{expert}.w2.weight"], 1, *cut)
+    both = f"{packed}gate_up_proj"
+    halves = hf[both][expert].chunk(2) if both in hf else [hf[f"{single}{expert}.{w}.weight"] for w in ("w1", "w3")]
+    return torch.cat([_cut(half, 0, *cut) for half in halves])

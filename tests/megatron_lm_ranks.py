@@ -1,8 +1,7 @@
 """What one rank does in tests of Megatron-LM itself: ``python megatron_lm_ranks.py FOLDER``, as in megatron_ranks.py.
 
-Arguments, configuration, loading and saving are those of ``megatron.training``, which megatron-core's wheels ship from
-0.19 on; nothing of the package has a part in it. ``pretrain_gpt.py``, which they do not ship, would build the model as
-``Trained`` does.
+Arguments, configuration, model, loading and saving are those of ``megatron.training``, which megatron-core's wheels
+ship from 0.19 on; nothing of the package has a part in it.
 """
 
 from __future__ import annotations
@@ -21,20 +20,21 @@ import torch.distributed as dist
 import yaml
 from gpt_stage import Stage
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine, initialize_rerun_state_machine
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training import checkpointing
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron.training.config.container import ConfigContainerBase
 from megatron.training.config.yaml_utils import safe_yaml_representers
 from megatron.training.global_vars import set_args
+from megatron.training.models.gpt import GPTModelBuilder
 from megatron_ranks import _hf_tensors, _pretend_cuda
 
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -58,6 +58,12 @@ _SIZES: Final = (
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "context_parallel_size"),
     *("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
     *("yarn_mscale", "yarn_mscale_all_dim", "yarn_correction_range_round_to_int"),
+    *("window_attn_skip_freq", "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel"),
+    *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+    *("moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_router_score_function", "moe_layer_freq", "multi_latent_attention", "qk_layernorm", "q_lora_rank"),
+    *("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type", "rotary_scaling_factor"),
+    *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 )
 _OTHER_ARGS: Final = (
     *("rotary_base", "rotary_percent", "position_embedding_type", "max_position_embeddings", "seq_length"),
@@ -74,23 +80,13 @@ class Trained(Stage):
         self.config = config
         self.vocab_rows = args.padded_vocab_size
         self.tp, self.tp_rank = args.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
-        model = GPTModel(
-            core_transformer_config_from_args(args),
-            get_gpt_layer_local_spec(normalization=args.normalization),
-            vocab_size=args.padded_vocab_size,
-            max_sequence_length=args.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-            position_embedding_type=args.position_embedding_type,
-            rotary_base=args.rotary_base,
-        )
+        model = GPTModelBuilder(gpt_config_from_args(args)).build_model(ProcessGroupCollection.use_mpu_process_groups())
         self.chunks = [model.bfloat16() if args.bf16 else model]
 
 
-def parse(*, flags: list[str]) -> dict[str, Any]:
+def parse(*, flags: list[str], more: dict[str, Any]) -> dict[str, Any]:
     """What Megatron-LM's own parser and checks make of flags, as its TransformerConfig and args hold it."""
-    args = _arguments(flags)
+    args = _arguments(flags, more)
     config = core_transformer_config_from_args(args)
     return {
         **{name: getattr(config, name, None) for name in _SIZES},
@@ -107,12 +103,16 @@ def _layers_here(config: TransformerConfig) -> list[int] | None:
     return None if layout is None else [sum(part.name == "decoder" for part in stage[0]) for stage in layout.layout]
 
 
-def load(*, flags: list[str], config: dict[str, Any], hf: str, save: str | None = None) -> dict[str, Any]:
+def load(
+    *, flags: list[str], more: dict[str, Any], config: dict[str, Any], hf: str, save: str | None = None
+) -> dict[str, Any]:
     """Load a checkpoint with Megatron-LM as pretrain_gpt.py does; tell what the model then holds wrongly.
 
-    With ``save``, save the model again with Megatron-LM, as iteration 11, generator states included.
+    With ``save``, save the model again with Megatron-LM, as iteration 11, generator states included. ``more`` are args
+    that have no flag.
     """
-    args = _arguments([*flags, *(["--save", save, "--save-interval", "1"] if save else [])])
+    args = _arguments([*flags, *(["--save", save, "--save-interval", "1"] if save else [])], more)
+    args.sequence_parallel = False  # torch's norms refuse it; what weights a rank holds does not depend on it
     stage = _stage(args, MistralConfig.from_hf(config))
     with torch.no_grad():
         for _, parameter, _ in stage.parameters():
@@ -123,13 +123,25 @@ def load(*, flags: list[str], config: dict[str, Any], hf: str, save: str | None 
     return {"differences": stage.differences(_hf_tensors(hf)), "iteration": iteration}
 
 
-def dump_run_configs(*, flags: list[str], to: str) -> None:
+@torch.no_grad()
+def say(*, flags: list[str], more: dict[str, Any], config: dict[str, Any], tokens: list[int]) -> list[list[float]]:
+    """The logits of a checkpoint that Megatron-LM loads into one stage, for every token of a prompt."""
+    args = _arguments(flags, more)
+    stage = _stage(args, MistralConfig.from_hf(config))
+    checkpointing.load_checkpoint(stage.chunks, None, None)
+    count = len(tokens)
+    hidden = torch.ones(count, count, dtype=torch.bool).triu(1)[None, None]
+    logits = stage.chunks[0].eval()(torch.tensor([tokens]), torch.arange(count)[None], hidden)
+    return cast("list[list[float]]", logits[0, :, : stage.config.vocab_size].tolist())
+
+
+def dump_run_configs(*, flags: list[str], more: dict[str, Any], to: str) -> None:
     """Write the model as Megatron-Bridge's run_config.yaml has it, in both forms, with the serializer that it uses.
 
     Bridge's own classes add to Megatron's: a GPTModelConfig the name of its activation function, a provider the fields
     of GPTModelConfig and YaRN (megatron/bridge/models/gpt/model_config.py and gpt_provider.py, 0.7).
     """
-    args = _arguments(flags)
+    args = _arguments(flags, more)
     args.padded_vocab_size = None  # Bridge keeps the true size and pads it when it builds the model
     model = gpt_config_from_args(args)
     config = model.transformer
@@ -137,7 +149,7 @@ def dump_run_configs(*, flags: list[str], to: str) -> None:
     nested["transformer"]["activation_func"] = "silu"
     yarn = {name: getattr(config, name, None) for name in _SIZES if name.startswith("yarn")}
     outer = {name: value for name, value in nested.items() if name != "transformer"}
-    flat = ConfigContainerBase._convert_value_to_dict(config) | yarn | outer  # noqa: SLF001  (what to_yaml calls)
+    flat = outer | ConfigContainerBase._convert_value_to_dict(config) | yarn  # noqa: SLF001  (what to_yaml calls)
     if dist.get_rank() == 0:
         Path(to).mkdir(parents=True)
         with safe_yaml_representers():
@@ -145,12 +157,13 @@ def dump_run_configs(*, flags: list[str], to: str) -> None:
                 (Path(to) / f"{name}.yaml").write_text(yaml.safe_dump({"model": form}))
 
 
-def _arguments(flags: list[str]) -> Namespace:
+def _arguments(flags: list[str], more: Mapping[str, Any]) -> Namespace:
     """Megatron-LM's args for flags, through its own parser, the checkpoint if it is asked for, and its own checks."""
     sys.argv = ["pretrain_gpt.py", *flags, *_HERE]
     args = parse_args()
     if args.use_checkpoint_args:
         checkpointing.load_args_from_checkpoint(args)
+    vars(args).update(more)
     validate_args(args, {})
     return cast("Namespace", args)
 
@@ -159,7 +172,12 @@ def _stage(args: Namespace, config: MistralConfig) -> Trained:
     """What pretrain_gpt.py sets up before it loads, and the model."""
     set_args(args)
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
     destroy_rerun_state_machine()
     initialize_rerun_state_machine()
     destroy_num_microbatches_calculator()
@@ -168,6 +186,23 @@ def _stage(args: Namespace, config: MistralConfig) -> Trained:
     )
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     return Trained(args, config)
+
+
+def _let_local_attention_be_latent() -> None:
+    """Latent attention tells the sizes of keys and values, which Megatron's local attention does not take (to 0.19)."""
+    original = DotProductAttention.__init__
+
+    def init(
+        self: DotProductAttention,
+        *args: object,
+        k_channels: object = None,
+        v_channels: object = None,
+        **options: object,
+    ) -> None:
+        del k_channels, v_channels
+        original(self, *args, **options)
+
+    DotProductAttention.__init__ = init
 
 
 def _pretend_more_cuda() -> None:
@@ -199,12 +234,13 @@ class _CudaIsCpu(torch.overrides.TorchFunctionMode):
         return func(*args, **given)
 
 
-_TASKS: Final[Mapping[str, Callable[..., Any]]] = {task.__name__: task for task in (parse, load, dump_run_configs)}
+_TASKS: Final[Mapping[str, Callable[..., Any]]] = {task.__name__: task for task in (parse, load, say, dump_run_configs)}
 
 
 def main(folder: Path) -> None:
     """Run the jobs in FOLDER/jobs.json."""
     _pretend_more_cuda()
+    _let_local_attention_be_latent()
     dist.init_process_group("gloo")
     results = {}
     with _CudaIsCpu():

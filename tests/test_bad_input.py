@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_architecture(genuine: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"num_experts": 8}, "num_experts=8"),
+        ({"num_experts": 8, "moe_latent_size": 8}, "moe_latent_size=8"),
         ({"multi_latent_attention": True}, "multi_latent_attention=True"),
         ({"normalization": "LayerNorm", "swiglu": False}, "normalization='LayerNorm', swiglu=False"),
         ({"add_qkv_bias": True}, "add_qkv_bias=True"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dist_ckpt_mistral.convert import to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, UnsupportedModelError
 from dist_ckpt_mistral.formats.torch_dist import resolve_directory
 from dist_ckpt_mistral.model.bridge_config import from_run_config
+from dist_ckpt_mistral.model.config import MistralConfig
 
 #: The model section that a provider leaves (megatron/bridge/models/mistral/mistral_provider.py, 0.6), as far as it
 #: matters, for the model of the fixture td_0161.
@@ -210,6 +212,55 @@ def test_names_and_meanings_of_bridge() -> None:
     assert (changed.yarn.mscale, changed.yarn.mscale_all_dim) == (0.7, 1.3)
 
 
+#: What a provider with experts and latent attention adds (megatron/bridge/models/mla_provider.py, 0.6): fields of an
+#: MLATransformerConfig, beside which those for YaRN without latent attention say nothing, set or not.
+LATENT = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 80,
+    "moe_shared_expert_intermediate_size": 160,
+    "moe_layer_freq": [1, 1, 1, 1],
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "num_query_groups": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_head_dim": 12,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 16,
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 40,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+def test_experts_and_latent_attention_of_bridge() -> None:
+    """A provider of Mistral Small 4's kind says what the config.json of a genuine model does, and its own YaRN."""
+    true = MistralConfig.from_hf(folder("mistral4_0192"))
+    for others in ({"yarn_rotary_scaling_factor": None}, {"yarn_rotary_scaling_factor": 1.0, "yarn_mscale": 0.0}):
+        config = from_run_config(run_config(**LATENT, **others), "run_config.yaml")
+        assert (config.model_type, config.latent_attention, config.head_dim) == ("mistral4", true.latent_attention, 20)
+        assert true.experts is not None
+        assert config.experts == replace(true.experts, shared_intermediate_size=160)
+        assert config.yarn is not None
+        assert (config.yarn.factor, config.yarn.original_max_position_embeddings) == (40, 64)
+        assert (config.yarn.mscale, config.yarn.mscale_all_dim) == (1.0, 1.0)
+
+
+def test_llama_4_scaling_of_bridge() -> None:
+    """Bridge's own Ministral 3 scales queries by position, and says so (models/ministral3/model_config.py, 0.7)."""
+    yarn = {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 16.0}
+    found = [
+        from_run_config(run_config(**yarn, llama_4_scaling_beta=beta), "run_config.yaml") for beta in (0.1, 0.0, None)
+    ]
+    assert [config.model_type for config in found] == ["ministral3", "mistral", "mistral"]
+    assert [config.llama_4_scaling_beta for config in found] == [0.1, None, None]
+
+
 def test_both_forms_of_the_model_section() -> None:
     """A GPTModelConfig around a transformer section says the same as a provider."""
     flat = run_config()["model"]
@@ -240,13 +291,13 @@ def test_sections_that_contradict_each_other_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "complaint"),
     [
-        ({"num_moe_experts": 8}, UnsupportedModelError, "num_experts=8"),
+        ({"num_moe_experts": 8, "moe_latent_size": 8}, UnsupportedModelError, "moe_latent_size=8"),
         ({"normalization": "LayerNorm"}, UnsupportedModelError, "normalization='LayerNorm'"),
         ({"rope_scaling": True}, UnsupportedModelError, "use_rope_scaling=True"),
         ({"gated_linear_unit": False}, UnsupportedModelError, "swiglu=False"),
         ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, UnsupportedModelError, "swiglu=False"),
         ({"seq_len_interpolation_factor": 2.0}, UnsupportedModelError, "interpolation_factor=2.0"),
-        ({"window_size": [4095, 0], "window_attn_skip_freq": 2}, UnsupportedModelError, "window_attn_skip_freq"),
+        ({"window_size": [4095, 0], "window_attn_skip_freq": [1, 0]}, ConfigError, "window_attn_skip_freq"),
         ({"layernorm_zero_centered_gamma": True}, UnsupportedModelError, "apply_layernorm_1p=True"),
         ({"activation_func": ...}, ConfigError, "lacks activation_func"),
         ({"vocab_size": None, "num_layers": ...}, ConfigError, "lacks num_layers, vocab_size"),

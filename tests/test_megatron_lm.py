@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from family_models import FAMILY, family_model, model_class
 from hf_models import random_model, saved
 from safetensors.torch import load_file
 from torch_reading import described
@@ -39,8 +42,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "yarn": {"tie_word_embeddings": True, "rope_parameters": YARN | {"truncate": False, "beta_fast": 16.0}},
     "yarn-mscale": {"vocab_size": 128, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
 }
+WITH_EXPERTS = [name for name in FAMILY if name.startswith(("mixtral", "mistral4"))]
+#: Models that megatron-core 0.19 builds, and a prompt longer than a window, but no longer than YaRN's original context.
+SAYING = [name for name in FAMILY if "plain queries" not in name]
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 9]
 #: The flags of the README, with which the checkpoint describes the model.
 BY_CHECKPOINT = ("--ckpt-format", "torch_dist", "--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--bf16")
+
+
+#: What the checkpoint does not tell of latent attention: sizes of heads and latents, norms, rotary embeddings.
+NOT_BY_CHECKPOINT = (
+    *("--multi-latent-attention", "--qk-layernorm", "--q-lora-rank", "12", "--kv-lora-rank", "10"),
+    *("--qk-head-dim", "6", "--qk-pos-emb-head-dim", "4", "--v-head-dim", "8", "--rotary-scaling-factor", "4"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +63,14 @@ class Case:
 
     model: str
     written: dict[str, int] = field(default_factory=dict)
-    layout: dict[str, int] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] | None = None
+    more: dict[str, Any] = field(default_factory=dict)
     saves: tuple[str, ...] | None = None
 
 
-#: ``flags`` None: those that megatron_args gives. With ``saves``, these flags are added and the model is saved again.
+#: ``flags`` None: those that megatron_args gives; ``more`` have no flag. With ``saves``, these flags are added and the
+#: model is saved again.
 CASES: dict[str, Case] = {
     "release": Case(model="window", flags=(*BY_CHECKPOINT, "--finetune")),
     "release, not finetuned": Case(model="window", written={"tp": 2, "pp": 2}, flags=BY_CHECKPOINT),
@@ -69,6 +85,16 @@ CASES: dict[str, Case] = {
     "yarn by flags": Case(model="yarn", layout={"tp": 2, "pp": 2}, saves=()),
     "yarn-mscale by flags": Case(
         model="yarn-mscale", saves=("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "anywhere")
+    ),
+    "mixtral": Case(model="mixtral", written={"tp": 2, "ep": 2}, flags=BY_CHECKPOINT, layout={"ep": 4}),
+    "mixtral by flags": Case(model="mixtral", layout={"tp": 2, "pp": 2, "ep": 2, "etp": 1}, saves=()),
+    "ministral by flags": Case(model="ministral", layout={"tp": 2}, saves=()),
+    "mistral4": Case(model="mistral4", written={"ep": 2}, flags=(*BY_CHECKPOINT, *NOT_BY_CHECKPOINT), layout={"ep": 2}),
+    "mistral4 by flags": Case(
+        model="mistral4",
+        layout={"tp": 2, "ep": 4, "etp": 1},
+        more={"original_max_position_embeddings": 16},
+        saves=(),
     ),
 }
 SAVED = [name for name, case in CASES.items() if case.saves is not None]
@@ -93,7 +119,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "stages": ({"pp": 4, "pp_layers": (1, 0, 2, 1)}, {"layers_here": [1, 0, 2, 1]}),
 }
-#: Sizes of released models, as far as they matter here.
+#: Sizes of released models, as far as they matter here; those of newer ones are the defaults of transformers.
 RELEASED: dict[str, dict[str, Any]] = {
     "Mistral-7B-v0.1": {
         "hidden_size": 4096,
@@ -121,19 +147,47 @@ RELEASED: dict[str, dict[str, Any]] = {
         "vocab_size": 131072,
         "max_position_embeddings": 131072,
     },
+    "Mixtral-8x7B-v0.1": {
+        "model_type": "mixtral",
+        "head_dim": 128,
+        "rope_parameters": {"rope_theta": 1000000.0},
+        "max_position_embeddings": 32768,
+    },
+    "Ministral-8B-Instruct-2410": {
+        "model_type": "ministral",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 100000000.0},
+        "sliding_window": 32768,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3] * 9,
+        "vocab_size": 131072,
+        "max_position_embeddings": 32768,
+    },
+    "Ministral-3-8B-Base-2512": {"model_type": "ministral3"},
+    "Mistral-Small-4-119B-2603": {"model_type": "mistral4"},
 }
 
 
 def layout_of(case: Case) -> ParallelLayout:
     """The layout of four ranks that Megatron-LM loads a case with."""
-    tp, pp = case.layout.get("tp", 1), case.layout.get("pp", 1)
-    return ParallelLayout(tp=tp, pp=pp, dp=4 // (tp * pp))
+    return ParallelLayout(**case.layout, dp=4 // (case.layout.get("tp", 1) * case.layout.get("pp", 1)))
 
 
 def described_model(folder: Path, **sizes: object) -> Path:
     """A directory with nothing but a config.json, as transformers writes it."""
-    AutoConfig.for_model("mistral", **sizes, dtype="bfloat16").save_pretrained(folder)
+    AutoConfig.for_model(**{"model_type": "mistral", **deepcopy(sizes)}, dtype="bfloat16").save_pretrained(folder)
     return folder
+
+
+def unscaled(config: MistralConfig) -> MistralConfig:
+    """What Megatron makes of a model: it does not scale queries by position, and Ministral 3 is Mistral then."""
+    model_type = "mistral" if config.model_type == "ministral3" else config.model_type
+    return replace(config, llama_4_scaling_beta=None, model_type=model_type)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +198,7 @@ class Results:
     ranks: list[dict[str, Any]]
     saved: Path
     run_configs: Path
+    saying: Path
     parsed: dict[str, Path]
 
 
@@ -152,36 +207,55 @@ def results(launch_megatron_lm: LaunchRanks, tmp_path_factory: pytest.TempPathFa
     """Write every case, and let Megatron-LM load, save and parse."""
     folder = tmp_path_factory.mktemp("megatron_lm")
     hf = {name: saved(random_model(**MODELS[name]), folder / "hf" / name) for name in MODELS}
+    hf |= {name: saved(family_model(name), folder / "hf" / name) for name in FAMILY}
     jobs: dict[str, dict[str, Any]] = {}
     for name, case in CASES.items():
         root = folder / name
         from_hf(hf[case.model], root, **case.written)  # type: ignore[arg-type]  # these are all int
         layout = layout_of(case)
         by_checkpoint = ["--load", str(root), "--tensor-model-parallel-size", str(layout.tp)]
-        by_checkpoint += ["--pipeline-model-parallel-size", str(layout.pp), *(case.flags or ())]
+        by_checkpoint += ["--pipeline-model-parallel-size", str(layout.pp)]
+        by_checkpoint += ["--expert-model-parallel-size", str(layout.ep), *(case.flags or ())]
         flags = megatron_args(root, layout=layout).flags if case.flags is None else by_checkpoint
         config = json.loads((hf[case.model] / "config.json").read_text())
-        job = {"task": "load", "flags": [*flags, *(case.saves or ())], "config": config, "hf": str(hf[case.model])}
+        job = {"task": "load", "flags": [*flags, *(case.saves or ())], "more": case.more}
+        job |= {"config": config, "hf": str(hf[case.model])}
         jobs[name] = job | ({} if case.saves is None else {"save": str(folder / "saved" / name)})
     parsed = {name: described_model(folder / "described" / name, **sizes) for name, sizes in RELEASED.items()}
     for name in RELEASED:
         layout = ParallelLayout(tp=4)
-        jobs[f"parse {name}"] = {"task": "parse", "flags": megatron_args(parsed[name], layout=layout).flags}
+        jobs[f"parse {name}"] = {"task": "parse", "flags": megatron_args(parsed[name], layout=layout).flags, "more": {}}
     for name, path in hf.items():
-        flags = megatron_args(path, layout=ParallelLayout(tp=2, dp=2)).flags
-        jobs[f"parse {name}"] = {"task": "parse", "flags": flags}
-        jobs[f"dump {name}"] = {"task": "dump_run_configs", "flags": flags, "to": str(folder / "run_configs" / name)}
+        experts: dict[str, Any] = {"ep": 2, "etp": 1} if name in WITH_EXPERTS else {}
+        told = {
+            "flags": megatron_args(path, layout=ParallelLayout(tp=2, dp=2, **experts)).flags,
+            "more": {"original_max_position_embeddings": 16} if name.startswith("mistral4") else {},
+        }
+        jobs[f"parse {name}"] = {"task": "parse", **told}
+        jobs[f"dump {name}"] = {"task": "dump_run_configs", **told, "to": str(folder / "run_configs" / name)}
+    for name in SAYING:
+        where, root = folder / "saying" / name, folder / "said" / name
+        from_hf(saved(family_model(name, torch.float32, rms_norm_eps=1e-6), where), root)
+        jobs[f"say {name}"] = {
+            "task": "say",
+            "flags": megatron_args(root).flags,
+            "more": {"original_max_position_embeddings": 16} if name.startswith("mistral4") else {},
+            "config": json.loads((where / "config.json").read_text()),
+            "tokens": PROMPT,
+        }
     four = described_model(folder / "four", **RELEASED["Mistral-Nemo-2407"] | {"num_hidden_layers": 4})
     for name, (fields, _) in LAYOUTS.items():
         jobs[f"lay out {name}"] = {
             "task": "parse",
             "flags": megatron_args(four, layout=ParallelLayout(**fields)).flags,
+            "more": {},
         }
     return Results(
         hf=hf,
         ranks=launch_megatron_lm(4, jobs),
         saved=folder / "saved",
         run_configs=folder / "run_configs",
+        saying=folder / "saying",
         parsed=parsed | hf,
     )
 
@@ -205,13 +279,12 @@ def test_what_megatron_lm_saved_exports_by_itself(name: str, results: Results, t
     tensors, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", original))
     assert described(tensors) == described(expected)
     theirs, ours = (AutoConfig.from_pretrained(path) for path in (original, tmp_path / "hf"))
-    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
-    names += ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "sliding_window", "dtype"]
-    names += ["tie_word_embeddings", "hidden_act"]
+    names = theirs.to_dict().keys() - {"rope_parameters", "_name_or_path", "transformers_version", "use_cache"}
     assert {each: getattr(ours, each) for each in names} == {each: getattr(theirs, each) for each in names}
     rope = {key: value for key, value in theirs.rope_parameters.items() if value is not None}
+    rope.pop("llama_4_scaling_beta", None)  # Megatron has none
     assert rope.items() <= ours.rope_parameters.items()
-    assert MistralConfig.from_hf(tmp_path / "hf") == MistralConfig.from_hf(original)
+    assert MistralConfig.from_hf(tmp_path / "hf") == unscaled(MistralConfig.from_hf(original))
 
 
 @pytest.mark.parametrize("name", [*RELEASED, *MODELS])
@@ -219,7 +292,8 @@ def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Result
     """Parsed, checked and made into a TransformerConfig by Megatron-LM, every size is the one transformers reads."""
     theirs = AutoConfig.from_pretrained(results.parsed[name])
     tp = 4 if name in RELEASED else 2
-    rope, window = theirs.rope_parameters, theirs.sliding_window
+    rope, window = theirs.rope_parameters, getattr(theirs, "sliding_window", None)
+    has_yarn = rope["rope_type"] == "yarn" and theirs.model_type != "mistral4"
     expected = {
         "num_layers": theirs.num_hidden_layers,
         "hidden_size": theirs.hidden_size,
@@ -245,12 +319,12 @@ def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Result
         "untie_embeddings_and_output_weights": not theirs.tie_word_embeddings,
         "params_dtype": str(theirs.dtype),
         "ckpt_format": "torch_dist",
-        "position_embedding_type": "yarn" if name.startswith("yarn") else "rope",
+        "position_embedding_type": "yarn" if has_yarn else "rope",
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
     }
-    if name.startswith("yarn"):
+    if has_yarn:
         expected |= {
             "yarn_rotary_scaling_factor": rope["factor"],
             "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
@@ -265,13 +339,120 @@ def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Result
         assert {key: told[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *FAMILY])
 @pytest.mark.parametrize("form", ["nested", "flat"])
 def test_run_configs_from_megatrons_own_serializer(form: str, name: str, results: Results) -> None:
     """The model section that Megatron serializes, all fields in it, gives the configuration that transformers wrote."""
     path = results.run_configs / name / f"{form}.yaml"
     read = from_run_config(strict_yaml.read_object(path), str(path))
-    assert read == MistralConfig.from_hf(results.hf[name])
+    assert read == unscaled(MistralConfig.from_hf(results.hf[name]))
+
+
+#: Case -> what Megatron's TransformerConfig must say of it, besides sizes that all models have.
+PARTS: dict[str, dict[str, Any]] = {
+    "Mixtral-8x7B-v0.1": {
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 14336,
+        "moe_router_pre_softmax": False,
+        "moe_shared_expert_intermediate_size": None,
+        "sequence_parallel": True,
+    },
+    "Ministral-8B-Instruct-2410": {"window_size": [32767, 0], "window_attn_skip_freq": [0, 1, 1, 1] * 9},
+    "Mistral-Small-4-119B-2603": {
+        "num_moe_experts": 128,
+        "moe_router_topk": 4,
+        "moe_ffn_hidden_size": 2048,
+        "moe_shared_expert_intermediate_size": 2048,
+        "moe_router_pre_softmax": False,
+        "moe_router_group_topk": None,
+        "q_lora_rank": 1024,
+        "kv_lora_rank": 256,
+        "qk_head_dim": 64,
+        "qk_pos_emb_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 128.0,
+        "original_max_position_embeddings": 4096,  # its 8192 has no flag, and a warning says so
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "mixtral": {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 20,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_router_pre_softmax": False,
+        "moe_router_topk_scaling_factor": None,
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+        "moe_router_score_function": "softmax",
+        "moe_layer_freq": 1,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": True,
+        "multi_latent_attention": False,
+        "qk_layernorm": False,
+        "window_size": None,
+    },
+    "ministral": {"window_size": [4, 0], "window_attn_skip_freq": [1, 0, 0, 1], "sequence_parallel": False},
+    "ministral3, tied": {
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 16,
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 1.0,
+        "position_embedding_type": "yarn",
+    },
+    "mistral4": {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_head_dim": 6,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 8,
+        "kv_channels": 8,
+        "num_query_groups": 4,
+        "position_embedding_type": "rope",
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_router_pre_softmax": False,
+        "ffn_hidden_size": 20,
+    },
+    "mistral4, groups, plain queries": {
+        "q_lora_rank": None,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": 1.5,
+        "moe_router_num_groups": 2,
+        "moe_router_group_topk": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_flags_mean_experts_windows_and_latents_to_megatrons_own_parser(name: str, results: Results) -> None:
+    """What the model has besides a dense Mistral's parts, Megatron's TransformerConfig says too."""
+    for rank in results.ranks:
+        told = rank[f"parse {name}"]
+        assert {key: told[key] for key in PARTS[name]} == PARTS[name]
+
+
+@pytest.mark.parametrize("name", SAYING)
+def test_flags_mean_the_same_function(name: str, results: Results) -> None:
+    """A model that Megatron-LM's own arguments describe says what transformers says, as far as it can."""
+    model = model_class(AutoConfig.from_pretrained(results.saying / name)).from_pretrained(results.saying / name)
+    with torch.no_grad():
+        expected = model.float().eval()(torch.tensor([PROMPT])).logits[0]
+    for rank in results.ranks:
+        assert torch.allclose(torch.tensor(rank[f"say {name}"]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.mistral4.modeling_mistral4 import yarn_apply_mscale
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -37,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mscales": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
     "a zero mscale is none": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.0}},
     "one mscale alone is none": {"rope_scaling": YARN | {"mscale": 0.7}},
+    "nor is the other alone": {"rope_scaling": YARN | {"mscale_all_dim": 1.3}},
     "attention factor": {"rope_scaling": YARN | {"attention_factor": 1.5, "mscale": 0.7, "mscale_all_dim": 1.3}},
     "attention factor 1": {"rope_scaling": YARN | {"attention_factor": 1.0}},
     "betas, not truncated": {"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
@@ -75,11 +77,26 @@ def test_values_are_those_of_transformers(case: str) -> None:
 def test_megatron_scales_the_same(case: str) -> None:
     """With the values we give it, Megatron multiplies cosines and sines with what transformers does."""
     _, yarn = read(case)
+    theirs = megatron_yarn()._yarn_get_concentration_factor(yarn.factor, *yarn.megatron_mscales)  # noqa: SLF001
+    assert theirs == pytest.approx(yarn.attention_scale, rel=1e-15)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_megatron_scales_latent_attention_the_same(case: str) -> None:
+    """With the values for latent attention it also scales what is attended to as transformers' Mistral 4 does."""
+    _, yarn = read(case)
+    mscale, mscale_all_dim = yarn.latent_mscales
+    theirs = megatron_yarn()._yarn_get_concentration_factor(yarn.factor, mscale, mscale_all_dim)  # noqa: SLF001
+    assert theirs == pytest.approx(yarn.attention_scale, rel=1e-15)
+    scores = megatron_yarn()._yarn_get_mscale(yarn.factor, mscale_all_dim) ** 2  # noqa: SLF001
+    assert scores == pytest.approx(yarn_apply_mscale(yarn.to_hf(), 1.0), rel=1e-15)
+
+
+def megatron_yarn() -> Any:  # noqa: ANN401  (megatron is untyped)
+    """The module in which Megatron computes YaRN."""
     with warnings.catch_warnings():  # importing megatron warns of much that is not ours to mend
         warnings.simplefilter("ignore")
-        megatron = importlib.import_module("megatron.core.models.common.embeddings.yarn_rotary_pos_embedding")
-    theirs = megatron._yarn_get_concentration_factor(yarn.factor, *yarn.megatron_mscales)  # noqa: SLF001
-    assert theirs == pytest.approx(yarn.attention_scale, rel=1e-15)
+        return importlib.import_module("megatron.core.models.common.embeddings.yarn_rotary_pos_embedding")
 
 
 def test_a_config_without_original_writes_its_own() -> None:
@@ -144,3 +161,5 @@ def test_a_scale_that_megatron_cannot_express_is_refused() -> None:
     yarn = YarnScaling(factor=1.0, original_max_position_embeddings=32, attention_factor=1.5)
     with pytest.raises(UnsupportedModelError, match=r"attention_factor=1\.5 with factor=1\.0"):
         _ = yarn.megatron_mscales
+    with pytest.raises(UnsupportedModelError, match=r"attention_factor=1\.5 with factor=1\.0"):
+        _ = yarn.latent_mscales

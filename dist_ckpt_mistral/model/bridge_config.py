@@ -27,6 +27,10 @@ _RENAMED: Final[Mapping[str, str]] = {
     "yarn_mscale": "mscale",
     "yarn_mscale_all_dim": "mscale_all_dim",
 }
+#: Of a model with latent attention, Bridge's own fields for YaRN say nothing: those of MLATransformerConfig do.
+_ONLY_WITHOUT_MLA: Final = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
+#: What a GPTModelConfig hands on to an MLATransformerConfig, for itself it serializes its own defaults (0.19).
+_HANDED_ON: Final = ("rotary_base", "rotary_percent")
 #: What Bridge may not leave out: without it, its own defaults would have to be guessed.
 _REQUIRED: Final = (
     *("share_embeddings_and_output_weights", "gated_linear_unit", "activation_func"),
@@ -54,6 +58,8 @@ def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
 def _model_fields(model: Mapping[str, Any], where: str) -> dict[str, object]:
     """The fields of a section ``model`` and of its ``transformer``. Raises ConfigError where these differ on one."""
     inner, outer = (_fields(section) for section in (model.get("transformer"), model))
+    if inner.get("multi_latent_attention"):
+        outer = {name: value for name, value in outer.items() if name not in _HANDED_ON}
     differ = [name for name in outer if name in inner and outer[name] != inner[name]]
     if differ:
         told = [f"{name:.60} ({outer[name]!r:.60} and {inner[name]!r:.60})" for name in differ]
@@ -73,7 +79,8 @@ def _fields(section: object) -> dict[str, object]:
 def _as_args(values: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron-LM's names for Bridge's fields, and what Megatron-LM says in another way."""
     heads = values["num_attention_heads"]
-    args = {_RENAMED.get(name, name): value for name, value in values.items()}
+    without = _ONLY_WITHOUT_MLA if values.get("multi_latent_attention") else ()
+    args = {_RENAMED.get(name, name): value for name, value in values.items() if name not in without}
     if args.get("kv_channels") is None and is_positive_int(heads) and is_positive_int(values["hidden_size"]):
         args["kv_channels"] = values["hidden_size"] // heads  # TransformerConfig.__post_init__, all versions
     groups = values.get("num_query_groups")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import TypeGuard
 
 
-def is_positive_int(value: object) -> bool:
+def is_positive_int(value: object) -> TypeGuard[int]:
     """Whether ``value`` is a whole number of at least 1; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 

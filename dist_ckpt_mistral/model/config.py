@@ -24,7 +24,8 @@ GivenConfig: TypeAlias = "str | Path | MistralConfig"
 
 #: What a layer's attention is, in Hugging Face's words.
 SLIDING: Final = "sliding_attention"
-_KINDS: Final = frozenset({SLIDING, "full_attention"})
+FULL: Final = "full_attention"
+_KINDS: Final = frozenset({SLIDING, FULL})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

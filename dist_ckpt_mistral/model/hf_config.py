@@ -15,6 +15,7 @@ from dist_ckpt_mistral.model.hf_families import (
     MULTIMODAL,
     VISION_DEFAULTS,
     VISION_TYPE,
+    WITH_LAYER_TYPES,
     Family,
     Raw,
     require_supported,
@@ -70,17 +71,18 @@ def config_fields(raw: Raw, where: str) -> dict[str, Any]:
     latent = LatentAttention(**{name: values[name] for name in LATENT_SIZES}) if family.has_latent_attention else None
     rotated = 1.0 if latent is None else latent.qk_rope_head_dim / latent.qk_head_dim
     rope = rope_parameters(values, partial_rotary_factor=rotated)
+    beta = rope.get("llama_4_scaling_beta")
     return {
         **{name: values[name] for name in (*REQUIRED_SIZES, "num_key_value_heads", "rms_norm_eps")},
         "model_type": text["model_type"],
         "head_dim": _head_dim(values) if latent is None else latent.qk_head_dim,
         "rope_theta": rope.get("rope_theta", values["rope_theta"]),
         "max_position_embeddings": values["max_position_embeddings"],
-        "sliding_window": text.get("sliding_window"),
-        "layer_types": _layer_types(text),
+        "sliding_window": text.get("sliding_window") if latent is None else None,
+        "layer_types": _layer_types(text) if text["model_type"] in WITH_LAYER_TYPES else None,
         "tie_word_embeddings": values["tie_word_embeddings"],
         "yarn": yarn_of(values, rope, values["max_position_embeddings"]),
-        "llama_4_scaling_beta": rope.get("llama_4_scaling_beta"),
+        "llama_4_scaling_beta": None if beta == 0 else beta,
         "experts": None if family.experts is None else family.experts(values),
         "latent_attention": latent,
         "vision": _vision(raw, where) if raw["model_type"] == MULTIMODAL else None,
@@ -169,6 +171,9 @@ def _rope(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
     scaling = {} if fields["yarn"] is None else fields["yarn"].to_hf()
     if "rope_parameters" not in family.defaults:
         return {"rope_theta": fields["rope_theta"], **({"rope_scaling": scaling} if scaling else {})}
-    beta = fields["llama_4_scaling_beta"]
-    rope = {"rope_type": "default", **scaling, "rope_theta": fields["rope_theta"]}
-    return {"rope_parameters": rope if beta is None else {**rope, "llama_4_scaling_beta": beta}}
+    # transformers multiplies by the scale of these queries in any case: 0 is none.
+    position = {
+        "original_max_position_embeddings": fields["max_position_embeddings"],
+        "llama_4_scaling_beta": fields["llama_4_scaling_beta"] or 0.0,
+    }
+    return {"rope_parameters": {"rope_type": "default", **position, **scaling, "rope_theta": fields["rope_theta"]}}

@@ -134,6 +134,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
         has_latent_attention=True,
     ),
 }
+#: Models whose layers differ in what they attend to; in all others transformers ignores ``layer_types``.
+WITH_LAYER_TYPES: Final = ("ministral",)
 #: A language model of one of the families, with a vision tower: its own config stands under ``text_config``.
 MULTIMODAL: Final = "mistral3"
 MULTIMODAL_ARCHITECTURE: Final = "Mistral3ForConditionalGeneration"

@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
-import math
-import re
+import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
 from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.model.attention_args import (
+    attention_args,
+    attention_of,
+    latent_attention_of,
+    unmet_by_attention,
+)
 from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.expert_args import expert_args, experts_of, unmet_by_experts
+from dist_ckpt_mistral.model.hf_families import WITH_LAYER_TYPES
 from dist_ckpt_mistral.model.megatron_fields import (
     ARCHITECTURE,
     COMPUTED,
     DTYPE_FLAGS,
-    MSCALE,
-    MSCALE_ALL_DIM,
     SAME_VALUE,
     UNCHANGED,
-    YARN,
     Field,
+    unmet,
 )
 from dist_ckpt_mistral.model.megatron_vocabulary import vocab_size_of
 from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, padded_vocab_size
-from dist_ckpt_mistral.model.yarn import YarnScaling
+
+_LOG = logging.getLogger(__name__)
 
 #: Far more than any model has. Sizes of a hostile checkpoint must not make a table that fills the memory.
 _MAX_LAYERS: Final = 100_000
-_WINDOW: Final = re.compile(r"\(?\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*,?\s*\)?")
 
 
-def to_megatron_args(config: MistralConfig, *, dtype: str, tp: int, pp: int) -> dict[str, Any]:
+def to_megatron_args(config: MistralConfig, *, dtype: str, tp: int, pp: int, ep: int = 1) -> dict[str, Any]:
     """The fields that Megatron-LM's ``--use-checkpoint-args`` and Megatron-Bridge read; plain values and one dtype.
 
-    ``dtype`` is that of the stored weights; ``tp`` and ``pp`` are the layout that Megatron-LM assumes by default.
+    ``dtype`` is that of the stored weights; ``tp``, ``pp`` and ``ep`` are the layout that Megatron-LM assumes by
+    default. Raises UnsupportedModelError where Megatron would compute something else, whatever it is told.
     """
     described: list[tuple[Field, Any]] = [
         *((field, getattr(config, attribute)) for attribute, field in SAME_VALUE.items()),
         *ARCHITECTURE,
         *((COMPUTED[name], value) for name, value in _computed(config, dtype, tp).items()),
-        *_yarn_args(config.yarn),
+        *attention_args(config),
+        *expert_args(config.experts),
     ]
     args = {name: value for field, value in described for name in field.names}
     if float(config.rope_theta).is_integer():
@@ -51,20 +58,16 @@ def to_megatron_args(config: MistralConfig, *, dtype: str, tp: int, pp: int) -> 
         "params_dtype": TorchDtype(dtype),
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
+        "expert_model_parallel_size": ep,
     }
 
 
 def _computed(config: MistralConfig, dtype: str, tp: int) -> dict[str, Any]:
     return {
-        "group_query_attention": True,
-        "num_query_groups": config.num_key_value_heads,
-        "window_size": config.window_size,
-        "window_attn_skip_freq": None,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "seq_length": config.max_position_embeddings,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "position_embedding_type": "rope" if config.yarn is None else "yarn",
         "vocab_size": config.vocab_size,
         "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
         "padded_vocab_size": padded_vocab_size(config.vocab_size, tp),
@@ -72,99 +75,76 @@ def _computed(config: MistralConfig, dtype: str, tp: int) -> dict[str, Any]:
     }
 
 
-def _yarn_args(yarn: YarnScaling | None) -> list[tuple[Field, Any]]:
-    """The YaRN fields. Megatron-LM's mscales of 1 and 0 give what transformers does without any."""
-    if yarn is None:
-        return []
-    mscale, mscale_all_dim = yarn.megatron_mscales
-    scales = zip((MSCALE, MSCALE_ALL_DIM), (mscale, mscale_all_dim), strict=True)
-    return [
-        *((field, getattr(yarn, attribute)) for attribute, field in YARN.items()),
-        *((field, field.default if value is None else value) for field, value in scales),
-    ]
-
-
 def from_megatron_args(args: Mapping[str, Any], where: str = "the checkpoint's args") -> MistralConfig:
     """The configuration in a checkpoint's own ``args``. What the args leave open is logged as a warning.
 
     Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
     """
-    position = COMPUTED["position_embedding_type"].of(args)
-    missing = [field.name for field in SAME_VALUE.values() if field.of(args) is None]
-    missing += ["position_embedding_type"] if position is None else []
-    if missing:
-        raise ConfigError(f"{where} lack {', '.join(missing)}. Give the model's config.json with --config.")
-    _refuse_other_architectures(args, where)
-    sizes = {attribute: field.of(args) for attribute, field in SAME_VALUE.items()}
-    if is_positive_int(sizes["num_hidden_layers"]) and sizes["num_hidden_layers"] > _MAX_LAYERS:
-        raise ConfigError(f"{where} say num_layers={sizes['num_hidden_layers']}: expected at most {_MAX_LAYERS}")
+    found = _found(args, where)
+    model_type = _model_type(found)
+    _refuse_other_architectures(args, found, model_type, where)
+    if model_type == "mistral4" and found["llama_4_scaling_beta"] is None:
+        _LOG.warning(
+            "%s do not tell llama_4_scaling_beta, which Megatron has not: it is taken for 0. "
+            "Give config.json with --config for a model that has it.",
+            where,
+        )
     return MistralConfig(
-        **sizes,
+        **found,
+        model_type=model_type,
         vocab_size=vocab_size_of(args, where),
-        num_key_value_heads=_num_query_groups(args),
-        sliding_window=_sliding_window(args, where),
         tie_word_embeddings=not COMPUTED["untie_embeddings_and_output_weights"].of(args),
-        yarn=_yarn(args) if position == "yarn" else None,
         dtype=next((dtype for flag, dtype in DTYPE_FLAGS.items() if args.get(flag)), None),
     )
 
 
-def _refuse_other_architectures(args: Mapping[str, Any], where: str) -> None:
-    foreign = [
-        f"{field.name}={found!r}"
-        for field, value in ARCHITECTURE
-        if (found := field.of(args)) != value and (value or found)
+def _found(args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a MistralConfig that say what the model is made of; they are yet to be checked."""
+    latent = latent_attention_of(args)
+    required = [*SAME_VALUE.values(), COMPUTED["position_embedding_type"]]
+    required += [COMPUTED["kv_channels"]] if latent is None else []
+    missing = [field.name for field in required if field.of(args) is None]
+    if missing:
+        raise ConfigError(f"{where} lack {', '.join(missing)}. Give the model's config.json with --config.")
+    sizes = {attribute: field.of(args) for attribute, field in SAME_VALUE.items()}
+    num_layers = sizes["num_hidden_layers"]
+    if is_positive_int(num_layers) and num_layers > _MAX_LAYERS:
+        raise ConfigError(f"{where} say num_layers={num_layers}: expected at most {_MAX_LAYERS}")
+    experts = experts_of(args, packed=latent is not None)
+    if experts is not None and latent is None:
+        sizes["intermediate_size"] = experts.intermediate_size
+    return {**sizes, **attention_of(args, num_layers, where), "experts": experts}
+
+
+#: Fields of a MistralConfig that only models of some families have.
+_ONLY_OF: Final[Mapping[str, tuple[str, ...]]] = {
+    "layer_types": WITH_LAYER_TYPES,
+    "llama_4_scaling_beta": ("ministral3", "mistral4"),
+}
+
+
+def _model_type(found: Mapping[str, Any]) -> str:
+    """The family of a model with these fields, if it is of one at all."""
+    if found["latent_attention"] is not None:
+        return "mistral4"
+    if found["experts"] is not None:
+        return "mixtral"
+    if found["layer_types"] is not None:
+        return "ministral"
+    return "mistral" if found["llama_4_scaling_beta"] is None else "ministral3"
+
+
+def _refuse_other_architectures(args: Mapping[str, Any], found: Mapping[str, Any], model_type: str, where: str) -> None:
+    experts, is_latent = found["experts"], found["latent_attention"] is not None
+    foreign = [*unmet(ARCHITECTURE, args), *unmet_by_attention(args)]
+    if experts is not None:
+        foreign += unmet_by_experts(args, experts, latent=is_latent)
+    elif is_latent:
+        foreign.append("multi_latent_attention=True without num_experts")
+    foreign += [
+        f"{field}={found[field]!r:.200} in a model that is otherwise {model_type}"
+        for field, families in _ONLY_OF.items()
+        if found[field] is not None and model_type not in families
     ]
-    position = args["position_embedding_type"]
-    foreign += [f"position_embedding_type={position!r}"] if position not in ("rope", "yarn") else []
     if foreign:
-        raise UnsupportedModelError(f"{where} are not those of a dense Mistral model: {', '.join(foreign)}")
-
-
-def _num_query_groups(args: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
-    """Without ``group_query_attention`` every head has its own keys, whatever ``num_query_groups`` says."""
-    groups = args.get("num_query_groups")
-    grouped = args.get("group_query_attention", groups is not None)
-    return groups if grouped else args["num_attention_heads"]
-
-
-def _sliding_window(args: Mapping[str, Any], where: str) -> int | None:
-    """Megatron's (W - 1, 0) as Hugging Face's W; None and (-1, ...) are full attention.
-
-    The parser makes a tuple of ``--window-size 4095,0``; a file may hold a list, or the text.
-    """
-    given: Any = args.get("window_size")
-    if given is None:
-        return None
-    text = _WINDOW.fullmatch(given) if isinstance(given, str) else None
-    window = tuple(int(size) for size in text.groups()) if text else given
-    if not (isinstance(window, list | tuple) and [type(size) for size in window] == [int, int]):
-        raise ConfigError(f"window_size in {where}: expected (before, after), got {given!r}")
-    before: int = window[0]
-    after: int = window[1]
-    if before < 0:
-        return None
-    if after > 0:
-        raise UnsupportedModelError(f"window_size {given!r} in {where}: Mistral models see nothing after a token.")
-    skip = args.get("window_attn_skip_freq")
-    if skip is not None and not (isinstance(skip, list | tuple) and all(layer == 1 for layer in skip)):
-        raise UnsupportedModelError(
-            f"window_attn_skip_freq {skip!r} in {where}: all layers of a Mistral model have the window, or none."
-        )
-    return before + 1
-
-
-def _yarn(args: Mapping[str, Any]) -> YarnScaling:
-    """YaRN as Megatron computes it. What transformers has no mscales for, an ``attention_factor`` says.
-
-    One mscale without the other counts for nothing, as in ``_yarn_get_concentration_factor`` (0.16 to 0.19).
-    """
-    values = {attribute: field.of(args) for attribute, field in YARN.items()}
-    mscales = (args.get(MSCALE.name), args.get(MSCALE_ALL_DIM.name))
-    if None in mscales or mscales == (MSCALE.default, MSCALE_ALL_DIM.default):
-        return YarnScaling(**values)
-    scaling = YarnScaling(**values, mscale=mscales[0], mscale_all_dim=mscales[1])
-    if all(mscales):
-        return scaling
-    above, below = (0.1 * mscale * math.log(scaling.factor) + 1 for mscale in mscales if mscale is not None)
-    return YarnScaling(**values, attention_factor=above / below)
+        raise UnsupportedModelError(f"{where} are those of no model of the Mistral family: {', '.join(foreign)}")

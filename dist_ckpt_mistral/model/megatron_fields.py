@@ -3,14 +3,15 @@
 Of each field it knows the names it has had, what an absent one counts as (its default in ``pretrain_gpt.py``), and the
 flag that sets it. Sources: megatron/training/arguments.py (``validate_args``, ``core_transformer_config_from_args``)
 and checkpointing.py (``load_args_from_checkpoint``), Megatron-LM core_v0.12 to 0.19. Since 0.16 most of the parser is
-made from the fields of ``TransformerConfig``, which renamed two of them.
+made from the fields of ``TransformerConfig``, which renamed two of them; those of ``MLATransformerConfig`` still are
+flags of their own, as far as they are any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +37,24 @@ class Field:
         return next((args[name] for name in reversed(self.names) if args.get(name) is not None), self.default)
 
 
+#: Fields, each with the only value of it that a model may have.
+Demands: TypeAlias = "tuple[tuple[Field, Any], ...]"
+
+
+def unmet(demands: Demands, args: Mapping[str, Any]) -> Iterator[str]:
+    """What ``args`` say instead, as ``name=value``. Absent, None, false, 0 and empty are one."""
+    for field, value in demands:
+        found = field.of(args)
+        if found != value and (value or found):
+            yield f"{field.name}={found!r:.200}"
+
+
 #: Fields that hold an attribute of MistralConfig unchanged.
 SAME_VALUE: Final[Mapping[str, Field]] = {
     "num_hidden_layers": Field(names=("num_layers",), flag="--num-layers"),
     "hidden_size": Field(names=("hidden_size",), flag="--hidden-size"),
     "intermediate_size": Field(names=("ffn_hidden_size",), flag="--ffn-hidden-size"),
     "num_attention_heads": Field(names=("num_attention_heads",), flag="--num-attention-heads"),
-    "head_dim": Field(names=("kv_channels",), flag="--kv-channels", group="attention"),
     "rms_norm_eps": Field(names=("norm_epsilon", "layernorm_epsilon"), flag="--norm-epsilon", group="block"),
     "rope_theta": Field(names=("rotary_base",), flag="--rotary-base", group="rope"),
     "max_position_embeddings": Field(
@@ -50,8 +62,8 @@ SAME_VALUE: Final[Mapping[str, Field]] = {
     ),
 }
 
-#: What makes a model a dense Mistral, with the value that it must have.
-ARCHITECTURE: Final[tuple[tuple[Field, Any], ...]] = (
+#: What makes a model one of the Mistral family.
+ARCHITECTURE: Final[Demands] = (
     (Field(names=("normalization",), flag="--normalization", default="LayerNorm", group="block"), "RMSNorm"),
     (Field(names=("swiglu",), flag="--swiglu", default=False, group="block"), True),
     (Field(names=("add_bias_linear",), flag="--disable-bias-linear", default=True, group="block"), False),
@@ -63,14 +75,13 @@ ARCHITECTURE: Final[tuple[tuple[Field, Any], ...]] = (
             ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
             *(("add_qkv_bias",), ("squared_relu",), ("quick_geglu",), ("openai_gelu",)),
             *(("rotary_interleaved",), ("use_rope_scaling",), ("use_mup",), ("is_hybrid_model",)),
-            *(("qk_layernorm",), ("qk_l2_norm",), ("attention_output_gate",), ("multi_latent_attention",)),
-            ("apply_residual_connection_post_layernorm",),
+            *(("qk_l2_norm",), ("attention_output_gate",), ("apply_residual_connection_post_layernorm",)),
         )
     ),
     *(
         (Field(names=(name,)), None)
         for name in (
-            *("num_experts", "mtp_num_layers", "hybrid_layer_pattern", "hybrid_override_pattern"),
+            *("mtp_num_layers", "hybrid_layer_pattern", "hybrid_override_pattern"),
             *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
             *("experimental_attention_variant", "linear_attention_freq", "no_rope_freq", "softmax_scale"),
             *("rotary_seq_len_interpolation_factor", "glu_linear_offset", "activation_func_clamp_value"),
@@ -85,7 +96,14 @@ COMPUTED: Final[Mapping[str, Field]] = {
         Field(names=("group_query_attention",), flag="--group-query-attention", default=False, group="attention"),
         Field(names=("num_query_groups",), flag="--num-query-groups", group="attention"),
         Field(names=("window_size",), flag="--window-size", group="attention"),
-        Field(names=("window_attn_skip_freq",)),
+        Field(names=("window_attn_skip_freq",), flag="--window-attn-skip-freq", group="attention"),
+        Field(names=("kv_channels",), flag="--kv-channels", group="attention"),
+        Field(
+            names=("multi_latent_attention",), flag="--multi-latent-attention", default=False, group="latent attention"
+        ),
+        Field(names=("qk_layernorm",), flag="--qk-layernorm", default=False, group="latent attention"),
+        Field(names=("rope_type",), flag="--rope-type", group="rope"),
+        Field(names=("apply_rope_fusion",), flag="--no-rope-fusion", default=True, group="rope"),
         Field(
             names=("untie_embeddings_and_output_weights",),
             flag="--untie-embeddings-and-output-weights",
@@ -125,14 +143,93 @@ YARN: Final[Mapping[str, Field]] = {
 MSCALE: Final = Field(names=("mscale",), flag="--mscale", default=1.0, group="rope")
 MSCALE_ALL_DIM: Final = Field(names=("mscale_all_dim",), flag="--mscale-all-dim", default=0.0, group="rope")
 
+
+#: Attribute of LatentAttention -> field.
+LATENT: Final[Mapping[str, Field]] = {
+    "q_lora_rank": Field(names=("q_lora_rank",), flag="--q-lora-rank", group="latent attention"),
+    "kv_lora_rank": Field(names=("kv_lora_rank",), flag="--kv-lora-rank", default=32, group="latent attention"),
+    "qk_nope_head_dim": Field(names=("qk_head_dim",), flag="--qk-head-dim", default=128, group="latent attention"),
+    "qk_rope_head_dim": Field(
+        names=("qk_pos_emb_head_dim",), flag="--qk-pos-emb-head-dim", default=64, group="latent attention"
+    ),
+    "v_head_dim": Field(names=("v_head_dim",), flag="--v-head-dim", default=128, group="latent attention"),
+}
+#: YaRN in MLA: attribute of YarnScaling -> field. Three have no flag, but count where the args hold them: with the
+#: defaults of ``MLATransformerConfig`` (0.16 to 0.19), which always rounds the range that is stretched in part.
+LATENT_YARN: Final[Mapping[str, Field]] = {
+    "factor": YARN["factor"],
+    "original_max_position_embeddings": Field(names=("original_max_position_embeddings",), default=4096),
+    "beta_fast": Field(names=("beta_fast",), default=32.0),
+    "beta_slow": Field(names=("beta_slow",), default=1.0),
+}
+#: Of Ministral 3 and Mistral 4. Only Megatron-Bridge knows it (models/ministral3/model_config.py, 0.7).
+LLAMA_4_SCALING: Final = Field(names=("llama_4_scaling_beta",), default=0.0)
+
+#: Attribute of Experts -> field, in three tables: what all of them have, what some have, and groups that limit the
+#: router's choice where the args name how many may be chosen.
+EXPERTS: Final[Mapping[str, Field]] = {
+    "num_experts": Field(names=("num_experts",), flag="--num-experts", group="experts"),
+    "experts_per_token": Field(names=("moe_router_topk",), flag="--moe-router-topk", default=2, group="experts"),
+    "intermediate_size": Field(names=("moe_ffn_hidden_size",), flag="--moe-ffn-hidden-size", group="experts"),
+}
+MORE_OF_EXPERTS: Final[Mapping[str, Field]] = {
+    "shared_intermediate_size": Field(
+        names=("moe_shared_expert_intermediate_size",),
+        flag="--moe-shared-expert-intermediate-size",
+        default=0,
+        group="experts",
+    ),
+    "routed_scaling_factor": Field(
+        names=("moe_router_topk_scaling_factor",),
+        flag="--moe-router-topk-scaling-factor",
+        default=1.0,
+        group="experts",
+    ),
+}
+GROUPS_OF_EXPERTS: Final[Mapping[str, Field]] = {
+    "num_groups": Field(names=("moe_router_num_groups",), flag="--moe-router-num-groups", group="experts"),
+    "groups_per_token": Field(names=("moe_router_group_topk",), flag="--moe-router-group-topk", group="experts"),
+}
+#: Probabilities over all experts, which those of the chosen ones are taken from: they don't add up to 1 then.
+PRE_SOFTMAX: Final = Field(
+    names=("moe_router_pre_softmax",), flag="--moe-router-pre-softmax", default=False, group="experts"
+)
+#: What experts of the Mistral family are. How they are computed and balanced is no part of the model.
+EXPERTS_ARCHITECTURE: Final[Demands] = (
+    (Field(names=("moe_router_score_function",), default="softmax"), "softmax"),
+    *(
+        (Field(names=(name,), default=False), False)
+        for name in ("moe_router_enable_expert_bias", "moe_shared_expert_gate", "moe_apply_probs_on_input")
+    ),
+    *(
+        (Field(names=(name,)), None)
+        for name in (
+            *("moe_latent_size", "moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"),
+            "moe_router_topk_limited_devices",
+        )
+    ),
+)
+MOE_LAYER_FREQ: Final = Field(names=("moe_layer_freq",), default=1)
+LOAD_BALANCING: Final = Field(names=("moe_router_load_balancing_type",), default="aux_loss")
+
 #: Every field that describes the model.
-FIELDS: Final = (
-    *SAME_VALUE.values(),
-    *(field for field, _ in ARCHITECTURE),
-    *COMPUTED.values(),
-    *YARN.values(),
-    MSCALE,
-    MSCALE_ALL_DIM,
+FIELDS: Final = tuple(
+    dict.fromkeys(
+        (
+            *SAME_VALUE.values(),
+            *(field for field, _ in ARCHITECTURE),
+            *COMPUTED.values(),
+            *LATENT.values(),
+            *EXPERTS.values(),
+            *MORE_OF_EXPERTS.values(),
+            *GROUPS_OF_EXPERTS.values(),
+            PRE_SOFTMAX,
+            *YARN.values(),
+            *LATENT_YARN.values(),
+            MSCALE,
+            MSCALE_ALL_DIM,
+        )
+    )
 )
 
 #: What else Megatron-LM and Megatron-Bridge read from a checkpoint's args, Bridge without asking whether it is there
@@ -142,7 +239,6 @@ UNCHANGED: Final[Mapping[str, Any]] = {
     "use_rotary_position_embeddings": False,
     "apply_query_key_layer_scaling": False,
     "virtual_pipeline_model_parallel_size": None,
-    "expert_model_parallel_size": 1,
     "decoder_first_pipeline_num_layers": None,
     "decoder_last_pipeline_num_layers": None,
     "overlap_p2p_comm": False,

@@ -1,20 +1,23 @@
 """The flags of Megatron-LM's ``pretrain_gpt.py`` for a model and a layout, made from the table of its args.
 
 Flags are those of Megatron-LM core_v0.16 to 0.19 (megatron/training/arguments.py); YaRN outside of MLA has flags from
-0.19 on.
+0.19 on, and in MLA only for some of its values.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
-from dist_ckpt_mistral.model.megatron_fields import FIELDS, Field
+from dist_ckpt_mistral.model.megatron_fields import FIELDS, LATENT_YARN, Field
 from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, ParallelLayout, padded_vocab_size
 from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER
+
+_LOG = logging.getLogger(__name__)
 
 #: ``ParallelLayout.transformer_config_fields`` -> what the args call them, and their flags.
 _LAYOUT: Final[Mapping[str, Field]] = {
@@ -47,9 +50,12 @@ _LAYOUT: Final[Mapping[str, Field]] = {
     "pipeline_model_parallel_layout": Field(
         names=("pipeline_model_parallel_layout",), flag="--pipeline-model-parallel-layout"
     ),
+    "sequence_parallel": Field(names=("sequence_parallel",), flag="--sequence-parallel", default=False),
     "use_tp_pp_dp_mapping": Field(names=("use_tp_pp_dp_mapping",), flag="--use-tp-pp-dp-mapping", default=False),
 }
 _LAYOUT_GROUP: Final = "parallelism"
+#: Of the norms of latents in transformers, whatever the model's own is (modeling_mistral4.py, 5.23).
+_LATENT_EPSILON: Final = 1e-6
 #: The one other rank order of Megatron-LM (megatron/training/initialize.py).
 _PIPELINE_BEFORE_DATA: Final = "tp-cp-ep-pp-dp"
 
@@ -71,10 +77,16 @@ def pretrain_flags(
         )
     args = to_megatron_args(config, dtype=dtype, tp=layout.tp, pp=layout.pp)
     args |= _padding(config.vocab_size, layout.tp, vocab_rows)
+    for warning in _not_told(config, args):
+        _LOG.warning("%s", warning)
     values: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
     described = [(field, field.group, args.get(field.name)) for field in FIELDS]
-    parts = {**layout.transformer_config_fields(), "use_tp_pp_dp_mapping": _pipeline_before_data(layout)}
+    parts = {
+        **layout.transformer_config_fields(),
+        "sequence_parallel": config.experts is not None and layout.tp > 1,  # MoELayer trains with both or neither
+        "use_tp_pp_dp_mapping": _pipeline_before_data(layout),
+    }
     if "pipeline_model_parallel_layout" in parts:
         parts.pop("virtual_pipeline_model_parallel_size", None)  # validate_args counts it, and refuses to be told
     described += [(_LAYOUT[name], _LAYOUT_GROUP, value) for name, value in parts.items()]
@@ -85,10 +97,42 @@ def pretrain_flags(
     return values, groups
 
 
+def _not_told(config: MistralConfig, args: Mapping[str, Any]) -> Iterator[str]:
+    """What no flag tells Megatron-LM: how to tell it otherwise, or how another model is trained."""
+    if config.llama_4_scaling_beta is not None:
+        yarn = config.yarn
+        exact = "its original context" if yarn is None else f"{yarn.original_max_position_embeddings} tokens"
+        yield (
+            f"Megatron-LM does not scale queries by position (llama_4_scaling_beta={config.llama_4_scaling_beta}): "
+            f"up to {exact} the model is exact, for the scale is 1 there, and beyond it is another one."
+        )
+    others = [field for field in LATENT_YARN.values() if field.flag is None]
+    told = [(field, args.get(field.name, field.default)) for field in others]
+    without_flag = [f"{field.name}={value}, not {field.default}" for field, value in told if value != field.default]
+    if without_flag:
+        yield (
+            f"Megatron-LM has no flag for {'; '.join(without_flag)}: set it in the args, between parsing them and "
+            "building the model."
+        )
+    latent = config.latent_attention
+    if latent is not None and latent.q_lora_rank is None:
+        yield (
+            "without q_lora_rank, megatron-core 0.19 puts a norm before linear_q_proj or refuses to build it: "
+            "train this model with an older one."
+        )
+    if latent is not None and config.rms_norm_eps != _LATENT_EPSILON:
+        yield (
+            f"Megatron-LM norms latents with norm_epsilon={config.rms_norm_eps}, as all else, where transformers has "
+            f"{_LATENT_EPSILON} for them: the difference is small, but there."
+        )
+
+
 def _spelled(value: Any) -> Iterator[str]:  # noqa: ANN401  (an args value of any type)
     """The value behind a flag; a flag for true or false has none."""
     if isinstance(value, tuple):
         yield ",".join(map(str, value))
+    elif isinstance(value, list):
+        yield f"[{','.join(map(str, value))}]"
     elif not isinstance(value, bool):
         yield str(value)
 
