@@ -19,7 +19,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats import pickle_reading
+from dist_ckpt_mistral.formats.pickle_reading import as_tuple, empty_dict
 from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -150,7 +151,7 @@ class ArchiveReader:
         """The archive's only tensor. Raises FormatError for a view, big-endian data and anything but one tensor."""
         if "byteorder" in self._members and self.read("byteorder") != b"little":
             raise FormatError(f"{self._where} is big-endian, which is not supported")
-        value = pickle_records.loads(self.read("data.pkl"), _tensor_global, self._where, persistent=_storage)
+        value = pickle_reading.loads(self.read("data.pkl"), _tensor_global, self._where, persistent=_storage)
         if not isinstance(value, _Tensor):
             raise FormatError(f"{self._where} holds no tensor")
         dtype, shape = value.checked(self._where)
@@ -164,7 +165,7 @@ class ArchiveReader:
 
     def object(self, find: Callable[[str, str], Any]) -> Any:  # noqa: ANN401  (whatever was saved)
         """The archive's pickled object, through the allowlist ``find``. Tensors in it become inert."""
-        return pickle_records.loads(self.read("data.pkl"), find, self._where, persistent=lambda _: None)
+        return pickle_reading.loads(self.read("data.pkl"), find, self._where, persistent=lambda _: None)
 
     def _read(self, offset: int, num_bytes: int) -> bytes:
         """Bytes at ``offset`` of the archive, from an edge if they lie in one."""
@@ -231,13 +232,13 @@ class ArchiveReader:
         return end[7], end[8], end[9]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Storage:
     dtype: str | None
     numel: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Tensor:
     """The arguments of ``torch._utils._rebuild_tensor_v2`` (and ``_v3``, which adds the dtype)."""
 
@@ -300,9 +301,9 @@ def _tensor_global(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins o
     return {
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
         ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-        ("torch", "Size"): tuple,
+        ("torch", "Size"): as_tuple,
         ("torch.storage", "UntypedStorage"): "",
-        ("collections", "OrderedDict"): dict,
+        ("collections", "OrderedDict"): empty_dict,
         **{("torch", storage): dtype for storage, dtype in STORAGES.items()},
     }[module, name]
 
