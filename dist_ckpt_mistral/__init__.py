@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-    from dist_ckpt_mistral.model.tensor_table import KeyStyle
+    from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec
     from dist_ckpt_mistral.pretrain_command import PretrainCommand, megatron_args
     from dist_ckpt_mistral.reading.plan import ReadingPlan
     from dist_ckpt_mistral.reading.planner import plan_reading
@@ -55,7 +55,8 @@ _HOME = {
     "Conversion": "convert",
     "DistCkptMistralError": "errors",
     "FormatError": "errors",
-    "KeyStyle": "model.tensor_table",
+    "KeyStyle": "model.tensor_rules",
+    "LayerSpec": "model.tensor_rules",
     "LayoutError": "errors",
     "LazyCheckpoint": "lazy_checkpoint",
     "MistralConfig": "model.config",
@@ -91,6 +92,7 @@ __all__ = [
     "DistCkptMistralError",
     "FormatError",
     "KeyStyle",
+    "LayerSpec",
     "LayoutError",
     "LazyCheckpoint",
     "MistralConfig",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.model.parallel_layout import HeldBox, HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.tensor_rules import LayerSpec
 from dist_ckpt_mistral.shapes import Shape
+
+#: Chunks are cut as training reads them, which is with Transformer Engine.
+SPEC: Final = LayerSpec.TRANSFORMER_ENGINE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +34,16 @@ def cuts(found: CheckpointMap, shapes: Mapping[str, Shape], layout: ParallelLayo
     """
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
-        if at.dp_cp:
-            continue  # a copy of a rank that saves all of this
+        if at.dp_cp and at.edp:
+            continue  # a copy of ranks that save all of this
         for chunk in layout.model_chunks(found.table.num_layers, at.pp):
-            for held in layout.held_tensors(found.table, chunk, at, style=found.style):
+            for held in layout.held_tensors(found.table, chunk, at, style=found.style, spec=SPEC):
                 if held.is_main_replica:
                     yield from _cut(found, shapes, held, rank)
 
 
 def _cut(found: CheckpointMap, shapes: Mapping[str, Shape], held: HeldTensor, rank: int) -> Iterator[Cut]:
-    names = found.spelling(held.rule, held.layer)
+    names = found.spelling(held.rule, held.index, held.mcore_key)
     for box in held.boxes:
         name = names[box.mcore_key]
         spans = _rows(box, shapes[name][0]) if held.rule.padded_vocabulary else [(box.global_offset[0], box.shape[0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections import Counter
@@ -17,13 +18,14 @@ from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, to
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.gather.links import Link, reverse
+from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, new_checkpoint_map
 from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, ParamState, TensorTable
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorTable
+from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import TargetFile
@@ -229,7 +231,14 @@ def _plan_import(
     layout.check(source.config)
     require_equal_aliases(source)
     new = new_checkpoint_map(source.table)
-    links = [reverse(link) for tensor in source.tensors if not tensor.is_alias for link in new.links(tensor)]
+    links = [
+        link
+        for tensor in source.tensors
+        if not tensor.is_alias
+        for second in map(reverse, new.links(tensor))
+        for first in source.links[tensor.hf_name]
+        if (link := compose(first, second)) is not None
+    ]
     chunks = _chunks(source, new, links, layout, dtype)
     objects = [NewObject.empty(_extra_states(source.table))]
     written = torch_dist_writer.lay_out(chunks, objects, num_files=layout.world_size)
@@ -253,6 +262,7 @@ def _chunks(
 ) -> Iterator[NewChunk]:
     """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
     stored_dtype = {link.target: source.index.tensors[link.source].dtype for link in links}
+    others = new.also_written()
     for cut in cuts(new, new.shapes(), layout):
         yield NewChunk(
             mcore_key=cut.name,
@@ -261,17 +271,18 @@ def _chunks(
             offset=cut.offset,
             shape=cut.shape,
             file=cut.rank,
+            other_keys=others.get(cut.name, ()),
         )
 
 
 def _extra_states(table: TensorTable) -> list[str]:
     """The object keys that models of any layer spec and version look for."""
-    keys = []
-    for key in (*LOCAL_EXTRA_STATES, *TE_EXTRA_STATES):
-        count = table.num_layers if "{layer}" in key else 1
-        stacked = key.replace("{layer}.", "")
-        keys += [torch_dist_writer.object_key(stacked, index, count) for index in range(count)]
-    return keys
+    shapes = dict.fromkeys(OLD_EXTRA_STATES, (table.num_layers,)) | table.extra_states(KeyStyle.STACKED)
+    return [
+        torch_dist_writer.object_key(key, index, shape)
+        for key, shape in shapes.items()
+        for index in itertools.product(*map(range, shape))
+    ]
 
 
 def _write_beside_shards(

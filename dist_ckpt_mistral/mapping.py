@@ -12,13 +12,7 @@ from typing import Final
 
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.gather.links import Link
-from dist_ckpt_mistral.model.tensor_table import (
-    HfTensor,
-    KeyStyle,
-    ParamState,
-    StoredRows,
-    TensorRule,
-    TensorTable,
+from dist_ckpt_mistral.model.stored_entries import (
     flat_state,
     model_prefix,
     split_state_key,
@@ -26,7 +20,17 @@ from dist_ckpt_mistral.model.tensor_table import (
     why_hf_ignored,
     why_ignored,
 )
+from dist_ckpt_mistral.model.tensor_rules import (
+    HfTensor,
+    Index,
+    KeyStyle,
+    ParamState,
+    StoredRows,
+    TensorRule,
+    TensorTable,
+)
 from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.own_links import own_shapes
 from dist_ckpt_mistral.shapes import Shape
 
 Ignored = tuple[tuple[str, str], ...]
@@ -49,9 +53,9 @@ class CheckpointMap:
     states: Mapping[str, str] = field(default_factory=dict)
     ignored: Ignored = ()
 
-    def stored(self, rule: TensorRule, layer: int | None) -> tuple[StoredRows, ...]:
+    def stored(self, rule: TensorRule, index: Index) -> tuple[StoredRows, ...]:
         """Where the rows of one tensor lie, under keys without the prefix."""
-        return self.table.stored(rule, layer, self.style, self.keys[rule])
+        return self.table.stored(rule, index, self.style, self.keys[rule])
 
     def stored_name(self, mcore_key: str) -> str:
         """What the checkpoint calls the tensor that the table spells ``mcore_key``."""
@@ -60,10 +64,10 @@ class CheckpointMap:
             return self.states.get(key, key)
         return state_key(key, self.state.value[0])  # the name of what is missing
 
-    def spelling(self, rule: TensorRule, layer: int | None) -> dict[str, str]:
-        """What the checkpoint calls the tensors of one layer, by the keys that layouts have for them."""
-        keys = (stored.mcore_key for stored in self.table.stored(rule, layer, self.style))
-        return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, layer)), strict=True))
+    def spelling(self, rule: TensorRule, index: Index, key: str) -> dict[str, str]:
+        """What the checkpoint calls the tensors of one index, by what a layout calls them that uses ``key``."""
+        keys = (stored.mcore_key for stored in self.table.stored(rule, index, self.style, key))
+        return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, index)), strict=True))
 
     def tensors(self) -> Iterator[tuple[str, TensorRule, Shape]]:
         """Every stored tensor that holds this state of the parameters, once: its name, its rule and its least shape.
@@ -71,9 +75,28 @@ class CheckpointMap:
         The name is as the checkpoint spells it, the shape is that without vocabulary padding.
         """
         for rule in self.table.rules:
-            every = (stored for layer in self.table.layers_of(rule) for stored in self.stored(rule, layer))
-            for key, shape in {stored.mcore_key: stored.global_shape for stored in every}.items():
+            for key, shape in self.table.spelled(rule, self.style, self.keys[rule]):
                 yield self.stored_name(key), rule, shape
+
+    def other_names(self) -> Iterator[str]:
+        """What the same tensors are called under the keys that this checkpoint does not go by."""
+        for rule in self.table.rules:
+            for key in rule.keys:
+                if key != self.keys[rule]:
+                    yield from (self.stored_name(name) for name, _ in self.table.spelled(rule, self.style, key))
+
+    def also_written(self) -> dict[str, tuple[str, ...]]:
+        """The other keys under which this package writes a tensor, for models of other layer specs, by its name."""
+        found: dict[str, tuple[str, ...]] = {}
+        for rule in self.table.rules:
+            for key in rule.written_keys:
+                if key != self.keys[rule]:
+                    pairs = zip(
+                        *(self.table.spelled(rule, self.style, each) for each in (self.keys[rule], key)), strict=True
+                    )
+                    for (name, _), (other, _) in pairs:
+                        found[name] = (*found.get(name, ()), other)
+        return found
 
     def names(self) -> list[str]:
         """The names of all these tensors."""
@@ -89,21 +112,25 @@ class CheckpointMap:
 
     def links(self, tensor: HfTensor) -> list[Link]:
         """The stored boxes that make up one Hugging Face tensor."""
-        stored = self.stored(tensor.rule, tensor.layer)
-        columns = tensor.shape[1:]
+        return [link for index, at in tensor.packed() for link in self.links_of(tensor, index, at)]
+
+    def links_of(self, tensor: HfTensor, index: Index, at: Index) -> Iterator[Link]:
+        """Those of one Megatron tensor, whose rows stand at ``at`` of the leading axes; both are from ``packed``."""
+        columns = tensor.shape[len(at) + 1 :]
         origin = (0,) * len(columns)
-        return [
-            Link(
-                source=self.stored_name(rows_of.mcore_key),
-                source_offset=(*rows_of.index, mcore_row - rows_of.first_row, *origin),
-                target=tensor.hf_name,
-                target_offset=(hf_row, *origin),
-                shape=(rows, *columns),
-            )
-            for hf_row, mcore_row, rows in tensor.rows
-            for rows_of in stored
-            if rows_of.first_row <= mcore_row < rows_of.first_row + rows_of.rows
-        ]
+        for rows_of in self.stored(tensor.rule, index):
+            lead = (1,) * min(len(at), len(rows_of.index))
+            end = rows_of.first_row + rows_of.rows
+            for hf_row, mcore_row, rows in tensor.rows:
+                low, high = max(mcore_row, rows_of.first_row), min(mcore_row + rows, end)
+                if low < high:
+                    yield Link(
+                        source=self.stored_name(rows_of.mcore_key),
+                        source_offset=(*rows_of.index, low - rows_of.first_row, *origin),
+                        target=tensor.hf_name,
+                        target_offset=(*at, hf_row + low - mcore_row, *origin),
+                        shape=(*lead, high - low, *columns),
+                    )
 
 
 def new_checkpoint_map(table: TensorTable) -> CheckpointMap:
@@ -144,11 +171,14 @@ def _left(found: CheckpointMap, tensors: Mapping[str, Shape]) -> tuple[list[tupl
     """The tensors that are not in ``found``: those to leave, with the reason, and those that nothing explains."""
     used, states = set(found.names()), set(found.states.values())
     others: set[str] = set() if found.state is ParamState.WEIGHTS else set(_spelled(found.table, tensors).names())
+    again = set(found.other_names())
     ignored, unknown = [], []
     for name in tensors:
         reason = None if name in states else why_ignored(name, found.prefix)
         if reason is None and name in others:
             reason = "weights in the precision of training"
+        if reason is None and name in again:
+            reason = "the same weights again, under the key of another layer spec"
         if reason is not None:
             ignored.append((name, reason))
         elif name not in used:
@@ -217,10 +247,7 @@ def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[Ten
     """The key style, and of every rule the key, of which most is present."""
 
     def held(rule: TensorRule, style: KeyStyle, key: str) -> int:
-        spelled = {
-            stored.mcore_key for layer in table.layers_of(rule) for stored in table.stored(rule, layer, style, key)
-        }
-        return len(spelled & present)
+        return len({name for name, _ in table.spelled(rule, style, key)} & present)
 
     scores = {
         style: sum(max(held(rule, style, key) > 0 for key in rule.keys) for rule in table.rules) for style in KeyStyle
@@ -257,20 +284,39 @@ def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tu
     Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
     """
     known = table.hf_tensors()
-    missing = [name for name, tensor in known.items() if name not in tensors and not tensor.is_alias]
     ignored = tuple((name, reason) for name in tensors if name not in known and (reason := why_hf_ignored(name)))
     dropped = {name for name, _ in ignored}
-    unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in known and name not in dropped]
+    held = {name: shape for name, shape in tensors.items() if name not in dropped}
+    aliases = {name for name, tensor in known.items() if tensor.is_alias}
+    _require_all({name: tensor.shape for name, tensor in known.items()}, held, where, optional=aliases)
+    return [tensor for name, tensor in known.items() if name in tensors], ignored
+
+
+def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
+    """Match the tensors of Mistral AI's own files (name -> shape): the Hugging Face tensors that they make up.
+
+    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
+    """
+    found = [tensor for tensor in table.hf_tensors().values() if not tensor.is_alias]
+    _require_all({name: shape for tensor in found for name, shape in own_shapes(tensor).items()}, tensors, where)
+    return found
+
+
+def _require_all(
+    expected: Mapping[str, Shape], tensors: Mapping[str, Shape], where: str, *, optional: Collection[str] = ()
+) -> None:
+    """Raise TensorMismatchError unless ``tensors`` are the expected ones, but for some of the ``optional`` ones."""
+    missing = [name for name in expected if name not in tensors and name not in optional]
+    unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in expected]
     problems = [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
     problems += [f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}"] if unknown else []
     problems += [
-        f"shape of {name}: expected {list(tensor.shape)}, got {list(tensors[name])}"
-        for name, tensor in known.items()
-        if name in tensors and tensors[name] != tensor.shape
+        f"shape of {name}: expected {list(shape)}, got {list(tensors[name])}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name] != shape
     ]
     if problems:
         raise TensorMismatchError(
             f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
             "Check that config.json belongs to these files."
         )
-    return [tensor for name, tensor in known.items() if name in tensors], ignored

@@ -15,9 +15,11 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import HfTensor, ParamState, TensorTable, tensor_table
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf, match_own
+from dist_ckpt_mistral.model.config import MistralConfig, config_file
+from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, TensorTable
+from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,20 +69,25 @@ class ModelSource:
 
 def open_source(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
     """Open whatever ``path`` is. ``config`` overrides the configuration that a checkpoint brings along."""
-    if hf_directory.is_model_directory(path):
+    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
         return open_hf(path, config=config)
     return open_megatron(path, config=config)
 
 
 def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
-    """Open a Hugging Face directory; its config.json must be there unless ``config`` is given."""
+    """Open a Hugging Face directory, or one in Mistral AI's own rendering.
+
+    Its configuration must be there unless ``config`` is given.
+    """
     if not path.is_dir():
         raise FormatError(f"{path} is not a Hugging Face model directory: there is no such directory")
-    config_from = "the given configuration" if config else str(path / hf_directory.CONFIG_FILE)
+    config_from = "the given configuration" if config else str(config_file(path))
     config = config or MistralConfig.from_hf(path)
     files = hf_directory.read_directory(path)
-    index = files.tensor_index(path)
     table = tensor_table(config)
+    if hf_directory.is_own_directory(path):
+        return _open_own(path, config, config_from, table, files)
+    index = files.tensor_index(path)
     tensors, ignored = match_hf(table, {name: tensor.global_shape for name, tensor in index.tensors.items()}, str(path))
     return ModelSource(
         path=path,
@@ -93,6 +100,34 @@ def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
         links={tensor.hf_name: [_identity(tensor)] for tensor in tensors},
         ignored=ignored,
         hf_files=None if ignored else files,
+        assets=path,
+    )
+
+
+def _open_own(path: Path, config: MistralConfig, config_from: str, table: TensorTable, files: FileSet) -> ModelSource:
+    """A model in Mistral AI's own rendering, seen as Hugging Face's."""
+    index = files.tensor_index(path)
+    shapes = {name: tensor.global_shape for name, tensor in index.tensors.items()}
+    tensors = match_own(table, shapes, str(path))
+    seen = {
+        name: IndexedTensor.whole(
+            name, stored.dtype, shape, file=int(stored.files[0]), position=int(stored.positions[0])
+        )
+        for tensor in tensors
+        for name, shape in indexed_shapes(tensor).items()
+        for stored in (index.tensors[name],)
+    }
+    return ModelSource(
+        path=path,
+        kind="directory of Mistral AI's own files",
+        config=config,
+        config_from=config_from,
+        table=table,
+        index=TensorIndex(files=index.files, tensors=seen),
+        tensors=tuple(tensors),
+        links={tensor.hf_name: own_links(tensor) for tensor in tensors},
+        ignored=(),
+        hf_files=None,
         assets=path,
     )
 
@@ -148,7 +183,7 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
     padded = []
     for rule in table.rules:
         if rule.padded_vocabulary:
-            stored = found.stored(rule, None)[0]
+            stored = found.stored(rule, ())[0]
             name = found.stored_name(stored.mcore_key)
             rows = shapes[name][0]
             if rows > rule.shape[0]:

@@ -15,7 +15,7 @@ from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
-from dist_ckpt_mistral.model.tensor_table import flat_state, is_optimizer_state
+from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
 
 _LOG = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import new_checkpoint_map
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor
+from dist_ckpt_mistral.model.tensor_rules import Index
 from dist_ckpt_mistral.model_source import ModelSource
 
 
@@ -41,18 +42,22 @@ def plan_held(source: ModelSource, held: Sequence[HeldTensor], dtype: str) -> By
 def _links(source: ModelSource, held: Sequence[HeldTensor], names: list[str]) -> Iterator[Link]:
     """Stored boxes -> Hugging Face rows -> Megatron's rows -> local rows, each step a link that exists already."""
     megatron = new_checkpoint_map(source.table)
-    stored: dict[tuple[str, int | None], list[Link]] = defaultdict(list)
-    wanted = {(each.rule.mcore_key, each.layer) for each in held}
+    stored: dict[tuple[str, Index], list[Link]] = defaultdict(list)
+    wanted = {(each.rule.mcore_key, each.index) for each in held}
     for tensor in source.tensors:
-        key = (tensor.rule.mcore_key, tensor.layer)
-        if key in wanted and not tensor.is_alias:
-            into = [reverse(link) for link in megatron.links(tensor)]
-            stored[key] += [
-                link for first in source.links[tensor.hf_name] for second in into if (link := compose(first, second))
-            ]
+        for index, at in () if tensor.is_alias else tensor.packed():
+            key = (tensor.rule.mcore_key, index)
+            if key in wanted:
+                into = [reverse(link) for link in megatron.links_of(tensor, index, at)]
+                stored[key] += [
+                    link
+                    for first in source.links[tensor.hf_name]
+                    for second in into
+                    if (link := compose(first, second))
+                ]
     for name, each in zip(names, held, strict=True):
         for local in _local_links(name, each):
-            for link in stored[each.rule.mcore_key, each.layer]:
+            for link in stored[each.rule.mcore_key, each.index]:
                 found = compose(link, local)
                 if found is not None:
                     yield found

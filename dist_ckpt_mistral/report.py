@@ -13,10 +13,12 @@ from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
-from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
-from dist_ckpt_mistral.model.tensor_table import model_prefix, tensor_table, why_ignored
+from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf, match_own
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
+from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.name_ranges import grouped
+from dist_ckpt_mistral.own_links import own_shapes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -69,7 +71,8 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
     What is wrong with it becomes a problem of the report. Raises FormatError only if ``path`` is neither.
     """
     path, known = Path(path), given_config(config)
-    return _inspect_hf(path, known) if hf_directory.is_model_directory(path) else _inspect_megatron(path, known)
+    is_hf = hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path)
+    return _inspect_hf(path, known) if is_hf else _inspect_megatron(path, known)
 
 
 def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
@@ -77,17 +80,23 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
     stored = [tensor for file in file_set.files.values() for tensor in file.tensors]
     problems: list[str] = []
     ignored: dict[str, str] = {}
+    is_own = hf_directory.is_own_directory(path)
+    hf_names = {} if is_own else {tensor.name: (tensor.name,) for tensor in stored}
     try:
         config = config or MistralConfig.from_hf(path)
         shapes = {tensor.name: tensor.shape for tensor in stored}
-        ignored = dict(match_hf(tensor_table(config), shapes, str(path))[1])
+        if is_own:
+            found = match_own(tensor_table(config), shapes, str(path))
+            hf_names = {name: (tensor.hf_name,) for tensor in found for name in own_shapes(tensor)}
+        else:
+            ignored = dict(match_hf(tensor_table(config), shapes, str(path))[1])
     except DistCkptMistralError as error:
         problems.append(str(error))
     return Report(
         path=str(path),
-        kind="Hugging Face directory",
+        kind="directory of Mistral AI's own files" if is_own else "Hugging Face directory",
         format="safetensors",
-        config_from=str(path / hf_directory.CONFIG_FILE) if config else None,
+        config_from=str(config_file(path)) if config else None,
         config=_config_values(config),
         tensors=tuple(
             TensorReport(
@@ -96,7 +105,7 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
                 shape=tensor.shape,
                 num_chunks=1,
                 num_bytes=tensor.end - tensor.begin,
-                hf_names=() if tensor.name in ignored else (tensor.name,),
+                hf_names=() if tensor.name in ignored else hf_names.get(tensor.name, ()),
                 ignored=ignored.get(tensor.name),
             )
             for tensor in stored

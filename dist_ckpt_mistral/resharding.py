@@ -30,13 +30,8 @@ from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, Ignored, match_checkpoint
 from dist_ckpt_mistral.model.config import GivenConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_table import (
-    flat_state,
-    is_optimizer_state,
-    model_prefix,
-    split_state_key,
-    tensor_table,
-)
+from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state, model_prefix, split_state_key
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import TargetFile
 from dist_ckpt_mistral.writing import Checksums, write_output

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.tensor_table import KeyStyle
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 
 HfTensors = Mapping[str, torch.Tensor]
 

@@ -37,7 +37,7 @@ from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
-from dist_ckpt_mistral.model.tensor_table import KeyStyle
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 from dist_ckpt_mistral.ranks import from_environment
 from dist_ckpt_mistral.resharding import reshard
 

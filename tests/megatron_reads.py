@@ -21,7 +21,7 @@ from torch_reading import read_metadata
 
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_table import KeyStyle
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata

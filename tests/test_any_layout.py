@@ -24,7 +24,7 @@ from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pipeline_layout import PipelineLayout, parse_pipeline_layout
-from dist_ckpt_mistral.model.tensor_table import KeyStyle
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 
 #: Megatron warns of much that is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")

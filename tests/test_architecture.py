@@ -14,12 +14,14 @@ import pytest
 
 import dist_ckpt_mistral
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_STATES, tensor_table
+from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, tensor_table
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
 errors shapes name_ranges dtypes strict_json ranks rank_processes hub storage strict_yaml libraries
-model.checks model.yarn model.row_blocks model.config model.tensor_table
+model.checks model.yarn model.experts model.latent_attention model.hf_families model.hf_config
+model.params_json model.config
+model.row_blocks model.tensor_rules model.tensor_table model.stored_entries
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.tensor_index gather.flat_ranges gather.plan gather.executor gather.chunk_reads
@@ -27,7 +29,7 @@ formats.pickle_opcodes formats.pickle_reading formats.pickle_records
 formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.safetensors formats.hf_directory
-mapping embedded checkpoint_config model_source writing verify chunking convert resharding
+own_links mapping embedded checkpoint_config model_source writing verify chunking convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
@@ -41,6 +43,8 @@ cli __main__
 DOWNWARDS: Final = tuple(_MODULES.split())
 #: Where ``read_bytes`` is an amount, and not Path's method.
 AMOUNTS: Final = ("gather.chunk_reads", *(name for name in DOWNWARDS if name.startswith("reading.")))
+#: Where names of tensors stand: the table, and what tells its keys from other entries of a checkpoint.
+NAMING: Final = ("model.tensor_table", "model.stored_entries")
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
 PACKAGES: Final = (
     "__init__",
@@ -136,13 +140,17 @@ def names_of_tensors() -> set[str]:
         head_dim=1,
     )
     table = tensor_table(config)
-    names = [*table.hf_tensors(), *LOCAL_EXTRA_STATES, *TE_EXTRA_STATES]
-    names += [key for rule in table.rules for key in (*rule.keys, rule.module_name)]
+    names = [*table.hf_tensors(), *OLD_EXTRA_STATES]
+    for rule in table.rules:
+        names += [
+            *rule.keys,
+            *(name for module in (rule.local, rule.te) for name in (module.name, *(module.extra_state or ()))),
+        ]
     words = {word for name in names for word in name.split(".")}
     return words - {"weight", "model", "decoder", "layers", "{layer}", "norm", "embedding", "0"}
 
 
-@pytest.mark.parametrize("module", [each for each in DOWNWARDS if each != "model.tensor_table"])
+@pytest.mark.parametrize("module", [each for each in DOWNWARDS if each not in NAMING])
 def test_tensor_names_stand_in_the_table_alone(module: str) -> None:
     """No string outside the table contains a word that tensor names are made of."""
     words = names_of_tensors()

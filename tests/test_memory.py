@@ -32,22 +32,26 @@ def limited(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+_SIZES = {
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "dtype": "bfloat16",
+}
+#: A layer's experts, stacked as in a checkpoint, are larger than the limit by far.
+_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 2816, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module", params=["mistral", "mixtral"])
+def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of several times the limit, made of holes; its largest tensors are nearly as large as the limit."""
     folder = tmp_path_factory.mktemp("large") / "hf"
     folder.mkdir()
-    config = {
-        "model_type": "mistral",
-        "vocab_size": 32768,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "dtype": "bfloat16",
-    }
+    config = {"model_type": request.param, **_SIZES, **(_EXPERTS if request.param == "mixtral" else {})}
     (folder / "config.json").write_text(json.dumps(config))
     tensors = tensor_table(MistralConfig.from_hf(config)).hf_tensors()
     file_set = hf_directory.plan_files(

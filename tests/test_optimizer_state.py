@@ -24,7 +24,7 @@ from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchErr
 from dist_ckpt_mistral.formats.torch_dist import open_torch_dist
 from dist_ckpt_mistral.gather.flat_ranges import boxes_of_range, in_own_shape
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor
-from dist_ckpt_mistral.model.tensor_table import ParamState
+from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model_source import open_megatron
 
 #: Genuine checkpoints with readable optimizer state, and what each calls the master weights.

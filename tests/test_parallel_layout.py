@@ -18,7 +18,8 @@ from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.tensor_table import KeyStyle, tensor_table
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 
 CONFIG = MistralConfig(
     vocab_size=10,

@@ -662,5 +662,5 @@ def test_the_table_deals_every_row_once(
         rows = sorted(row for part in rule.parts for _, start, size in part.rows for row in range(start, start + size))
         assert rows == list(range(rule.shape[0]))
     elements_of: Callable[[tuple[int, ...]], int] = math.prod
-    stored = sum(elements_of(rule.shape) * len(table.layers_of(rule)) for rule in table.rules)
+    stored = sum(elements_of((*rule.lead, *rule.shape)) for rule in table.rules)
     assert stored == sum(elements_of(tensor.shape) for tensor in table.hf_tensors().values() if not tensor.is_alias)

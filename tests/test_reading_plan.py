@@ -32,7 +32,7 @@ from dist_ckpt_mistral.gather.chunk_reads import ChunkList, ChunkReads, WantedBo
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_table import KeyStyle
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
 from dist_ckpt_mistral.reading.planner import plan_reading
 from dist_ckpt_mistral.shapes import Shape

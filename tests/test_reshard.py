@@ -141,7 +141,7 @@ def test_chunks_tile_tensors_and_serve_ranks(model: tuple[dcm.MistralConfig, dcm
     config, layout = model
     table = tensor_table(config)
     found = new_checkpoint_map(table)
-    padded = {stored.mcore_key for rule in table.rules if rule.padded_vocabulary for stored in found.stored(rule, None)}
+    padded = {stored.mcore_key for rule in table.rules if rule.padded_vocabulary for stored in found.stored(rule, ())}
     shapes = {name: (size + more * (name in padded), *rest) for name, (size, *rest) in found.shapes().items()}
     covered, chunks = {name: np.zeros(shape, int) for name, shape in shapes.items()}, defaultdict(list)
     for cut in cuts(found, shapes, layout):

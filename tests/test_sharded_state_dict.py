@@ -19,7 +19,7 @@ from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchErr
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_table import HfPart, KeyStyle
+from dist_ckpt_mistral.model.tensor_rules import HfPart, KeyStyle
 
 CONFIG = MistralConfig(
     vocab_size=250,

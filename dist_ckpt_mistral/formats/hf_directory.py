@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+#: The same of Mistral AI's own rendering of a release, beside ``params.json``.
+OWN_SINGLE_FILE: Final = "consolidated.safetensors"
+OWN_INDEX_FILE: Final = "consolidated.safetensors.index.json"
 CONFIG_FILE: Final = "config.json"
 #: Other renderings of weights, which an error names.
 _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -106,33 +109,41 @@ def is_model_directory(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, CONFIG_FILE))
 
 
+def is_own_directory(path: Path) -> bool:
+    """Whether ``path`` holds a model in Mistral AI's own rendering ("consolidated") and none in Hugging Face's."""
+    if not path.is_dir() or any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return False
+    return any((path / name).is_file() for name in (OWN_SINGLE_FILE, OWN_INDEX_FILE))
+
+
 def read_directory(directory: Path) -> FileSet:
-    """Read the headers of the model files of a Hugging Face directory.
+    """Read the headers of the model files of a Hugging Face directory, or of one in Mistral AI's own rendering.
 
     Raises FormatError for files that the index names and that are absent (all of them), and where index and files
     disagree about what is where.
     """
-    index = _read_index(directory)
+    single, index_file = (OWN_SINGLE_FILE, OWN_INDEX_FILE) if is_own_directory(directory) else (SINGLE_FILE, INDEX_FILE)
+    index = _read_index(directory, single, index_file)
     weight_map = index["weight_map"] if index is not None else {}
-    names = sorted(set(weight_map.values())) if index is not None else [SINGLE_FILE]
+    names = sorted(set(weight_map.values())) if index is not None else [single]
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
         raise FormatError(
-            f"{INDEX_FILE} in {directory} names files that are absent: {', '.join(absent)}. Get them first."
+            f"{index_file} in {directory} names files that are absent: {', '.join(absent)}. Get them first."
         )
     files = {name: read_header(directory / name) for name in names}
     if index is None:
         return FileSet(files=files)
-    _require_as_indexed(weight_map, files, directory)
+    _require_as_indexed(weight_map, files, directory / index_file)
     metadata = index.get("metadata")
     return FileSet(files=files, index_metadata=metadata if isinstance(metadata, dict) else {})
 
 
-def _read_index(directory: Path) -> dict[str, Any] | None:
+def _read_index(directory: Path, single: str, index_file: str) -> dict[str, Any] | None:
     """The index with a sound ``weight_map``, or None for a model in one file."""
-    path = directory / INDEX_FILE
+    path = directory / index_file
     if not path.is_file():
-        if (directory / SINGLE_FILE).is_file():
+        if (directory / single).is_file():
             return None
         other = sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(_OTHER_WEIGHTS))
         hint = f" It holds {', '.join(other[:5])}, which is not supported." if other else ""
@@ -152,13 +163,13 @@ def _require_file_name(name: object, where: str) -> None:
         raise FormatError(f"{where} names {name!r}: expected the plain name of a .safetensors file")
 
 
-def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile], directory: Path) -> None:
+def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile], index: Path) -> None:
     held = {(tensor.name, name) for name, file in files.items() for tensor in file.tensors}
     wrong = sorted(held ^ set(weight_map.items()))
     if wrong:
         listing = ", ".join(f"{tensor} ({name})" for tensor, name in wrong)
         raise FormatError(
-            f"{INDEX_FILE} and the files in {directory} disagree about {listing}. Check that they belong together."
+            f"{index.name} and the files in {index.parent} disagree about {listing}. Check that they belong together."
         )
 
 

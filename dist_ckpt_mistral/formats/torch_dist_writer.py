@@ -43,8 +43,9 @@ _INFO: Final = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 class NewChunk:
     """One chunk to write: a box of the global tensor ``mcore_key``, in elements, into data file number ``file``.
 
-    ``as_block`` stores it as Megatron's ``fully_sharded_model_space`` does (0.14, see gather/flat_ranges.py): the bytes
-    are the same, the metadata says other shapes. All chunks of such a tensor must have one shape.
+    ``other_keys`` stand for the same bytes. ``as_block`` stores the chunk as Megatron's ``fully_sharded_model_space``
+    does (0.14, see gather/flat_ranges.py): the bytes are the same, the metadata says other shapes. All chunks of such a
+    tensor must have one shape.
     """
 
     mcore_key: str
@@ -53,6 +54,7 @@ class NewChunk:
     offset: Shape
     shape: Shape
     file: int
+    other_keys: tuple[str, ...] = ()
     as_block: bool = False
 
     @property
@@ -146,7 +148,11 @@ class CheckpointLayout:
         by_key: dict[str, list[_Placed]] = {}
         for placed in self.placed:
             by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
-        described = [(key, _tensor_metadata(group)) for key, group in by_key.items()]
+        described = [
+            (name, _tensor_metadata(group))
+            for key, group in by_key.items()
+            for name in (key, *group[0].chunk.other_keys)
+        ]
         as_bytes = Instance(Global(_METADATA, "BytesStorageMetadata"), {})
         described += [(key, as_bytes) for _, each in self.objects for key in each.keys]
         fields: dict[str, Any] = {
@@ -162,9 +168,11 @@ class CheckpointLayout:
 
     def _storage_data(self) -> Iterator[tuple[Instance, Instance]]:
         for placed in self.placed:
-            index = {"fqn": placed.chunk.mcore_key, "offset": _size(placed.chunk.described[1])}
-            info = _info(self.file_names[placed.chunk.file], placed.position, placed.archive.num_bytes)
-            yield Instance(_INDEX, index), info
+            chunk, archive = placed.chunk, placed.archive
+            for key in (chunk.mcore_key, *chunk.other_keys):
+                index = {"fqn": key, "offset": _size(chunk.described[1])}
+                info = _info(self.file_names[chunk.file], placed.position, archive.num_bytes)
+                yield Instance(_INDEX, index), info
         for position, each in self.objects:
             for key in each.keys:
                 yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[0], position, each.num_bytes)
@@ -200,9 +208,9 @@ def _info(file: str, offset: int, num_bytes: int) -> Instance:
     return Instance(_INFO, {"relative_path": file, "offset": offset, "length": num_bytes})
 
 
-def object_key(key: str, index: int, count: int) -> str:
-    """The name under which element ``index`` of ``count`` of a sharded object is stored (mcore mapping.py, 0.12+)."""
-    return f"{key}/shard_{index}_{count}"
+def object_key(key: str, index: Shape, shape: Shape) -> str:
+    """The name under which the element at ``index`` of an array of objects is stored (mcore mapping.py, 0.12+)."""
+    return f"{key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, shape))}"
 
 
 def object_bytes(key: str, num_bytes: int, *, file: int, position: int) -> IndexedTensor:

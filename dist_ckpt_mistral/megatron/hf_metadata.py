@@ -16,15 +16,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import (
-    HfPart,
-    KeyStyle,
-    StoredRows,
-    TensorRule,
-    TensorTable,
-    tensor_table,
-    why_ignored,
-)
+from dist_ckpt_mistral.model.stored_entries import why_ignored
+from dist_ckpt_mistral.model.tensor_rules import HfPart, Index, KeyStyle, StoredRows, TensorRule, TensorTable, spell
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 
 ShardedStateDict: TypeAlias = dict[str, Any]
 
@@ -114,10 +108,10 @@ def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig)
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """One layer's part of a stored tensor: the rule that it follows, and where its rows lie."""
+    """One index's part of a stored tensor: the rule that it follows, and where its rows lie."""
 
     rule: TensorRule
-    layer: int | None
+    index: Index
     rows: StoredRows
 
     def hf_parts(self, first_row: int, rows: int) -> tuple[HfPart, ...]:
@@ -125,7 +119,7 @@ class StoredLayer:
         first = self.rows.first_row + first_row
         return tuple(
             HfPart(
-                hf_name=part.hf_name.format(layer=self.layer),
+                hf_name=spell(part.hf_name, self.index),
                 rows=replace(part.rows, offset=part.rows.offset - self.rows.first_row),
             )
             for part in self.rule.parts
@@ -139,12 +133,12 @@ StoredIndex: TypeAlias = dict[tuple[str, tuple[int, ...]], StoredLayer]
 def stored_index(table: TensorTable) -> StoredIndex:
     """All stored tensors in all key styles, by key and coordinates on the axes that only the stored tensor has."""
     return {
-        (rows.mcore_key, rows.index): StoredLayer(rule, layer, rows)
+        (rows.mcore_key, rows.index): StoredLayer(rule, index, rows)
         for rule in table.rules
         for style in KeyStyle
-        for layer in table.layers_of(rule)
+        for index in rule.indices()
         for key in rule.keys
-        for rows in table.stored(rule, layer, style, key)
+        for rows in table.stored(rule, index, style, key)
     }
 
 

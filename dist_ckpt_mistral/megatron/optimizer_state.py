@@ -17,7 +17,7 @@ from dist_ckpt_mistral.megatron.hf_metadata import ShardedStateDict
 from dist_ckpt_mistral.megatron.sharded_state_dict import Supplier, nested, tensor_entries
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_table import KeyStyle, ParamState
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec, ParamState
 
 
 def optimizer_state_dict(
@@ -28,6 +28,7 @@ def optimizer_state_dict(
     distributed: bool = True,
     data: Mapping[str, Mapping[str, Any] | Supplier] | None = None,
     style: KeyStyle = KeyStyle.STACKED,
+    spec: LayerSpec = LayerSpec.LOCAL,
     padded_vocab_size: int | None = None,
 ) -> dict[str, ShardedStateDict]:
     """What ``rank`` of ``layout`` holds of the optimizer: master weights and both moments of Adam, in float32.
@@ -45,6 +46,7 @@ def optimizer_state_dict(
             weights ``param``; the ordinary one (``plain``) calls them ``fp32_param``.
         data: None to let ``load`` allocate; or under each of the names what ``sharded_state_dict`` takes as ``data``.
         style: How keys of layers are spelled; a load must ask in the style of the checkpoint.
+        spec: Which modules the model's layers are made of.
         padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to.
 
     Raises:
@@ -62,6 +64,7 @@ def optimizer_state_dict(
                 data=None if data is None else data[name],
                 dtype=torch.float32,
                 style=style,
+                spec=spec,
                 vocab_rows=padded_vocab_size,
                 state=name,
             )

@@ -1,8 +1,8 @@
 """The sharded state dict of a Mistral model, for any rank of any layout: no model, no process group, no GPU.
 
-Entries equal those of a real ``GPTModel.sharded_state_dict()`` with the local layer spec (megatron-core 0.16 and 0.19:
-transformer/transformer_block.py, mlp.py and utils.py, models/common/language_module/language_module.py) and also say
-which Hugging Face tensors they hold rows of.
+Entries equal those of a real ``GPTModel.sharded_state_dict()`` of either layer spec (megatron-core 0.16 and 0.19:
+transformer/transformer_block.py, mlp.py, moe/experts.py and utils.py, models/common/language_module/language_module.py)
+and also say which Hugging Face tensors they hold rows of.
 
 Tensors may be supplied on demand. Creating and validating a state dict then produces none of them; a save produces
 those of main replicas, each once. From its first touch on an entry keeps its tensor: Megatron's writer holds all that
@@ -32,16 +32,9 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
 )
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
-from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
-from dist_ckpt_mistral.model.rank_grid import RankCoordinates
-from dist_ckpt_mistral.model.tensor_table import (
-    LOCAL_EXTRA_STATES,
-    KeyStyle,
-    TensorTable,
-    state_key,
-    tensor_table,
-    why_ignored,
-)
+from dist_ckpt_mistral.model.stored_entries import state_key, why_ignored
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec, spell_key
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 
 #: Produces the tensor that a ``HeldTensor`` describes, of its ``local_shape`` and the given dtype.
 Supplier: TypeAlias = Callable[[HeldTensor, torch.dtype], torch.Tensor]
@@ -55,6 +48,7 @@ def sharded_state_dict(
     data: Mapping[str, Any] | Supplier | None = None,
     dtype: torch.dtype | str | None = None,
     style: KeyStyle = KeyStyle.STACKED,
+    spec: LayerSpec = LayerSpec.LOCAL,
     padded_vocab_size: int | None = None,
 ) -> ShardedStateDict:
     """What ``rank`` of ``layout`` holds of the model, for Megatron's ``dist_checkpointing.save`` and ``load``.
@@ -70,6 +64,7 @@ def sharded_state_dict(
             state dict; or a ``Supplier``, called when Megatron first touches a tensor.
         dtype: Of every tensor (torch's own or its name); by default what ``config`` says.
         style: How keys of layers are spelled; a load must ask in the style of the checkpoint.
+        spec: Which modules the model's layers are made of; tensors are called and cut as these do.
         padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to. A load may ask for any size.
 
     Raises:
@@ -80,9 +75,14 @@ def sharded_state_dict(
     """
     at, table = layout.coordinates(rank), tensor_table(config)
     dtype = weight_dtype(config, dtype)
-    entries = tensor_entries(config, layout, rank, data=data, dtype=dtype, style=style, vocab_rows=padded_vocab_size)
+    entries = tensor_entries(
+        config, layout, rank, data=data, dtype=dtype, style=style, spec=spec, vocab_rows=padded_vocab_size
+    )
     for chunk, own in zip(layout.model_chunks(table.num_layers, at.pp), entries, strict=True):
-        own.update(_extra_states(table, chunk, at, style))
+        for each in layout.held_objects(table, chunk, at, style=style, spec=spec):
+            own[each.module_name] = ShardedObject(
+                each.mcore_key, None, each.global_shape, each.global_offset, replica_id=each.replica_id
+            )
     return nested(entries)
 
 
@@ -94,6 +94,7 @@ def tensor_entries(
     data: Mapping[str, Any] | Supplier | None,
     dtype: torch.dtype,
     style: KeyStyle,
+    spec: LayerSpec,
     vocab_rows: int | None,
     state: str | None = None,
 ) -> list[ShardedStateDict]:
@@ -104,8 +105,10 @@ def tensor_entries(
     layout.check(config)
     at, table = layout.coordinates(rank), tensor_table(config)
     chunks = layout.model_chunks(table.num_layers, at.pp)
-    held = [tuple(layout.held_tensors(table, each, at, style=style, vocab_rows=vocab_rows)) for each in chunks]
-    make = _Entries(table, stored_index(table), style, dtype, state)
+    held = [
+        tuple(layout.held_tensors(table, each, at, style=style, spec=spec, vocab_rows=vocab_rows)) for each in chunks
+    ]
+    make = _Entries(stored_index(table), style, dtype, state)
     return [
         {each.module_name: make.of(each, source(each)) for each in tensors}
         for tensors, source in zip(held, _sources(data, held, dtype), strict=True)
@@ -137,7 +140,6 @@ def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
 class _Entries:
     """Makes the entries of local tensors."""
 
-    table: TensorTable
     index: StoredIndex
     style: KeyStyle
     dtype: torch.dtype
@@ -146,8 +148,7 @@ class _Entries:
     def of(self, held: HeldTensor, data: Data) -> HfShardedTensor | HfShardedTensorFactory:
         """What Megatron's ``make_sharded_tensors_for_checkpoint`` and ``apply_swiglu_sharded_factory`` would make."""
         # The factory of linear_fc1 has the key of the whole; singleton style names only gate and up.
-        whole = KeyStyle.PER_LAYER if self.style is KeyStyle.SINGLETON else self.style
-        key = self.table.stored(held.rule, held.layer, whole)[0].mcore_key
+        key = spell_key(held.mcore_key, held.index, self.style)
         build = _Build(held, key, self.index, self.dtype)
         key = key if self.state is None else state_key(key, self.state)
         if len(held.boxes) == 1:
@@ -213,19 +214,6 @@ def _pieces(data: Data, count: int) -> list[Data]:
         splitter = _Splitter(data.produce, count)
         return [PendingTensor(partial(splitter.take, number)) for number in range(count)]
     return list(data.chunk(count))
-
-
-def _extra_states(
-    table: TensorTable, chunk: ModelChunk, at: RankCoordinates, style: KeyStyle
-) -> Iterator[tuple[str, ShardedObject]]:
-    """The objects that a model of the local spec insists on; their payload is None."""
-    for local, layer in enumerate(chunk.layers):
-        for name in LOCAL_EXTRA_STATES:
-            if style is KeyStyle.STACKED:
-                where = (name.replace("{layer}.", ""), None, (table.num_layers,), (layer,))
-            else:
-                where = (name.format(layer=layer), None, (1,), (0,))
-            yield name.format(layer=local), ShardedObject(*where, replica_id=(0, at.tp, at.dp_cp))
 
 
 def _sources(

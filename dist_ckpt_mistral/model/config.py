@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -10,42 +10,35 @@ from typing import Any, Final, TypeAlias
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
-from dist_ckpt_mistral.model.yarn import YarnScaling, rope_parameters, yarn_of
+from dist_ckpt_mistral.model.experts import Experts
+from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
+from dist_ckpt_mistral.model.latent_attention import LatentAttention
+from dist_ckpt_mistral.model.params_json import PARAMS_FILE, config_of_params
+from dist_ckpt_mistral.model.yarn import YarnScaling
 
 #: How callers give a configuration: itself, a config.json, or a directory with one.
 GivenConfig: TypeAlias = "str | Path | MistralConfig"
 
-#: HF ``model_type`` values that the tensor table knows.
-MODEL_TYPES: Final = ("mistral",)
-
-#: What transformers fills in for keys that config.json leaves out (MistralConfig, transformers 4.34 to 5.23), with one
-#: exception: transformers also invents ``sliding_window=4096``, the value of Mistral 7B v0.1 and of no model since.
-_HF_DEFAULTS: Final[Mapping[str, Any]] = {
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "max_position_embeddings": 4096 * 32,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
-_REQUIRED_SIZES: Final = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+#: What a layer's attention is, in Hugging Face's words.
+SLIDING: Final = "sliding_attention"
+_KINDS: Final = frozenset({SLIDING, "full_attention"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MistralConfig:
-    """The sizes and constants of one dense Mistral model, in Hugging Face's names.
+    """The sizes and constants of one model of the Mistral family, in Hugging Face's names.
 
-    ``head_dim`` may differ from ``hidden_size / num_attention_heads`` (Nemo); ``sliding_window`` is Hugging Face's W
-    (a token sees itself and W - 1 before it) or None; ``yarn`` is None where rotary embeddings are not scaled;
-    ``dtype`` is a torch name such as ``bfloat16`` or None where the source does not say. ``hf_config`` is the original
-    config.json, kept whole so that nothing is lost on the way.
+    ``model_type`` is that of the language model. ``head_dim`` may differ from ``hidden_size / num_attention_heads``
+    (Nemo); ``sliding_window`` is Hugging Face's W (a token sees itself and W - 1 before it) or None, and
+    ``layer_types`` says which layers have it: ``full_attention`` or ``sliding_attention`` each, None for all. ``yarn``
+    is None where rotary embeddings are not scaled; ``llama_4_scaling_beta`` is None where queries are not scaled by
+    position. ``experts`` is None for an MLP in every layer, ``latent_attention`` None for grouped queries.
+    ``dtype`` is a torch name such as ``bfloat16`` or None where the source does not say. ``hf_prefix`` stands before
+    the names of the tensors in Hugging Face files: ``language_model.`` where there is a vision tower besides.
+    ``hf_config`` is the original config.json, kept whole so that nothing is lost on the way.
     """
+
+    model_type: str = "mistral"
 
     vocab_size: int
     hidden_size: int
@@ -58,16 +51,21 @@ class MistralConfig:
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 4096 * 32
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
     tie_word_embeddings: bool = False
     yarn: YarnScaling | None = None
+    llama_4_scaling_beta: float | None = None
+    experts: Experts | None = None
+    latent_attention: LatentAttention | None = None
     dtype: str | None = None
+    hf_prefix: str = ""
     hf_config: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check every size at once and report all problems together."""
         problems = [
             f"{name} must be a positive integer, got {getattr(self, name)!r}"
-            for name in (*_REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
+            for name in (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
             if not is_positive_int(getattr(self, name))
         ]
         if self.sliding_window is not None and not is_positive_int(self.sliding_window):
@@ -82,13 +80,35 @@ class MistralConfig:
             problems.append(f"tie_word_embeddings must be true or false, got {tied!r}")
         if self.dtype is not None and self.dtype not in dtypes.KNOWN_DTYPES:
             problems.append(f"dtype must be one of {', '.join(dtypes.KNOWN_DTYPES)}, got {self.dtype!r}")
-        if not problems and self.num_attention_heads % self.num_key_value_heads:
+        if self.llama_4_scaling_beta is not None and not is_positive_number(self.llama_4_scaling_beta):
             problems.append(
+                f"llama_4_scaling_beta must be a positive number or null, got {self.llama_4_scaling_beta!r}"
+            )
+        if not problems:
+            problems += self._contradictions()
+        if problems:
+            raise ConfigError("the model configuration does not fit: " + "; ".join(problems))
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if problems:
-            raise ConfigError("the model configuration does not fit: " + "; ".join(problems))
+        if self.layer_types is None:
+            return
+        kinds: object = self.layer_types  # from JSON: not yet known to be what the annotation says
+        if not isinstance(kinds, tuple) or len(kinds) != self.num_hidden_layers or not set(map(str, kinds)) <= _KINDS:
+            yield f"layer_types must name one of {', '.join(sorted(_KINDS))} for every layer, got {kinds!r:.200}"
+        elif SLIDING in kinds and self.sliding_window is None:
+            yield f"layer_types name {SLIDING}, but sliding_window is null"
+
+    @property
+    def window_layers(self) -> tuple[bool, ...]:
+        """Of every layer, whether a token sees only ``sliding_window`` tokens there."""
+        if self.layer_types is None or self.sliding_window is None:
+            return (self.sliding_window is not None,) * self.num_hidden_layers
+        return tuple(kind == SLIDING for kind in self.layer_types)
 
     @property
     def queries_per_group(self) -> int:
@@ -107,40 +127,31 @@ class MistralConfig:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> MistralConfig:
         """Read a Hugging Face configuration: a model directory, a config.json, or its parsed content.
 
+        Mistral AI's own params.json is read too, and counts as the config.json that says the same.
+
         Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
         """
         if isinstance(source, Mapping):
             return _from_hf_mapping(source, "the given configuration")
-        path = Path(source)
-        if path.is_dir():
-            path = path / "config.json"
+        path = config_file(Path(source))
         if not path.is_file():
             raise ConfigError(f"no model configuration: {path} does not exist. Give config.json or its directory.")
-        return _from_hf_mapping(strict_json.loads_object(storage.read_bytes(path), str(path)), str(path))
+        raw = strict_json.loads_object(storage.read_bytes(path), str(path))
+        return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read."""
         if self.hf_config is not None:
             return dict(self.hf_config)
-        return {
-            "architectures": ["MistralForCausalLM"],
-            "model_type": "mistral",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            **({} if self.yarn is None else {"rope_scaling": self.yarn.to_hf()}),
-            "sliding_window": self.sliding_window,  # null must be said: transformers takes a missing key for 4096
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "torch_dtype": self.dtype,
-        }
+        return config_json({name: getattr(self, name) for name in self.__slots__})
+
+
+def config_file(path: Path) -> Path:
+    """The file that tells the configuration of a directory: config.json, else params.json; a file is itself."""
+    if not path.is_dir():
+        return path
+    own = path / PARAMS_FILE
+    return own if own.is_file() and not (path / "config.json").is_file() else path / "config.json"
 
 
 def given_config(config: GivenConfig | None) -> MistralConfig | None:
@@ -156,66 +167,8 @@ def given_directory(config: GivenConfig | None) -> Path | None:
 
 
 def _from_hf_mapping(raw: Mapping[str, Any], where: str) -> MistralConfig:
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} in {where} is not supported: the tensor table knows {', '.join(MODEL_TYPES)}."
-        )
-    _refuse_other_architectures(raw, where)
-    missing = [name for name in _REQUIRED_SIZES if raw.get(name) is None]
-    if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}. Check that it is the model's own config.json.")
-    values = {**_HF_DEFAULTS, **raw}
-    if values["num_key_value_heads"] is None:
-        values["num_key_value_heads"] = values["num_attention_heads"]
     try:
-        return MistralConfig(
-            **{name: values[name] for name in (*_REQUIRED_SIZES, "num_key_value_heads")},
-            head_dim=_head_dim(values),
-            rms_norm_eps=values["rms_norm_eps"],
-            rope_theta=_rope_theta(values),
-            max_position_embeddings=values["max_position_embeddings"],
-            sliding_window=raw.get("sliding_window"),
-            tie_word_embeddings=values["tie_word_embeddings"],
-            yarn=yarn_of(raw, values["max_position_embeddings"]),
-            dtype=_dtype(raw),
-            hf_config=dict(raw),
-        )
-    except ConfigError as error:
-        raise type(error)(f"{error} (in {where})") from error
-
-
-def _refuse_other_architectures(raw: Mapping[str, Any], where: str) -> None:
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(f"hidden_act {raw['hidden_act']!r} in {where}: Mistral models use 'silu'.")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, Mapping) else method
-        raise UnsupportedModelError(
-            f"{where} describes quantized weights (quant_method {method!r}), which are not supported. "
-            "Start from the unquantized release."
-        )
-
-
-def _head_dim(values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
-    if values.get("head_dim") is not None:
-        return values["head_dim"]
-    hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    if not (is_positive_int(hidden) and is_positive_int(heads)):
-        return 1  # MistralConfig reports the sizes themselves
-    if hidden % heads:
-        raise ConfigError(
-            f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no head_dim"
-        )
-    return hidden // heads
-
-
-def _rope_theta(values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
-    """Transformers 5 moved ``rope_theta`` into ``rope_parameters``."""
-    return rope_parameters(values).get("rope_theta", values["rope_theta"])
-
-
-def _dtype(raw: Mapping[str, Any]) -> str | None:
-    """Transformers 5 renamed ``torch_dtype`` to ``dtype``."""
-    dtype = raw.get("dtype", raw.get("torch_dtype"))
-    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+        return MistralConfig(**config_fields(raw, where))
+    except (ConfigError, UnsupportedModelError) as error:
+        named = str(error) if where in str(error) else f"{error} (in {where})"
+        raise type(error)(named) from error

@@ -16,7 +16,19 @@ from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.pipeline_layout import ModelChunk, PipelineLayout, parse_pipeline_layout
 from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER, RankCoordinates, RankGrid
-from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME, KeyStyle, Place, StoredRows, TensorRule, TensorTable
+from dist_ckpt_mistral.model.tensor_rules import (
+    Index,
+    KeyStyle,
+    LayerSpec,
+    ModuleTensor,
+    Place,
+    StoredRows,
+    TensorRule,
+    TensorTable,
+    spell,
+    spell_key,
+)
+from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
 VOCABULARY_MULTIPLE: Final = 128
@@ -40,13 +52,15 @@ class HeldBox:
 class HeldTensor:
     """One local tensor of one rank. ``boxes`` are its rows in order: one box, or gate and up of ``linear_fc1``.
 
-    ``local_shape`` is in elements; ``prepended_axes`` counts the leading axes that only the stored tensor has.
-    ``replica_id`` is Megatron's (copy of the stage, tensor-parallel rank, data-parallel rank with context parallelism);
-    the copy of all zeros is the one that is saved.
+    ``mcore_key`` is that of ``rule`` which the boxes go by. ``local_shape`` is in elements; ``prepended_axes`` counts
+    the leading axes that only the stored tensor has. ``replica_id`` is Megatron's (copy of the stage, tensor-parallel
+    rank, data-parallel rank with context parallelism; for experts the ranks are those of the expert grid); the copy of
+    all zeros is the one that is saved.
     """
 
     rule: TensorRule
-    layer: int | None
+    index: Index
+    mcore_key: str
     module_name: str
     local_shape: tuple[int, ...]
     prepended_axes: int
@@ -54,9 +68,25 @@ class HeldTensor:
     replica_id: tuple[int, int, int]
 
     @property
+    def layer(self) -> int | None:
+        """The layer that it belongs to, counted in the whole model; None outside of the layers."""
+        return self.index[0] if self.index else None
+
+    @property
     def is_main_replica(self) -> bool:
         """Whether this is the copy that is saved."""
         return not any(self.replica_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldObject:
+    """One object that a rank saves beside its tensors: shape and offset count elements of a stored array of objects."""
+
+    mcore_key: str
+    module_name: str
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    replica_id: tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,24 +186,38 @@ class ParallelLayout(PipelineLayout):
     def check(self, config: MistralConfig) -> None:
         """Raise LayoutError with Megatron's reasons if it would refuse this layout for this model."""
         problems = [
-            f"{name}={size} is not divisible by tp={self.tp}"
-            for name, size in (
-                ("num_attention_heads", config.num_attention_heads),
-                ("intermediate_size", config.intermediate_size),
-            )
-            if size % self.tp
+            f"{name}={size} is not divisible by {axis}={ways}"
+            for name, size, axis, ways in self._divisions(config)
+            if size % ways
         ]
-        groups = config.num_key_value_heads
-        if groups % self.tp and self.tp % groups:
-            name = f"num_key_value_heads (num_query_groups)={groups}"
-            problems.append(f"{name} is not divisible by tp={self.tp}, nor tp by it")
-        elif (rows := (config.num_attention_heads + 2 * groups) * config.head_dim) % self.tp:
-            problems.append(f"the {rows} rows of query, key and value are not divisible by tp={self.tp}")
+        if config.latent_attention is None:
+            problems += self._group_problems(config)
         problems += self.misfits(config.num_hidden_layers)
-        if self.ep > 1:
+        if self.ep > 1 and config.experts is None:
             problems.append(f"ep={self.ep} needs experts, and a dense model has none")
         if problems:
             raise LayoutError(f"Megatron cannot lay out this model with {self}: " + "; ".join(problems))
+
+    def _divisions(self, config: MistralConfig) -> Iterator[tuple[str, int, str, int]]:
+        """(size, its value, axis, number of equal parts) of everything that ranks share evenly."""
+        experts, latent = config.experts, config.latent_attention
+        yield "num_attention_heads", config.num_attention_heads, "tp", self.tp
+        if experts is None:
+            yield "intermediate_size", config.intermediate_size, "tp", self.tp
+        else:
+            yield "num_experts", experts.num_experts, "ep", self.ep
+            yield "the experts' intermediate_size", experts.intermediate_size, "etp", self.etp or self.tp
+            yield "the shared experts' intermediate_size", experts.shared_intermediate_size, "tp", self.tp
+        if latent is not None:
+            yield "q_lora_rank", latent.q_lora_rank or 0, "tp", self.tp
+            yield "kv_lora_rank + qk_rope_head_dim", latent.kv_lora_rank + latent.qk_rope_head_dim, "tp", self.tp
+
+    def _group_problems(self, config: MistralConfig) -> Iterator[str]:
+        groups = config.num_key_value_heads
+        if groups % self.tp and self.tp % groups:
+            yield f"num_key_value_heads (num_query_groups)={groups} is not divisible by tp={self.tp}, nor tp by it"
+        elif (rows := (config.num_attention_heads + 2 * groups) * config.head_dim) % self.tp:
+            yield f"the {rows} rows of query, key and value are not divisible by tp={self.tp}"
 
     def coordinates(self, rank: int) -> RankCoordinates:
         """Where ``rank`` stands, counted in ``order``."""
@@ -198,72 +242,126 @@ class ParallelLayout(PipelineLayout):
         at: RankCoordinates,
         *,
         style: KeyStyle = KeyStyle.STACKED,
+        spec: LayerSpec = LayerSpec.LOCAL,
         vocab_rows: int | None = None,
     ) -> Iterator[HeldTensor]:
         """Yield what one rank holds of one model chunk, in the order of the table.
 
-        ``vocab_rows`` is the padded vocabulary size, by default what Megatron-LM pads to. Sizes must have passed
-        ``check``.
+        ``spec`` says which modules hold it. ``vocab_rows`` is the padded vocabulary size, by default what Megatron-LM
+        pads to. Sizes must have passed ``check``.
         """
         for rule in table.rules:
-            rows = _rows(rule, self.tp, vocab_rows)
-            for layer, name in _held_layers(rule, chunk):
-                copy = (0, 0 if rule.tp_axis is not None else at.tp, at.dp_cp)
-                yield self._held(table, rule, rows, layer, name, at.tp, style, copy)
+            rows, module = _rows(rule, self.tp, vocab_rows), rule.module(spec)
+            part, copy = self._share(rule, module, at)
+            for index, local in self._held_indices(rule, chunk, at):
+                yield _held(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
             if rule.hf_aliases and chunk.is_last and not chunk.is_first:
                 # Tied embeddings: the last stage describes its copy of the first stage's (language_module.py, 0.12+).
-                yield self._held(table, rule, rows, None, TIED_OUTPUT_NAME, at.tp, style, (1, 0, at.dp_cp))
+                yield _held(table, rule, module, rows, (), TIED_OUTPUT_NAME, part, style, (1, *copy))
 
-    def _held(
+    def held_objects(
         self,
         table: TensorTable,
-        rule: TensorRule,
-        rows: int,
-        layer: int | None,
-        module_name: str,
-        tp_rank: int,
-        style: KeyStyle,
-        replica_id: tuple[int, int, int],
-    ) -> HeldTensor:
-        shape = [rows, *rule.shape[1:]]
-        if rule.tp_axis is not None:
-            shape[rule.tp_axis] //= self.tp
-        halves = rule.glu_halves
-        boxes = tuple(
-            self._box(rule, rows, half, stored, tp_rank)
-            for stored in table.stored(rule, layer, style)
-            for half in range(
-                stored.first_row * halves // rule.shape[0], (stored.first_row + stored.rows) * halves // rule.shape[0]
-            )
-        )
-        return HeldTensor(
-            rule=rule,
-            layer=layer,
-            module_name=module_name,
-            local_shape=tuple(shape),
-            prepended_axes=len(boxes[0].global_shape) - len(shape),
-            boxes=boxes,
-            replica_id=replica_id,
-        )
+        chunk: ModelChunk,
+        at: RankCoordinates,
+        *,
+        style: KeyStyle = KeyStyle.STACKED,
+        spec: LayerSpec = LayerSpec.LOCAL,
+    ) -> Iterator[HeldObject]:
+        """Yield the objects that the modules of one rank save beside the tensors of one model chunk."""
+        for rule in table.rules:
+            module = rule.module(spec)
+            if module.extra_state is None:
+                continue
+            key, name = module.extra_state
+            (rank, _), (_, copy) = self._share(rule, module, at)
+            for index, local in self._held_indices(rule, chunk, at):
+                yield HeldObject(
+                    mcore_key=spell_key(key, index, style),
+                    module_name=spell(name, local),
+                    global_shape=rule.lead[style.spelled_axes :] or (1,),
+                    global_offset=index[style.spelled_axes :] or (0,),
+                    replica_id=(0, rank, copy),
+                )
 
-    def _box(self, rule: TensorRule, rows: int, half: int, stored: StoredRows, tp_rank: int) -> HeldBox:
-        """The part of ``stored`` that ``tp_rank`` holds of one half (of the only one, for most tensors)."""
-        global_rows = rows if rule.padded_vocabulary else stored.rows
-        half_rows = rows // rule.glu_halves
-        shape, offset = [half_rows, *rule.shape[1:]], [half * half_rows - stored.first_row, *(0,) * len(rule.shape[1:])]
-        fragments = [global_rows // half_rows, *(1,) * len(rule.shape[1:])]
-        if rule.tp_axis is not None:
-            shape[rule.tp_axis] //= self.tp
-            offset[rule.tp_axis] += tp_rank * shape[rule.tp_axis]
-            fragments[rule.tp_axis] *= self.tp
-        lead = stored.global_shape[: len(stored.index)]
-        return HeldBox(
-            mcore_key=stored.mcore_key,
-            global_shape=(*lead, global_rows, *rule.shape[1:]),
-            global_offset=(*stored.index, *offset),
-            shape=(*(1,) * len(lead), *shape),
-            fragments=(*lead, *fragments),
+    def _share(
+        self, rule: TensorRule, module: ModuleTensor, at: RankCoordinates
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Which of how many tensor-parallel parts a rank holds, and which copy of it (Megatron's tp and dp part)."""
+        rank, ways, copy = (at.etp, self.etp or self.tp, at.edp) if rule.is_of_experts else (at.tp, self.tp, at.dp_cp)
+        return (rank, ways), (0 if module.tp_axis is not None else rank, copy)
+
+    def _held_indices(self, rule: TensorRule, chunk: ModelChunk, at: RankCoordinates) -> Iterator[tuple[Index, Index]]:
+        """(index in the model, index in the local module) of every tensor of ``rule`` that a rank has in ``chunk``."""
+        if rule.place is not Place.LAYER:
+            if chunk.is_first if rule.place is Place.EMBEDDING else chunk.is_last:
+                yield (), ()
+            return
+        for local, layer in enumerate(chunk.layers):
+            if not rule.is_of_experts:
+                yield (layer,), (local,)
+                continue
+            share = rule.lead[1] // self.ep
+            for expert in range(share):
+                yield (layer, at.ep * share + expert), (local, expert)
+
+
+def _held(
+    table: TensorTable,
+    rule: TensorRule,
+    module: ModuleTensor,
+    rows: int,
+    index: Index,
+    name: str,
+    part: tuple[int, int],
+    style: KeyStyle,
+    replica_id: tuple[int, int, int],
+) -> HeldTensor:
+    """One local tensor: ``part`` says which of how many tensor-parallel parts."""
+    shape = [rows, *rule.shape[1:]]
+    if module.tp_axis is not None:
+        shape[module.tp_axis] //= part[1]
+    halves = rule.glu_halves
+    boxes = tuple(
+        _box(rule, module, rows, half, stored, part)
+        for stored in table.stored(rule, index, style, module.mcore_key)
+        for half in range(
+            stored.first_row * halves // rule.shape[0], (stored.first_row + stored.rows) * halves // rule.shape[0]
         )
+    )
+    return HeldTensor(
+        rule=rule,
+        index=index,
+        mcore_key=module.mcore_key,
+        module_name=name,
+        local_shape=tuple(shape),
+        prepended_axes=len(boxes[0].global_shape) - len(shape),
+        boxes=boxes,
+        replica_id=replica_id,
+    )
+
+
+def _box(
+    rule: TensorRule, module: ModuleTensor, rows: int, half: int, stored: StoredRows, part: tuple[int, int]
+) -> HeldBox:
+    """The part of ``stored`` that a rank holds of one half (of the only one, for most tensors)."""
+    global_rows = rows if rule.padded_vocabulary else stored.rows
+    half_rows = rows // rule.glu_halves
+    shape, offset = [half_rows, *rule.shape[1:]], [half * half_rows - stored.first_row, *(0,) * len(rule.shape[1:])]
+    fragments = [global_rows // half_rows, *(1,) * len(rule.shape[1:])]
+    if module.tp_axis is not None:
+        rank, ways = part
+        shape[module.tp_axis] //= ways
+        offset[module.tp_axis] += rank * shape[module.tp_axis]
+        fragments[module.tp_axis] *= ways
+    lead = stored.global_shape[: len(stored.index)]
+    return HeldBox(
+        mcore_key=stored.mcore_key,
+        global_shape=(*lead, global_rows, *rule.shape[1:]),
+        global_offset=(*stored.index, *offset),
+        shape=(*(1,) * len(lead), *shape),
+        fragments=(*lead, *fragments),
+    )
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -280,11 +378,3 @@ def _rows(rule: TensorRule, tp: int, vocab_rows: int | None) -> int:
     if rows < rule.shape[0] or rows % tp:
         raise LayoutError(f"padded vocabulary size {rows} must be a multiple of tp={tp}, at least {rule.shape[0]}")
     return rows
-
-
-def _held_layers(rule: TensorRule, chunk: ModelChunk) -> list[tuple[int | None, str]]:
-    """(global layer, name in the local module) of every tensor of ``rule`` in ``chunk``."""
-    if rule.place is Place.LAYER:
-        return [(layer, rule.module_name.format(layer=local)) for local, layer in enumerate(chunk.layers)]
-    held = chunk.is_first if rule.place is Place.EMBEDDING else chunk.is_last
-    return [(None, rule.module_name)] if held else []

@@ -1,404 +1,308 @@
 """The only place where tensor names stand: every tensor of a Mistral model, in both worlds.
 
-Row orders, axes and keys: shared by the local and the Transformer Engine spec of megatron-core 0.12 to 0.19
-(transformer/attention.py, transformer/mlp.py, models/gpt/gpt_model.py); Hugging Face names: transformers 4.34 to 5.23,
-models/mistral. A Megatron key is written here with ``{layer}`` in it; ``KeyStyle`` says how a checkpoint spells it.
+Row orders, axes and keys: megatron-core 0.12 to 0.19, local and Transformer Engine spec (transformer/attention.py,
+multi_latent_attention.py, mlp.py and moe/experts.py, models/gpt/gpt_model.py and gpt_layer_specs.py); Hugging Face
+names on disk: transformers 4.34 to 5.23, models/mistral, mixtral and mistral4; names in Mistral AI's own files
+("consolidated"): mistral-inference, and what transformers' convert_mistral*_to_hf.py read. A Megatron key is written
+here with ``{layer}`` and ``{expert}`` in it; ``KeyStyle`` says how a checkpoint spells it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.experts import Experts
+from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.tensor_rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule, TensorTable
+from dist_ckpt_mistral.shapes import Shape
 
-_LAYER: Final = "{layer}."
-
-
-class Place(Enum):
-    """Which pipeline stage holds a tensor."""
-
-    EMBEDDING = "first stage"
-    LAYER = "the stage of its layer"
-    OUTPUT = "last stage"
-
-
-class KeyStyle(Enum):
-    """How a checkpoint spells the keys of layers (megatron-core transformer/transformer_block.py).
-
-    STACKED has one tensor with a leading layer axis, PER_LAYER (``non_homogeneous_layers``) a tensor per layer,
-    SINGLETON (``singleton_local_shards``) also splits ``linear_fc1`` into ``weight_w`` (gate) and ``weight_v`` (up).
-    """
-
-    STACKED = "stacked"
-    PER_LAYER = "per layer"
-    SINGLETON = "singleton"
-
-
-class ParamState(Enum):
-    """A tensor that training keeps for every parameter, of its shape and, behind a prefix, under its key.
-
-    A value is what Megatron's model-space formats call the state: ``fp32_param`` in ``plain`` (Float16Optimizer) and
-    ``fully_sharded_model_space`` (distributed optimizer, to 0.14), ``param`` in ``fully_reshardable`` (0.15 and newer);
-    mcore optimizer/optimizer.py and distrib_optimizer.py. WEIGHTS are the parameters themselves, without a prefix.
-    """
-
-    WEIGHTS = ()
-    MASTER = ("fp32_param", "param")
-    EXP_AVG = ("exp_avg",)
-    EXP_AVG_SQ = ("exp_avg_sq",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HfPart:
-    """One Hugging Face tensor and the Megatron rows that hold it. ``hf_name`` may contain ``{layer}``."""
-
-    hf_name: str
-    rows: RowBlocks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorRule:
-    """One Megatron tensor: its key, its shape in one layer, its tensor-parallel axis, and what it holds.
-
-    ``shape`` is in elements, without layer axis and without vocabulary padding. ``tp_axis`` is None for tensors that
-    every tensor-parallel rank holds whole. ``glu_halves`` is 2 where rows are [gate; up] and each half is cut on its
-    own. ``module_name`` is the tensor's name in the state dict of a GPTModel with the local layer spec; ``other_keys``
-    are keys that other layer specs use. ``hf_aliases`` are Hugging Face names of the same values in some files.
-    """
-
-    mcore_key: str
-    shape: tuple[int, ...]
-    place: Place
-    parts: tuple[HfPart, ...]
-    tp_axis: int | None = None
-    glu_halves: int = 1
-    padded_vocabulary: bool = False
-    module_name: str = ""
-    other_keys: tuple[str, ...] = ()
-    hf_aliases: tuple[str, ...] = ()
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All keys under which a checkpoint may hold this tensor, the one that this package writes first."""
-        return (self.mcore_key, *self.other_keys)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRows:
-    """Where one layer's rows ``[first_row, first_row + rows)`` lie in a checkpoint of some key style.
-
-    ``index`` are the leading coordinates (the layer, or nothing) and ``global_shape`` the shape of the stored tensor.
-    """
-
-    mcore_key: str
-    index: tuple[int, ...]
-    first_row: int
-    rows: int
-    global_shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HfTensor:
-    """One Hugging Face tensor of the model: name, shape in elements, and the Megatron rows that hold it."""
-
-    hf_name: str
-    shape: tuple[int, ...]
-    rule: TensorRule
-    layer: int | None
-    rows: RowBlocks
-    is_alias: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorTable:
-    """All tensors of one model. Rules stand in the order in which transformers lists the model's state dict."""
-
-    num_layers: int
-    rules: tuple[TensorRule, ...]
-
-    def layers_of(self, rule: TensorRule) -> tuple[int | None, ...]:
-        """The layers that have this tensor; ``(None,)`` for tensors outside the layers."""
-        return tuple(range(self.num_layers)) if rule.place is Place.LAYER else (None,)
-
-    def hf_tensors(self) -> dict[str, HfTensor]:
-        """Every Hugging Face tensor by name, in state-dict order: embedding, layers, norm, head; then aliases."""
-        tensors = [*self._walk(Place.EMBEDDING), *self._walk(Place.LAYER), *self._walk(Place.OUTPUT)]
-        tensors.sort(key=lambda tensor: tensor.is_alias)
-        return {tensor.hf_name: tensor for tensor in tensors}
-
-    def _walk(self, place: Place) -> Iterator[HfTensor]:
-        rules = [rule for rule in self.rules if rule.place is place]
-        for layer in range(self.num_layers) if place is Place.LAYER else (None,):
-            for rule in rules:
-                for part in rule.parts:
-                    for hf_name in (part.hf_name, *rule.hf_aliases):
-                        yield HfTensor(
-                            hf_name=hf_name.format(layer=layer),
-                            shape=(part.rows.hf_rows, *rule.shape[1:]),
-                            rule=rule,
-                            layer=layer,
-                            rows=part.rows,
-                            is_alias=hf_name != part.hf_name,
-                        )
-
-    def stored(self, rule: TensorRule, layer: int | None, style: KeyStyle, key: str = "") -> tuple[StoredRows, ...]:
-        """Where the tensor of ``layer`` lies in a checkpoint of ``style``; ``key`` picks one of ``rule.keys``."""
-        key = key or rule.mcore_key
-        if layer is None or style is KeyStyle.STACKED:
-            index = () if layer is None else (layer,)
-            lead = () if layer is None else (self.num_layers,)
-            return (
-                StoredRows(
-                    mcore_key=key.replace(_LAYER, ""),
-                    index=index,
-                    first_row=0,
-                    rows=rule.shape[0],
-                    global_shape=(*lead, *rule.shape),
-                ),
-            )
-        suffixes = ("_w", "_v") if style is KeyStyle.SINGLETON and rule.glu_halves > 1 else ("",)
-        rows = rule.shape[0] // len(suffixes)
-        return tuple(
-            StoredRows(
-                mcore_key=key.format(layer=layer) + suffix,
-                index=(),
-                first_row=half * rows,
-                rows=rows,
-                global_shape=(rows, *rule.shape[1:]),
-            )
-            for half, suffix in enumerate(suffixes)
-        )
-
-
-def tensor_table(config: MistralConfig) -> TensorTable:
-    """The tensor table of a model."""
-    rules = (*_embedding(config), *_layer(config), *_output(config))
-    return TensorTable(num_layers=config.num_hidden_layers, rules=rules)
-
-
-def _whole(hf_name: str, rows: int) -> tuple[HfPart, ...]:
-    return (HfPart(hf_name=hf_name, rows=RowBlocks.identity(rows)),)
-
-
-def _embedding(config: MistralConfig) -> tuple[TensorRule, ...]:
-    key = "embedding.word_embeddings.weight"
-    return (
-        TensorRule(
-            mcore_key=key,
-            shape=(config.vocab_size, config.hidden_size),
-            place=Place.EMBEDDING,
-            parts=_whole("model.embed_tokens.weight", config.vocab_size),
-            tp_axis=0,
-            padded_vocabulary=True,
-            module_name=key,
-            hf_aliases=("lm_head.weight",) if config.tie_word_embeddings else (),
-        ),
-    )
-
-
-def _layer(config: MistralConfig) -> tuple[TensorRule, ...]:
-    here, there = "decoder.layers.{layer}.", "model.layers.{layer}."
-    hidden, ffn, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    groups, queries = config.num_key_value_heads, config.queries_per_group
-    group_rows = (queries + 2) * dim  # one group: its query heads, then one key head, then one value head
-
-    def qkv(head: int, heads: int) -> RowBlocks:
-        return RowBlocks(count=groups, stride=group_rows, offset=head * dim, length=heads * dim)
-
-    def half(first_row: int) -> RowBlocks:
-        return RowBlocks(count=1, stride=2 * ffn, offset=first_row, length=ffn)
-
-    return (
-        TensorRule(
-            mcore_key=here + "self_attention.linear_qkv.weight",
-            shape=(groups * group_rows, hidden),
-            place=Place.LAYER,
-            parts=(
-                HfPart(hf_name=there + "self_attn.q_proj.weight", rows=qkv(0, queries)),
-                HfPart(hf_name=there + "self_attn.k_proj.weight", rows=qkv(queries, 1)),
-                HfPart(hf_name=there + "self_attn.v_proj.weight", rows=qkv(queries + 1, 1)),
-            ),
-            tp_axis=0,
-            module_name=here + "self_attention.linear_qkv.weight",
-        ),
-        TensorRule(
-            mcore_key=here + "self_attention.linear_proj.weight",
-            shape=(hidden, config.num_attention_heads * dim),
-            place=Place.LAYER,
-            parts=_whole(there + "self_attn.o_proj.weight", hidden),
-            tp_axis=1,
-            module_name=here + "self_attention.linear_proj.weight",
-        ),
-        TensorRule(
-            mcore_key=here + "mlp.linear_fc1.weight",
-            shape=(2 * ffn, hidden),
-            place=Place.LAYER,
-            parts=(
-                HfPart(hf_name=there + "mlp.gate_proj.weight", rows=half(0)),
-                HfPart(hf_name=there + "mlp.up_proj.weight", rows=half(ffn)),
-            ),
-            tp_axis=0,
-            glu_halves=2,
-            module_name=here + "mlp.linear_fc1.weight",
-        ),
-        TensorRule(
-            mcore_key=here + "mlp.linear_fc2.weight",
-            shape=(hidden, ffn),
-            place=Place.LAYER,
-            parts=_whole(there + "mlp.down_proj.weight", hidden),
-            tp_axis=1,
-            module_name=here + "mlp.linear_fc2.weight",
-        ),
-        TensorRule(
-            mcore_key=here + "self_attention.linear_qkv.layer_norm_weight",
-            shape=(hidden,),
-            place=Place.LAYER,
-            parts=_whole(there + "input_layernorm.weight", hidden),
-            module_name=here + "input_layernorm.weight",
-            other_keys=(here + "input_layernorm.weight",),
-        ),
-        TensorRule(
-            mcore_key=here + "mlp.linear_fc1.layer_norm_weight",
-            shape=(hidden,),
-            place=Place.LAYER,
-            parts=_whole(there + "post_attention_layernorm.weight", hidden),
-            module_name=here + "pre_mlp_layernorm.weight",
-            other_keys=(here + "pre_mlp_layernorm.weight",),
-        ),
-    )
-
-
-def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
-    norm = TensorRule(
-        mcore_key="decoder.final_layernorm.weight",
-        shape=(config.hidden_size,),
-        place=Place.OUTPUT,
-        parts=_whole("model.norm.weight", config.hidden_size),
-        module_name="decoder.final_layernorm.weight",
-    )
-    if config.tie_word_embeddings:
-        return (norm,)
-    head = TensorRule(
-        mcore_key="output_layer.weight",
-        shape=(config.vocab_size, config.hidden_size),
-        place=Place.OUTPUT,
-        parts=_whole("lm_head.weight", config.vocab_size),
-        tp_axis=0,
-        padded_vocabulary=True,
-        module_name="output_layer.weight",
-    )
-    return (norm, head)
-
-
-#: What to call tensors of layers: the first pattern that the key matches says it.
-_KINDS: Final = (
-    (re.compile(r".*norm"), "norms"),
-    (re.compile(r".*\bself_attention\."), "attention"),
-    (re.compile(r".*\bexperts\."), "experts"),
-    (re.compile(r".*\bmlp\."), "MLP"),
-)
-
-
-def kind_of(rule: TensorRule, state: ParamState = ParamState.WEIGHTS) -> str:
-    """What a tensor is, for people: embedding, attention, MLP, experts, norms, output layer or optimizer state."""
-    if state is not ParamState.WEIGHTS:
-        return "optimizer state"
-    if rule.place is Place.EMBEDDING:
-        return "embedding"
-    return next((kind for pattern, kind in _KINDS if pattern.match(rule.mcore_key)), "output layer")
-
-
-#: Modules whose ``_extra_state`` objects megatron-core looks for, by layer spec: those of the local spec first, then
-#: what Transformer Engine adds (``core_attention`` until 0.14 only). A model raises if one of its own is missing.
-LOCAL_EXTRA_STATES: Final = (
-    "decoder.layers.{layer}.self_attention.linear_proj._extra_state",
-    "decoder.layers.{layer}.self_attention.linear_qkv._extra_state",
-    "decoder.layers.{layer}.mlp.linear_fc1._extra_state",
-    "decoder.layers.{layer}.mlp.linear_fc2._extra_state",
-)
-TE_EXTRA_STATES: Final = (
-    "decoder.layers.{layer}.self_attention.core_attention._extra_state",
-    "decoder.final_layernorm._extra_state",
-)
+_HERE: Final = "decoder.layers.{layer}."
+_OWN: Final = "layers.{layer}."
+_EXPERT_KEY: Final = "mlp.experts.experts.{expert}."
 
 #: The name under which a last pipeline stage holds its copy of tied embeddings.
 TIED_OUTPUT_NAME: Final = "output_layer.weight"
 
-#: Prefixes that other writers put before every model key (NeMo 2: ``module.``; wrapped models: ``model.``).
-_PREFIX_ANCHOR: Final = "embedding.word_embeddings.weight"
-
-#: What stands before a model key to make it that of a state (several optimizers may count themselves before that).
-_STATE_PREFIX: Final = "optimizer.state.{state}."
-_OPTIMIZER: Final = re.compile(r"(chained_\d+\.)?optimizer\.")
-_STATE_KEY: Final = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
-#: Optimizer state as flat buffers, whose layout only the run knows that made them: pattern of the key -> the format.
-_FLAT_STATES: Final = (
-    (re.compile(r"(chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.gbuf_idx_"), "dp_reshardable"),
-    (
-        re.compile(r"(chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state($|/)"),
-        "dp_zero_gather_scatter",
-    ),
-)
-
-#: How every reason begins for which an export leaves out what the optimizer keeps.
-OPTIMIZER_STATE: Final = "optimizer state"
-#: Stored entries that are not weights: pattern of the key -> why an export leaves it out.
-_NOT_WEIGHTS: Final = (
-    *((pattern, f"{OPTIMIZER_STATE} in flat buffers ({name})") for pattern, name in _FLAT_STATES),
-    (_OPTIMIZER, OPTIMIZER_STATE),
-    (re.compile(r"(.*[./])?_extra_state($|/|\d)"), "Transformer Engine extra state"),
-    (re.compile(r"rng_state($|/|\.)"), "random number generator state"),
-    (re.compile(r"common_state($|/)"), "common state, read on its own"),
-    (re.compile(r"(opt_param_scheduler|rerun_state_machine|iteration|checkpoint_version)\w*($|/|\.)"), "trainer state"),
-)
-_HF_NOT_WEIGHTS: Final = ((re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recomputed from rope_theta by every reader"),)
+#: Objects that only models of Transformer Engine up to megatron-core 0.14 look for.
+OLD_EXTRA_STATES: Final = ("decoder.layers.self_attention.core_attention._extra_state",)
 
 
-def model_prefix(mcore_keys: Iterable[str]) -> str:
-    """What stands before every model key, such as ``module.``; empty in what Megatron-LM writes."""
-    found = sorted(
-        {
-            key.removesuffix(_PREFIX_ANCHOR)
-            for key in mcore_keys
-            if key.endswith(_PREFIX_ANCHOR) and not why_ignored(key)
-        },
-        key=len,
+def tensor_table(config: MistralConfig) -> TensorTable:
+    """The tensor table of a model."""
+    rules = (_embedding(config), *_Layer(config).rules(), *_output(config))
+    return TensorTable(num_layers=config.num_hidden_layers, rules=rules)
+
+
+def _whole(hf_name: str, rows: int, *own_names: str) -> tuple[HfPart, ...]:
+    """A tensor in place. In Mistral AI's own files it is ``own_names``, one below the other."""
+    each = rows // len(own_names)
+    own = tuple(OwnRows(name=name, first_row=number * each, rows=each) for number, name in enumerate(own_names))
+    return (HfPart(hf_name=hf_name, rows=RowBlocks.identity(rows), own=own),)
+
+
+def _gate_and_up(names: tuple[str, str], own_names: tuple[str, str], ffn: int) -> tuple[HfPart, ...]:
+    """The two halves of a ``linear_fc1``."""
+    return tuple(
+        HfPart(
+            hf_name=name,
+            rows=RowBlocks(count=1, stride=2 * ffn, offset=half * ffn, length=ffn),
+            own=(OwnRows(name=own_name, first_row=0, rows=ffn),),
+        )
+        for half, (name, own_name) in enumerate(zip(names, own_names, strict=True))
     )
-    return found[0] if found else ""
 
 
-def state_key(mcore_key: str, name: str) -> str:
-    """The key of the state that Megatron calls ``name``, of the parameter ``mcore_key``."""
-    return _STATE_PREFIX.format(state=name) + mcore_key
+def _vocabulary_rule(
+    key: str, hf_name: str, own_name: str, config: MistralConfig, place: Place, *aliases: str
+) -> TensorRule:
+    module = ModuleTensor(mcore_key=key, name=key, tp_axis=0)
+    return TensorRule(
+        local=module,
+        te=module,
+        shape=(config.vocab_size, config.hidden_size),
+        lead=(),
+        place=place,
+        parts=_whole(config.hf_prefix + hf_name, config.vocab_size, own_name),
+        padded_vocabulary=True,
+        hf_aliases=tuple(config.hf_prefix + alias for alias in aliases),
+    )
 
 
-def split_state_key(stored_key: str) -> tuple[str, str] | None:
-    """(what Megatron calls the state, the parameter's own key) of a stored tensor; None if it is no such state."""
-    match = _STATE_KEY.fullmatch(stored_key)
-    return (match[1], match[2]) if match else None
+def _embedding(config: MistralConfig) -> TensorRule:
+    aliases = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    key = "embedding.word_embeddings.weight"
+    names = ("model.embed_tokens.weight", "tok_embeddings.weight")
+    return _vocabulary_rule(key, *names, config, Place.EMBEDDING, *aliases)
 
 
-def flat_state(stored_key: str) -> str | None:
-    """The format of a stored entry that is optimizer state in flat buffers, such as ``dp_reshardable``; else None."""
-    return next((name for pattern, name in _FLAT_STATES if pattern.match(stored_key)), None)
+def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
+    key = "decoder.final_layernorm.weight"
+    norm = TensorRule(
+        local=ModuleTensor(mcore_key=key, name=key, tp_axis=None),
+        te=ModuleTensor(mcore_key=key, name=key, tp_axis=None, extra_state=_extra_state(key, key)),
+        shape=(config.hidden_size,),
+        lead=(),
+        place=Place.OUTPUT,
+        parts=_whole(config.hf_prefix + "model.norm.weight", config.hidden_size, "norm.weight"),
+    )
+    if config.tie_word_embeddings:
+        return (norm,)
+    return (norm, _vocabulary_rule(TIED_OUTPUT_NAME, "lm_head.weight", "output.weight", config, Place.OUTPUT))
 
 
-def is_optimizer_state(stored_key: str) -> bool:
-    """Whether a stored entry, tensor or object, belongs to an optimizer."""
-    return _OPTIMIZER.match(stored_key) is not None
+def _extra_state(mcore_key: str, name: str) -> tuple[str, str]:
+    """Key and name of the object beside a weight; ``name`` is that of a module's weight."""
+    return mcore_key.removesuffix("weight") + "_extra_state", name.removesuffix("weight") + "_extra_state"
 
 
-def why_ignored(mcore_key: str, prefix: str = "") -> str | None:
-    """Why a stored Megatron entry is not a weight, or None if it might be one; ``prefix`` may stand before its key."""
-    keys = (mcore_key, mcore_key.removeprefix(prefix))
-    return next((reason for pattern, reason in _NOT_WEIGHTS if any(map(pattern.match, keys))), None)
+class _Layer:
+    """The tensors of a layer. Names of methods' arguments: Megatron's are relative to the layer, as are the others."""
 
+    def __init__(self, config: MistralConfig) -> None:
+        self._config = config
+        self._there = config.hf_prefix + "model.layers.{layer}."
 
-def why_hf_ignored(hf_name: str) -> str | None:
-    """Why a tensor of a Hugging Face file is not a weight, or None if it might be one."""
-    return next((reason for pattern, reason in _HF_NOT_WEIGHTS if pattern.match(hf_name)), None)
+    def rules(self) -> tuple[TensorRule, ...]:
+        """All of them, in the order of Hugging Face's modules: attention, MLP, norms."""
+        config = self._config
+        latent, experts = config.latent_attention, config.experts
+        return (
+            *(self._attention() if latent is None else self._latent_attention(latent)),
+            *(self._mlp() if experts is None else self._experts(experts)),
+            self._input_norm(fused=latent is None),
+            self._norm_before_mlp(fused=experts is None, as_fused=latent is None),
+        )
+
+    def _attention(self) -> tuple[TensorRule, ...]:
+        config = self._config
+        groups, queries, dim = config.num_key_value_heads, config.queries_per_group, config.head_dim
+        group_rows = (queries + 2) * dim  # one group: its query heads, then one key head, then one value head
+        heads = (("q", 0, queries), ("k", queries, 1), ("v", queries + 1, 1))
+        parts = tuple(
+            HfPart(
+                hf_name=f"{self._there}self_attn.{name}_proj.weight",
+                rows=RowBlocks(count=groups, stride=group_rows, offset=first * dim, length=count * dim),
+                own=(
+                    OwnRows(
+                        name=f"{_OWN}attention.w{name}.weight",
+                        first_row=0,
+                        rows=groups * count * dim,
+                        rotated_rows=0 if name == "v" else dim,
+                    ),
+                ),
+            )
+            for name, first, count in heads
+        )
+        qkv = self._linear("self_attention.linear_qkv", (groups * group_rows, config.hidden_size), 0, parts)
+        return (qkv, self._attention_output(config.num_attention_heads * dim))
+
+    def _attention_output(self, columns: int) -> TensorRule:
+        hidden = self._config.hidden_size
+        parts = _whole(self._there + "self_attn.o_proj.weight", hidden, _OWN + "attention.wo.weight")
+        return self._linear("self_attention.linear_proj", (hidden, columns), 1, parts)
+
+    def _latent_attention(self, latent: LatentAttention) -> tuple[TensorRule, ...]:
+        """MLA: no rows are reordered (proved by logits)."""
+        config, heads = self._config, self._config.num_attention_heads
+        query_rows, kv_rows = heads * latent.qk_head_dim, heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+        if latent.q_lora_rank is None:
+            queries: tuple[TensorRule, ...] = (
+                self._same("linear_q_proj", "q_proj", "wq", (query_rows, config.hidden_size)),
+            )
+        else:
+            queries = (
+                self._down("linear_q_down_proj", "q_a_proj", "wq_a", latent.q_lora_rank),
+                self._latent_norm("q_layernorm", "linear_q_up_proj", "q_a_layernorm", "q_a_norm", latent.q_lora_rank),
+                self._same("linear_q_up_proj", "q_b_proj", "wq_b", (query_rows, latent.q_lora_rank)),
+            )
+        return (
+            *queries,
+            self._down(
+                "linear_kv_down_proj",
+                "kv_a_proj_with_mqa",
+                "wkv_a_with_mqa",
+                latent.kv_lora_rank + latent.qk_rope_head_dim,
+            ),
+            self._latent_norm("kv_layernorm", "linear_kv_up_proj", "kv_a_layernorm", "kv_a_norm", latent.kv_lora_rank),
+            self._same("linear_kv_up_proj", "kv_b_proj", "wkv_b", (kv_rows, latent.kv_lora_rank)),
+            self._attention_output(heads * latent.v_head_dim),
+        )
+
+    def _same(self, module: str, hf_module: str, own: str, shape: Shape) -> TensorRule:
+        parts = self._of_attention(hf_module, own, shape[0])
+        return self._linear(f"self_attention.{module}", shape, 0, parts)
+
+    def _of_attention(self, hf_module: str, own: str, rows: int) -> tuple[HfPart, ...]:
+        return _whole(f"{self._there}self_attn.{hf_module}.weight", rows, f"{_OWN}attention.{own}.weight")
+
+    def _down(self, module: str, hf_module: str, own: str, rows: int) -> TensorRule:
+        """A down-projection: the local spec cuts its rows, Transformer Engine's has it whole on every rank."""
+        name = f"{_HERE}self_attention.{module}.weight"
+        local, te = (
+            ModuleTensor(mcore_key=name, name=name, tp_axis=axis, extra_state=_extra_state(name, name))
+            for axis in (0, None)
+        )
+        parts = self._of_attention(hf_module, own, rows)
+        return self._rule(local, te, (rows, self._config.hidden_size), parts)
+
+    def _latent_norm(self, local: str, fused_into: str, hf_module: str, own: str, rows: int) -> TensorRule:
+        """The norm of a latent: Transformer Engine fuses it into the projection behind it."""
+        parts = self._of_attention(hf_module, own, rows)
+        local_name = f"{_HERE}self_attention.{local}.weight"
+        te_name = f"{_HERE}self_attention.{fused_into}.layer_norm_weight"
+        return self._norm(local_name, local_name, te_name, te_name, parts)
+
+    def _mlp(self) -> tuple[TensorRule, ...]:
+        return self._feed_forward("mlp", "feed_forward", self._config.intermediate_size)
+
+    def _feed_forward(self, module: str, own: str, ffn: int) -> tuple[TensorRule, ...]:
+        hidden, there, own = self._config.hidden_size, f"{self._there}{module}.", f"{_OWN}{own}."
+        names = (there + "gate_proj.weight", there + "up_proj.weight")
+        halves = _gate_and_up(names, (own + "w1.weight", own + "w3.weight"), ffn)
+        down = _whole(there + "down_proj.weight", hidden, own + "w2.weight")
+        return (
+            self._linear(module + ".linear_fc1", (2 * ffn, hidden), 0, halves),
+            self._linear(module + ".linear_fc2", (hidden, ffn), 1, down),
+        )
+
+    def _experts(self, experts: Experts) -> tuple[TensorRule, ...]:
+        """The router, the experts and the shared ones. On disk, Mixtral's experts are single, Mistral 4's packed."""
+        ffn, hidden = experts.intermediate_size, self._config.hidden_size
+        there = self._there + ("mlp." if experts.packed else "block_sparse_moe.")
+        own = _OWN if experts.packed else _OWN + "feed_forward."
+        w1, w2, w3 = (f"{own}experts.{{expert}}.{name}.weight" for name in ("w1", "w2", "w3"))
+        if experts.packed:
+            fc1 = _whole(there + "experts.gate_up_proj", 2 * ffn, w1, w3)
+            fc2 = _whole(there + "experts.down_proj", hidden, w2)
+        else:
+            each = there + "experts.{expert}."
+            fc1 = _gate_and_up((each + "w1.weight", each + "w3.weight"), (w1, w3), ffn)
+            fc2 = _whole(each + "w2.weight", hidden, w2)
+        router = f"{_HERE}mlp.router.weight"
+        module = ModuleTensor(mcore_key=router, name=router, tp_axis=None)
+        parts = _whole(there + "gate.weight", experts.num_experts, own + "gate.weight")
+        shared = experts.shared_intermediate_size
+        return (
+            self._expert_linear("linear_fc1", experts, (2 * ffn, hidden), 0, fc1),
+            self._expert_linear("linear_fc2", experts, (hidden, ffn), 1, fc2),
+            self._rule(module, module, (experts.num_experts, hidden), parts),
+            *(self._feed_forward("mlp.shared_experts", "shared_experts", shared) if shared else ()),
+        )
+
+    def _expert_linear(
+        self, module: str, experts: Experts, shape: Shape, tp_axis: int, parts: tuple[HfPart, ...]
+    ) -> TensorRule:
+        key = f"{_HERE}{_EXPERT_KEY}{module}.weight"
+        sequential = f"{_HERE}mlp.experts.local_experts.{{expert}}.{module}.weight"
+        grouped = f"{_HERE}mlp.experts.{module}."
+        return self._rule(
+            ModuleTensor(mcore_key=key, name=sequential, tp_axis=tp_axis, extra_state=_extra_state(key, sequential)),
+            ModuleTensor(
+                mcore_key=key,
+                name=grouped + "weight{expert}",
+                tp_axis=tp_axis,
+                extra_state=(_extra_state(key, "")[0], grouped + "_extra_state{nth_expert}"),
+            ),
+            shape,
+            parts,
+            num_experts=experts.num_experts,
+        )
+
+    def _input_norm(self, *, fused: bool) -> TensorRule:
+        """The norm before attention, with ``fused`` a part of ``linear_qkv``."""
+        parts = self._of_hidden("input_layernorm", "attention_norm")
+        plain, within = _HERE + "input_layernorm.weight", _HERE + "self_attention.linear_qkv.layer_norm_weight"
+        if fused:
+            return self._norm(within, plain, within, within, parts, plain)
+        return self._norm(plain, plain, plain, plain, parts)
+
+    def _norm_before_mlp(self, *, fused: bool, as_fused: bool) -> TensorRule:
+        """The norm before the MLP, with ``fused`` a part of ``linear_fc1``.
+
+        Before experts it is none. The local spec still saves it as if (``as_fused``), except with latent attention.
+        """
+        parts = self._of_hidden("post_attention_layernorm", "ffn_norm")
+        plain, within = _HERE + "pre_mlp_layernorm.weight", _HERE + "mlp.linear_fc1.layer_norm_weight"
+        if fused:
+            return self._norm(within, plain, within, within, parts, plain)
+        return self._norm(within if as_fused else plain, plain, plain, plain, parts)
+
+    def _of_hidden(self, hf_module: str, own: str) -> tuple[HfPart, ...]:
+        return _whole(f"{self._there}{hf_module}.weight", self._config.hidden_size, f"{_OWN}{own}.weight")
+
+    def _norm(
+        self, local_key: str, local_name: str, te_key: str, te_name: str, parts: tuple[HfPart, ...], *other_keys: str
+    ) -> TensorRule:
+        is_module = te_name.endswith("layernorm.weight")
+        local = ModuleTensor(mcore_key=local_key, name=local_name, tp_axis=None)
+        extra_state = _extra_state(te_key, te_name) if is_module else None
+        te = ModuleTensor(mcore_key=te_key, name=te_name, tp_axis=None, extra_state=extra_state)
+        return self._rule(local, te, (parts[0].rows.hf_rows,), parts, other_keys=other_keys)
+
+    def _linear(self, module: str, shape: Shape, tp_axis: int, parts: tuple[HfPart, ...]) -> TensorRule:
+        name = f"{_HERE}{module}.weight"
+        held = ModuleTensor(mcore_key=name, name=name, tp_axis=tp_axis, extra_state=_extra_state(name, name))
+        return self._rule(held, held, shape, parts)
+
+    def _rule(
+        self,
+        local: ModuleTensor,
+        te: ModuleTensor,
+        shape: Shape,
+        parts: tuple[HfPart, ...],
+        *,
+        num_experts: int | None = None,
+        other_keys: tuple[str, ...] = (),
+    ) -> TensorRule:
+        return TensorRule(
+            local=local,
+            te=te,
+            shape=shape,
+            lead=(self._config.num_hidden_layers, *([] if num_experts is None else [num_experts])),
+            place=Place.LAYER,
+            parts=parts,
+            glu_halves=2 if local.mcore_key.endswith("linear_fc1.weight") else 1,
+            other_keys=other_keys,
+        )

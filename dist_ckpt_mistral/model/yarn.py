@@ -18,7 +18,12 @@ from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
 _LOG = logging.getLogger(__name__)
 
 #: Keys of a rope dict that say something else than how YaRN stretches.
-_OTHER_KEYS: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_OTHER_KEYS: Final = frozenset(
+    {
+        *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+        *("llama_4_scaling_beta", "max_position_embeddings"),  # of Ministral 3 and Mistral 4
+    }
+)
 _DEFAULT_BETA_FAST: Final = 32.0
 _DEFAULT_BETA_SLOW: Final = 1.0
 
@@ -106,10 +111,11 @@ class YarnScaling:
         return {"rope_type": "yarn", **{name: value for name, value in values.items() if value is not None}}
 
 
-def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+def rope_parameters(raw: Mapping[str, Any], *, partial_rotary_factor: float = 1.0) -> Mapping[str, Any]:
     """What a config.json says of rotary embeddings: ``rope_scaling`` (transformers 4) before ``rope_parameters`` (5).
 
-    Raises UnsupportedModelError for what no Mistral model has.
+    ``partial_rotary_factor`` is the part of a head that this model rotates. Raises UnsupportedModelError for what no
+    Mistral model has.
     """
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
@@ -118,17 +124,18 @@ def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if nested:
         raise UnsupportedModelError(f"rope_parameters by layer type ({', '.join(nested)}): no Mistral model has them.")
     partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise UnsupportedModelError(f"partial_rotary_factor {partial!r}: Mistral models rotate whole heads.")
+    if partial not in (None, partial_rotary_factor):
+        raise UnsupportedModelError(
+            f"partial_rotary_factor {partial!r}: this model rotates {partial_rotary_factor:g} of a head."
+        )
     return given
 
 
-def yarn_of(raw: Mapping[str, Any], max_position_embeddings: int) -> YarnScaling | None:
-    """The YaRN scaling in a config.json, or None where rotary embeddings are not scaled.
+def yarn_of(raw: Mapping[str, Any], rope: Mapping[str, Any], max_position_embeddings: int) -> YarnScaling | None:
+    """The YaRN scaling in the ``rope_parameters`` of a config.json; None where rotary embeddings are not scaled.
 
     Raises UnsupportedModelError for another kind of scaling, ConfigError for values that do not fit.
     """
-    rope = rope_parameters(raw)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type is None or rope_type == "default":
         return None

@@ -16,6 +16,7 @@ import numpy as np
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.chunking import SPEC
 from dist_ckpt_mistral.formats import torch_dist
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
@@ -25,7 +26,9 @@ from dist_ckpt_mistral.model.config import GivenConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
 from dist_ckpt_mistral.model.rank_grid import RankCoordinates
-from dist_ckpt_mistral.model.tensor_table import ParamState, flat_state, kind_of, split_state_key, tensor_table
+from dist_ckpt_mistral.model.stored_entries import flat_state, kind_of, split_state_key
+from dist_ckpt_mistral.model.tensor_rules import ParamState
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
 
 #: Why the optimizer state of megatron-core 0.12 to 0.14 is left out: what their loading reads of it is not known here.
@@ -139,7 +142,7 @@ def _wanted(
 ) -> Iterator[WantedBox]:
     """The boxes of a rank, under the keys that the checkpoint has for them."""
     for model_chunk in model_chunks:
-        for held in layout.held_tensors(found.table, model_chunk, at, style=found.style):
-            names = found.spelling(held.rule, held.layer)
+        for held in layout.held_tensors(found.table, model_chunk, at, style=found.style, spec=SPEC):
+            names = found.spelling(held.rule, held.index, held.mcore_key)
             for box in held.boxes:
                 yield WantedBox(names[box.mcore_key], box.global_offset, box.shape)

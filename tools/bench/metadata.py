@@ -20,7 +20,7 @@ from models import make_sparse_checkpoint
 
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_table import KeyStyle
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 
 #: Step -> (what it imports, what is timed).
 _STEPS = {

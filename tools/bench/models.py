@@ -28,7 +28,8 @@ from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_table import KeyStyle, tensor_table
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.storage import TargetFile
 
 #: Optimizer state beside the weights: prefix of the key -> dtype, as mcore's fully_reshardable format has it.

@@ -1,0 +1,163 @@
+"""What a Hugging Face config.json says of a model of the Mistral family, and the config.json that says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.model.checks import is_positive_int
+from dist_ckpt_mistral.model.hf_families import (
+    COMMON_DEFAULTS,
+    FAMILIES,
+    LANGUAGE_PREFIX,
+    LATENT_SIZES,
+    MULTIMODAL,
+    Family,
+    Raw,
+    require_supported,
+)
+from dist_ckpt_mistral.model.latent_attention import LatentAttention
+from dist_ckpt_mistral.model.yarn import rope_parameters, yarn_of
+
+REQUIRED_SIZES: Final = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def language_model(raw: Raw, where: str) -> dict[str, Any]:
+    """The part of a config.json that describes the language model: all of it, or a multimodal model's text_config.
+
+    What both levels may say, the outer one decides.
+    """
+    if require_supported(raw, where) != MULTIMODAL:
+        return dict(raw)
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"{where} has no text_config. Check that it is the model's own config.json.")
+    outer = {name: raw[name] for name in ("dtype", "torch_dtype", "tie_word_embeddings") if raw.get(name) is not None}
+    merged = {"model_type": "mistral", **text, **outer}
+    if require_supported(merged, f"text_config of {where}") == MULTIMODAL:
+        raise UnsupportedModelError(f"text_config of {where} is that of a multimodal model again")
+    return merged
+
+
+def config_fields(raw: Raw, where: str) -> dict[str, Any]:
+    """The fields of a ``MistralConfig``, by name, that a config.json tells. Their values are yet to be checked.
+
+    Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
+    """
+    text = language_model(raw, where)
+    _refuse_quantized(raw, where)
+    family = FAMILIES[text["model_type"]]
+    missing = [name for name in (*REQUIRED_SIZES, *family.required) if text.get(name) is None]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}. Check that it is the model's own config.json.")
+    _refuse_what_megatron_lacks(text, family, where)
+    values = {**COMMON_DEFAULTS, **family.defaults, **text}
+    if not (text.get("rope_parameters") or text.get("rope_scaling")):
+        values["rope_parameters"] = family.defaults.get("rope_parameters")
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    latent = LatentAttention(**{name: values[name] for name in LATENT_SIZES}) if family.has_latent_attention else None
+    rotated = 1.0 if latent is None else latent.qk_rope_head_dim / latent.qk_head_dim
+    rope = rope_parameters(values, partial_rotary_factor=rotated)
+    return {
+        **{name: values[name] for name in (*REQUIRED_SIZES, "num_key_value_heads", "rms_norm_eps")},
+        "model_type": text["model_type"],
+        "head_dim": _head_dim(values) if latent is None else latent.qk_head_dim,
+        "rope_theta": rope.get("rope_theta", values["rope_theta"]),
+        "max_position_embeddings": values["max_position_embeddings"],
+        "sliding_window": text.get("sliding_window"),
+        "layer_types": _layer_types(text),
+        "tie_word_embeddings": values["tie_word_embeddings"],
+        "yarn": yarn_of(values, rope, values["max_position_embeddings"]),
+        "llama_4_scaling_beta": rope.get("llama_4_scaling_beta"),
+        "experts": None if family.experts is None else family.experts(values),
+        "latent_attention": latent,
+        "hf_prefix": LANGUAGE_PREFIX if raw.get("model_type") == MULTIMODAL else "",
+        "dtype": _dtype(text),
+        "hf_config": dict(raw),
+    }
+
+
+def _refuse_quantized(raw: Raw, where: str) -> None:
+    method = raw.get("quantization_config")
+    if method:
+        method = method.get("quant_method") if isinstance(method, Mapping) else method
+        raise UnsupportedModelError(
+            f"{where} describes quantized weights (quant_method {method!r}), which are not supported. "
+            "Start from the unquantized release."
+        )
+
+
+def _refuse_what_megatron_lacks(text: Raw, family: Family, where: str) -> None:
+    if text.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModelError(f"hidden_act {text['hidden_act']!r} in {where}: Mistral models use 'silu'.")
+    for name, value in family.fixed.items():
+        if text.get(name, value) not in (value, None):
+            raise UnsupportedModelError(f"{name}={text[name]!r} in {where} is not supported: expected {value!r}.")
+
+
+def _layer_types(text: Raw) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
+    types = text.get("layer_types")
+    return tuple(types) if isinstance(types, list) else types
+
+
+def _head_dim(values: Raw) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
+    if values.get("head_dim") is not None:
+        return values["head_dim"]
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if not (is_positive_int(hidden) and is_positive_int(heads)):
+        return 1  # MistralConfig reports the sizes themselves
+    if hidden % heads:
+        raise ConfigError(
+            f"hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no head_dim"
+        )
+    return hidden // heads
+
+
+def _dtype(raw: Raw) -> str | None:
+    """Transformers 5 renamed ``torch_dtype`` to ``dtype``."""
+    dtype = raw.get("dtype", raw.get("torch_dtype"))
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+
+
+#: Fields of a MistralConfig that config.json calls the same, in transformers' order.
+_SAME: Final = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+    "sliding_window",  # null must be said: transformers takes a missing key for 4096
+    "tie_word_embeddings",
+)
+
+
+def config_json(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 both read, from the fields of a MistralConfig by name."""
+    family = FAMILIES[fields["model_type"]]
+    return {
+        "architectures": [family.architecture],
+        "model_type": fields["model_type"],
+        **{name: fields[name] for name in _SAME},
+        "hidden_act": "silu",
+        **_rope(fields, family),
+        **({} if fields["layer_types"] is None else {"layer_types": list(fields["layer_types"])}),
+        **({} if fields["experts"] is None else family.expert_keys(fields["experts"])),
+        **({} if fields["latent_attention"] is None else asdict(fields["latent_attention"])),
+        "torch_dtype": fields["dtype"],
+    }
+
+
+def _rope(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Rotary embeddings. Families that transformers 4 had none of say them as transformers 5 does."""
+    scaling = {} if fields["yarn"] is None else fields["yarn"].to_hf()
+    if "rope_parameters" not in family.defaults:
+        return {"rope_theta": fields["rope_theta"], **({"rope_scaling": scaling} if scaling else {})}
+    beta = fields["llama_4_scaling_beta"]
+    rope = {"rope_type": "default", **scaling, "rope_theta": fields["rope_theta"]}
+    return {"rope_parameters": rope if beta is None else {**rope, "llama_4_scaling_beta": beta}}

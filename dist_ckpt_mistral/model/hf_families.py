@@ -1,0 +1,165 @@
+"""The models of the Mistral family that the tensor table knows, by Hugging Face's ``model_type``.
+
+What each is made of, and what transformers fills in for keys that its config.json leaves out (transformers 4.34 to
+5.23, models/*/configuration_*.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dist_ckpt_mistral.errors import UnsupportedModelError
+from dist_ckpt_mistral.model.checks import is_positive_int
+from dist_ckpt_mistral.model.experts import Experts
+
+#: A value of a config.json, whatever it is: ``MistralConfig`` and its parts check it.
+Raw = Mapping[str, Any]
+
+LATENT_SIZES: Final = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def _yarn(theta: float, factor: float, original: int) -> dict[str, Any]:
+    """What Ministral 3 and Mistral 4 have where config.json says nothing of rotary embeddings."""
+    scaling = {"factor": factor, "original_max_position_embeddings": original, "mscale": 1.0, "mscale_all_dim": 1.0}
+    return {"rope_type": "yarn", "rope_theta": theta, "llama_4_scaling_beta": 0.1, **scaling}
+
+
+def _mixtral_experts(raw: Raw) -> Experts:
+    return Experts(
+        num_experts=raw["num_local_experts"],
+        experts_per_token=raw["num_experts_per_tok"],
+        intermediate_size=raw["intermediate_size"],
+    )
+
+
+def _mixtral_keys(experts: Experts) -> dict[str, Any]:
+    return {"num_local_experts": experts.num_experts, "num_experts_per_tok": experts.experts_per_token}
+
+
+def _mistral4_experts(raw: Raw) -> Experts:
+    size, shared = raw["moe_intermediate_size"], raw["n_shared_experts"]
+    return Experts(
+        num_experts=raw["n_routed_experts"],
+        experts_per_token=raw["num_experts_per_tok"],
+        intermediate_size=size,
+        shared_intermediate_size=size * shared if is_positive_int(size) and is_positive_int(shared) else shared,
+        normalized=raw["norm_topk_prob"],
+        routed_scaling_factor=raw["routed_scaling_factor"],
+        num_groups=raw["n_group"],
+        groups_per_token=raw["topk_group"],
+        packed=True,
+    )
+
+
+def _mistral4_keys(experts: Experts) -> dict[str, Any]:
+    return {
+        "n_routed_experts": experts.num_experts,
+        "num_experts_per_tok": experts.experts_per_token,
+        "moe_intermediate_size": experts.intermediate_size,
+        "n_shared_experts": experts.shared_intermediate_size // experts.intermediate_size,
+        "norm_topk_prob": experts.normalized,
+        "routed_scaling_factor": experts.routed_scaling_factor,
+        "n_group": experts.num_groups,
+        "topk_group": experts.groups_per_token,
+        "first_k_dense_replace": 0,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Models of one ``model_type``: the class that runs them, what config.json must say, and what it may leave out.
+
+    ``fixed`` are keys with the only value of them that Megatron's layers can express. ``experts`` reads a config.json,
+    and ``expert_keys`` are what it says of them.
+    """
+
+    architecture: str
+    required: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    experts: Callable[[Raw], Experts] | None = None
+    expert_keys: Callable[[Experts], dict[str, Any]] = lambda _: {}
+    has_latent_attention: bool = False
+
+
+COMMON_DEFAULTS: Final[Mapping[str, Any]] = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 4096 * 32,
+    "tie_word_embeddings": False,
+}
+#: With one exception these are transformers': that also invents ``sliding_window=4096`` for ``mistral`` and
+#: ``ministral``, the value of Mistral 7B v0.1 and of no model since.
+FAMILIES: Final[Mapping[str, Family]] = {
+    "mistral": Family(architecture="MistralForCausalLM"),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        required=("num_local_experts", "num_experts_per_tok"),
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+        experts=_mixtral_experts,
+        expert_keys=_mixtral_keys,
+    ),
+    "ministral": Family(architecture="MinistralForCausalLM"),
+    "ministral3": Family(
+        architecture="Ministral3ForCausalLM",
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "max_position_embeddings": 262_144,
+            "rope_parameters": _yarn(1_000_000.0, 16.0, 16_384),
+        },
+    ),
+    "mistral4": Family(
+        architecture="Mistral4ForCausalLM",
+        required=(
+            *("moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
+            *LATENT_SIZES[1:],
+        ),
+        defaults={
+            "q_lora_rank": 1024,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 1_048_576,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": _yarn(10_000.0, 128.0, 8192),
+        },
+        fixed={"first_k_dense_replace": 0, "attention_bias": False, "rope_interleave": True},
+        experts=_mistral4_experts,
+        expert_keys=_mistral4_keys,
+        has_latent_attention=True,
+    ),
+}
+#: A language model of one of the families, with a vision tower: its own config stands under ``text_config``.
+MULTIMODAL: Final = "mistral3"
+#: Where the names of a multimodal model's language model begin, on disk.
+LANGUAGE_PREFIX: Final = "language_model."
+#: HF ``model_type`` values that the tensor table knows.
+MODEL_TYPES: Final = (*FAMILIES, MULTIMODAL)
+
+#: What is known of other models of Mistral AI, and why they are not supported.
+_REFUSED: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("mistral_large4", "mistral_large4_text"),
+        "Megatron-core (0.19) has no layers that share latents or leave out rotary embeddings and has no soft cap of "
+        "logits, so no GPTModel holds these weights",
+    ),
+    **dict.fromkeys(("voxtral", "voxtral_realtime"), "a model of speech, whose language model is not stored alone"),
+    "pixtral": "a vision tower alone",
+}
+
+
+def require_supported(raw: Raw, where: str) -> str:
+    """The ``model_type`` of a config.json. Raises UnsupportedModelError for one that the tensor table does not know."""
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
+        return model_type
+    reason = _REFUSED.get(model_type) if isinstance(model_type, str) else None
+    raise UnsupportedModelError(
+        f"model_type {model_type!r} in {where} is not supported{f' ({reason})' if reason else ''}: "
+        f"the tensor table knows {', '.join(MODEL_TYPES)}."
+    )
