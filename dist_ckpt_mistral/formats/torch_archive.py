@@ -38,6 +38,8 @@ _EDGE_BYTES: Final = 2048
 #: signed numbers of 64 bits.
 MAX_AXES: Final = 64
 _MAX_EXTENT: Final = 1 << 63
+#: More than any pickle, directory or small record has that Megatron writes: what is larger is not read whole.
+_MAX_RECORD_BYTES: Final = 16 << 20
 LITTLE_ENDIAN: Final = b"little"
 
 #: torch's typed storages, by the names that pickles use.
@@ -124,7 +126,10 @@ class ArchiveReader:
         edge = min(_EDGE_BYTES, num_bytes)
         self._head = files.read(file, position, edge)
         self._tail = self._head if edge == num_bytes else files.read(file, position + num_bytes - edge, edge)
-        self._members = dict(self._walk())
+        records = [*self._walk()]
+        self._members = dict(records)
+        if len(self._members) < len(records):
+            raise FormatError(f"{where} is damaged: its directory lists a record twice")
 
     def member(self, name: str) -> Member:
         """Where the record ``name`` lies, without the archive's own top folder. Raises FormatError if there is none."""
@@ -142,6 +147,7 @@ class ArchiveReader:
     def read(self, name: str) -> bytes:
         """The content of a small record. Raises FormatError if its checksum is wrong."""
         member = self.member(name)
+        self._require_small(name, member.num_bytes)
         content = self._read(member.position - self._start, member.num_bytes)
         if zlib.crc32(content) != member.crc32:
             raise FormatError(f"{self._where} is damaged: the checksum of {name} is wrong")
@@ -167,6 +173,12 @@ class ArchiveReader:
         """The archive's pickled object, through the allowlist ``find``. Tensors in it become inert."""
         return pickle_reading.loads(self.read("data.pkl"), find, self._where, persistent=lambda _: None)
 
+    def _require_small(self, name: str, num_bytes: int) -> None:
+        if num_bytes > _MAX_RECORD_BYTES:
+            raise FormatError(
+                f"{self._where} has {num_bytes} bytes of {name}: expected at most {_MAX_RECORD_BYTES}. It is damaged."
+            )
+
     def _read(self, offset: int, num_bytes: int) -> bytes:
         """Bytes at ``offset`` of the archive, from an edge if they lie in one."""
         if offset < 0 or offset + num_bytes > self._size:
@@ -183,6 +195,7 @@ class ArchiveReader:
     def _walk(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
         """Yield (name, (offset of the local header, size in bytes, CRC-32)) of every record."""
         count, directory_bytes, offset = self._directory()
+        self._require_small("central directory", directory_bytes)
         directory = self._read(offset, directory_bytes)
         at = 0
         for _ in range(count):
@@ -199,7 +212,7 @@ class ArchiveReader:
             at += name_bytes + extra_bytes + comment_bytes
             size, packed, header = self._zip64_values(extra, (size, packed, header))
             if signature != b"PK\1\2" or method != 0 or size != packed:
-                raise FormatError(f"{self._where} is damaged or compressed: record {name!r} is not stored plainly")
+                raise FormatError(f"{self._where} is damaged or compressed: record {short(name)} is not stored plainly")
             yield name.partition("/")[2], (header, size, crc32)
 
     def _zip64_values(self, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:

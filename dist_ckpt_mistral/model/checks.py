@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
+
+#: Far beyond every model. Sizes of a hostile file must come to no number that overflows, and ...
+MAX_SIZE: Final = 2**31 - 1
+#: ... to no table that fills the memory: of layers, and of heads and experts in all layers together.
+MAX_LAYERS: Final = 10_000
+MAX_PARTS: Final = 1_000_000
 
 
 def is_positive_int(value: object) -> bool:
-    """Whether ``value`` is a whole number of at least 1; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    """Whether ``value`` is a whole number from 1 to ``MAX_SIZE``; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
 
 
 def is_positive_number(value: object) -> bool:

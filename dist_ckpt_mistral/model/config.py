@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
+from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
@@ -90,6 +90,11 @@ class MistralConfig:
             raise ConfigError("the model configuration does not fit: " + "; ".join(problems))
 
     def _contradictions(self) -> Iterator[str]:
+        experts = 0 if self.experts is None else self.experts.num_experts
+        if self.num_hidden_layers > MAX_LAYERS:
+            yield f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}"
+        elif (parts := self.num_hidden_layers * (self.num_key_value_heads + experts)) > MAX_PARTS:
+            yield f"all layers together may have {MAX_PARTS} key heads and experts at most, got {parts}"
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_fields import (
     ARCHITECTURE,
@@ -26,8 +25,6 @@ from dist_ckpt_mistral.model.megatron_vocabulary import vocab_size_of
 from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, padded_vocab_size
 from dist_ckpt_mistral.model.yarn import YarnScaling
 
-#: Far more than any model has. Sizes of a hostile checkpoint must not make a table that fills the memory.
-_MAX_LAYERS: Final = 100_000
 _WINDOW: Final = re.compile(r"\(?\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*,?\s*\)?")
 
 
@@ -96,8 +93,6 @@ def from_megatron_args(args: Mapping[str, Any], where: str = "the checkpoint's a
         raise ConfigError(f"{where} lack {', '.join(missing)}. Give the model's config.json with --config.")
     _refuse_other_architectures(args, where)
     sizes = {attribute: field.of(args) for attribute, field in SAME_VALUE.items()}
-    if is_positive_int(sizes["num_hidden_layers"]) and sizes["num_hidden_layers"] > _MAX_LAYERS:
-        raise ConfigError(f"{where} say num_layers={sizes['num_hidden_layers']}: expected at most {_MAX_LAYERS}")
     return MistralConfig(
         **sizes,
         vocab_size=vocab_size_of(args, where),
