@@ -87,15 +87,15 @@ def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
     table = tensor_table(config)
     if hf_directory.is_own_directory(path):
         return _open_own(path, config, config_from, table, files)
-    index = files.tensor_index(path)
-    tensors, ignored = match_hf(table, {name: tensor.global_shape for name, tensor in index.tensors.items()}, str(path))
+    shapes = {tensor.name: tensor.shape for file in files.files.values() for tensor in file.tensors}
+    tensors, ignored = match_hf(table, shapes, str(path))
     return ModelSource(
         path=path,
         kind="Hugging Face directory",
         config=config,
         config_from=config_from,
         table=table,
-        index=index,
+        index=files.tensor_index(path),
         tensors=tuple(tensors),
         links={tensor.hf_name: [_identity(tensor)] for tensor in tensors},
         ignored=ignored,

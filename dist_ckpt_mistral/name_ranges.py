@@ -15,12 +15,16 @@ _NUMBER: Final = re.compile(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)", re.ASCII)
 _MOST_NUMBERS: Final = 8
 #: More names than this are not read one by one.
 _MANY: Final = 50
+#: More than these are not even looked at: no model has so many tensors.
+_TOO_MANY: Final = 100_000
 _Numbers: TypeAlias = tuple[int, ...]
 
 
 def listed(names: Sequence[str]) -> str:
     """Names with commas between them; many as their patterns."""
-    return ", ".join(names if len(names) <= _MANY else grouped(names))
+    told = names if len(names) <= _MANY else [*grouped(names[:_TOO_MANY])]
+    rest = [] if len(names) <= _TOO_MANY else [f"and {len(names) - _TOO_MANY} more"]
+    return ", ".join([*told, *rest])
 
 
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 JSON_VERSION = 1
 #: A table with more rows than this shows tensors of the same kind in one.
 _MOST_ROWS = 100
+#: No model comes near; of a file of millions of names nobody reads them all.
+_END_OF_TABLE = 1000
+_TOO_MANY = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +200,9 @@ def render(report: Report) -> RenderableType:
     for name, value in _facts(report):
         facts.add_row(Text(name, style="bold"), printable(value))
     table = Table("tensor", "dtype", "shape", "chunks", "size", "Hugging Face names", box=None, padding=(0, 2, 0, 0))
-    for tensor in _rows([tensor for tensor in report.tensors if tensor.ignored is None]):
+    weights = [tensor for tensor in report.tensors if tensor.ignored is None]
+    rows = [*(_rows(weights) if len(weights) <= _TOO_MANY else weights)]
+    for tensor in rows[:_END_OF_TABLE]:
         shape = " x ".join(map(str, tensor.shape))
         table.add_row(
             printable(tensor.name),
@@ -207,6 +212,8 @@ def render(report: Report) -> RenderableType:
             human_bytes(tensor.num_bytes),
             printable(_summary(tensor.hf_names)),
         )
+    if len(rows) > _END_OF_TABLE:
+        table.add_row(f"... and {len(rows) - _END_OF_TABLE} more rows")
     problems = [Text(f"problem: {problem}", style="red") for problem in report.problems]
     return Group(Text(printable(report.path), style="bold"), facts, Text(""), table, *problems)
 

@@ -10,7 +10,9 @@ from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import FormatError
 
 #: A run_config.yaml has some 20 kB; PyYAML takes seconds for a megabyte.
-_MAX_BYTES: Final = 1 << 18
+_MAX_BYTES: Final = 1 << 17
+#: Of a number. YAML 1.1 has numbers of base 60, as in 1:30:00, which take long if they are long.
+_MOST_DIGITS: Final = 100
 #: What PyYAML lets through where a value is not what its tag says: numbers, dates and truth values that are none.
 _UNTOLD: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -37,6 +39,13 @@ def _loader(yaml: Any) -> Any:  # noqa: ANN401  (the module, and a class of it)
     """PyYAML's SafeLoader that refuses duplicate keys, of which it would silently take the last, and merge keys."""
 
     class Strict(yaml.SafeLoader):  # type: ignore[misc]  # yaml is imported late
+        def construct_scalar(self, node: Any) -> Any:  # noqa: ANN401
+            """Every value passes here before it becomes a number."""
+            if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+                problem = f"a number of {len(node.value)} digits"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            return super().construct_scalar(node)
+
         def flatten_mapping(self, node: Any) -> None:  # noqa: ANN401
             """Merging copies what aliases only share: a few lines could fill the memory."""
             keys = Counter((key.tag, key.value) for key, _ in node.value if key.id == "scalar")

@@ -1,4 +1,4 @@
-"""Hypothesis strategies that spoil genuine files: bytes, JSON values, YAML lines, pickle opcodes, zip fields, places."""
+"""Hypothesis strategies that spoil genuine files: bytes, JSON values, YAML lines, pickle opcodes, zip fields."""
 
 from __future__ import annotations
 
@@ -18,49 +18,39 @@ from hypothesis import strategies as st
 
 #: Numbers at the edges of what counts them.
 NUMBERS: Final = (
-    0,
-    1,
-    2,
-    -1,
-    127,
-    255,
-    65535,
-    10**6,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**53,
-    2**63 - 1,
-    2**63,
-    2**64,
-    10**30,
+    *(0, 1, 2, -1, 127, 255, 65535, 10**6, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64, 10**30),
 )
 #: Texts that lead elsewhere, steer a terminal, or cannot be encoded.
 TEXTS: Final = (
-    "",
-    ".",
-    "..",
-    "../x",
-    "/etc/passwd",
-    "a/b",
-    "\0",
-    "\x1b[2J\x1b[31m",
-    "\ud800",
-    "\u202e",
-    "x" * 5000,
-    "1" * 5000,
+    *("", ".", "..", "../x", "/etc/passwd", "a/b", "\0", "\x1b[2J\x1b[31m", "\ud800", "\u202e", "x" * 5000, "1" * 5000),
 )
-VALUES: Final = (
+VALUES: Final[tuple[Any, ...]] = (
     *(*NUMBERS, *TEXTS, True, False, None, 0.5, float("nan"), float("inf"), 1e400, [], {}, [[]], {"a": {}}),
     *([0] * 3, [2**62, 0], ["x"], {"quant_method": "fp8"}, {"rope_type": "yarn", "factor": 2.0}, "bfloat16", "F32"),
-)  # fmt: skip
+)
 _FIELDS: Final = ((b"PK\1\2", 46), (b"PK\3\4", 30), (b"PK\5\6", 22), (b"PK\6\6", 56), (b"PK\6\7", 20))
+#: Opcodes, most with arguments.
 _SNIPPETS: Final = (
-    *(b"2", b"0", b"1", b"(", b")", b"]", b"}", b".", b"N", b"K\0", b"M\xff\xff", b"J\xff\xff\xff\xff", b"\x8a\x10" + b"\x7f" * 16),
-    *(b"h\0", b"j\xff\xff\xff\x7f", b"q\0", b"r\xff\xff\xff\x7f", b"\x94", b"p9999999999\n", b"\x85", b"\x86", b"t", b"l", b"d"),
-    *(b"R", b"b", b"s", b"u", b"e", b"a", b"\x81", b"\x92", b"\x90", b"\x8f", b"o", b"Q", b"\x93", b"\x8c\2os", b"\x8c\6system"),
-    *(b"cos\nsystem\n", b"ctorch\nSize\n", b"\x8e" + b"\xff" * 8, b"\x95" + b"\xff" * 8, b"G" + b"\xff" * 8, b"\x80\x05"),
-)  # fmt: skip
+    *(
+        b"2",
+        b"0",
+        b"1",
+        b"(",
+        b")",
+        b"]",
+        b"}",
+        b".",
+        b"N",
+        b"K\0",
+        b"M\xff\xff",
+        b"J\xff\xff\xff\xff",
+        b"\x8a\2\xff\x7f",
+    ),
+    *(b"h\0", b"j\xff\xff\xff\x7f", b"q\0", b"r\xff\xff\xff\x7f", b"\x94", b"p9999999999\n", b"\x85", b"\x86", b"t"),
+    *(b"l", b"d", b"R", b"b", b"s", b"u", b"e", b"a", b"\x81", b"\x92", b"\x90", b"\x8f", b"o", b"Q", b"\x93"),
+    *(b"\x8c\2os", b"\x8c\6system", b"cos\nsystem\n", b"ctorch\nSize\n", b"\x8e" + b"\xff" * 8, b"\x95" + b"\xff" * 8),
+    *(b"G" + b"\xff" * 8, b"\x80\x05"),
+)
 
 Draw = st.DrawFn
 
@@ -189,8 +179,8 @@ def _zip_field(draw: Draw, content: bytes) -> bytes:
         return content
     start, size = draw(st.sampled_from(places))
     at, width = start + draw(st.integers(0, size - 1)), draw(st.sampled_from([1, 2, 4, 8]))
-    number = draw(st.sampled_from(NUMBERS)) % 256**width
-    return content[:at] + number.to_bytes(width, "little") + content[at + width :]
+    number: int = draw(st.sampled_from(NUMBERS))
+    return content[:at] + (number % (1 << 8 * width)).to_bytes(width, "little") + content[at + width :]
 
 
 def _yaml(draw: Draw, content: bytes) -> bytes:
@@ -228,10 +218,10 @@ def _yaml(draw: Draw, content: bytes) -> bytes:
     return "\n".join([*lines[:at], *new[draw(st.sampled_from(sorted(new)))], *lines[at + 1 :]]).encode()
 
 
-def _tracker(draw: Draw, content: bytes) -> bytes:  # noqa: ARG001  (the old one does not matter)
-    return draw(st.sampled_from([*TEXTS, *map(str, NUMBERS), "release", "\u0663", "1e3"])).encode(
-        errors="surrogatepass"
-    )
+def _tracker(draw: Draw, _: bytes) -> bytes:
+    """Another text, whatever was there."""
+    text: str = draw(st.sampled_from([*TEXTS, *map(str, NUMBERS), "release", "\u0663", "1e3"]))
+    return text.encode(errors="surrogatepass")
 
 
 _Way = Callable[[Draw, bytes], bytes]
@@ -258,7 +248,8 @@ def misplace(path: Path, kind: str, elsewhere: Path) -> None:
     elif kind == "empty":
         path.touch()
     elif kind != "nothing":
-        path.symlink_to({"device": "/dev/zero", "loop": path, "dangling": "nowhere", "elsewhere": elsewhere}[kind])
+        targets: dict[str, str | Path] = {"device": "/dev/zero", "loop": path, "dangling": "nowhere"}
+        path.symlink_to(targets.get(kind, elsewhere))
 
 
 PLACES: Final = ("directory", "pipe", "empty", "nothing", "device", "loop", "dangling", "elsewhere")

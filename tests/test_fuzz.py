@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import pytest
@@ -68,7 +67,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-class TooLong(BaseException):  # noqa: N818  (nothing may catch it)
+class TooLong(BaseException):
     """A command took more processor time than anything small may."""
 
 
@@ -76,7 +75,7 @@ class TooLong(BaseException):  # noqa: N818  (nothing may catch it)
 def bounded() -> Iterator[None]:
     """Little more memory than there is now, and little time."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(*_: object) -> None:
         raise TooLong(f"more than {LIMIT_SECONDS} s")
 
     told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -120,9 +119,9 @@ def run_all(where: Path, name: str) -> None:
     """Run every command on a spoiled input, as a stranger's."""
     before = names(where)
     config = where / name / "config.json"
-    for command in COMMANDS[name.split()[0]]:
+    for command in COMMANDS[name.partition(" ")[0]]:
         outputs = [where / "out"] if command in ("from-hf", "to-hf") else []
-        given_config = ["--config", config] if config.exists() and not outputs == [] else []
+        given_config = ["--config", config] if config.exists() and command != "from-hf" else []
         effort = ["--workers", 1, "--no-sync"] if outputs else []
         start = time.process_time()
         with bounded():

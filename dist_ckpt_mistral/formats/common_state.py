@@ -80,8 +80,9 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
     without common state gives an empty dict.
     """
     path = directory / COMMON_FILE
-    if path.is_file():
-        entry = Entry(COMMON_FILE, 0, path.stat().st_size)
+    if path.is_symlink() or path.exists():
+        with SourceFiles([path]) as files:
+            entry = Entry(COMMON_FILE, 0, files.size_bytes(0))
     elif sharded is not None:
         entry = sharded
     else:

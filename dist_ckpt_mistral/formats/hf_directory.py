@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.safetensors import SafetensorsFile, new_file, parse_header, read_header
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.shapes import Shape
 
 if TYPE_CHECKING:
@@ -139,11 +140,10 @@ def read_directory(directory: Path) -> FileSet:
     index = _read_index(directory, single, index_file)
     weight_map = index["weight_map"] if index is not None else {}
     names = sorted(set(weight_map.values())) if index is not None else [single]
-    absent = [name for name in names if not (directory / name).is_file()]
+    present = {path.name for path in directory.iterdir() if path.is_file()}
+    absent = [name for name in names if name not in present]
     if absent:
-        raise FormatError(
-            f"{index_file} in {directory} names files that are absent: {', '.join(absent)}. Get them first."
-        )
+        raise FormatError(f"{index_file} in {directory} names files that are absent: {listed(absent)}. Get them first.")
     files = {name: _countable(read_header(directory / name), directory / name) for name in names}
     if index is None:
         return FileSet(files=files)
@@ -188,7 +188,7 @@ def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, Safet
     held = {(tensor.name, name) for name, file in files.items() for tensor in file.tensors}
     wrong = sorted(held ^ set(weight_map.items()))
     if wrong:
-        listing = ", ".join(f"{tensor} ({name})" for tensor, name in wrong)
+        listing = listed([f"{tensor} ({name})" for tensor, name in wrong])
         raise FormatError(
             f"{index.name} and the files in {index.parent} disagree about {listing}. Check that they belong together."
         )

@@ -24,6 +24,9 @@ _LENGTH_BYTES: Final = 8
 _METADATA_KEY: Final = "__metadata__"
 #: The limit of the safetensors library itself.
 _MAX_HEADER_BYTES: Final = 100_000_000
+#: An entry has three opening brackets and at least 50 bytes. Each that is parsed takes some 60 bytes of memory.
+_BYTES_OF_A_BRACKET: Final = 12
+_FEW_BRACKETS: Final = 1000
 #: What the library counts with has 64 bits, also on the way to a product of 0.
 _TOO_MANY: Final = 1 << 64
 
@@ -80,6 +83,8 @@ def read_header(path: Path) -> SafetensorsFile:
 
 def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> SafetensorsFile:
     """Parse a header; ``data_bytes`` is the size of the data part, if there is one to compare with."""
+    if text.count(b"[") + text.count(b"{") > _FEW_BRACKETS + len(text) // _BYTES_OF_A_BRACKET:
+        raise FormatError(f"{where} is not a safetensors header: it has more brackets than tensors of any name need")
     header = strict_json.loads_object(text, where)
     tensors = [_file_tensor(name, entry, where) for name, entry in header.items() if name != _METADATA_KEY]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))

@@ -17,6 +17,12 @@ def is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
 
 
+def not_a_size(name: str, value: object) -> str:
+    """What is wrong with a ``value`` that is no positive integer."""
+    most = f" of at most {MAX_SIZE}" if isinstance(value, int) and value > MAX_SIZE else ""
+    return f"{name} must be a positive integer{most}, got {value!r:.200}"
+
+
 def is_positive_number(value: object) -> bool:
     """Whether ``value`` is a number above 0 that a float can hold; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number
+from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number, not_a_size
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
@@ -64,7 +64,7 @@ class MistralConfig:
     def __post_init__(self) -> None:
         """Check every size at once and report all problems together."""
         problems = [
-            f"{name} must be a positive integer, got {getattr(self, name)!r}"
+            not_a_size(name, getattr(self, name))
             for name in (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
             if not is_positive_int(getattr(self, name))
         ]
