@@ -248,7 +248,10 @@ def _linux_call(name: str, *argument_types: str) -> Callable[..., int]:
 
 def require_apart(source: Path, target: Path) -> None:
     """Refuse an output that is, lies in, or contains the input."""
-    inside, outside = target.resolve(), source.resolve()
+    try:
+        inside, outside = target.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12
+        raise OutputError(f"cannot write {target} from {source}: {error}") from error
     if inside == outside or outside in inside.parents or inside in outside.parents:
         raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
 

@@ -67,6 +67,7 @@ BOMBS: Final[dict[str, bytes]] = {
     "a list of itself": b"\x80\x02}X\1\0\0\0a]q\0h\0as.",
     "a list of twice the same": b"\x80\x04}\x8c\1a](" + doubled(b"](h?h?e\x94") + b"es.",
     "a list ten thousand deep": b"\x80\x04}\x8c\1a" + b"](" * 10_000 + b"e" * 10_000 + b"s.",
+    "ten million dicts": b"\x80\x04](" + b"}" * 10_000_000 + b"e.",
     "a name of ten megabytes": b"\x80\x02cmegatron.core\n" + b"A" * 10_000_000 + b"\n.",
     "attributes of a function": b"\x80\x02" + LAYOUT + b"}X\1\0\0\0aNsb.",
     "attributes of a class": b"\x80\x02" + CHUNK + b"}X\1\0\0\0aNsb.",

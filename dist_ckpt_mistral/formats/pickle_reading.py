@@ -23,6 +23,9 @@ from dist_ckpt_mistral.formats.pickle_opcodes import swaps_for_safety
 _MOST_LETTERS: Final = 200
 #: More arguments than any call has that a format knows: each call copies its arguments.
 _MAX_ARGUMENTS: Final = 64
+#: Genuine pickles of many bytes have fifty and more for each list or dict, which takes one byte and makes 64.
+_BYTES_OF_A_CONTAINER: Final = 10
+_FEW: Final = 1000
 #: What picklers of protocol 2 to 5 emit for plain values, calls, and objects made without keyword arguments.
 _OPCODES: Final = (
     *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -189,6 +192,8 @@ def loads(
     Stand-ins must make no tuples, see ``pickle_opcodes``. Raises UnsafePickleError for a global or an opcode outside
     the allowlist, FormatError for a broken pickle in the file ``where``.
     """
+    if data.count(pickle.EMPTY_DICT) + data.count(pickle.EMPTY_LIST) > _FEW + len(data) // _BYTES_OF_A_CONTAINER:
+        raise FormatError(f"{where} is refused: its pickle has more lists and dicts than any genuine one of its length")
     file, swaps = io.BytesIO(data), swaps_for_safety(data)
     if swaps is None and not data.rstrip(b"\0").endswith(pickle.STOP):
         raise FormatError(f"{where} is not a readable pickle: it has no end")
