@@ -17,7 +17,7 @@ from typing import Final
 
 from dist_ckpt_mistral.commands import demo, from_hf, generate, inspect, megatron_args, plan, reshard, to_hf, verify
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE, is_first_rank
-from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
+from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError, printable
 
 _COMMANDS: Final = (from_hf, to_hf, plan, reshard, inspect, verify, generate, megatron_args, demo)
 _EXIT_INTERRUPTED: Final = 130
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     level = logging.INFO if is_first_rank() else logging.ERROR
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=max(level, logging.WARNING))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
     logging.getLogger("dist_ckpt_mistral").setLevel(level)  # what other libraries note is not about what the user does
     signal.signal(signal.SIGTERM, _interrupt)  # so that an unpublished output is removed
     try:
@@ -44,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was published", file=sys.stderr)
         return _EXIT_INTERRUPTED
+
+
+class _Printable(logging.Formatter):
+    """Notes may hold names that files gave."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -63,7 +72,7 @@ def _fail(error: Exception, *, debug: bool) -> int:
     if debug:
         raise error
     if is_first_rank() or isinstance(error, LostRankError):  # the ranks of a job fail together, with one voice
-        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        print("error: " + printable(str(error)), file=sys.stderr)
     return EXIT_DATA
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from reprlib import repr as short
 
 from dist_ckpt_mistral.errors import FormatError
 
@@ -49,12 +50,14 @@ def to_safetensors(dtype: str) -> str:
 def from_safetensors(name: object, where: str) -> str:
     """The torch name of a safetensors name: ``BF16`` -> ``bfloat16``; ``where`` names the tensor for the error."""
     if not isinstance(name, str) or name not in _FROM_SAFETENSORS:
-        raise FormatError(f"unknown dtype for {where}: expected one of {', '.join(_FROM_SAFETENSORS)}, got {name!r}")
+        raise FormatError(
+            f"unknown dtype for {where}: expected one of {', '.join(_FROM_SAFETENSORS)}, got {short(name)}"
+        )
     return _FROM_SAFETENSORS[name]
 
 
 def require_known(name: object, where: str) -> str:
     """``name`` if it is a torch dtype name that this package can store; ``where`` names the tensor for the error."""
     if not isinstance(name, str) or name not in _TABLE:
-        raise FormatError(f"unknown dtype for {where}: expected one of {', '.join(_TABLE)}, got {name!r}")
+        raise FormatError(f"unknown dtype for {where}: expected one of {', '.join(_TABLE)}, got {short(name)}")
     return name

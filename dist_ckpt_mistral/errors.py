@@ -17,9 +17,28 @@ The command line turns each into one line on stderr and exit code 1. Messages fo
 
 from __future__ import annotations
 
+from typing import Final
+
+#: Messages spell out names, and a hostile file may have one of a gigabyte.
+_MOST_LETTERS: Final = 20_000
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, with everything escaped that could steer a terminal or that has no letter.
+
+    Names in files may hold escape sequences, halves of surrogate pairs, or letters that turn the writing round.
+    """
+    line = text.replace("\n", " ")
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
 
 class DistCkptMistralError(Exception):
     """Base of all errors of this package."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message, printable and of a length that can be read."""
+        end = "" if len(message) <= _MOST_LETTERS else f"... and {len(message) - _MOST_LETTERS} more characters"
+        super().__init__(printable(message[:_MOST_LETTERS]) + end)
 
 
 class ConfigError(DistCkptMistralError):

@@ -98,9 +98,8 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
     if hf_directory.is_own_directory(path):
         return _open_own(path, config, config_from, table, files)
     quantized = match_quantized(files.tensors(table.usual_name), config, str(path), dtype)
-    index = dequantized(files.tensor_index(path, table.usual_name), quantized.weights, quantized.dtype)
     scales = dict(quantized.ignored)
-    shapes = {name: tensor.global_shape for name, tensor in index.tensors.items() if name not in scales}
+    shapes = {each.name: each.shape for each in files.tensors(table.usual_name) if each.name not in scales}
     tensors, ignored = match_hf(table, shapes, str(path))
     if quantized.weights:
         _LOG.info("%s: %s", path, quantized.note)
@@ -110,7 +109,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
         config=config,
         config_from=config_from,
         table=table,
-        index=index,
+        index=dequantized(files.tensor_index(path, table.usual_name), quantized.weights, quantized.dtype),
         tensors=tuple(tensors),
         links={tensor.hf_name: [_identity(tensor)] for tensor in tensors},
         ignored=(*quantized.ignored, *ignored),

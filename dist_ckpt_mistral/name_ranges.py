@@ -9,16 +9,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, TypeAlias
 
-#: A number as Python writes it, so that it can be written again.
-_NUMBER: Final = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
+#: A number as Python writes it, so that it can be written again. Longer ones are names.
+_NUMBER: Final = re.compile(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)", re.ASCII)
+#: A name with more numbers than this is its own pattern: no tensor of a model has so many.
+_MOST_NUMBERS: Final = 8
 #: More names than this are not read one by one.
 _MANY: Final = 50
+#: More than these are not even looked at: no model has so many tensors.
+_TOO_MANY: Final = 100_000
 _Numbers: TypeAlias = tuple[int, ...]
 
 
 def listed(names: Sequence[str]) -> str:
     """Names with commas between them; many as their patterns."""
-    return ", ".join(names if len(names) <= _MANY else grouped(names))
+    told = names if len(names) <= _MANY else [*grouped(names[:_TOO_MANY])]
+    rest = [] if len(names) <= _TOO_MANY else [f"and {len(names) - _TOO_MANY} more"]
+    return ", ".join([*told, *rest])
 
 
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
@@ -30,6 +36,8 @@ def grouped(names: Iterable[str]) -> dict[str, list[str]]:
     by_text: dict[tuple[str, ...], dict[_Numbers, str]] = defaultdict(dict)
     for name in names:
         parts = _NUMBER.split(name)
+        if len(parts) > 2 * _MOST_NUMBERS + 1:
+            parts = [name]
         by_text[tuple(parts[::2])][tuple(map(int, parts[1::2]))] = name
     return {
         "".join(itertools.chain.from_iterable(itertools.zip_longest(text, map(_ranges, axes), fillvalue=""))): [

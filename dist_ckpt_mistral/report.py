@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
-from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
+from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, printable
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf, match_own
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 JSON_VERSION = 1
 #: A table with more rows than this shows tensors of the same kind in one.
 _MOST_ROWS = 100
+#: No model comes near; of a file of millions of names nobody reads them all.
+_END_OF_TABLE = 1000
+_TOO_MANY = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,20 +206,24 @@ def render(report: Report) -> RenderableType:
 
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(report):
-        facts.add_row(Text(name, style="bold"), value)
+        facts.add_row(Text(name, style="bold"), printable(value))
     table = Table("tensor", "dtype", "shape", "chunks", "size", "Hugging Face names", box=None, padding=(0, 2, 0, 0))
-    for tensor in _rows([tensor for tensor in report.tensors if tensor.ignored is None]):
+    weights = [tensor for tensor in report.tensors if tensor.ignored is None]
+    rows = [*(_rows(weights) if len(weights) <= _TOO_MANY else weights)]
+    for tensor in rows[:_END_OF_TABLE]:
         shape = " x ".join(map(str, tensor.shape))
         table.add_row(
-            tensor.name,
+            printable(tensor.name),
             tensor.dtype,
             shape,
             str(tensor.num_chunks),
             human_bytes(tensor.num_bytes),
-            _summary(tensor.hf_names),
+            printable(_summary(tensor.hf_names)),
         )
+    if len(rows) > _END_OF_TABLE:
+        table.add_row(f"... and {len(rows) - _END_OF_TABLE} more rows")
     problems = [Text(f"problem: {problem}", style="red") for problem in report.problems]
-    return Group(Text(report.path, style="bold"), facts, Text(""), table, *problems)
+    return Group(Text(printable(report.path), style="bold"), facts, Text(""), table, *problems)
 
 
 def _rows(tensors: list[TensorReport]) -> Iterable[TensorReport]:

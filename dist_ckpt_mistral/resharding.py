@@ -18,7 +18,7 @@ from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.chunking import Cut, cuts
 from dist_ckpt_mistral.convert import Conversion
 from dist_ckpt_mistral.errors import TensorMismatchError
-from dist_ckpt_mistral.formats import torch_dist, torch_dist_writer
+from dist_ckpt_mistral.formats import common_state, torch_dist, torch_dist_writer
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.torch_dist import TorchDistCheckpoint
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject, object_bytes
@@ -41,6 +41,8 @@ _DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
 #: Checksums of the old files (mcore dist_checkpointing/validation.py, 0.18 and newer; nothing needs them to load).
 _INTEGRITY_FILE: Final = "integrity.json"
+#: Files that were read and understood, wherever links lead.
+_PARSED: Final = (common_state.COMMON_FILE, torch_dist.BACKEND_FILE)
 _DATA_SUFFIX: Final = ".distcp"
 
 
@@ -240,6 +242,8 @@ def _copy_beside(old: TorchDistCheckpoint, target: Path) -> None:
             (target / relative).mkdir()
         elif str(relative) in old.file_bytes or str(relative) == torch_dist.METADATA_FILE:
             continue
+        elif not path.is_file() or (path.name not in _PARSED and storage.leads_outside(path, old.directory)):
+            _LOG.warning("%s is no file, or a link out of the checkpoint: it stays behind", relative)
         elif str(relative) == _INTEGRITY_FILE:
             _LOG.warning("%s tells checksums of the old files: it stays behind", relative)
         elif path.suffix == _DATA_SUFFIX:

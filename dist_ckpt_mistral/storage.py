@@ -8,6 +8,7 @@ import os
 import resource
 import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,17 +21,50 @@ from dist_ckpt_mistral.errors import FormatError, OutputError
 _STAGING_MARK: Final = ".incomplete-"
 _REPLACED_MARK: Final = ".replaced-"
 _BLOCK_BYTES: Final = 1 << 20
+#: More than any index, configuration or tracker has: what is larger is not read whole.
+SMALL_BYTES: Final = 64 << 20
+#: Of a file name, on the file systems of Linux (linux/limits.h).
+_MAX_NAME_BYTES: Final = 255
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 #: At most three such groups of files are open at once (two sources and a target), and then some others.
 _SHARE_OF_DESCRIPTORS: Final = 4
 
 
-def read_bytes(path: Path) -> bytes:
-    """The whole content of a small file."""
+def read_bytes(path: Path, *, most_bytes: int | None = SMALL_BYTES) -> bytes:
+    """The whole content of a small file. Raises FormatError where it is no file, or larger than ``most_bytes``."""
+    with SourceFiles([path]) as files:
+        size_bytes = files.size_bytes(0)
+        if most_bytes is not None and size_bytes > most_bytes:
+            raise FormatError(f"{path} is too large: expected at most {most_bytes} bytes, got {size_bytes}")
+        return files.read(0, 0, size_bytes)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that a file gives can only be that of a file beside it, and can be printed as it is."""
+    is_name = Path(name).name == name and name not in {"", ".."} and name.isprintable()
+    return is_name and len(os.fsencode(name)) <= _MAX_NAME_BYTES
+
+
+def leads_outside(path: Path, directory: Path) -> bool:
+    """Whether what seems to lie in ``directory`` is a link to somewhere else; not into the blobs of the hub's cache.
+
+    Who copies such a file along might give away something that whoever made the link knew the place of.
+    """
+    target = path.resolve()
+    is_blob = target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir()
+    return not is_blob and not target.is_relative_to(directory.resolve())
+
+
+def _open_to_read(path: Path) -> int:
+    """A descriptor of a regular file, wherever links lead. Nobody may wait for the other end of a pipe."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise FormatError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"cannot read {path}: it is no regular file")
+    return descriptor
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -67,7 +101,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 def _blocks(path: Path) -> Iterator[bytes]:
     try:
-        with path.open("rb") as file:
+        with open(_open_to_read(path), "rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 yield block
     except OSError as error:
@@ -110,10 +144,7 @@ class SourceFiles:
             return descriptor
         with self._lock:
             if file not in self._descriptors:
-                try:
-                    self._descriptors[file] = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise FormatError(f"cannot open {self._paths[file]}: {error.strerror}") from error
+                self._descriptors[file] = _open_to_read(self._paths[file])
             return self._descriptors[file]
 
     def size_bytes(self, file: int) -> int:
@@ -230,7 +261,10 @@ def _linux_call(name: str, *argument_types: str) -> Callable[..., int]:
 
 def require_apart(source: Path, target: Path) -> None:
     """Refuse an output that is, lies in, or contains the input."""
-    inside, outside = target.resolve(), source.resolve()
+    try:
+        inside, outside = target.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12
+        raise OutputError(f"cannot write {target} from {source}: {error}") from error
     if inside == outside or outside in inside.parents or inside in outside.parents:
         raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
 

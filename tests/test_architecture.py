@@ -29,7 +29,8 @@ model.megatron_fields model.megatron_vocabulary model.attention_args model.exper
 model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
 gather.plan gather.executor gather.chunk_reads
-formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
+formats.pickle_opcodes formats.pickle_reading formats.pickle_records
+formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.safetensors formats.hf_directory formats.quantized
 own_links mapping embedded checkpoint_config model_source writing verify chunking convert resharding
@@ -177,7 +178,7 @@ def test_tensor_names_stand_in_the_table_alone(module: str) -> None:
 
 @pytest.mark.parametrize("module", [*DOWNWARDS, *PACKAGES])
 def test_what_only_one_room_does(module: str) -> None:
-    """Only the command line prints; only pickle_records unpickles, nothing evaluates; only few open or make files."""
+    """Only the command line prints; only pickle_reading unpickles, nothing evaluates; only few open or make files."""
     names = {node.id for node in ast.walk(tree_of(module)) if isinstance(node, ast.Name)}
     attributes = {
         (node.value.id if isinstance(node.value, ast.Name) else "", node.attr)
@@ -187,7 +188,7 @@ def test_what_only_one_room_does(module: str) -> None:
     assert names.isdisjoint({"eval", "exec", "compile", "__import__"})
     assert "print" not in names or module.startswith(("cli", "commands."))
     unpicklers = {("pickle", name) for name in ("load", "loads", "Unpickler")} | {("torch", "load")}
-    assert attributes.isdisjoint(unpicklers) or module == "formats.pickle_records"
+    assert attributes.isdisjoint(unpicklers) or module == "formats.pickle_reading"
     touching = {"open", "read_bytes", "read_text", "write_bytes", "write_text", "unlink", "rename", "rmtree"}
     touched = {attribute for owner, attribute in attributes if owner != "storage"} | names
     calls = {node.func for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call)}

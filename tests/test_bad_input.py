@@ -473,7 +473,7 @@ def payloads(sentinel: Path) -> dict[str, tuple[bytes, str]]:
         if name != "attrgetter":  # modules cannot be pickled
             result[name] = (pickle.dumps(call), asked.get(name, f"{os.system.__module__}.system"))
     line = touch.encode()
-    result["INST opcode"] = (b"(S'" + line + b"'\nios\nsystem\n.", "os.system")
+    result["INST opcode"] = (b"(S'" + line + b"'\nios\nsystem\n.", "the opcode STRING")
     result["dotted name"] = (
         b"\x80\x04\x8c\x13torch.serialization\x8c\x09os.system\x93\x8c" + bytes([len(line)]) + line + b"\x85R.",
         "torch.serialization.os.system",

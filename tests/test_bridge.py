@@ -306,7 +306,8 @@ def test_sections_that_contradict_each_other_are_refused() -> None:
         ({"num_layers": "four"}, ConfigError, "num_hidden_layers must be a positive integer, got 'four'"),
         ({"num_attention_heads": [8]}, ConfigError, r"num_attention_heads must be a positive integer, got \[8\]"),
         ({"layernorm_epsilon": float("nan")}, ConfigError, "rms_norm_eps must be a positive number"),
-        ({"num_layers": 10**15}, ConfigError, "expected at most"),
+        ({"num_layers": 10**15}, ConfigError, "num_hidden_layers must be a positive integer of at most"),
+        ({"num_layers": 10**5}, ConfigError, "num_hidden_layers must be at most 10000, got 100000"),
         ({"hidden_size": {"a": {"b": 1}}}, ConfigError, "hidden_size must be a positive integer, got 'a mapping'"),
     ],
 )
@@ -364,7 +365,7 @@ def test_the_size_is_looked_at_before_reading(tmp_path: Path) -> None:
     """A file that no memory could hold is refused for its size."""
     with (tmp_path / "run_config.yaml").open("wb") as file:
         file.truncate(1 << 42)
-    with pytest.raises(FormatError, match="too large: expected at most 1048576 bytes, got 4398046511104"):
+    with pytest.raises(FormatError, match="too large: expected at most 131072 bytes, got 4398046511104"):
         strict_yaml.read_object(tmp_path / "run_config.yaml")
 
 

@@ -41,7 +41,7 @@ from torch_reading import described, raw_bytes, read_metadata
 from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.dtypes import KNOWN_DTYPES, to_safetensors
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
-from dist_ckpt_mistral.formats import common_state, pickle_records
+from dist_ckpt_mistral.formats import common_state, pickle_reading, pickle_records
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs, PersistentId
 from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
 from dist_ckpt_mistral.formats.torch_archive import STORAGES, ArchiveReader, StoredTensor, row_major_strides
@@ -309,10 +309,11 @@ class Shaped:
     ("shape", "expected"),
     [
         ((1,) * 65, "holds a tensor of 65 axes: expected at most 64"),
-        ((10**5000,), "which is not supported"),
+        ((10**600,), "which is not supported"),
+        ((10**5000,), "asks for the opcode LONG4, which is outside the allowlist"),
         ((2, 1 << 62), r"is damaged: expected \d+ bytes"),
     ],
-    ids=["65 axes", "5000 digits", "2 ** 63 elements"],
+    ids=["65 axes", "600 digits", "5000 digits", "2 ** 63 elements"],
 )
 def test_absurd_shapes_in_archives(shape: tuple[int, ...], expected: str, tmp_path: Path) -> None:
     """Axes and extents without end are refused, in an error that can be printed."""
@@ -328,9 +329,9 @@ def test_keys_of_the_common_state_are_strings(tmp_path: Path) -> None:
         common_state.read(tmp_path, None)
 
 
-@pytest.mark.parametrize("state", [{"iteration": 10**5000}, {"args": {"window_size": (10**5000, 0)}}])
-def test_numbers_that_cannot_be_printed_are_refused(state: dict[str, Any], tmp_path: Path) -> None:
-    """Python raises ValueError where a number has more than 4300 digits: no message may come to that."""
+@pytest.mark.parametrize("state", [{"iteration": 10**600}, {"args": {"window_size": (10**600, 0)}}])
+def test_numbers_beyond_all_floats_are_refused(state: dict[str, Any], tmp_path: Path) -> None:
+    """No number of Megatron's comes near, and calculating with them overflows."""
     if "args" in state:
         state = {"args": types.SimpleNamespace(**state["args"])}
     torch.save(state, tmp_path / "common.pt")
@@ -407,33 +408,33 @@ def test_reading_asks_for_every_name() -> None:
 
     def find(module: str, name: str) -> object:
         asked.append((module, name))
-        return {("types", "SimpleNamespace"): pickle_records.record_class("Stand-in")}[module, name]
+        return {("types", "SimpleNamespace"): pickle_reading.record_class("Stand-in")}[module, name]
 
     written = pickle.dumps(types.SimpleNamespace(a=[1, "x"]), protocol=2)
-    found = pickle_records.loads(written, find, "it")
-    assert (type(found).__name__, vars(found)) == ("Stand-in", {"a": [1, "x"]})
+    found = pickle_reading.loads(written, find, "it")
+    assert (type(found).__name__, [*found]) == ("Stand-in", [{"a": [1, "x"]}])
     assert asked == [("types", "SimpleNamespace")]
     with pytest.raises(UnsafePickleError, match=r"^it is refused: its pickle asks for builtins.len, which is outside"):
-        pickle_records.loads(pickle.dumps(len), find, "it")
-    with pytest.raises(UnsafePickleError, match="an unexpected persistent object"):
-        pickle_records.loads(pickle_records.dumps(PersistentId("x")), find, "it")
+        pickle_reading.loads(pickle.dumps(len), find, "it")
+    with pytest.raises(UnsafePickleError, match="asks for the persistent object 'x', which is outside"):
+        pickle_reading.loads(pickle_records.dumps(PersistentId("x")), find, "it")
     for size in range(len(written)):
         with pytest.raises(FormatError, match="it is not a readable pickle"):
-            pickle_records.loads(written[:size], find, "it")
+            pickle_reading.loads(written[:size], find, "it")
 
 
 def test_the_collector_is_paused_and_goes_on() -> None:
     """It is off inside, on again behind, also after an error, and stays off for whoever had it off."""
     assert gc.isenabled()
-    with pickle_records.paused_collector():
+    with pickle_reading.paused_collector():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ZeroDivisionError), pickle_records.paused_collector():
+    with pytest.raises(ZeroDivisionError), pickle_reading.paused_collector():
         _ = 1 // 0
     assert gc.isenabled()
     gc.disable()
     try:
-        with pickle_records.paused_collector():
+        with pickle_reading.paused_collector():
             pass
         assert not gc.isenabled()
     finally:

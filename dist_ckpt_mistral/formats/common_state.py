@@ -8,15 +8,17 @@ is written here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
-from dist_ckpt_mistral.formats.pickle_records import Global, Instance, OpaqueRecord, record_class
+from dist_ckpt_mistral.formats.pickle_reading import OpaqueRecord, StateRecord, empty_dict, record_class
+from dist_ckpt_mistral.formats.pickle_records import Global, Instance
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, torch_dtype_name
 from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
 from dist_ckpt_mistral.storage import SourceFiles
@@ -27,11 +29,13 @@ SHARDED_KEY: Final = "common_state/shard_0_1"
 
 #: No number of Megatron's comes near; one of 1024 bits is beyond all floats.
 _MAX_BITS: Final = 1024
+#: Of what is written out, each value counts as one and each string as so many as it has letters. A pickle refers to one
+#: list a thousand times for little; error messages and config.json spell it out.
+_MAX_ITEMS: Final = 1 << 24
+_MAX_HEIGHT: Final = 100
 #: Classes that training puts into the common state: those of megatron-core's own ``safe_globals.py`` (0.14 to 0.19).
 #: All become inert records, so a whole package of classes can be let in; functions cannot.
 _RECORDS: Final = {
-    ("argparse", "Namespace"),
-    ("types", "SimpleNamespace"),
     ("pathlib", "PosixPath"),
     ("signal", "Signals"),
     ("io", "BytesIO"),
@@ -51,10 +55,13 @@ _RECORDS: Final = {
     ("torch._utils", "_rebuild_parameter"),
     ("torch._C", "Generator"),
     ("torch.serialization", "_get_layout"),
+    ("builtins", "set"),
+    ("builtins", "complex"),
 }
+_NAMESPACES: Final = {("argparse", "Namespace"), ("types", "SimpleNamespace")}
 _MEGATRON_CLASS: Final = re.compile(r"megatron(\.\w+)+:[A-Z]\w*")
 _TORCH_STORAGE: Final = re.compile(r"torch:[A-Z]\w+Storage")
-_BUILTINS: Final = {("collections", "OrderedDict"): dict, ("builtins", "set"): set, ("builtins", "complex"): complex}
+_BUILTINS: Final = {("collections", "OrderedDict"): empty_dict}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +80,9 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
     without common state gives an empty dict.
     """
     path = directory / COMMON_FILE
-    if path.is_file():
-        entry = Entry(COMMON_FILE, 0, path.stat().st_size)
+    if path.is_symlink() or path.exists():
+        with SourceFiles([path]) as files:
+            entry = Entry(COMMON_FILE, 0, files.size_bytes(0))
     elif sharded is not None:
         entry = sharded
     else:
@@ -88,15 +96,22 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
         value = ArchiveReader(files, 0, entry.offset, entry.num_bytes, f"the common state in {path}").object(
             _allowlist()
         )
+    return _state(value, f"the common state in {path}")
+
+
+def _state(value: object, where: str) -> dict[str, Any]:
+    """What was pickled as a common state, if it is one."""
     if isinstance(value, list) and len(value) == 1:  # objects in shards are lists of one
         value = value[0]
     if not isinstance(value, dict):
-        raise FormatError(f"the common state in {path} is not a dict")
+        raise FormatError(f"{where} is not a dict")
     if not all(type(key) is str for key in value):
-        raise FormatError(f"the common state in {path} has keys that are no strings")
-    state = {key: _plain(item) for key, item in value.items()}
-    _require_sane_numbers(state, path)
-    return state
+        raise FormatError(f"{where} has keys that are no strings")
+    try:
+        _extent(value, {})
+        return {key: _plain(item) for key, item in value.items()}
+    except ValueError as error:
+        raise FormatError(f"{where} has {error}") from error
 
 
 def write(state: Mapping[str, Any]) -> bytes:
@@ -111,18 +126,38 @@ def write(state: Mapping[str, Any]) -> bytes:
     return pickled_archive(pickle_records.dumps({**state, "args": Instance(Global("argparse", "Namespace"), args)}))
 
 
-def _require_sane_numbers(state: Mapping[str, Any], path: Path) -> None:
-    """Whole numbers in the state, its dicts, and lists in those: Python does not even print those of 4300 digits."""
-    inner = [(name, value) for each in state.values() if isinstance(each, dict) for name, value in each.items()]
-    for name, value in (*state.items(), *inner):
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if any(type(number) is int and number.bit_length() > _MAX_BITS for number in numbers):
-            raise FormatError(f"{name!r} of the common state in {path} has a number of more than {_MAX_BITS} bits")
+def _extent(value: object, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:
+    """How much ``value`` is when it is written out, and its height; ``known`` are those met before, by their ids.
+
+    Raises ValueError where either is too much, and for a number that Python does not even print.
+    """
+    if type(value) is int and value.bit_length() > _MAX_BITS:
+        raise ValueError(f"a number of more than {_MAX_BITS} bits")
+    if type(value) is str or type(value) is bytes:
+        return len(value), 0
+    if id(value) not in known:
+        inner = [_extent(part, known, depth + 1) for part in _parts(value)] if depth < _MAX_HEIGHT else [(0, depth)]
+        items, height = 1 + sum(items for items, _ in inner), 1 + max((height for _, height in inner), default=0)
+        if height > _MAX_HEIGHT or items > _MAX_ITEMS:
+            raise ValueError(f"values inside values: {items} or more, {height} or more deep")
+        known[id(value)] = items, height
+    return known[id(value)]
+
+
+def _parts(value: Any) -> Iterable[object]:  # noqa: ANN401  (from a pickle)
+    """What a value consists of."""
+    if isinstance(value, dict):
+        return chain.from_iterable(value.items())
+    return value if isinstance(value, list | tuple) else vars(value).values() if isinstance(value, OpaqueRecord) else ()
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (from a pickle)
     """Namespaces as dicts."""
-    return dict(vars(value)) if type(value).__name__ in {"Namespace", "SimpleNamespace"} else value
+    if not isinstance(value, StateRecord):
+        return value
+    if len(value) > 1 or not all(isinstance(state, dict) for state in value):
+        raise ValueError("a namespace whose attributes are no dict")
+    return dict(*value)
 
 
 def _allowlist() -> Callable[[str, str], Any]:
@@ -134,16 +169,12 @@ def _allowlist() -> Callable[[str, str], Any]:
         if known is not None:
             return known
         spelled = f"{module}:{name}"
-        if (
-            (module, name) not in _RECORDS
-            and not _MEGATRON_CLASS.fullmatch(spelled)
-            and not _TORCH_STORAGE.fullmatch(spelled)
-        ):
+        if (module, name) in _NAMESPACES:
+            made[module, name] = record_class(name)
+        elif (module, name) in _RECORDS or _MEGATRON_CLASS.fullmatch(spelled) or _TORCH_STORAGE.fullmatch(spelled):
+            made[module, name] = record_class(name, OpaqueRecord)
+        else:
             raise KeyError(spelled)
-        base = (
-            record_class(name) if (module, name) in {("argparse", "Namespace"), ("types", "SimpleNamespace")} else None
-        )
-        made[module, name] = base or record_class(name, OpaqueRecord)
         return made[module, name]
 
     return find

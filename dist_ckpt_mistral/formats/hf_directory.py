@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.shapes import Shape
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.gather.tensor_index import TensorIndex
+
+_LOG = logging.getLogger(__name__)
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -37,6 +42,7 @@ _NOT_CARRIED: Final = (
 )
 #: A tokenizer is at most some 20 MB; anything much larger is not a small file.
 _MAX_CARRIED_BYTES: Final = 256 << 20
+_TOO_MANY: Final = 1 << 63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +103,11 @@ class FileSet:
         }
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
+    @property
+    def num_tensors(self) -> int:
+        """Of all files."""
+        return sum(len(file.tensors) for file in self.files.values())
+
     def to_record(self) -> dict[str, Any]:
         """Plain values from which ``from_record`` makes the same file set."""
         headers = {name: file.header for name, file in self.files.items()}
@@ -111,13 +122,16 @@ class FileSet:
             raise FormatError(f"the layout of the Hugging Face files in {where} is damaged")
         for name in headers:
             _require_file_name(name, where)
-        return cls(
+        found = cls(
             files={
                 name: parse_header(str(text).encode(), f"the header of {name} in {where}")
                 for name, text in headers.items()
             },
             index_metadata=metadata,
         )
+        if found.num_tensors > len({tensor.name for file in found.files.values() for tensor in file.tensors}):
+            raise FormatError(f"the layout of the Hugging Face files in {where} has a tensor in two files")
+        return found
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -160,17 +174,24 @@ def read_directory(directory: Path) -> FileSet:
     index = _read_index(directory, single, index_file)
     weight_map = index["weight_map"] if index is not None else {}
     names = sorted(set(weight_map.values())) if index is not None else [single]
-    absent = [name for name in names if not (directory / name).is_file()]
+    present = {path.name for path in directory.iterdir() if path.is_file()}
+    absent = [name for name in names if name not in present]
     if absent:
-        raise FormatError(
-            f"{index_file} in {directory} names files that are absent: {', '.join(absent)}. Get them first."
-        )
-    files = {name: read_header(directory / name) for name in names}
+        raise FormatError(f"{index_file} in {directory} names files that are absent: {listed(absent)}. Get them first.")
+    files = {name: _countable(read_header(directory / name), directory / name) for name in names}
     if index is None:
         return FileSet(files=files)
     _require_as_indexed(weight_map, files, directory / index_file)
     metadata = index.get("metadata")
     return FileSet(files=files, index_metadata=metadata if isinstance(metadata, dict) else {})
+
+
+def _countable(file: SafetensorsFile, path: Path) -> SafetensorsFile:
+    """The format has numbers of 64 bits, of which those that count elements here have 63: empty tensors may exceed."""
+    for tensor in file.tensors:
+        if any(extent >= _TOO_MANY for extent in tensor.shape):
+            raise FormatError(f"shape of {tensor.name!r} in {path}: {list(tensor.shape)} is too large to be counted")
+    return file
 
 
 def _read_index(directory: Path, single: str, index_file: str) -> dict[str, Any] | None:
@@ -194,15 +215,15 @@ def _read_index(directory: Path, single: str, index_file: str) -> dict[str, Any]
 
 
 def _require_file_name(name: object, where: str) -> None:
-    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-        raise FormatError(f"{where} names {name!r}: expected the plain name of a .safetensors file")
+    if not isinstance(name, str) or not name.endswith(".safetensors") or not storage.is_plain_name(name):
+        raise FormatError(f"{where} names {short(name)}: expected the plain name of a .safetensors file")
 
 
 def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile], index: Path) -> None:
     held = {(tensor.name, name) for name, file in files.items() for tensor in file.tensors}
     wrong = sorted(held ^ set(weight_map.items()))
     if wrong:
-        listing = ", ".join(f"{tensor} ({name})" for tensor, name in wrong)
+        listing = listed([f"{tensor} ({name})" for tensor, name in wrong])
         raise FormatError(
             f"{index.name} and the files in {index.parent} disagree about {listing}. Check that they belong together."
         )
@@ -237,12 +258,17 @@ def plan_files(tensors: Sequence[tuple[str, str, Shape]], *, max_file_bytes: int
 
 
 def carried_files(directory: Path) -> tuple[list[Path], list[str]]:
-    """The small files directly in ``directory``, sorted, and the names of those that are left behind for their size."""
+    """The small files directly in ``directory``, sorted, and the names of those that are left behind for their size.
+
+    Links out of the directory stay behind, too, with a warning.
+    """
     carried, left = [], []
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.name.endswith(_NOT_CARRIED) or not path.is_file():
             continue
-        if path.stat().st_size <= _MAX_CARRIED_BYTES:
+        if storage.leads_outside(path, directory):
+            _LOG.warning("%s is a link out of its directory: it stays behind", path)
+        elif path.stat().st_size <= _MAX_CARRIED_BYTES:
             carried.append(path)
         else:
             left.append(path.name)

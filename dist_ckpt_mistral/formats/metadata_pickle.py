@@ -12,14 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import add, itemgetter
-from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
+from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
-from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats import pickle_opcodes, pickle_reading
 from dist_ckpt_mistral.formats.common_state import Entry
-from dist_ckpt_mistral.formats.pickle_records import OpaqueRecord, StateRecord, record_class
+from dist_ckpt_mistral.formats.pickle_reading import OpaqueRecord, as_tuple, record_class
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive import MAX_AXES, torch_dtype_name
 from dist_ckpt_mistral.shapes import Shape
@@ -42,7 +42,7 @@ def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
 
     Raises FormatError if it is damaged, UnsafePickleError if it asks for anything outside the allowlist.
     """
-    with pickle_records.paused_collector():
+    with pickle_reading.paused_collector():
         try:
             return _parse(_unpickled(read, where))  # all records are gone before the collector would look at them
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
@@ -51,17 +51,17 @@ def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
 
 def _unpickled(read: Callable[[], bytes], where: str) -> dict[str, Any]:
     """The attributes of the metadata. Megatron's plans, where they stand last, are left unread: half of the time."""
-    short = pickle_records.ended_before(read(), _PLANS, unless_behind=MCORE_DATA)
+    short = pickle_opcodes.ended_before(read(), _PLANS, unless_behind=MCORE_DATA)
     if short is not None:
         try:
-            found: dict[str, Any] = _attributes(pickle_records.loads(short, _allowlist(), where))
+            found: dict[str, Any] = _attributes(pickle_reading.loads(short, _allowlist(), where))
             if {"state_dict_metadata", "storage_data"} <= found.keys():
                 return found
         except UnsafePickleError:
             raise
         except (AttributeError, FormatError, LookupError, TypeError):
             pass  # the plans stand elsewhere
-    whole: dict[str, Any] = _attributes(pickle_records.loads(read(), _allowlist(), where))
+    whole: dict[str, Any] = _attributes(pickle_reading.loads(read(), _allowlist(), where))
     return whole
 
 
@@ -143,7 +143,7 @@ class _FileNumbers(dict[str, int]):
 
     def __missing__(self, name: object) -> int:
         """Shards lie beside ``.metadata``; anything but a plain name could point anywhere."""
-        if not isinstance(name, str) or Path(name).name != name or name in {"", ".", ".."}:
+        if not isinstance(name, str) or not storage.is_plain_name(name):
             raise ValueError(f"it names the file {short(name)}: expected the plain name of a file beside it")
         return self.setdefault(name, len(self))
 
@@ -222,19 +222,18 @@ def _allowlist() -> Callable[[str, str], Any]:
         "megatron.core.dist_checkpointing.strategies.torch": ("MCoreSavePlan", "MCoreMetadata"),
     }
     allowed: dict[tuple[str, str], Any] = {
-        (module, name): record_class(name, StateRecord) for module, names in records.items() for name in names
+        (module, name): record_class(name) for module, names in records.items() for name in names
     }
     allowed |= {
         (f"{checkpoint}.metadata", "TensorProperties"): record_class("TensorProperties", OpaqueRecord),
-        (f"{checkpoint}.metadata", "_MEM_FORMAT_ENCODING"): _arguments,
-        (f"{checkpoint}.planner", "WriteItemType"): _arguments,
-        ("torch.serialization", "_get_layout"): _arguments,
-        ("pathlib", "PosixPath"): _arguments,
-        ("torch", "Size"): tuple,
+        (f"{checkpoint}.metadata", "_MEM_FORMAT_ENCODING"): _nothing,
+        (f"{checkpoint}.planner", "WriteItemType"): _nothing,
+        ("torch.serialization", "_get_layout"): _nothing,
+        ("pathlib", "PosixPath"): _nothing,
+        ("torch", "Size"): as_tuple,
     }
     return lambda module, name: torch_dtype_name(module, name) or allowed[module, name]
 
 
-def _arguments(*values: object) -> tuple[object, ...]:
+def _nothing(*_: object) -> None:
     """Stands in for calls whose result does not matter."""
-    return values

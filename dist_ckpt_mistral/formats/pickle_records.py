@@ -1,156 +1,17 @@
-"""Pickles as records: read through an allowlist without executing anything, written without importing anything.
+"""Records as pickles, written by opcodes that name classes: neither torch nor Megatron need be importable.
 
-Reading builds inert stand-ins for the few classes that a format uses; any other name is refused before it is looked up.
-Writing emits opcodes for classes by name, so that neither torch nor Megatron needs to be importable. Opcodes: CPython
-3.11, ``Lib/pickle.py``.
+Opcodes: CPython 3.11, ``Lib/pickle.py``. What reads pickles is pickle_reading.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import io
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
-
-#: (module, name) -> what stands in for it.
-Allowlist = Mapping[tuple[str, str], Any]
 _PROTOCOL: Final = 2
-#: The length of the PROTO opcode with its argument, and of a FRAME opcode's argument.
-_PROTO_BYTES: Final = 2
-_FRAME_LENGTH_BYTES: Final = 8
-
-
-class Record:
-    """An unpickled object that is nothing but its class name and attributes. There may be millions: no code runs."""
-
-
-class StateRecord(list[Any]):
-    """An unpickled object that is nothing but its class name and, as item 0, its pickle state: a dict of attributes.
-
-    There may be millions: the state is kept as it comes, by C code, instead of being copied into attributes.
-    """
-
-    __slots__ = ()
-    __hash__ = object.__hash__  # type: ignore[assignment]  # may be a key, as what it stands for
-    __setstate__ = list.append
-
-
-class OpaqueRecord(Record):
-    """A record that also keeps what its class would have interpreted: constructor arguments and pickle state."""
-
-    def __new__(cls, *args: object) -> OpaqueRecord:  # noqa: PYI034  (subclasses are made at run time)
-        """Keep the arguments; nothing is called."""
-        self = object.__new__(cls)
-        self.__dict__["args"] = args
-        return self
-
-    def __init__(self, *args: object) -> None:
-        """Accept what the pickle passes."""
-
-    def __setstate__(self, state: object) -> None:
-        """Keep ``state``, whatever it is."""
-        self.__dict__["state"] = state
-
-
-def record_class(name: str, base: type[Record | StateRecord] = Record) -> type[Record | StateRecord]:
-    """A new stand-in class. Make one for every load: a pickle may set attributes of the classes that it names."""
-    return type(name, (base,), {"__slots__": ()})
-
-
-class _AllowlistUnpickler(pickle.Unpickler):
-    """An unpickler that knows the allowlist and nothing else."""
-
-    def __init__(self, data: bytes, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None) -> None:
-        super().__init__(io.BytesIO(data))
-        self._find = find
-        self._persistent = persistent
-
-    def find_class(self, module_name: str, global_name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
-        return self._find(module_name, global_name)
-
-    def persistent_load(self, pid: Any) -> Any:  # noqa: ANN401  (what the pickle says)
-        if self._persistent is None:
-            raise UnsafePickleError(f"an unexpected persistent object {pid!r}")
-        return self._persistent(pid)
-
-
-def loads(
-    data: bytes,
-    find: Callable[[str, str], Any],
-    where: str,
-    *,
-    persistent: Callable[[Any], Any] | None = None,
-) -> Any:  # noqa: ANN401  (whatever the pickle holds)
-    """Unpickle ``data``. ``find(module, name)`` gives the stand-in of a global, or raises KeyError to refuse it.
-
-    Raises UnsafePickleError for a global outside the allowlist, FormatError for a broken pickle in the file ``where``.
-    """
-
-    def checked(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
-        try:
-            return find(module, name)
-        except KeyError:
-            raise UnsafePickleError(
-                f"{where} is refused: its pickle asks for {module}.{name}, which is outside the allowlist. "
-                "Nothing of it was executed."
-            ) from None
-
-    try:
-        return _AllowlistUnpickler(data, checked, persistent).load()
-    except (FormatError, MemoryError):
-        raise
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise FormatError(f"{where} is not a readable pickle: {error!r}") from error
-
-
-def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes | None:
-    """A pickled object of attributes, ended before its attribute ``key``; None if that cannot be told from the bytes.
-
-    Those must be the frames that picklers make from protocol 4 on (PEP 3154), all of them, without the attribute
-    ``unless_behind`` behind ``key``. Where ``key`` is something else than an attribute of the topmost object, loading
-    the result fails, or gives something else than that object.
-    """
-    at = pickled.rfind(_short_string(key))
-    end = _frame_end(pickled, at)
-    if at < 0 or end is None or pickled.find(_short_string(unless_behind), at) >= 0:
-        return None
-    ending = pickle.SETITEMS + pickle.BUILD + pickle.STOP
-    return b"".join((memoryview(pickled)[:at], ending.ljust(end - at, b"\0")))  # unpicklers want the whole frame
-
-
-def _short_string(text: str) -> bytes:
-    """The opcode of a string of less than 256 bytes."""
-    return pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()
-
-
-def _frame_end(pickled: bytes, at: int) -> int | None:
-    """Where the frame ends that holds byte ``at``; None unless ``pickled`` is a complete row of frames."""
-    start, found = _PROTO_BYTES, None
-    while pickled[start : start + 1] == pickle.FRAME:
-        begin = start + 1 + _FRAME_LENGTH_BYTES
-        end = begin + int.from_bytes(pickled[start + 1 : begin], "little")
-        if begin <= at < end:
-            found = end
-        start = end
-    return found if start == len(pickled) and pickled.endswith(pickle.STOP) else None
-
-
-@contextlib.contextmanager
-def paused_collector() -> Iterator[None]:
-    """Keep the garbage collector off: it would look again and again at millions of live records (6 times slower)."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Final, TypeGuard
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
@@ -23,6 +24,9 @@ _LENGTH_BYTES: Final = 8
 _METADATA_KEY: Final = "__metadata__"
 #: The limit of the safetensors library itself.
 _MAX_HEADER_BYTES: Final = 100_000_000
+#: An entry has three opening brackets and at least 50 bytes. Each that is parsed takes some 60 bytes of memory.
+_BYTES_OF_A_BRACKET: Final = 12
+_FEW_BRACKETS: Final = 1000
 #: What the library counts with has 64 bits, also on the way to a product of 0.
 _TOO_MANY: Final = 1 << 64
 
@@ -79,6 +83,8 @@ def read_header(path: Path) -> SafetensorsFile:
 
 def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> SafetensorsFile:
     """Parse a header; ``data_bytes`` is the size of the data part, if there is one to compare with."""
+    if text.count(b"[") + text.count(b"{") > _FEW_BRACKETS + len(text) // _BYTES_OF_A_BRACKET:
+        raise FormatError(f"{where} is not a safetensors header: it has more brackets than tensors of any name need")
     header = strict_json.loads_object(text, where)
     tensors = [_file_tensor(name, entry, where) for name, entry in header.items() if name != _METADATA_KEY]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
@@ -101,17 +107,17 @@ def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> S
 def _file_tensor(name: str, entry: object, where: str) -> FileTensor:
     what = f"{name!r} in {where}"
     if not isinstance(entry, dict):
-        raise FormatError(f"bad header entry of {what}: {entry!r}")
+        raise FormatError(f"bad header entry of {what}: {short(entry)}")
     dtype = dtypes.from_safetensors(entry.get("dtype"), what)
     shape, span = entry.get("shape"), entry.get("data_offsets")
     if not (_is_sizes(shape) and _is_sizes(span)) or len(span) != 2:  # noqa: PLR2004  (begin and end)
-        raise FormatError(f"bad shape or data_offsets of {what}: got {shape!r} and {span!r}")
+        raise FormatError(f"bad shape or data_offsets of {what}: got {short(shape)} and {short(span)}")
     if any(count >= _TOO_MANY for count in (*shape, *itertools.accumulate(shape, operator.mul))):
-        raise FormatError(f"bad shape of {what}: {shape!r} has more elements than can be counted")
+        raise FormatError(f"bad shape of {what}: {short(shape)} has more elements than can be counted")
     if span[1] - span[0] != math.prod(shape) * dtypes.itemsize_bytes(dtype):
         raise FormatError(
             f"size mismatch for {what}: expected {math.prod(shape) * dtypes.itemsize_bytes(dtype)} bytes "
-            f"({dtype} {shape}), got data_offsets {span}"
+            f"({dtype} {short(shape)}), got data_offsets {span}"
         )
     return FileTensor(name=name, dtype=dtype, shape=tuple(shape), begin=span[0], end=span[1])
 

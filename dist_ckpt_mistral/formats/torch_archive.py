@@ -19,7 +19,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats import pickle_reading
+from dist_ckpt_mistral.formats.pickle_reading import as_tuple, empty_dict
 from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -37,6 +38,8 @@ _EDGE_BYTES: Final = 2048
 #: signed numbers of 64 bits.
 MAX_AXES: Final = 64
 _MAX_EXTENT: Final = 1 << 63
+#: More than any pickle, directory or small record has that Megatron writes: what is larger is not read whole.
+_MAX_RECORD_BYTES: Final = 16 << 20
 LITTLE_ENDIAN: Final = b"little"
 
 #: torch's typed storages, by the names that pickles use.
@@ -123,7 +126,10 @@ class ArchiveReader:
         edge = min(_EDGE_BYTES, num_bytes)
         self._head = files.read(file, position, edge)
         self._tail = self._head if edge == num_bytes else files.read(file, position + num_bytes - edge, edge)
-        self._members = dict(self._walk())
+        records = [*self._walk()]
+        self._members = dict(records)
+        if len(self._members) < len(records):
+            raise FormatError(f"{where} is damaged: its directory lists a record twice")
 
     def member(self, name: str) -> Member:
         """Where the record ``name`` lies, without the archive's own top folder. Raises FormatError if there is none."""
@@ -141,6 +147,7 @@ class ArchiveReader:
     def read(self, name: str) -> bytes:
         """The content of a small record. Raises FormatError if its checksum is wrong."""
         member = self.member(name)
+        self._require_small(name, member.num_bytes)
         content = self._read(member.position - self._start, member.num_bytes)
         if zlib.crc32(content) != member.crc32:
             raise FormatError(f"{self._where} is damaged: the checksum of {name} is wrong")
@@ -150,7 +157,7 @@ class ArchiveReader:
         """The archive's only tensor. Raises FormatError for a view, big-endian data and anything but one tensor."""
         if "byteorder" in self._members and self.read("byteorder") != b"little":
             raise FormatError(f"{self._where} is big-endian, which is not supported")
-        value = pickle_records.loads(self.read("data.pkl"), _tensor_global, self._where, persistent=_storage)
+        value = pickle_reading.loads(self.read("data.pkl"), _tensor_global, self._where, persistent=_storage)
         if not isinstance(value, _Tensor):
             raise FormatError(f"{self._where} holds no tensor")
         dtype, shape = value.checked(self._where)
@@ -164,7 +171,13 @@ class ArchiveReader:
 
     def object(self, find: Callable[[str, str], Any]) -> Any:  # noqa: ANN401  (whatever was saved)
         """The archive's pickled object, through the allowlist ``find``. Tensors in it become inert."""
-        return pickle_records.loads(self.read("data.pkl"), find, self._where, persistent=lambda _: None)
+        return pickle_reading.loads(self.read("data.pkl"), find, self._where, persistent=lambda _: None)
+
+    def _require_small(self, name: str, num_bytes: int) -> None:
+        if num_bytes > _MAX_RECORD_BYTES:
+            raise FormatError(
+                f"{self._where} has {num_bytes} bytes of {name}: expected at most {_MAX_RECORD_BYTES}. It is damaged."
+            )
 
     def _read(self, offset: int, num_bytes: int) -> bytes:
         """Bytes at ``offset`` of the archive, from an edge if they lie in one."""
@@ -182,6 +195,7 @@ class ArchiveReader:
     def _walk(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
         """Yield (name, (offset of the local header, size in bytes, CRC-32)) of every record."""
         count, directory_bytes, offset = self._directory()
+        self._require_small("central directory", directory_bytes)
         directory = self._read(offset, directory_bytes)
         at = 0
         for _ in range(count):
@@ -198,7 +212,7 @@ class ArchiveReader:
             at += name_bytes + extra_bytes + comment_bytes
             size, packed, header = self._zip64_values(extra, (size, packed, header))
             if signature != b"PK\1\2" or method != 0 or size != packed:
-                raise FormatError(f"{self._where} is damaged or compressed: record {name!r} is not stored plainly")
+                raise FormatError(f"{self._where} is damaged or compressed: record {short(name)} is not stored plainly")
             yield name.partition("/")[2], (header, size, crc32)
 
     def _zip64_values(self, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
@@ -231,13 +245,13 @@ class ArchiveReader:
         return end[7], end[8], end[9]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Storage:
     dtype: str | None
     numel: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Tensor:
     """The arguments of ``torch._utils._rebuild_tensor_v2`` (and ``_v3``, which adds the dtype)."""
 
@@ -300,9 +314,9 @@ def _tensor_global(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins o
     return {
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
         ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-        ("torch", "Size"): tuple,
+        ("torch", "Size"): as_tuple,
         ("torch.storage", "UntypedStorage"): "",
-        ("collections", "OrderedDict"): dict,
+        ("collections", "OrderedDict"): empty_dict,
         **{("torch", storage): dtype for storage, dtype in STORAGES.items()},
     }[module, name]
 

@@ -194,7 +194,7 @@ def open_torch_dist(path: Path, *, with_common_state: bool = True) -> TorchDistC
     path = directory / METADATA_FILE
     if not path.is_file():
         raise FormatError(f"{path} is missing: the checkpoint was not saved to its end, or not copied whole")
-    metadata = read_metadata(lambda: storage.read_bytes(path), str(path))
+    metadata = read_metadata(lambda: storage.read_bytes(path, most_bytes=None), str(path))
     state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY)) if with_common_state else {}
     return TorchDistCheckpoint(directory=directory, metadata=metadata, common_state=state)
 

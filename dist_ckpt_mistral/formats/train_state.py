@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import pickle_records
+from dist_ckpt_mistral.formats import pickle_reading
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -21,7 +22,7 @@ _STEP_BYTES: Final = 8
 MAX_STEP: Final = 10**18
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Scalar:
     """A tensor as far as it matters: the key of its storage, the torch name of that, and its shape."""
 
@@ -38,7 +39,7 @@ def read_step(path: Path) -> int:
     where = str(path)
     with SourceFiles([path]) as files:
         archive = ArchiveReader(files, 0, 0, files.size_bytes(0), where)
-        state = pickle_records.loads(archive.read("data.pkl"), _find, where, persistent=_persistent)
+        state = pickle_reading.loads(archive.read("data.pkl"), _find, where, persistent=_persistent)
         step = state.get("step") if isinstance(state, dict) else None
         if not isinstance(step, _Scalar) or (step.storage, step.shape) != ("LongStorage", ()):
             raise FormatError(f"{where} is not a train state of Megatron-Bridge: it has no step, an int64 scalar")
@@ -47,7 +48,9 @@ def read_step(path: Path) -> int:
         content = archive.read(f"data/{step.key}")
     value = int.from_bytes(content, "little", signed=True)
     if len(content) != _STEP_BYTES or not 0 <= value < MAX_STEP:
-        raise FormatError(f"step in {where}: expected a number of iterations in {_STEP_BYTES} bytes, got {content!r}")
+        raise FormatError(
+            f"step in {where}: expected a number of iterations in {_STEP_BYTES} bytes, got {short(content)}"
+        )
     return value
 
 
@@ -57,7 +60,7 @@ def _find(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kin
         return name
     return {
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-        ("collections", "OrderedDict"): dict,
+        ("collections", "OrderedDict"): pickle_reading.empty_dict,
     }[module, name]
 
 
@@ -65,7 +68,7 @@ def _persistent(pid: Any) -> tuple[str, str]:  # noqa: ANN401  (from a pickle)
     """torch.save's persistent id: ("storage", type, key, device, elements)."""
     kind, storage, key, _, _ = pid
     if kind != "storage" or not isinstance(key, str) or not key.isdecimal():
-        raise FormatError(f"an unexpected persistent object {pid!r}")
+        raise FormatError(f"an unexpected persistent object {short(pid)}")
     return key, storage
 
 

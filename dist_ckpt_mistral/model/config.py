@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
+from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number, not_a_size
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
 from dist_ckpt_mistral.model.hf_families import FAMILIES, MULTIMODAL_ARCHITECTURE
@@ -68,7 +68,7 @@ class MistralConfig:
     def __post_init__(self) -> None:
         """Check every size at once and report all problems together."""
         problems = [
-            f"{name} must be a positive integer, got {getattr(self, name)!r}"
+            not_a_size(name, getattr(self, name))
             for name in (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
             if not is_positive_int(getattr(self, name))
         ]
@@ -94,6 +94,11 @@ class MistralConfig:
             raise ConfigError("the model configuration does not fit: " + "; ".join(problems))
 
     def _contradictions(self) -> Iterator[str]:
+        experts = 0 if self.experts is None else self.experts.num_experts
+        if self.num_hidden_layers > MAX_LAYERS:
+            yield f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}"
+        elif (parts := self.num_hidden_layers * (self.num_key_value_heads + experts)) > MAX_PARTS:
+            yield f"all layers together may have {MAX_PARTS} key heads and experts at most, got {parts}"
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "

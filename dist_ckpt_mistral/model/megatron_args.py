@@ -14,7 +14,7 @@ from dist_ckpt_mistral.model.attention_args import (
     latent_attention_of,
     unmet_by_attention,
 )
-from dist_ckpt_mistral.model.checks import is_positive_int
+from dist_ckpt_mistral.model.checks import MAX_LAYERS, is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.expert_args import expert_args, experts_of, unmet_by_experts
 from dist_ckpt_mistral.model.hf_families import WITH_LAYER_TYPES
@@ -31,9 +31,6 @@ from dist_ckpt_mistral.model.megatron_vocabulary import vocab_size_of
 from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, padded_vocab_size
 
 _LOG = logging.getLogger(__name__)
-
-#: Far more than any model has. Sizes of a hostile checkpoint must not make a table that fills the memory.
-_MAX_LAYERS: Final = 100_000
 
 
 def to_megatron_args(config: MistralConfig, *, dtype: str, tp: int, pp: int, ep: int = 1) -> dict[str, Any]:
@@ -108,8 +105,8 @@ def _found(args: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} lack {', '.join(missing)}. Give the model's config.json with --config.")
     sizes = {attribute: field.of(args) for attribute, field in SAME_VALUE.items()}
     num_layers = sizes["num_hidden_layers"]
-    if is_positive_int(num_layers) and num_layers > _MAX_LAYERS:
-        raise ConfigError(f"{where} say num_layers={num_layers}: expected at most {_MAX_LAYERS}")
+    if is_positive_int(num_layers) and num_layers > MAX_LAYERS:  # before anything is made for each of them
+        raise ConfigError(f"{where} say num_layers={num_layers}: expected at most {MAX_LAYERS}")
     experts = experts_of(args, packed=latent is not None)
     if experts is not None and latent is None:
         sizes["intermediate_size"] = experts.intermediate_size

@@ -32,6 +32,8 @@ from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
 VOCABULARY_MULTIPLE: Final = 128
+#: More than any machine has: what lists all ranks must come to an end.
+_MAX_RANKS: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,8 @@ class ParallelLayout(PipelineLayout):
         return chunks if chunks > 1 else None
 
     def _rank_problems(self, fewest_dp: int) -> list[str]:
+        if self.world_size > _MAX_RANKS:
+            return [f"a layout may have {_MAX_RANKS} ranks at most, got {self.world_size}"]
         expert_ranks = (self.etp or self.tp) * self.ep * self.pp
         if self.world_size % expert_ranks:
             sizes = f"{self.world_size} ranks (tp x cp x dp x pp), {expert_ranks} for an expert (etp x ep x pp)"

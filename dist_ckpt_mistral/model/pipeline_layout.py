@@ -18,6 +18,8 @@ from dist_ckpt_mistral.errors import LayoutError
 _LETTERS: Final = frozenset("EtmL")
 #: Digits of a number of repetitions.
 _MOST_DIGITS: Final = 4
+#: Of a layout in all, far beyond every model.
+_MOST_LETTERS: Final = 100_000
 #: What is unrolled in a layout string, in Megatron's order: ``(...)*n``, then ``x*n``.
 _REPEATS: Final = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
 
@@ -47,6 +49,9 @@ def parse_pipeline_layout(text: str) -> tuple[str, ...]:
 
     unrolled = text.replace(",", "")  # commas are decoration
     for pattern in _REPEATS:
+        letters = sum(len(repeat[1]) * int(repeat[2][-_MOST_DIGITS:]) for repeat in pattern.finditer(unrolled))
+        if letters > _MOST_LETTERS:
+            raise LayoutError(f"pipeline_model_parallel_layout has {letters} layers: expected at most {_MOST_LETTERS}")
         unrolled = pattern.sub(unroll, unrolled)
     unknown = sorted(set(unrolled) - _LETTERS - {"|"})
     if unknown:

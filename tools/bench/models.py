@@ -23,7 +23,7 @@ import numpy as np
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
-from dist_ckpt_mistral.formats.pickle_records import paused_collector
+from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
