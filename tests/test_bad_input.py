@@ -263,6 +263,7 @@ NOT_READ = (
     "release/hf/generation_config.json",
     "release/hf/config.json",
     "checkpoint/integrity.json",
+    "release/integrity.json",
 )
 
 

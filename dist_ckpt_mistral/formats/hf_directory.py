@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.safetensors import SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.shapes import Shape
 
@@ -206,6 +207,8 @@ def carried_files(directory: Path) -> tuple[list[Path], list[str]]:
     carried, left = [], []
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.name.endswith(_NOT_CARRIED) or not path.is_file():
+            continue
+        if path.name == MANIFEST_FILE:  # it tells of the files that lie beside it here, not of any others
             continue
         if path.stat().st_size <= _MAX_CARRIED_BYTES:
             carried.append(path)
