@@ -20,6 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dist_ckpt_mistral.checking import Check, check
     from dist_ckpt_mistral.convert import Conversion, from_hf, to_hf
     from dist_ckpt_mistral.errors import (
         ConfigError,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.verify import Comparison, compare
 
 _HOME = {
+    "Check": "checking",
     "Comparison": "verify",
     "ConfigError": "errors",
     "Conversion": "convert",
@@ -71,6 +73,7 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "add_hf_metadata": "megatron.hf_metadata",
     "build_model": "megatron.build_model",
+    "check": "checking",
     "compare": "verify",
     "from_hf": "convert",
     "initialize_megatron": "megatron.runtime",
@@ -86,6 +89,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Check",
     "Comparison",
     "ConfigError",
     "Conversion",
@@ -107,6 +111,7 @@ __all__ = [
     "UnsupportedModelError",
     "add_hf_metadata",
     "build_model",
+    "check",
     "compare",
     "from_hf",
     "initialize_megatron",

@@ -57,7 +57,10 @@ _DTYPE_NAME: Final = re.compile(r"(u?int\d+|b?float\d+\w*|complex\d+|bool|qu?int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One record of an archive: its bytes ``[position, position + num_bytes)`` in the file, and their CRC-32."""
+    """One record of an archive: its bytes ``[position, position + num_bytes)`` in the file, and their CRC-32.
+
+    Saved after ``torch.serialization.set_crc32_options(False)``, all records have 0 for a CRC-32 (torch 2.6 to 2.15).
+    """
 
     position: int
     num_bytes: int
@@ -125,6 +128,11 @@ class ArchiveReader:
         self._tail = self._head if edge == num_bytes else files.read(file, position + num_bytes - edge, edge)
         self._members = dict(self._walk())
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The records, without the archive's own top folder."""
+        return tuple(self._members)
+
     def member(self, name: str) -> Member:
         """Where the record ``name`` lies, without the archive's own top folder. Raises FormatError if there is none."""
         if name not in self._members:
@@ -142,7 +150,7 @@ class ArchiveReader:
         """The content of a small record. Raises FormatError if its checksum is wrong."""
         member = self.member(name)
         content = self._read(member.position - self._start, member.num_bytes)
-        if zlib.crc32(content) != member.crc32:
+        if member.crc32 and zlib.crc32(content) != member.crc32:
             raise FormatError(f"{self._where} is damaged: the checksum of {name} is wrong")
         return content
 

@@ -121,6 +121,11 @@ class TorchDistCheckpoint:
         return located if tensor.stored_shape == tensor.global_shape else in_own_shape(located, tensor.global_shape)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` looks like a checkpoint: an iteration of one, or a root that says which is the latest."""
+    return any((path / name).exists() for name in (METADATA_FILE, BACKEND_FILE, *_TRACKERS))
+
+
 def resolve_directory(path: Path) -> Path:
     """The directory with ``.metadata`` that ``path`` means: itself, or the latest iteration of a checkpoint root."""
     if (path / METADATA_FILE).exists() or (path / BACKEND_FILE).exists():
