@@ -21,7 +21,8 @@ from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.manifest import tensor_spans
 from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
-from dist_ckpt_mistral.model.tensor_table import split_state_key, tensor_table
+from dist_ckpt_mistral.model.stored_entries import split_state_key
+from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.name_ranges import listed
 
 T = TypeVar("T")

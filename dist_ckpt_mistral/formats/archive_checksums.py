@@ -109,4 +109,5 @@ def _records(files: SourceFiles, span: Span, piece: Piece) -> Iterator[Part]:
     reader = ArchiveReader(files, 0, *span, f"the archive at byte {span.position}")
     for name in reader.names:
         member = reader.member(name)
-        yield Part(Span(member.position, member.num_bytes), member.crc32 or None, piece)
+        is_told = member.crc32 != 0 or member.num_bytes == 0
+        yield Part(Span(member.position, member.num_bytes), member.crc32 if is_told else None, piece)
