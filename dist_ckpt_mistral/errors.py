@@ -16,6 +16,14 @@ The command line turns each into one line on stderr and exit code 1. Messages fo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Final, TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
+#: More errors than this are counted, not told.
+_MOST_ERRORS: Final = 50
+
 
 class DistCkptMistralError(Exception):
     """Base of all errors of this package."""
@@ -51,3 +59,18 @@ class PlanError(DistCkptMistralError):
 
 class OutputError(DistCkptMistralError):
     """The destination cannot be written as asked."""
+
+
+def for_all(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """``work`` on all items. What goes wrong becomes one error, which tells of all: of the class of the first."""
+    results, errors = [], []
+    for item in items:
+        try:
+            results.append(work(item))
+        except DistCkptMistralError as error:
+            errors.append(error)
+    if errors:
+        told = [str(error) for error in errors[:_MOST_ERRORS]]
+        more = [f"and {len(errors) - len(told)} more"] if len(errors) > len(told) else []
+        raise type(errors[0])("; ".join([*told, *more])) from errors[0]
+    return results
