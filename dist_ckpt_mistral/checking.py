@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,10 +20,11 @@ from dist_ckpt_mistral.formats.torch_dist import TorchDistCheckpoint
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.manifest import tensor_spans
-from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf
+from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.stored_entries import split_state_key
 from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model_source import open_hf
 from dist_ckpt_mistral.name_ranges import listed
 
 T = TypeVar("T")
@@ -56,7 +58,7 @@ def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort
     DistCkptMistralError if ``path`` is neither; what is wrong in it becomes a finding.
     """
     path, known = Path(path), given_config(config)
-    if hf_directory.is_model_directory(path):
+    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
         return _check_hf(path, known, effort)
     if not torch_dist.is_checkpoint(path):
         torch_dist.resolve_directory(path)  # raises
@@ -112,15 +114,16 @@ def _check_hf(directory: Path, config: MistralConfig | None, effort: Effort) -> 
     file_set = notes.attempt(lambda: hf_directory.read_directory(directory))
     if file_set is None:
         return notes.check_files(Contents(directory=directory), manifest, effort)
-
-    def match() -> None:
-        shapes = {tensor.name: tensor.shape for file in file_set.files.values() for tensor in file.tensors}
-        tensors, _ = match_hf(tensor_table(config or MistralConfig.from_hf(directory)), shapes, str(directory))
-        notes.checked.append(f"that all {len(tensors)} tensors of the model are there")
-
-    notes.attempt(match)
+    source = notes.attempt(lambda: open_hf(directory, config=config))
+    if source is not None:
+        notes.checked.append(f"that all {len(source.tensors)} tensors of the model are there")
     parts = _tensor_parts(file_set, {} if manifest is None else manifest.crc32, notes)
-    contents = Contents(directory=directory, files=parts, parts_of=lambda name: (parts.get(name, []), []))
+    contents = Contents(
+        directory=directory,
+        files=parts,
+        parts_of=lambda name: (parts.get(name, []), []),
+        hf_names=_HfNames(() if source is None else source.links.values()),
+    )
     return notes.check_files(contents, manifest, effort)
 
 
@@ -146,15 +149,17 @@ def _check_megatron(path: Path, config: MistralConfig | None, effort: Effort) ->
     if stored is None:
         return notes.check_files(Contents(directory=directory), manifest, effort)
     found = notes.attempt(lambda: _match(stored, config))
+    links: list[list[Link]] = []
     if found is not None:
         notes.checked.append(f"that all {len(found.names())} tensors of the model are there")
+        links = [found.links(tensor) for tensor in found.table.hf_tensors().values() if not tensor.is_alias]
     archives, faults = archive_checksums.archives_by_file(stored)
     notes.checked.append(f"that the chunks of {len(stored.tensors)} stored tensors leave no gap and do not overlap")
     contents = Contents(
         directory=directory,
         files=archives,
         parts_of=lambda name: archive_checksums.read_parts(directory / name, archives.get(name, {})),
-        hf_names=_HfNames(found),
+        hf_names=_HfNames(links),
         sums_in="its archive",
     )
     notes.findings.extend(contents.finding(torch_dist.METADATA_FILE, fault) for fault in faults)
@@ -172,14 +177,11 @@ def _match(stored: TorchDistCheckpoint, config: MistralConfig | None) -> Checkpo
 class _HfNames:
     """Of a box of a stored tensor, the Hugging Face tensors that it holds rows of, or optimizer state of rows."""
 
-    def __init__(self, found: CheckpointMap | None) -> None:
-        """Know the links of all weights, if the model is known."""
+    def __init__(self, links: Iterable[Iterable[Link]]) -> None:
+        """Know all ``links`` to Hugging Face tensors; none are known without a model."""
         self._links: dict[str, list[Link]] = defaultdict(list)
-        if found is None:
-            return
-        for tensor in found.table.hf_tensors().values():
-            for link in () if tensor.is_alias else found.links(tensor):
-                self._links[link.source].append(link)
+        for link in chain.from_iterable(links):
+            self._links[link.source].append(link)
 
     def __call__(self, piece: Piece) -> tuple[str, ...]:
         """The names, in table order."""

@@ -48,7 +48,7 @@ class Contents:
     directory: Path
     files: Collection[str] = ()
     parts_of: Callable[[str], tuple[list[Part], list[Fault]]] = lambda _: ([], [])
-    hf_names: Callable[[Piece], tuple[str, ...]] = lambda piece: piece.names
+    hf_names: Callable[[Piece], tuple[str, ...]] = lambda _: ()
     sums_in: str = MANIFEST_FILE
 
     def finding(self, file: str, fault: Fault) -> Finding:

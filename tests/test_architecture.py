@@ -29,7 +29,8 @@ gather.chunk_reads
 formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory
-own_links mapping embedded checkpoint_config model_source manifest writing verify file_checks checking chunking convert resharding
+own_links mapping embedded checkpoint_config model_source manifest writing verify file_checks checking
+chunking convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
