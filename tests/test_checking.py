@@ -5,10 +5,12 @@ Where bytes belong is asked of others: torch reads ``.metadata``, zipfile the ar
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from genuine import GENUINE, folder, shards, truth
 from hf_models import SIZES, contents, megatron_tensors, random_model, saved
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_own_files import DENSE, model_of, save_own
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import edited_metadata, read_metadata
@@ -191,6 +194,23 @@ def test_hugging_face_names(case: str, tmp_path: Path) -> None:
         expected = {names[int(number)] for number in set(by_key[each.key][each.box].flatten().tolist())}
         assert found[0]["tensor"] == each.key
         assert set(found[0]["hf_names"]) == expected
+
+
+@pytest.mark.parametrize("case", ["moe_seq_0192", "te_moe_0192", "mistral4_0192", "singleton_0161", "nonhomog_0192"])
+def test_names_are_those_that_a_comparison_finds(case: str, tmp_path: Path) -> None:
+    """For experts, latent attention and other spellings: what then differs from the true tensors is what was named."""
+    directory = shutil.copytree(shards(case), tmp_path / "copy")
+    dcm.to_hf(directory, tmp_path / "hf", config=folder(case))
+    weights = [each for each in stored(directory) if each.box is not None and "optimizer" not in each.key]
+    for each in some(weights, 6):
+        data = each.data(directory)
+        [finding] = damaged(directory, each.file, data[0], config=folder(case))
+        flip(directory / each.file, data[0])
+        differences = dcm.compare(directory, tmp_path / "hf", config=folder(case)).differences
+        flip(directory / each.file, data[0])
+        assert finding["tensor"] == each.key
+        assert {difference.hf_name for difference in differences} <= set(finding["hf_names"])
+        assert len(differences) == 1
 
 
 def test_optimizer_state_goes_by_its_parameter(tmp_path: Path) -> None:
@@ -380,3 +400,22 @@ def test_one_model_has_no_logits_to_compare(pristine: Path) -> None:
     outcome = run("verify", pristine / "hf", "--logits")
     assert outcome.code == 2
     assert outcome.err[-1].endswith("--logits compares two models: give B")
+
+
+def test_mistrals_own_files(tmp_path: Path) -> None:
+    """Mistral AI's own rendering is checked in the same way, and damage named in both renderings' names."""
+    save_own(model_of(DENSE), tmp_path / "hf", tmp_path / "own")
+    assert run("verify", tmp_path / "own").code == 0
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "own").iterdir()}
+    name = "layers.1.attention.wq.weight"
+    crc32 = zlib.crc32(
+        load_file(tmp_path / "own" / "consolidated.safetensors")[name].view(torch.uint8).numpy().tobytes()
+    )
+    manifest = {"algorithm": "sha256", "files": files, "crc32": {name: f"{crc32:08x}"}}
+    (tmp_path / "own" / MANIFEST).write_text(json.dumps(manifest))
+    assert run("verify", tmp_path / "own").code == 0
+    manifest["crc32"] = {name: f"{crc32 ^ 1:08x}"}
+    (tmp_path / "own" / MANIFEST).write_text(json.dumps(manifest))
+    outcome = run("verify", tmp_path / "own")
+    assert outcome.code == 3
+    assert f"consolidated.safetensors: {name} (model.layers.1.self_attn.q_proj.weight): bytes " in outcome.out[0]
