@@ -25,7 +25,7 @@ from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_con
 from dist_ckpt_mistral.model.stored_entries import split_state_key
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.model_source import open_hf
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.name_ranges import listed, shown
 
 T = TypeVar("T")
 _DEFAULT_EFFORT: Final = Effort()
@@ -95,7 +95,7 @@ class _Notes:
         else:
             self.checked.append(f"{done.num_files} files by their SHA-256 in {MANIFEST_FILE}")
         if done.unlisted:
-            self.not_checked.append(f"files that {MANIFEST_FILE} does not list: {listed(done.unlisted)}")
+            self.not_checked.append(f"files that {MANIFEST_FILE} does not list: {listed([*map(shown, done.unlisted)])}")
         return self.sum_up(contents.directory, *done.findings)
 
     def sum_up(self, directory: Path, *more: Finding) -> Check:

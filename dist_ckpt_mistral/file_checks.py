@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_i
 from dist_ckpt_mistral.formats.torch_dist import METADATA_FILE
 from dist_ckpt_mistral.gather.digests import Digest, digest
 from dist_ckpt_mistral.gather.executor import Effort, run_all
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.name_ranges import listed, shown
 
 #: As much of a SHA-256 as an error shows, like Megatron's own.
 _SHOWN: Final = 16
@@ -33,8 +34,9 @@ class Finding:
 
     def __str__(self) -> str:
         """``file: tensor (Hugging Face names): what``."""
-        names = "" if self.hf_names in {(), (self.tensor,)} else f" ({listed(self.hf_names)})"
-        return ": ".join(each for each in (self.file, self.tensor and self.tensor + names, self.what) if each)
+        names = "" if self.hf_names in {(), (self.tensor,)} else f" ({listed([*map(shown, self.hf_names)])})"
+        tensor = None if self.tensor is None else shown(self.tensor) + names
+        return ": ".join(each for each in (self.file and shown(self.file), tensor, self.what) if each)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ def check_files(contents: Contents, manifest: Manifest | None, effort: Effort) -
     """Read every file that ``manifest`` lists or that has parts, and compare."""
     sums = manifest.files if manifest is not None else {}
     expected = sorted({*contents.files, *sums})
-    names = [name for name in expected if (contents.directory / name).is_file()]
+    names = [name for name in expected if os.path.isfile(contents.directory / name)]  # noqa: PTH113  (never raises)
     missing = [
         Finding(file=name, what=f"it is missing, but {MANIFEST_FILE if name in sums else METADATA_FILE} names it")
         for name in sorted({*expected} - {*names})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,15 +36,17 @@ def tensor_spans(files: FileSet) -> TensorSpans:
 def write_manifest(output: Path, new: NewManifest, *, effort: Effort, ranks: Ranks) -> None:
     """Write the manifest of ``new.folder`` in ``output``, whose files are complete."""
     directory = output / new.folder
-    shares = ranks.together(lambda: _read_share(directory, new.tensors, effort, ranks))
+    names = ranks.on_first(lambda: _by_size(directory))[ranks.rank :: ranks.world_size]
+    shares = ranks.together(lambda: _digests(directory, names, new.tensors, effort))
     ranks.on_first(lambda: _write(directory, new.tensors, {name: each for own in shares for name, each in own.items()}))
 
 
-def _read_share(directory: Path, tensors: TensorSpans, effort: Effort, ranks: Ranks) -> dict[str, Digest]:
-    """What this rank's files hold; the largest come first, so that ranks and threads end together."""
-    by_size = sorted(files_in(directory), key=lambda name: (-(directory / name).stat().st_size, name))
-    names = by_size[ranks.rank :: ranks.world_size]
+def _by_size(directory: Path) -> list[str]:
+    """The files, the largest first, so that ranks and threads end together."""
+    return sorted(files_in(directory), key=lambda name: (directory / name).stat().st_size, reverse=True)
 
+
+def _digests(directory: Path, names: Sequence[str], tensors: TensorSpans, effort: Effort) -> dict[str, Digest]:
     def work(number: int) -> Digest:
         spans = tensors.get(names[number], {})
         return digest(directory / names[number], [*spans.values()], sha256=True, effort=effort)

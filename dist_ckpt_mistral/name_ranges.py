@@ -21,6 +21,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) <= _MANY else grouped(names))
 
 
+def shown(name: str) -> str:
+    """A name as it can be printed on one line, whatever is in it."""
+    return name if name.isprintable() else repr(name)
+
+
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
     """Pattern -> the names that it stands for, which are all given and all different.
 

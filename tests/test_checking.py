@@ -347,6 +347,8 @@ def test_a_checkpoint_saved_without_checksums(tmp_path: Path) -> None:
         ({"files": {"../hf/config.json": "0" * 64}}, "{path} names '../hf/config.json': expected files beside it"),
         ({"files": {"/etc/passwd": "0" * 64}}, "{path} names '/etc/passwd': expected files beside it"),
         ({"crc32": {"model.norm.weight": 5}}, "{path} is damaged"),
+        ({"files": {"x" * 5000: "0" * 64}}, "xxx: it is missing, but integrity.json names it"),
+        ({"files": {"\ud800\n": "0" * 64}}, "'\\ud800\\n': it is missing, but integrity.json names it"),
         ({"crc32": {"model.norm.bias": "0" * 8}}, "integrity.json: model.norm.bias: no file holds it"),
     ],
 )

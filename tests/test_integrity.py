@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,18 @@ def test_none_is_carried_on(outputs: Path, tmp_path: Path) -> None:
         assert manifest_of(tmp_path / "out")["files"] == sha256(contents(altered))
     dcm.reshard(shards("common_0192"), tmp_path / "cut", dcm.ParallelLayout(), config=folder("common_0192"))
     assert manifest_of(tmp_path / "cut")["files"] == sha256(contents(tmp_path / "cut"))
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """A file beside the shards whose name is no text is listed, found again, and named when it is gone."""
+    step = shutil.copytree(shards("td_0161"), tmp_path / "old")
+    name = os.fsdecode(b"caf\xe9")
+    (step / name).write_text("of Latin-1 times")
+    dcm.reshard(step, tmp_path / "new", dcm.ParallelLayout(), config=folder("td_0161"))
+    assert manifest_of(tmp_path / "new")["files"] == sha256(contents(tmp_path / "new"))
+    (tmp_path / "new" / name).unlink()
+    outcome = run("verify", tmp_path / "new", "--config", folder("td_0161"))
+    assert (outcome.code, outcome.out[0]) == (3, r"'caf\udce9': it is missing, but integrity.json names it")
 
 
 def test_it_can_be_left_out(outputs: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Manifest:
         """The content of the file, the same for the same files."""
         content = {"algorithm": _ALGORITHM, "files": dict(sorted(self.files.items()))}
         content |= {"crc32": dict(sorted(self.crc32.items()))} if self.crc32 else {}
-        return json.dumps(content, indent=2, ensure_ascii=False).encode()
+        return json.dumps(content, indent=2).encode()  # ASCII: names of files need not be UTF-8
 
 
 def read_manifest(directory: Path) -> Manifest | None:
