@@ -91,7 +91,7 @@ class _Notes:
         if done.num_bare_parts and manifest is None:
             self.not_checked.append(f"{done.num_bare_parts} parts of files that were stored without a checksum")
         if manifest is None:
-            self.not_checked.append(f"all other bytes: there is no {MANIFEST_FILE}")
+            self.not_checked.append(f"all other bytes, for want of a sound {MANIFEST_FILE}")
         else:
             self.checked.append(f"{done.num_files} files by their SHA-256 in {MANIFEST_FILE}")
         if done.unlisted:

@@ -72,10 +72,11 @@ class FilesCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Look:
-    """What one file is, and what is wrong with it."""
+    """What is wrong with one file; of how many of its parts a checksum tells, and of how many none."""
 
-    parts: list[Part]
     findings: list[Finding]
+    num_parts: int = 0
+    num_bare_parts: int = 0
 
 
 def check_files(contents: Contents, manifest: Manifest | None, effort: Effort) -> FilesCheck:
@@ -92,13 +93,12 @@ def check_files(contents: Contents, manifest: Manifest | None, effort: Effort) -
         range(len(names)),
         workers=effort.threads,
     )
-    parts = [part.crc32 is None for look in looks for part in look.parts]
     there = files_in(contents.directory) if manifest is not None else []
     return FilesCheck(
         findings=(*missing, *(finding for look in looks for finding in look.findings)),
         num_files=sum(name in sums for name in names),
-        num_parts=len(parts) - sum(parts),
-        num_bare_parts=sum(parts),
+        num_parts=sum(look.num_parts for look in looks),
+        num_bare_parts=sum(look.num_bare_parts for look in looks),
         unlisted=tuple(name for name in there if name not in sums),
     )
 
@@ -109,15 +109,16 @@ def _look(contents: Contents, name: str, sha256: str | None, effort: Effort) -> 
         parts, faults = contents.parts_of(name)
         found = digest(path, [part.span for part in parts], sha256=sha256 is not None, effort=effort)
     except FormatError as error:
-        return _Look(parts=[], findings=[Finding(file=name, what=str(error))])
+        return _Look(findings=[Finding(file=name, what=str(error))])
     faults += _wrong_parts(parts, found, contents.sums_in)
     findings = [contents.finding(name, fault) for fault in faults]
+    num_bare_parts = sum(part.crc32 is None for part in parts)
     if sha256 is not None and found.sha256 != sha256:
         what = f"SHA-256 {str(found.sha256)[:_SHOWN]}...: expected {sha256[:_SHOWN]}... ({MANIFEST_FILE})"
-        if parts and not faults and all(part.crc32 is not None for part in parts):
+        if parts and not faults and not num_bare_parts:
             what += "; the data of all tensors in it are as they were"
         findings.append(Finding(file=name, what=what))
-    return _Look(parts=parts, findings=findings)
+    return _Look(findings=findings, num_parts=len(parts) - num_bare_parts, num_bare_parts=num_bare_parts)
 
 
 def _wrong_parts(parts: list[Part], found: Digest, sums_in: str) -> Iterator[Fault]:

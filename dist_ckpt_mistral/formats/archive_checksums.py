@@ -58,12 +58,12 @@ def archives_by_file(checkpoint: TorchDistCheckpoint) -> tuple[dict[str, Archive
     for name, tensor in checkpoint.tensors.items():
         try:
             chunks = checkpoint.chunks(name)
+            columns = (column.tolist() for column in chunks)
+            for offset, shape, file, *span in zip(*columns, strict=True):
+                _add(found[files[file]], Span(*span), Piece((name,), tuple(offset), tuple(shape), tensor.dtype))
             require_tiling(chunks.offsets, chunks.shapes, tensor.stored_shape, f"the chunks in {METADATA_FILE}")
         except (FormatError, PlanError) as error:
             faults.append(Fault(Piece((name,)), str(error)))
-            continue
-        for offset, shape, file, position, length in zip(*(column.tolist() for column in chunks), strict=True):
-            _add(found[files[file]], Span(position, length), Piece((name,), tuple(offset), tuple(shape), tensor.dtype))
     for name, entry in checkpoint.objects.items():
         _add(found[entry.file], Span(entry.offset, entry.num_bytes), Piece((name,)))
     common = checkpoint.directory / common_state.COMMON_FILE
