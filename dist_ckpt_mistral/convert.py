@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from dist_ckpt_mistral import dtypes, embedded, hub, storage, strict_json
+from dist_ckpt_mistral import dtypes, embedded, hub, storage
 from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
@@ -179,12 +178,9 @@ def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> 
             sizes[tensor.dtype] += tensor.end - tensor.begin
     dtype = sizes.most_common(1)[0][0]
     content = source.config.to_hf()
-    if source.config.dtype == dtype and original is not None:
-        text = storage.read_bytes(original)
-        if strict_json.loads_object(text, str(original)) == content:
-            return text
-    content["dtype" if "dtype" in content else "torch_dtype"] = dtype
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    if source.config.dtype != dtype:
+        content["dtype" if "dtype" in content else "torch_dtype"] = dtype
+    return hf_directory.config_json(content, original)
 
 
 def from_hf(
@@ -218,7 +214,7 @@ def from_hf(
         storage.require_writable(output, overwrite=overwrite)
         directory = hub.local_directory(str(hf))
         storage.require_apart(directory, output)
-        source = open_hf(directory)
+        source = open_hf(directory, dtype=dtype)
         return source, *_plan_import(source, layout, dtype, step)
 
     source, written, plan = ranks.each(prepare)
@@ -326,7 +322,11 @@ def _write_beside_shards(
         _LOG.warning("too large to travel inside the checkpoint, left behind: %s", ", ".join(left))
     (directory / embedded.ASSETS_FOLDER).mkdir()
     for path in carried:
-        storage.copy_file(path, directory / embedded.ASSETS_FOLDER / path.name)
+        target = directory / embedded.ASSETS_FOLDER / path.name
+        if path.name == hf_directory.CONFIG_FILE:
+            storage.write_bytes(target, hf_directory.config_json(source.config.to_hf(), path))
+        else:
+            storage.copy_file(path, target)
 
 
 def require_weight_dtype(dtype: str | None) -> None:

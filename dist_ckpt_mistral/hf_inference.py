@@ -122,12 +122,15 @@ def stop_tokens(
 
 
 def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is untyped)
-    """The transformers model of a stored one, in float32 on the CPU; a checkpoint is exported in memory."""
+    """The transformers model of a stored one, in float32 on the CPU.
+
+    A checkpoint is exported in memory, and so are FP8 weights: transformers wants accelerate for them.
+    """
     import torch  # noqa: PLC0415  (slow)
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if hf_directory.is_model_directory(source.path):
+    if hf_directory.is_model_directory(source.path) and not source.quantized.weights:
         return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **options).eval()
     with LazyCheckpoint(source) as stored:
         weights: Mapping[str, torch.Tensor] = {name: stored[name].float() for name in stored}

@@ -27,7 +27,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         """Wrap an opened source."""
         self._source = source
         self._tensors = {tensor.hf_name: tensor for tensor in source.tensors}
-        self._files = SourceFiles(source.index.files)
+        self._files = SourceFiles(source.index.files, source.index.derived)
         self._reader = BandReader(self._files)
 
     @property

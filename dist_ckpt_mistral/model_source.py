@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
-from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
 from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
+from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
@@ -30,6 +31,7 @@ class ModelSource:
 
     ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
     how Hugging Face files hold or held it, ``assets`` the directory of the small files that belong to it.
+    ``quantized`` says which weights are stored as FP8 numbers and scales: the index has their values.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class ModelSource:
     ignored: Ignored
     hf_files: FileSet | None
     assets: Path | None
+    quantized: Quantized = field(default_factory=Quantized)
 
     def dtype_of(self, tensor: HfTensor) -> str:
         """The torch dtype name in which a tensor is stored."""
@@ -67,28 +70,36 @@ class ModelSource:
         return self.plan_into(TensorIndex(files=tuple(Path(name) for name in names), tensors=tensors))
 
 
-def open_source(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
-    """Open whatever ``path`` is. ``config`` overrides the configuration that a checkpoint brings along."""
+def open_source(path: Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
+    """Open whatever ``path`` is. ``config`` overrides the configuration that a checkpoint brings along.
+
+    ``dtype`` is what the values of quantized weights are rounded to, else as ``open_hf`` says.
+    """
     if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
-        return open_hf(path, config=config)
+        return open_hf(path, config=config, dtype=dtype)
     return open_megatron(path, config=config)
 
 
-def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
+def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
     """Open a Hugging Face directory, or one in Mistral AI's own rendering.
 
-    Its configuration must be there unless ``config`` is given.
+    Its configuration must be there unless ``config`` is given. FP8 weights have values of ``dtype``, else of the dtype
+    that the configuration names, else of bfloat16.
     """
-    if not path.is_dir():
-        raise FormatError(f"{path} is not a Hugging Face model directory: there is no such directory")
+    hf_directory.require_directory(path)
     config_from = "the given configuration" if config else str(config_file(path))
     config = config or MistralConfig.from_hf(path)
     files = hf_directory.read_directory(path)
     table = tensor_table(config)
     if hf_directory.is_own_directory(path):
         return _open_own(path, config, config_from, table, files)
-    index = files.tensor_index(path)
-    tensors, ignored = match_hf(table, {name: tensor.global_shape for name, tensor in index.tensors.items()}, str(path))
+    quantized = match_quantized(files.tensors(), config, str(path), dtype)
+    index = dequantized(files.tensor_index(path), quantized.weights, quantized.dtype)
+    scales = dict(quantized.ignored)
+    shapes = {name: tensor.global_shape for name, tensor in index.tensors.items() if name not in scales}
+    tensors, ignored = match_hf(table, shapes, str(path))
+    if quantized.weights:
+        _LOG.info("%s: %s", path, quantized.note)
     return ModelSource(
         path=path,
         kind="Hugging Face directory",
@@ -98,9 +109,10 @@ def open_hf(path: Path, *, config: MistralConfig | None = None) -> ModelSource:
         index=index,
         tensors=tuple(tensors),
         links={tensor.hf_name: [_identity(tensor)] for tensor in tensors},
-        ignored=ignored,
-        hf_files=None if ignored else files,
+        ignored=(*quantized.ignored, *ignored),
+        hf_files=None if ignored or quantized.weights else files,
         assets=path,
+        quantized=quantized,
     )
 
 

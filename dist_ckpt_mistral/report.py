@@ -13,6 +13,7 @@ from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
+from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import SLIDING, GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
@@ -77,11 +78,12 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
 def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
     file_set = hf_directory.read_directory(path)
-    stored = [tensor for file in file_set.files.values() for tensor in file.tensors]
+    stored = list(file_set.tensors())
     problems: list[str] = []
     ignored: dict[str, str] = {}
     is_own = hf_directory.is_own_directory(path)
     hf_names = {} if is_own else {tensor.name: (tensor.name,) for tensor in stored}
+    quantized = Quantized()
     try:
         config = config or MistralConfig.from_hf(path)
         shapes = {tensor.name: tensor.shape for tensor in stored}
@@ -89,13 +91,16 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
             found = match_own(tensor_table(config), shapes, str(path))
             hf_names = {name: (tensor.hf_name,) for tensor in found for name in own_shapes(tensor)}
         else:
-            ignored = dict(match_hf(tensor_table(config), shapes, str(path))[1])
+            quantized = match_quantized(stored, config, str(path))
+            ignored = dict(quantized.ignored)
+            shapes = {name: shape for name, shape in shapes.items() if name not in ignored}
+            ignored.update(match_hf(tensor_table(config), shapes, str(path))[1])
     except DistCkptMistralError as error:
         problems.append(str(error))
     return Report(
         path=str(path),
         kind="directory of Mistral AI's own files" if is_own else "Hugging Face directory",
-        format="safetensors",
+        format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
         config_from=str(config_file(path)) if config else None,
         config=_config_values(config),
         tensors=tuple(

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from dist_ckpt_mistral.errors import FormatError, OutputError
 
@@ -74,12 +74,20 @@ def _blocks(path: Path) -> Iterator[bytes]:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+class DerivedFile(Protocol):
+    """A file that lies nowhere: what is read of it is computed from other files of the same ``SourceFiles``."""
+
+    def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``position`` on, from any thread."""
+
+
 class SourceFiles:
     """Files to read at positions from several threads. Opened on first use, closed together."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Remember ``paths``; file ``i`` of the other methods is ``paths[i]``."""
+    def __init__(self, paths: Sequence[Path], derived: Sequence[DerivedFile] = ()) -> None:
+        """Remember them; file ``i`` of the other methods is ``paths[i]``, and ``derived`` are counted on from there."""
         self._paths = tuple(paths)
+        self._derived = dict(enumerate(derived, len(self._paths)))
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
         allow_open_files(len(self._paths))
@@ -114,6 +122,11 @@ class SourceFiles:
 
     def read_into(self, file: int, position: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers`` one after the other from ``position`` on. Raises FormatError if there are too few bytes."""
+        if file in self._derived:
+            for buffer in buffers:
+                self._derived[file].read_into(self, position, buffer)
+                position += len(buffer)
+            return
         descriptor = self._descriptor(file)
         wanted = sum(map(len, buffers))
         done = os.preadv(descriptor, buffers, position)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.executor import BandReader, Effort, run_all
+from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.storage import SourceFiles
@@ -100,7 +101,7 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
 
 def _compare_bits(a: ModelSource, b: ModelSource, names: list[str], effort: Effort) -> Iterator[Difference]:
     plan_a, plan_b = a.plan_of(names), b.plan_of(names)
-    with SourceFiles(plan_a.source_files) as files_a, SourceFiles(plan_b.source_files) as files_b:
+    with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
         reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
 
         def work(number: int) -> str | None:
@@ -115,6 +116,10 @@ def _compare_bits(a: ModelSource, b: ModelSource, names: list[str], effort: Effo
 
         found = run_all(work, range(len(names)), workers=effort.threads)
     return (Difference(hf_name=name, what=what) for name, what in zip(names, found, strict=True) if what is not None)
+
+
+def _opened(plan: BytePlan) -> SourceFiles:
+    return SourceFiles(plan.source_files, plan.derived_files)
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:
@@ -135,6 +140,6 @@ def first_difference(a: ModelSource, name_a: str, b: ModelSource, name_b: str) -
     segment_a, segment_b = plan_a.segments[0], plan_b.segments[0]
     if segment_a.source_dtype != segment_b.source_dtype or segment_a.num_bytes != segment_b.num_bytes:
         return "dtype or shape differ"
-    with SourceFiles(plan_a.source_files) as files_a, SourceFiles(plan_b.source_files) as files_b:
+    with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
         pairs = zip(BandReader(files_a).bands(segment_a), BandReader(files_b).bands(segment_b), strict=True)
         return next(("bits differ" for band_a, band_b in pairs if not _equal(band_a, band_b)), None)

@@ -19,16 +19,16 @@ from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, tensor_table
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
 errors shapes name_ranges dtypes strict_json ranks rank_processes hub storage strict_yaml libraries
-model.checks model.yarn model.experts model.latent_attention model.hf_families model.hf_config
+model.checks model.yarn model.experts model.latent_attention model.quantization model.hf_families model.hf_config
 model.params_json model.config
 model.row_blocks model.tensor_rules model.tensor_table model.stored_entries
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
-gather.boxes gather.links gather.tensor_index gather.flat_ranges gather.plan gather.executor gather.digests
-gather.chunk_reads
+gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
+gather.plan gather.executor gather.digests gather.chunk_reads
 formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
-formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory
+formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
 own_links mapping embedded checkpoint_config model_source manifest writing verify file_checks checking
 chunking convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,16 +53,36 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("large") / "hf"
     folder.mkdir()
     config = {"model_type": request.param, **_SIZES, **(_EXPERTS if request.param == "mixtral" else {})}
-    (folder / "config.json").write_text(json.dumps(config))
     tensors = tensor_table(MistralConfig.from_hf(config)).hf_tensors()
-    file_set = hf_directory.plan_files(
-        [(name, "bfloat16", tensor.shape) for name, tensor in tensors.items()], max_file_bytes=1 << 40
-    )
-    file = file_set.files["model.safetensors"]
-    assert file.num_bytes > 3.4 * _LIMIT_BYTES
+    num_bytes = holes(folder, [(name, "bfloat16", tensor.shape) for name, tensor in tensors.items()], config)
+    assert num_bytes > 3.4 * _LIMIT_BYTES
+    return folder
+
+
+def holes(folder: Path, tensors: list[tuple[str, str, tuple[int, ...]]], config: dict[str, Any]) -> int:
+    """Make a model of zeros that take no space on the disk, and give back the size of its file."""
+    (folder / "config.json").write_text(json.dumps(config))
+    file = hf_directory.plan_files(tensors, max_file_bytes=1 << 40).files["model.safetensors"]
     with (folder / "model.safetensors").open("wb") as output:
         output.write(file.head)
         output.truncate(file.num_bytes)
+    return file.num_bytes
+
+
+@pytest.fixture(scope="module")
+def large_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense one of FP8 numbers, with a scale for every 128 x 128 of them."""
+    folder = tmp_path_factory.mktemp("large_fp8") / "hf"
+    folder.mkdir()
+    config = {"model_type": "mistral", **_SIZES}
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, tensor in tensor_table(MistralConfig.from_hf(config)).hf_tensors().items():
+        is_quantized = "_proj." in name
+        tensors.append((name, "float8_e4m3fn" if is_quantized else "bfloat16", tensor.shape))
+        if is_quantized:
+            tensors.append((f"{name}_scale_inv", "float32", tuple(size // 128 for size in tensor.shape)))
+    told = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert holes(folder, tensors, config | {"quantization_config": told}) > 2.4 * _LIMIT_BYTES
     return folder
 
 
@@ -84,6 +105,17 @@ def test_conversions_under_a_hard_limit(large: Path, tmp_path: Path) -> None:
                 beside.truncate(beside_bytes)
     assert (cut / "release" / "beside.bin").stat().st_size == beside_bytes
     assert (back / "model.safetensors").stat().st_size == (large / "model.safetensors").stat().st_size
+
+
+def test_fp8_under_the_same_limit(large_fp8: Path, tmp_path: Path) -> None:
+    """Dequantizing takes no more memory: of FP8 weights only the scales, and a band of values, are ever in memory."""
+    checkpoint = tmp_path / "checkpoint"
+    for command in (
+        ("from-hf", large_fp8, checkpoint, "--tp", 4, "--workers", 4, "--no-sync"),
+        ("verify", large_fp8, checkpoint, "--workers", 4),
+    ):
+        done = limited(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_limit_is_real(large: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
-from dist_ckpt_mistral.formats.safetensors import SafetensorsFile, new_file, parse_header, read_header
+from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.shapes import Shape
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class FileSet:
 
     files: Mapping[str, SafetensorsFile]
     index_metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[FileTensor]:
+        """The tensors of all files."""
+        return (tensor for file in self.files.values() for tensor in file.tensors)
 
     def tensor_index(self, directory: Path) -> TensorIndex:
         """Where every tensor lies, with the files under ``directory``: existing or planned."""
@@ -105,6 +109,19 @@ def is_tokenizer_file(name: str) -> bool:
     return "tokenizer" in name or name.startswith("tekken")
 
 
+def _is_gguf(name: str) -> bool:
+    return name.endswith(".gguf")
+
+
+def require_directory(path: Path) -> None:
+    """Raise FormatError, which says what ``path`` is instead, unless it is a directory."""
+    if not path.is_dir():
+        what = "there is no such directory"
+        if path.is_file():
+            what = "it is a GGUF file, of quantized weights" if _is_gguf(path.name) else "it is a file"
+        raise FormatError(f"{path} is not a Hugging Face model directory: {what}")
+
+
 def is_model_directory(path: Path) -> bool:
     """Whether ``path`` looks like a Hugging Face model directory."""
     return path.is_dir() and any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, CONFIG_FILE))
@@ -148,6 +165,7 @@ def _read_index(directory: Path, single: str, index_file: str) -> dict[str, Any]
             return None
         other = sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(_OTHER_WEIGHTS))
         hint = f" It holds {', '.join(other[:5])}, which is not supported." if other else ""
+        hint += " GGUF files hold quantized weights." if any(map(_is_gguf, other)) else ""
         raise FormatError(
             f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}.{hint} Give a Hugging Face model directory."
         )
@@ -215,3 +233,12 @@ def carried_files(directory: Path) -> tuple[list[Path], list[str]]:
         else:
             left.append(path.name)
     return carried, left
+
+
+def config_json(content: Mapping[str, Any], original: Path | None) -> bytes:
+    """The text of a config.json with this ``content``: that of ``original`` where it says the same."""
+    if original is not None:
+        text = storage.read_bytes(original)
+        if strict_json.loads_object(text, str(original)) == content:
+            return text
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -93,7 +93,7 @@ def execute(
     Returns the CRC-32 of every segment's stored bytes, by number, if ``checksums``. The first failure ends the run.
     """
     parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
-    with SourceFiles(plan.source_files) as sources:
+    with SourceFiles(plan.source_files, plan.derived_files) as sources:
         reader = BandReader(sources, effort.band_bytes())
 
         def work(part: int) -> int:

@@ -19,6 +19,7 @@ from dist_ckpt_mistral.errors import PlanError, TensorMismatchError, for_all
 from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.storage import DerivedFile
 
 #: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
 #: target offsets from the start of the segment. All in bytes.
@@ -59,11 +60,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BytePlan:
-    """What to copy where: segments in the order of their target files and positions."""
+    """What to copy where: segments in the order of their target files and positions.
+
+    Source files are those of the index, and ``derived_files`` are counted on from there.
+    """
 
     source_files: tuple[Path, ...]
     target_files: tuple[Path, ...]
     segments: tuple[Segment, ...]
+    derived_files: tuple[DerivedFile, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -89,7 +94,12 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
         for segment in _fill(source, tensor, by_target.get(tensor.name, []))
     ]
     segments.sort(key=lambda segment: (segment.file, segment.position))
-    return BytePlan(source_files=source.files, target_files=target.files, segments=tuple(segments))
+    return BytePlan(
+        source_files=source.files,
+        target_files=target.files,
+        segments=tuple(segments),
+        derived_files=source.derived,
+    )
 
 
 def _require_whole(tensor: IndexedTensor) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray, Meets, grid_cuts, grid_meets, intersect
 from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.storage import DerivedFile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +82,8 @@ class IndexedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorIndex:
-    """Tensors by name, and the files that their chunks lie in."""
+    """Tensors by name, and the files that their chunks lie in: some may be ``derived``, counted on from ``files``."""
 
     files: tuple[Path, ...]
     tensors: Mapping[str, IndexedTensor]
+    derived: tuple[DerivedFile, ...] = ()

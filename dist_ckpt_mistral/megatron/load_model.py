@@ -67,7 +67,8 @@ def load_model(
     layout = initialize_megatron(layout, device=device)
 
     def opened() -> ModelSource:
-        return open_source(hub.local_directory(str(path)), config=given_config(config))
+        name = None if dtype is None else str(torch_dtype(dtype)).removeprefix("torch.")
+        return open_source(hub.local_directory(str(path)), config=given_config(config), dtype=name)
 
     return load_source(
         ranks.from_environment().each(opened),

@@ -14,6 +14,7 @@ from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.params_json import PARAMS_FILE, config_of_params
+from dist_ckpt_mistral.model.quantization import unquantized
 from dist_ckpt_mistral.model.yarn import YarnScaling
 
 #: How callers give a configuration: itself, a config.json, or a directory with one.
@@ -140,9 +141,12 @@ class MistralConfig:
         return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read."""
+        """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read.
+
+        It says nothing of quantization: what this package writes is not quantized.
+        """
         if self.hf_config is not None:
-            return dict(self.hf_config)
+            return unquantized(self.hf_config)
         return config_json({name: getattr(self, name) for name in self.__slots__})
 
 

@@ -19,6 +19,7 @@ from dist_ckpt_mistral.model.hf_families import (
     require_supported,
 )
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
+from dist_ckpt_mistral.model.quantization import require_readable
 from dist_ckpt_mistral.model.yarn import rope_parameters, yarn_of
 
 REQUIRED_SIZES: Final = (
@@ -53,7 +54,7 @@ def config_fields(raw: Raw, where: str) -> dict[str, Any]:
     Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
     """
     text = language_model(raw, where)
-    _refuse_quantized(raw, where)
+    require_readable(raw, where)
     family = FAMILIES[text["model_type"]]
     missing = [name for name in (*REQUIRED_SIZES, *family.required) if text.get(name) is None]
     if missing:
@@ -84,16 +85,6 @@ def config_fields(raw: Raw, where: str) -> dict[str, Any]:
         "dtype": _dtype(text),
         "hf_config": dict(raw),
     }
-
-
-def _refuse_quantized(raw: Raw, where: str) -> None:
-    method = raw.get("quantization_config")
-    if method:
-        method = method.get("quant_method") if isinstance(method, Mapping) else method
-        raise UnsupportedModelError(
-            f"{where} describes quantized weights (quant_method {method!r}), which are not supported. "
-            "Start from the unquantized release."
-        )
 
 
 def _refuse_what_megatron_lacks(text: Raw, family: Family, where: str) -> None:

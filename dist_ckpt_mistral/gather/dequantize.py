@@ -1,0 +1,123 @@
+"""Quantized tensors as files of their values: the gather reads what they stand for, and knows nothing of scales.
+
+What is read is ``float32(number) * float32(scale of its block)``, rounded once to the dtype that is wanted, as by
+``Fp8Dequantize`` of transformers 5.23 (integrations/finegrained_fp8.py); the same bits. Where an element lies in the
+stored tensor says which scale it has, and that is lost once it is gathered: so this happens as it is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.gather.flat_ranges import boxes_of_range
+from dist_ckpt_mistral.gather.scales import ScaledTensor
+from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.storage import DerivedFile, SourceFiles
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DequantizedFile:
+    """The values of one quantized tensor, in row-major order, as a file (``storage.DerivedFile``).
+
+    The 8-bit numbers of ``stored_dtype`` and ``shape`` (in elements) begin at byte ``position`` of file ``file``, and
+    every box of ``block`` of them shares one of ``scales``, which has as many axes. Values are given in ``dtype``, and
+    buffers hold whole ones.
+    """
+
+    file: int
+    position: int
+    stored_dtype: str
+    shape: Shape
+    block: Shape
+    scales: FloatArray
+    dtype: str
+
+    def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with values, from byte ``position`` of them on."""
+        values = np.frombuffer(buffer, dtype=_numpy_dtype(self.dtype))
+        first = position // values.itemsize
+        stored = np.empty(values.size, dtype=np.uint8)
+        files.read_into(self.file, self.position + first, [stored.data])
+        products = _values_of_bytes(self.stored_dtype).take(stored)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in torch: too large is infinite, NaN stays NaN
+            for offset, extents, at in boxes_of_range(self.shape, first, first + values.size):
+                box = products[at - first : at - first + math.prod(extents)].reshape(extents)
+                np.multiply(box, self._scales_of(offset, extents), out=box)
+            values[...] = products
+
+    def _scales_of(self, offset: Shape, extents: Shape) -> FloatArray:
+        """The scales of the elements of a box: of its shape, or of extent 1 along axes where all share one."""
+        blocks = [
+            np.arange(start, start + extent) // block
+            for start, extent, block in zip(offset, extents, self.block, strict=True)
+        ]
+        scales = self.scales[tuple(slice(int(each[0]), int(each[-1]) + 1) for each in blocks)]
+        for axis in reversed(range(scales.ndim)):  # columns first: then rows are copied whole
+            if scales.shape[axis] > 1:
+                scales = scales.take(blocks[axis] - blocks[axis][0], axis=axis)
+        return scales
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a torch name."""
+    import ml_dtypes  # noqa: F401, PLC0415  (registers bfloat16 and float8; only conversions need it)
+
+    return np.dtype(name)
+
+
+@functools.cache
+def _values_of_bytes(dtype: str) -> FloatArray:
+    """What each of the 256 bytes means in an 8-bit dtype: looking it up is several times faster than converting."""
+    return np.arange(256, dtype=np.uint8).view(_numpy_dtype(dtype)).astype(np.float32)
+
+
+def dequantized(index: TensorIndex, tensors: Iterable[ScaledTensor], dtype: str) -> TensorIndex:
+    """``index`` with the values of quantized ``tensors``, in ``dtype``, in the place of what is stored of them.
+
+    The scales are read now. Raises FormatError where one is negative or no finite number.
+    """
+    derived: list[DerivedFile] = [*index.derived]
+    found = dict(index.tensors)
+    with SourceFiles(index.files) as sources:
+        for tensor in tensors:
+            stored = index.tensors[tensor.name]
+            values = DequantizedFile(
+                file=int(stored.files[0]),
+                position=int(stored.positions[0]),
+                stored_dtype=stored.dtype,
+                shape=stored.global_shape,
+                block=tensor.block,
+                scales=_read_scales(sources, index, tensor),
+                dtype=dtype,
+            )
+            number = len(index.files) + len(derived)
+            found[tensor.name] = IndexedTensor.whole(tensor.name, dtype, stored.global_shape, file=number, position=0)
+            derived.append(values)
+    return TensorIndex(files=index.files, tensors=found, derived=tuple(derived))
+
+
+def _read_scales(sources: SourceFiles, index: TensorIndex, tensor: ScaledTensor) -> FloatArray:
+    """The scales of a tensor, in its grid."""
+    stored = index.tensors[tensor.scale]
+    num_bytes = math.prod(tensor.grid) * dtypes.itemsize_bytes(stored.dtype)
+    data = sources.read(int(stored.files[0]), int(stored.positions[0]), num_bytes)
+    scales = np.frombuffer(data, dtype=_numpy_dtype(stored.dtype)).astype(np.float32).reshape(tensor.grid)
+    faulty = scales[~(np.isfinite(scales) & (scales >= 0))]
+    if faulty.size:
+        raise FormatError(
+            f"bad scale of {tensor.name!r}: expected finite numbers that are not negative, got {faulty[0]} in "
+            f"{tensor.scale!r} of {index.files[int(stored.files[0])]}. Copy the file again from where it came from."
+        )
+    return scales

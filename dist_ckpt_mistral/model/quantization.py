@@ -1,0 +1,71 @@
+"""What a Hugging Face config.json says of quantized weights: which of them can be read, and which are refused by name.
+
+Sources: ``quantization_config`` of transformers 5.23 (utils/quantization_config.py), which Mistral's FP8 releases have
+too, and the ``compression_config`` of older compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
+
+from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.model.checks import is_positive_int
+
+BlockShape: TypeAlias = tuple[int, int]
+
+#: Where a config.json speaks of quantization: older compressed-tensors had a key of its own, which vLLM reads too.
+_KEYS: Final = ("quantization_config", "compression_config")
+#: Where the rest of a multimodal model's config.json describes its language model.
+_TEXT: Final = "text_config"
+#: What compressed-tensors calls FP8 weights beside their scales.
+_FLOAT_FORMATS: Final = ("float-quantized", "naive-quantized")
+_HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json, or the part of it about the language model, says of quantization; empty for nothing."""
+    text = raw.get(_TEXT)
+    found = next((raw[key] for key in _KEYS if raw.get(key)), None)
+    if found is None:
+        return quantization_of(text) if isinstance(text, Mapping) else {}
+    return found if isinstance(found, Mapping) else {"quant_method": found}
+
+
+def unquantized(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of quantization, as is true of weights once they are dequantized."""
+    kept = {key: value for key, value in raw.items() if key not in _KEYS or not value}
+    if isinstance(kept.get(_TEXT), Mapping):
+        kept[_TEXT] = unquantized(kept[_TEXT])
+    return kept
+
+
+def require_readable(raw: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedModelError if a config.json describes quantized weights that cannot be read."""
+    told = quantization_of(raw)
+    method, layout = told.get("quant_method"), told.get("format")
+    if not told or method == "fp8" or (method == "compressed-tensors" and layout in _FLOAT_FORMATS):
+        return
+    form = f", format {layout!r}" if layout is not None else ""
+    raise UnsupportedModelError(
+        f"{where} describes quantized weights (quant_method {method!r}{form}), which cannot be read: "
+        f"only FP8 can (quant_method 'fp8', or 'compressed-tensors' with format 'float-quantized'). {next_step(raw)}"
+    )
+
+
+def next_step(raw: Mapping[str, Any]) -> str:
+    """What to do about quantized weights that cannot be read."""
+    origin = raw.get("_name_or_path")
+    named = isinstance(origin, str) and _HUB_ID.fullmatch(origin)
+    return f"Start from the unquantized release{f': config.json names {origin} as its origin' if named else ''}."
+
+
+def weight_block_size(raw: Mapping[str, Any], where: str) -> BlockShape | None:
+    """Rows and columns that share one scale; None where config.json does not say, as for one scale per tensor."""
+    told = quantization_of(raw).get("weight_block_size")
+    if told is None:
+        return None
+    if not isinstance(told, list) or len(told) != 2 or not all(map(is_positive_int, told)):  # noqa: PLR2004  (rows and columns)
+        raise ConfigError(f"weight_block_size in {where}: expected two positive integers or null, got {told!r}")
+    return told[0], told[1]
