@@ -19,10 +19,11 @@ from typing import Any, Final, TypeVar
 import pytest
 import torch
 from command_line import run
+from fp8_models import PER_BLOCK, save_fp8
 from genuine import GENUINE, folder, shards, truth
 from hf_models import SIZES, contents, megatron_tensors, random_model, saved
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_own_files import DENSE, model_of, save_own
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -421,3 +422,15 @@ def test_mistrals_own_files(tmp_path: Path) -> None:
     outcome = run("verify", tmp_path / "own")
     assert outcome.code == 3
     assert f"consolidated.safetensors: {name} (model.layers.1.self_attn.q_proj.weight): bytes " in outcome.out[0]
+
+
+def test_quantized_files(tmp_path: Path) -> None:
+    """Files with FP8 weights and scales are whole too, and a missing scale is found."""
+    save_fp8(tmp_path / "hf", PER_BLOCK)
+    outcome = run("verify", tmp_path / "hf")
+    assert (outcome.code, outcome.out[0]) == (0, "checked: that all 21 tensors of the model are there")
+    path, scale = tmp_path / "hf" / "model.safetensors", "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != scale}, path)
+    outcome = run("verify", tmp_path / "hf")
+    assert outcome.code == 3
+    assert scale.removesuffix("_scale_inv") in outcome.out[0]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ import torch
 from command_line import run
 from genuine import folder, shards
 from hf_models import contents, random_model, saved
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_ranks import on_ranks
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.gather.digests import Span, digest
+from dist_ckpt_mistral.gather.executor import Effort
 
 MANIFEST = "integrity.json"
 
@@ -135,3 +141,28 @@ def test_ranks_write_the_same(outputs: Path, tmp_path: Path, world_size: int) ->
     on_ranks(world_size, lambda ranks: dcm.from_hf(outputs / "hf", tmp_path / "ckpt", tp=2, pp=2, ranks=ranks))
     for name in ("export", "ckpt/release"):
         assert (tmp_path / name / MANIFEST).read_bytes() == (outputs / name / MANIFEST).read_bytes()
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 100_000), max_size=12), st.integers(0, 3))
+def test_digests_are_those_of_hashlib_and_zlib(sizes: list[int], gap: int) -> None:
+    """Whatever spans of a file are asked for, also across many blocks of 64 KiB, empty or apart, sums are right."""
+    content = random_bytes(sum(sizes) + gap * len(sizes) + 70_000)
+    ends = [*itertools.accumulate(size + gap for size in sizes)]
+    spans = [Span(end - size, size) for end, size in zip(ends, sizes, strict=True)]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        effort = Effort(workers=1, memory_bytes=1)
+        assert effort.band_bytes() == 64 << 10
+        found = digest(Path(file.name), spans, sha256=True, effort=effort)
+    assert found.sha256 == hashlib.sha256(content).hexdigest()
+    assert found.crc32 == tuple(zlib.crc32(content[low : low + size]) for low, size in spans)
+    assert found.num_bytes == len(content)
+
+
+def random_bytes(count: int) -> bytes:
+    """Bytes that differ from place to place."""
+    return (
+        torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy().tobytes()
+    )
