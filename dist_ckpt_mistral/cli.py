@@ -17,7 +17,7 @@ from typing import Final
 
 from dist_ckpt_mistral.commands import demo, from_hf, generate, inspect, megatron_args, plan, reshard, to_hf, verify
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE, is_first_rank
-from dist_ckpt_mistral.errors import DistCkptMistralError
+from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
 
 _COMMANDS: Final = (from_hf, to_hf, plan, reshard, inspect, verify, generate, megatron_args, demo)
 _EXIT_INTERRUPTED: Final = 130
@@ -62,7 +62,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (
 def _fail(error: Exception, *, debug: bool) -> int:
     if debug:
         raise error
-    if is_first_rank():  # the ranks of a job fail together, with one voice
+    if is_first_rank() or isinstance(error, LostRankError):  # the ranks of a job fail together, with one voice
         print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
     return EXIT_DATA
 

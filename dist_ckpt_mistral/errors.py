@@ -8,7 +8,8 @@
     │   └── UnsafePickleError        a pickle asks for something outside the allowlist
     ├── TensorMismatchError          tensors missing, unknown, or of another shape or dtype than the model's
     ├── PlanError                    boxes that leave a gap, overlap, or reach outside their tensor
-    └── OutputError                  the destination cannot be written as asked
+    ├── OutputError                  the destination cannot be written as asked
+    └── LostRankError                another process of the job is gone
 
 The command line turns each into one line on stderr and exit code 1. Messages follow one template:
 ``{what} for {tensor} in {file}: expected {value} ({why}), got {value}. {next step}``.
@@ -59,6 +60,10 @@ class PlanError(DistCkptMistralError):
 
 class OutputError(DistCkptMistralError):
     """The destination cannot be written as asked."""
+
+
+class LostRankError(DistCkptMistralError):
+    """Another process of the job is gone: the one that notices speaks, for the lost one may not have."""
 
 
 def for_all(work: Callable[[S], T], items: Iterable[S]) -> list[T]:

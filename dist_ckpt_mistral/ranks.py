@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -79,10 +81,33 @@ def leave_at_exit() -> None:
 def from_environment() -> Ranks:
     """The ranks that ``torchrun`` announces in the environment (RANK, WORLD_SIZE, MASTER_ADDR ...), else this process.
 
-    Joins them over gloo; torch is imported only then.
+    Where torch's process group is there already, or some ranks are on other machines, they exchange over that group
+    (gloo, if it is made here). Ranks of one machine need no torch, which takes seconds to import.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 or "RANK" not in os.environ:
         return Ranks()
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and "MASTER_PORT" in os.environ
+    if one_machine and not _has_process_group():
+        return _on_one_machine(int(os.environ["RANK"]), world_size)
+    return _in_process_group()
+
+
+def _has_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
+
+
+@functools.cache
+def _on_one_machine(rank: int, world_size: int) -> Ranks:
+    """The ranks of this machine, which meet once and then stay connected."""
+    from dist_ckpt_mistral import local_ranks  # noqa: PLC0415  (one process needs no sockets)
+
+    return Ranks(rank=rank, world_size=world_size, exchange=local_ranks.join(rank, world_size))
+
+
+def _in_process_group() -> Ranks:
+    """The ranks of torch's process group."""
     import torch.distributed as dist  # noqa: PLC0415  (one process needs no torch)
 
     if not dist.is_initialized():

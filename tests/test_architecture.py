@@ -18,7 +18,7 @@ from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, tensor_table
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
-errors shapes name_ranges dtypes strict_json ranks rank_processes hub storage strict_yaml libraries
+errors shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub storage strict_yaml libraries
 model.checks model.yarn model.experts model.latent_attention model.quantization model.hf_families model.hf_config
 model.params_json model.config
 model.row_blocks model.tensor_rules model.tensor_table model.stored_entries

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from dist_ckpt_mistral.errors import FormatError, PlanError, TensorMismatchError
 from dist_ckpt_mistral.gather.boxes import require_tiling
-from dist_ckpt_mistral.gather.executor import BandReader, Effort, execute
+from dist_ckpt_mistral.gather.executor import BAND_BYTES, BandReader, Effort, execute
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
@@ -532,6 +533,26 @@ def test_long_segments_are_shared_among_threads(tmp_path: Path) -> None:
         assert (np.fromfile(tmp_path / "target", np.uint8) == content).all()
         assert found == ({0: zlib.crc32(content.data)} if checksums else {})
         (tmp_path / "target").unlink()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_writes_begin_where_the_page_cache_takes_them_whole(tmp_path: Path, dtype: str) -> None:
+    """All writes but a segment's first begin at multiples of their length, also if values are converted on the way."""
+    (tmp_path / "source").write_bytes(bytes(3 << 20))
+    shape, writes = (3 << 18,), []
+    source = IndexedTensor.whole("s", "float32", shape, file=0, position=0)
+    target = IndexedTensor.whole("t", dtype, shape, file=0, position=1000)
+    plan = plan_gather(
+        TensorIndex(files=(tmp_path / "source",), tensors={"s": source}),
+        TensorIndex(files=(tmp_path / "target",), tensors={"t": target}),
+        [Link(source="s", source_offset=(0,), target="t", target_offset=(0,), shape=shape)],
+    )
+    written = SimpleNamespace(write=lambda position, data: writes.append((position, len(data))))
+    effort = Effort(workers=1, durable=False)
+    execute(plan, {0: cast("TargetFile", written)}, effort=effort, numbers=[0], checksums=False)
+    stored, band = shape[0] * DTYPES[dtype], BAND_BYTES // 4 * DTYPES[dtype]
+    begins = [1000, *range(band, 1000 + stored, band)]
+    assert writes == [(begin, end - begin) for begin, end in itertools.pairwise([*begins, 1000 + stored])]
 
 
 class FailingTarget:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from hf_models import contents, random_model, saved
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.rank_processes import run_ranks
-from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.ranks import Ranks, from_environment
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +92,65 @@ def test_a_refusal_on_one_rank_keeps_the_others_from_starting(hf: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ranks_of_one_machine_need_no_torch(hf: Path, tmp_path: Path) -> None:
+    """Where torch cannot even be imported, two processes import, export and reshard, and meet once for all of it."""
+    commands = [
+        ["from-hf", str(hf), str(tmp_path / "checkpoint"), "--tp", "2"],
+        ["to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back")],
+        ["reshard", str(tmp_path / "checkpoint"), str(tmp_path / "resharded"), "--pp", "2"],
+    ]
+    code = f"""
+import sys
+sys.modules["torch"] = None
+from dist_ckpt_mistral.cli import main
+sys.exit(any(main(command) for command in {commands}))
+"""
+    run_ranks([[sys.executable, "-c", code]] * 2, tmp_path, timeout_s=60)
+    dcm.from_hf(hf, tmp_path / "one", tp=2)
+    assert contents(tmp_path / "checkpoint") == contents(tmp_path / "one")
+    assert contents(tmp_path / "back") == contents(hf)
+    assert dcm.compare(tmp_path / "resharded", hf).is_equal
+
+
+@pytest.mark.parametrize(("victim", "speaker"), [(0, 1), (1, 0)])
+def test_a_rank_that_is_killed_fails_the_others(hf: Path, tmp_path: Path, victim: int, speaker: int) -> None:
+    """A rank is killed while it copies: one that is left says so in one line, and nothing is published."""
+    code = f"""
+import os, signal, sys
+from dist_ckpt_mistral import writing
+from dist_ckpt_mistral.cli import main
+if os.environ["RANK"] == "{victim}":
+    writing.execute = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+print(main(["from-hf", {str(hf)!r}, {str(tmp_path / "out")!r}]))
+"""
+    run_ranks([["sh", "-c", '"$0" -c "$1" || true', sys.executable, code]] * 2, tmp_path, timeout_s=60)
+    said, code = (tmp_path / f"rank{speaker}.log").read_text().splitlines()
+    assert said.startswith(f"error: rank {victim} ")
+    assert code == "1"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_WORLD_SIZE", "MASTER_PORT"])
+def test_ranks_of_several_machines_use_gloo(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that may be elsewhere, or have no place to meet at, join torch's process group."""
+    named = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    joined: list[str] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: joined.append(backend))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr("dist_ckpt_mistral.ranks.leave_at_exit", lambda: None)
+    assert (from_environment().rank, joined) == (1, ["gloo"])
+
+
 def test_ranks_leave_before_python_ends(tmp_path: Path) -> None:
     """The process group that a rank joined is ended at exit, before the interpreter shuts down."""
     code = """
-import atexit, torch.distributed as dist
+import atexit, os, torch.distributed as dist
 atexit.register(lambda: print("joined" if dist.is_initialized() else "left"))  # handlers run last in, first out
+del os.environ["LOCAL_WORLD_SIZE"]  # the ranks may be on several machines
 from dist_ckpt_mistral.ranks import from_environment
 print(from_environment().exchange(dist.get_rank()))
 """
@@ -104,16 +159,25 @@ print(from_environment().exchange(dist.get_rank()))
 
 
 def test_torchrun(hf: Path, tmp_path: Path) -> None:
-    """``torchrun -m dist_ckpt_mistral`` splits the work over real processes, prints once, and publishes once."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "from-hf", str(hf), str(tmp_path / "many"), "--tp", "2"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=120)
+    """``torchrun -m dist_ckpt_mistral`` splits the work over processes without torch, prints once, publishes once."""
+    dcm.from_hf(hf, tmp_path / "checkpoint", tp=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = ["-m", "dist_ckpt_mistral", "to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "out")]
+
+    def launch(*options: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | settings
+        arguments = [*torchrun, *options, *command]
+        return subprocess.run(arguments, check=False, capture_output=True, text=True, env=environment, timeout=120)
+
+    done = launch("--redirects", "2", "--log-dir", str(tmp_path / "logs"), PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["wrote"]
-    dcm.from_hf(hf, tmp_path / "one", tp=2)
-    assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    again = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=120)
+    assert contents(tmp_path / "out") == contents(hf)
+    logs = [path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")]
+    imported = [{line.rpartition("|")[2].strip() for line in log.splitlines()} for log in logs]
+    assert ["torch" in names for names in imported] == [False, False]
+    assert all("dist_ckpt_mistral.local_ranks" in names for names in imported)
+    again = launch()
     assert again.returncode != 0
     assert again.stderr.count("error: ") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "logs", "out"]

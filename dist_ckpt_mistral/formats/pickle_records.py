@@ -121,7 +121,7 @@ def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes | Non
     if at < 0 or end is None or pickled.find(_short_string(unless_behind), at) >= 0:
         return None
     ending = pickle.SETITEMS + pickle.BUILD + pickle.STOP
-    return pickled[:at] + ending.ljust(end - at, b"\0")  # unpicklers want the whole frame
+    return b"".join((memoryview(pickled)[:at], ending.ljust(end - at, b"\0")))  # unpicklers want the whole frame
 
 
 def _short_string(text: str) -> bytes:
