@@ -40,6 +40,9 @@ def cuts(found: CheckpointMap, shapes: Mapping[str, Shape], layout: ParallelLayo
             for held in layout.held_tensors(found.table, chunk, at, style=found.style, spec=SPEC):
                 if held.is_main_replica:
                     yield from _cut(found, shapes, held, rank)
+    for rule in found.table.carried:  # no rank reads them: the first one keeps them, whole
+        name = found.stored_name(rule.mcore_key)
+        yield Cut(name=name, global_shape=rule.shape, offset=(0,) * len(rule.shape), shape=rule.shape, rank=0)
 
 
 def _cut(found: CheckpointMap, shapes: Mapping[str, Shape], held: HeldTensor, rank: int) -> Iterator[Cut]:

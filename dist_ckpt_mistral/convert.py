@@ -26,7 +26,7 @@ from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorTable
 from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES
-from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
+from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import TargetFile
 from dist_ckpt_mistral.verify import first_difference
@@ -93,6 +93,7 @@ def to_hf(
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
 
     ``config`` is for checkpoints that lost theirs: itself, a config.json, or a directory with one and the tokenizer.
+    A directory also gives the vision tower and projector of a multimodal model, which training in Megatron drops.
     ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
     keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte; ``manifest`` adds
     integrity.json to them, for ``check``. Raises DistCkptMistralError; then nothing is published.
@@ -104,12 +105,15 @@ def to_hf(
         require_weight_dtype(dtype)
         storage.require_apart(checkpoint, output)
         storage.require_writable(output, overwrite=overwrite or dry_run)
-        source = open_megatron(checkpoint, config=given_config(config), state=state)
+        opened = open_megatron(checkpoint, config=given_config(config), state=state)
+        source = completed(opened, given_directory(config))
         file_set = _hf_files(source, dtype, max_file_bytes)
-        return source, file_set, source.plan_into(file_set.tensor_index(output))
+        return source, file_set, source.plan_into(file_set.tensor_index(output, source.table.usual_name))
 
     source, file_set, plan = ranks.each(prepare)
     _LOG.info("configuration: %s", source.config_from)
+    if source.carried_from is not None:
+        _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
     assets = given_directory(config) or source.assets
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
@@ -145,7 +149,8 @@ def _hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fi
     """The files to write: the original ones where they still fit the tensors, else as ``save_pretrained`` would."""
     stored = {tensor.hf_name: (dtype or source.dtype_of(tensor), tensor.shape) for tensor in source.tensors}
     if source.hf_files is not None:
-        original = {t.name: (t.dtype, t.shape) for file in source.hf_files.files.values() for t in file.tensors}
+        held = source.hf_files.by_name(str(source.path), source.table.usual_name)
+        original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in held.items()}
         if original == stored:
             return source.hf_files
         _LOG.info("the tensors differ in dtype from the original files: the files are laid out anew")

@@ -127,17 +127,19 @@ def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is
     A checkpoint is exported in memory, and so are FP8 weights: transformers wants accelerate for them.
     """
     import torch  # noqa: PLC0415  (slow)
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
 
+    name = source.config.architecture
+    kind: Any = getattr(transformers, name, None)  # AutoModelForCausalLM does not know them all
+    if kind is None:
+        raise ConfigError(f"transformers {transformers.__version__} has no {name}, which runs this model. Update it.")
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     if hf_directory.is_model_directory(source.path) and not source.quantized.weights:
-        return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **options).eval()
+        return kind.from_pretrained(source.path, local_files_only=True, **options).eval()
     with LazyCheckpoint(source) as stored:
         weights: Mapping[str, torch.Tensor] = {name: stored[name].float() for name in stored}
     told = dict(source.config.to_hf())
-    config = AutoConfig.for_model(told.pop("model_type"), **told)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+    config = transformers.AutoConfig.for_model(told.pop("model_type"), **told)
     model, found = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
     wrong = {what: names for what, names in found.items() if names}
     if wrong:

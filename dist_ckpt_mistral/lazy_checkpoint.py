@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dist_ckpt_mistral.gather.executor import BandReader
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
-from dist_ckpt_mistral.model_source import ModelSource, open_source
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
+from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
 from dist_ckpt_mistral.storage import SourceFiles
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
 def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> LazyCheckpoint:
     """Open a Megatron checkpoint or a Hugging Face directory for lazy reading; use it as a context manager.
 
-    ``config`` is for checkpoints that do not tell theirs. Raises DistCkptMistralError if it cannot be read.
+    ``config`` is for checkpoints that do not tell theirs; a directory also gives the vision tower and projector that
+    they lack. Raises DistCkptMistralError if it cannot be read.
     """
-    return LazyCheckpoint(open_source(Path(path), config=given_config(config)))
+    source, directory = open_source(Path(path), config=given_config(config)), given_directory(config)
+    return LazyCheckpoint(source if directory is None else completed(source, directory))

@@ -29,6 +29,7 @@ from dist_ckpt_mistral.model.tensor_rules import (
     TensorRule,
     TensorTable,
 )
+from dist_ckpt_mistral.model.vision_table import is_carried, with_prefix
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import own_shapes
 from dist_ckpt_mistral.shapes import Shape
@@ -59,9 +60,9 @@ class CheckpointMap:
 
     def stored_name(self, mcore_key: str) -> str:
         """What the checkpoint calls the tensor that the table spells ``mcore_key``."""
-        key = self.prefix + mcore_key
-        if self.state is ParamState.WEIGHTS or key in self.states:
-            return self.states.get(key, key)
+        key = with_prefix(self.prefix, mcore_key)
+        if self.state is ParamState.WEIGHTS or key in self.states or is_carried(mcore_key):
+            return self.states.get(key, key)  # what is carried along has no state, unless it was trained elsewhere
         return state_key(key, self.state.value[0])  # the name of what is missing
 
     def spelling(self, rule: TensorRule, index: Index, key: str) -> dict[str, str]:
@@ -147,21 +148,27 @@ def match_checkpoint(
 ) -> CheckpointMap:
     """Match the stored ``tensors`` (key -> global shape in elements) and ``objects`` (keys) against the table.
 
-    ``state`` says which of the tensors that belong to a parameter to look for. Raises TensorMismatchError that lists
-    every missing, unknown and misshapen tensor, or says which format it is that does not hold ``state`` readably.
+    ``state`` says which of the tensors that belong to a parameter to look for. A checkpoint may hold all or nothing of
+    what Megatron's model does not have; with nothing, the map is that of the other tensors. Raises TensorMismatchError
+    that lists every missing, unknown and misshapen tensor, or says which format it is that does not hold ``state``
+    readably.
     """
     objects = tuple(objects)
     states = {} if state is ParamState.WEIGHTS else _states(state, tensors, objects, where)
     by_key = {key: tensors[name] for key, name in states.items()} or tensors
     found = _spelled(table, by_key, state, states)
+    if not any(found.stored_name(rule.mcore_key) in tensors for rule in table.carried):
+        found = replace(found, table=table.without_carried())
     problems = [*_missing(found, tensors), *_misshapen(found, tensors)]
     ignored, unknown = _left(found, tensors)
     if unknown:
         problems.append(f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}")
+    advice = "Check that the configuration belongs to this checkpoint."
+    if not table.carried and any(map(is_carried, unknown)):
+        advice = "Give the config.json of the whole multimodal model with --config."
     if problems:
         raise TensorMismatchError(
-            f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
-            "Check that the configuration belongs to this checkpoint."
+            f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. {advice}"
         )
     ignored += [(key, why_ignored(key, found.prefix) or "not a tensor") for key in objects]
     return replace(found, ignored=tuple(ignored))
@@ -170,7 +177,10 @@ def match_checkpoint(
 def _left(found: CheckpointMap, tensors: Mapping[str, Shape]) -> tuple[list[tuple[str, str]], list[str]]:
     """The tensors that are not in ``found``: those to leave, with the reason, and those that nothing explains."""
     used, states = set(found.names()), set(found.states.values())
-    others: set[str] = set() if found.state is ParamState.WEIGHTS else set(_spelled(found.table, tensors).names())
+    others: set[str] = set()
+    if found.state is not ParamState.WEIGHTS:
+        weights = _spelled(found.table, tensors)
+        others = {*weights.names(), *weights.other_names()} - used
     again = set(found.other_names())
     ignored, unknown = [], []
     for name in tensors:

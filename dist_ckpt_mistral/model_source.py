@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
@@ -18,8 +19,9 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import MistralConfig, config_file
-from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, TensorTable
+from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, Place, TensorTable
 from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 
 _LOG = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class ModelSource:
     ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
     how Hugging Face files hold or held it, ``assets`` the directory of the small files that belong to it.
     ``quantized`` says which weights are stored as FP8 numbers and scales: the index has their values.
+    ``carried_from`` is where the tensors are that Megatron's model does not have: None if there are none, or nowhere.
     """
 
     path: Path
@@ -45,6 +48,7 @@ class ModelSource:
     ignored: Ignored
     hf_files: FileSet | None
     assets: Path | None
+    carried_from: Path | None
     quantized: Quantized = field(default_factory=Quantized)
 
     def dtype_of(self, tensor: HfTensor) -> str:
@@ -54,7 +58,7 @@ class ModelSource:
     @property
     def main_dtype(self) -> str:
         """The torch dtype name of the embedding, which is that of the model."""
-        return self.dtype_of(self.tensors[0])
+        return next(self.dtype_of(tensor) for tensor in self.tensors if tensor.rule.place is Place.EMBEDDING)
 
     def plan_into(self, target: TensorIndex) -> BytePlan:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
@@ -93,8 +97,8 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
     table = tensor_table(config)
     if hf_directory.is_own_directory(path):
         return _open_own(path, config, config_from, table, files)
-    quantized = match_quantized(files.tensors(), config, str(path), dtype)
-    index = dequantized(files.tensor_index(path), quantized.weights, quantized.dtype)
+    quantized = match_quantized(files.tensors(table.usual_name), config, str(path), dtype)
+    index = dequantized(files.tensor_index(path, table.usual_name), quantized.weights, quantized.dtype)
     scales = dict(quantized.ignored)
     shapes = {name: tensor.global_shape for name, tensor in index.tensors.items() if name not in scales}
     tensors, ignored = match_hf(table, shapes, str(path))
@@ -112,6 +116,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
         ignored=(*quantized.ignored, *ignored),
         hf_files=None if ignored or quantized.weights else files,
         assets=path,
+        carried_from=path if table.carried else None,
         quantized=quantized,
     )
 
@@ -141,6 +146,7 @@ def _open_own(path: Path, config: MistralConfig, config_from: str, table: Tensor
         ignored=(),
         hf_files=None,
         assets=path,
+        carried_from=path if table.carried else None,
     )
 
 
@@ -166,7 +172,7 @@ def open_megatron(
     table = tensor_table(config)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     found = match_checkpoint(table, shapes, checkpoint.objects, where, state)
-    tensors = _described(table, remembered)
+    tensors = _described(found.table, remembered)
     folder = checkpoint.directory / embedded.ASSETS_FOLDER
     return ModelSource(
         path=checkpoint.directory,
@@ -180,13 +186,45 @@ def open_megatron(
         ignored=(*found.ignored, *_padding(table, found, shapes)),
         hf_files=remembered.hf_files if remembered else None,
         assets=folder if folder.is_dir() else None,
+        carried_from=checkpoint.directory if found.table.carried else None,
+    )
+
+
+def completed(source: ModelSource, directory: Path | None) -> ModelSource:
+    """``source`` with what Megatron's model does not have, from a Hugging Face directory if it has none of its own.
+
+    Then that directory's layout of files counts, too.
+
+    Raises TensorMismatchError if it takes a directory and there is none, or one without these tensors.
+    """
+    carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.place is Place.CARRIED]
+    if not carried or source.carried_from is not None:
+        return source
+    what = (
+        f"{source.path} holds a language model alone (Megatron saves no other), and its configuration describes a "
+        f"vision tower and a projector besides ({listed(carried)})"
+    )
+    if directory is None:
+        raise TensorMismatchError(f"{what}. Give the original Hugging Face directory, weights included, with --config.")
+    try:
+        original = open_hf(directory)
+    except DistCkptMistralError as error:
+        raise type(error)(f"{what}, but they cannot come from {directory}: {error}") from error
+    added = [tensor for tensor in original.tensors if tensor.hf_name in carried]
+    return replace(
+        source,
+        tensors=(*added, *source.tensors),  # as the table has them: vision comes first
+        index=source.index.joined(original.index, carried),
+        links={**source.links, **{name: original.links[name] for name in carried}},
+        hf_files=source.hf_files or original.hf_files,
+        carried_from=directory,
     )
 
 
 def _described(table: TensorTable, remembered: embedded.Embedded | None) -> tuple[HfTensor, ...]:
     """All tensors of the table; aliases only where the original files had them."""
-    files = remembered.hf_files.files if remembered and remembered.hf_files else {}
-    original = {tensor.name for file in files.values() for tensor in file.tensors}
+    files = remembered.hf_files if remembered and remembered.hf_files else FileSet(files={})
+    original = files.by_name("the record of the original files", table.usual_name)
     return tuple(t for t in table.hf_tensors().values() if not t.is_alias or t.hf_name in original)
 
 

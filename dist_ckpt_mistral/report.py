@@ -86,15 +86,18 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
     quantized = Quantized()
     try:
         config = config or MistralConfig.from_hf(path)
-        shapes = {tensor.name: tensor.shape for tensor in stored}
+        table = tensor_table(config)
         if is_own:
-            found = match_own(tensor_table(config), shapes, str(path))
+            found = match_own(table, {tensor.name: tensor.shape for tensor in stored}, str(path))
             hf_names = {name: (tensor.hf_name,) for tensor in found for name in own_shapes(tensor)}
         else:
-            quantized = match_quantized(stored, config, str(path))
-            ignored = dict(quantized.ignored)
-            shapes = {name: shape for name, shape in shapes.items() if name not in ignored}
-            ignored.update(match_hf(tensor_table(config), shapes, str(path))[1])
+            by_name = file_set.by_name(str(path), table.usual_name)
+            named = {name: tensor for name, (_, _, tensor) in by_name.items()}
+            quantized = match_quantized(file_set.tensors(table.usual_name), config, str(path))
+            left = dict(quantized.ignored)
+            shapes = {name: tensor.shape for name, tensor in named.items() if name not in left}
+            left.update(match_hf(table, shapes, str(path))[1])
+            ignored = {named[name].name: reason for name, reason in left.items()}
     except DistCkptMistralError as error:
         problems.append(str(error))
     return Report(
@@ -269,6 +272,7 @@ def _model_line(config: dict[str, Any]) -> str:
         *(f"{config['num_attention_heads']} heads {heads}", f"vocabulary {config['vocab_size']}"),
         "tied embeddings" if config["tie_word_embeddings"] else "",
         f"sliding window {window}{some}" if window else "",
+        f"vision tower of {config['vision']['num_hidden_layers']} layers" if config["vision"] else "",
     ]
     return ", ".join(filter(None, parts))
 

@@ -12,8 +12,8 @@ import numpy as np
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.executor import BandReader, Effort, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
-from dist_ckpt_mistral.model_source import ModelSource, open_source
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
+from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
 from dist_ckpt_mistral.storage import SourceFiles
 
 _DEFAULT_EFFORT: Final = Effort()
@@ -55,9 +55,17 @@ def open_pair(a: Path, b: Path, *, config: MistralConfig | None = None) -> tuple
         source_b = open_source(b)
         return open_source(a, config=source_b.config), source_b
     try:
-        return source_a, open_source(b)
+        source_b = open_source(b)
     except ConfigError:
         return source_a, open_source(b, config=source_a.config)
+    return _as_part_of(source_b, source_a), _as_part_of(source_a, source_b)
+
+
+def _as_part_of(whole: ModelSource, source: ModelSource) -> ModelSource:
+    """``source``, but the language model of ``whole`` if that is multimodal and training saved ``source`` without."""
+    if not whole.table.carried or source.table.carried or source.assets is not None:
+        return source
+    return open_source(source.path, config=whole.config)
 
 
 def compare(
@@ -69,10 +77,14 @@ def compare(
 ) -> Comparison:
     """Compare two models, each a Megatron checkpoint or a Hugging Face directory, tensor by tensor and bit by bit.
 
-    A checkpoint that tells no configuration goes by ``config``, else by the other side's. Raises DistCkptMistralError
+    A checkpoint that tells no configuration goes by ``config``, else by the other side's; a directory given for
+    ``config`` also completes one that holds only the language model of a multimodal model. Raises DistCkptMistralError
     if either cannot be read.
     """
     source_a, source_b = open_pair(Path(a), Path(b), config=given_config(config))
+    directory = given_directory(config)
+    if directory is not None:
+        source_a, source_b = completed(source_a, directory), completed(source_b, directory)
     return compare_sources(source_a, source_b, effort)
 
 

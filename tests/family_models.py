@@ -9,7 +9,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
 
-_SIZES: Final[dict[str, Any]] = {
+SIZES: Final[dict[str, Any]] = {
     "vocab_size": 50,
     "hidden_size": 24,
     "intermediate_size": 20,
@@ -71,7 +71,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def family_model(case: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model of a case, every parameter random, norms included."""
-    sizes = copy.deepcopy(_SIZES | FAMILY[case])  # transformers writes into rope_parameters
+    sizes = copy.deepcopy(SIZES | FAMILY[case])  # transformers writes into rope_parameters
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(0)

@@ -15,13 +15,15 @@ import pytest
 import dist_ckpt_mistral
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, tensor_table
+from dist_ckpt_mistral.model.vision import Vision
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
 errors shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub storage strict_yaml libraries
-model.checks model.yarn model.experts model.latent_attention model.quantization model.hf_families model.hf_config
+model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families
+model.hf_config
 model.params_json model.config
-model.row_blocks model.tensor_rules model.tensor_table model.stored_entries
+model.row_blocks model.tensor_rules model.vision_table model.tensor_table model.stored_entries
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
@@ -44,8 +46,8 @@ cli __main__
 DOWNWARDS: Final = tuple(_MODULES.split())
 #: Where ``read_bytes`` is an amount, and not Path's method.
 AMOUNTS: Final = ("gather.chunk_reads", *(name for name in DOWNWARDS if name.startswith("reading.")))
-#: Where names of tensors stand: the table, and what tells its keys from other entries of a checkpoint.
-NAMING: Final = ("model.tensor_table", "model.stored_entries")
+#: Where names of tensors stand: the tables, and what tells its keys from other entries of a checkpoint.
+NAMING: Final = ("model.vision_table", "model.tensor_table", "model.stored_entries")
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
 PACKAGES: Final = (
     "__init__",
@@ -139,6 +141,17 @@ def names_of_tensors() -> set[str]:
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=1,
+        vision=Vision(
+            hidden_size=1,
+            intermediate_size=1,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_channels=1,
+            patch_size=1,
+            merged_patches=1,
+            feature_layers=1,
+            projector_bias=True,
+        ),
     )
     table = tensor_table(config)
     names = [*table.hf_tensors(), *OLD_EXTRA_STATES]
@@ -148,14 +161,16 @@ def names_of_tensors() -> set[str]:
             *(name for module in (rule.local, rule.te) for name in (module.name, *(module.extra_state or ()))),
         ]
     words = {word for name in names for word in name.split(".")}
-    return words - {"weight", "model", "decoder", "layers", "{layer}", "norm", "embedding", "0"}
+    other_meanings = {"weight", "bias", "model", "decoder", "transformer", "attention", "layers", "norm", "embedding"}
+    return words - other_meanings - {"{layer}", "0"}
 
 
 @pytest.mark.parametrize("module", [each for each in DOWNWARDS if each not in NAMING])
 def test_tensor_names_stand_in_the_table_alone(module: str) -> None:
-    """No string outside the table contains a word that tensor names are made of."""
+    """No string outside the tables contains a word that tensor names are made of."""
     words = names_of_tensors()
     assert {"q_proj", "linear_qkv", "mlp", "self_attn", "lm_head", "_extra_state"} <= words
+    assert {"vision_tower", "multi_modal_projector", "language_model", "patch_conv"} <= words
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, sorted(words)))})\b")
     assert [text for text in strings(module) if pattern.search(text)] == []
 

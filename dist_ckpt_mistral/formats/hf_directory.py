@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,23 +47,40 @@ class FileSet:
     files: Mapping[str, SafetensorsFile]
     index_metadata: Mapping[str, Any] = field(default_factory=dict)
 
-    def tensors(self) -> Iterator[FileTensor]:
-        """The tensors of all files."""
-        return (tensor for file in self.files.values() for tensor in file.tensors)
+    def tensors(self, name_of: Callable[[str], str] = str) -> Iterator[FileTensor]:
+        """The tensors of all files, under the names that ``name_of`` makes of theirs."""
+        return (replace(each, name=name_of(each.name)) for file in self.files.values() for each in file.tensors)
 
-    def tensor_index(self, directory: Path) -> TensorIndex:
-        """Where every tensor lies, with the files under ``directory``: existing or planned."""
+    def by_name(
+        self, where: str, name_of: Callable[[str], str] = str
+    ) -> dict[str, tuple[int, SafetensorsFile, FileTensor]]:
+        """The tensors, each with its file and that file's number, under the names that ``name_of`` makes of theirs.
+
+        Raises FormatError if two would get the same.
+        """
+        found: dict[str, tuple[int, SafetensorsFile, FileTensor]] = {}
+        for number, file in enumerate(self.files.values()):
+            for tensor in file.tensors:
+                _, _, other = found.setdefault(name_of(tensor.name), (number, file, tensor))
+                if other is not tensor:
+                    raise FormatError(f"{where} holds the same tensor as {other.name!r} and as {tensor.name!r}")
+        return found
+
+    def tensor_index(self, directory: Path, name_of: Callable[[str], str] = str) -> TensorIndex:
+        """Where every tensor lies, with the files under ``directory``: existing or planned.
+
+        ``name_of`` is as in ``by_name``, and so is what is raised.
+        """
         from dist_ckpt_mistral.gather.tensor_index import (  # noqa: PLC0415  (inspect must not wait for numpy)
             IndexedTensor,
             TensorIndex,
         )
 
         tensors = {
-            tensor.name: IndexedTensor.whole(
-                tensor.name, tensor.dtype, tensor.shape, file=number, position=file.data_start + tensor.begin
+            name: IndexedTensor.whole(
+                name, tensor.dtype, tensor.shape, file=number, position=file.data_start + tensor.begin
             )
-            for number, file in enumerate(self.files.values())
-            for tensor in file.tensors
+            for name, (number, file, tensor) in self.by_name(str(directory), name_of).items()
         }
         return TensorIndex(files=tuple(directory / name for name in self.files), tensors=tensors)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather.boxes import IntArray, Meets, grid_cuts, grid_meets, intersect
 from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import DerivedFile
@@ -87,3 +88,14 @@ class TensorIndex:
     files: tuple[Path, ...]
     tensors: Mapping[str, IndexedTensor]
     derived: tuple[DerivedFile, ...] = ()
+
+    def joined(self, other: TensorIndex, names: Iterable[str]) -> TensorIndex:
+        """This index with the tensors ``names`` of another one behind it, which this one does not have.
+
+        Raises PlanError if either takes derived files to read them.
+        """
+        files_before = len(self.files)
+        added = {name: replace(other.tensors[name], files=other.tensors[name].files + files_before) for name in names}
+        if self.derived or any(other.tensors[name].files.max(initial=0) >= len(other.files) for name in added):
+            raise PlanError("indexes of derived files cannot be joined")
+        return TensorIndex(files=(*self.files, *other.files), tensors={**self.tensors, **added})

@@ -14,9 +14,9 @@ from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
 from dist_ckpt_mistral.megatron.inference import forward, require_tokens
 from dist_ckpt_mistral.megatron.load_model import load_source
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model_source import ModelSource
+from dist_ckpt_mistral.model_source import ModelSource, completed
 from dist_ckpt_mistral.verify import open_pair
 
 #: Float32 on both sides leaves rounding; anything that is computed differently is orders of magnitude above this.
@@ -95,6 +95,7 @@ def compare_logits(
         tokens = [_tokens(words(prompt)["input_ids"], source_a.config) for prompt in prompts]
     else:
         tokens = _random_tokens(theirs.config, seed)
+    theirs = completed(theirs, given_directory(config))
     expected, actual = _in_transformers(theirs, tokens), _in_megatron(ours, tokens)
     names: Sequence[str | None] = list(prompts) or [None] * len(tokens)
     return LogitsComparison(

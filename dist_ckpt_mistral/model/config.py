@@ -12,9 +12,11 @@ from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
+from dist_ckpt_mistral.model.hf_families import FAMILIES, MULTIMODAL_ARCHITECTURE
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.params_json import PARAMS_FILE, config_of_params
 from dist_ckpt_mistral.model.quantization import unquantized
+from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import YarnScaling
 
 #: How callers give a configuration: itself, a config.json, or a directory with one.
@@ -34,8 +36,8 @@ class MistralConfig:
     ``layer_types`` says which layers have it: ``full_attention`` or ``sliding_attention`` each, None for all. ``yarn``
     is None where rotary embeddings are not scaled; ``llama_4_scaling_beta`` is None where queries are not scaled by
     position. ``experts`` is None for an MLP in every layer, ``latent_attention`` None for grouped queries.
-    ``dtype`` is a torch name such as ``bfloat16`` or None where the source does not say. ``hf_prefix`` stands before
-    the names of the tensors in Hugging Face files: ``language_model.`` where there is a vision tower besides.
+    ``vision`` is None for a language model alone.
+    ``dtype`` is a torch name such as ``bfloat16`` or None where the source does not say.
     ``hf_config`` is the original config.json, kept whole so that nothing is lost on the way.
     """
 
@@ -58,8 +60,8 @@ class MistralConfig:
     llama_4_scaling_beta: float | None = None
     experts: Experts | None = None
     latent_attention: LatentAttention | None = None
+    vision: Vision | None = None
     dtype: str | None = None
-    hf_prefix: str = ""
     hf_config: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +107,11 @@ class MistralConfig:
             yield f"layer_types name {SLIDING}, but sliding_window is null"
 
     @property
+    def architecture(self) -> str:
+        """The class of transformers that runs the model."""
+        return FAMILIES[self.model_type].architecture if self.vision is None else MULTIMODAL_ARCHITECTURE
+
+    @property
     def window_layers(self) -> tuple[bool, ...]:
         """Of every layer, whether a token sees only ``sliding_window`` tokens there."""
         if self.layer_types is None or self.sliding_window is None:
@@ -143,10 +150,13 @@ class MistralConfig:
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read.
 
-        It says nothing of quantization: what this package writes is not quantized.
+        It says nothing of quantization: what this package writes is not quantized. Raises ConfigError for a multimodal
+        model without an original, for its fields are not all that one says.
         """
         if self.hf_config is not None:
             return unquantized(self.hf_config)
+        if self.vision is not None:
+            raise ConfigError("a multimodal model needs its own config.json: these fields are not all that it says.")
         return config_json({name: getattr(self, name) for name in self.__slots__})
 
 

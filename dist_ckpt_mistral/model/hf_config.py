@@ -11,15 +11,17 @@ from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.hf_families import (
     COMMON_DEFAULTS,
     FAMILIES,
-    LANGUAGE_PREFIX,
     LATENT_SIZES,
     MULTIMODAL,
+    VISION_DEFAULTS,
+    VISION_TYPE,
     Family,
     Raw,
     require_supported,
 )
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.quantization import require_readable
+from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import rope_parameters, yarn_of
 
 REQUIRED_SIZES: Final = (
@@ -81,10 +83,28 @@ def config_fields(raw: Raw, where: str) -> dict[str, Any]:
         "llama_4_scaling_beta": rope.get("llama_4_scaling_beta"),
         "experts": None if family.experts is None else family.experts(values),
         "latent_attention": latent,
-        "hf_prefix": LANGUAGE_PREFIX if raw.get("model_type") == MULTIMODAL else "",
+        "vision": _vision(raw, where) if raw["model_type"] == MULTIMODAL else None,
         "dtype": _dtype(text),
         "hf_config": dict(raw),
     }
+
+
+def _vision(raw: Raw, where: str) -> Vision:
+    """The vision tower and projector of a multimodal model."""
+    given = raw.get("vision_config")
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where} has no vision_config. Check that it is the model's own config.json.")
+    if given.get("model_type", VISION_TYPE) != VISION_TYPE:
+        raise UnsupportedModelError(
+            f"vision_config of {where} is that of model_type {given['model_type']!r}: expected {VISION_TYPE!r}."
+        )
+    layers = raw.get("vision_feature_layer", -1)
+    return Vision(
+        **{name: given.get(name, default) for name, default in VISION_DEFAULTS.items()},
+        merged_patches=raw.get("spatial_merge_size", 2),
+        feature_layers=len(layers) if isinstance(layers, list) else 1,
+        projector_bias=raw.get("multimodal_projector_bias", False),
+    )
 
 
 def _refuse_what_megatron_lacks(text: Raw, family: Family, where: str) -> None:

@@ -136,8 +136,17 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 #: A language model of one of the families, with a vision tower: its own config stands under ``text_config``.
 MULTIMODAL: Final = "mistral3"
-#: Where the names of a multimodal model's language model begin, on disk.
-LANGUAGE_PREFIX: Final = "language_model."
+MULTIMODAL_ARCHITECTURE: Final = "Mistral3ForConditionalGeneration"
+#: The vision tower of all of these, and what transformers fills in for keys that its config leaves out.
+VISION_TYPE: Final = "pixtral"
+VISION_DEFAULTS: Final[Mapping[str, Any]] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "patch_size": 16,
+}
 #: HF ``model_type`` values that the tensor table knows.
 MODEL_TYPES: Final = (*FAMILIES, MULTIMODAL)
 

@@ -293,6 +293,8 @@ class ParallelLayout(PipelineLayout):
 
     def _held_indices(self, rule: TensorRule, chunk: ModelChunk, at: RankCoordinates) -> Iterator[tuple[Index, Index]]:
         """(index in the model, index in the local module) of every tensor of ``rule`` that a rank has in ``chunk``."""
+        if rule.place is Place.CARRIED:
+            return
         if rule.place is not Place.LAYER:
             if chunk.is_first if rule.place is Place.EMBEDDING else chunk.is_last:
                 yield (), ()

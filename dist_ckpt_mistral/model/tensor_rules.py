@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, TypeAlias
 
@@ -23,8 +23,12 @@ _AXES: Final = ("layer", "expert")
 
 
 class Place(Enum):
-    """Which pipeline stage holds a tensor."""
+    """Which pipeline stage holds a tensor, in the order in which transformers lists them.
 
+    Those that are CARRIED belong to the model, but Megatron's does not have them: checkpoints only carry them along.
+    """
+
+    CARRIED = "no stage"
     EMBEDDING = "first stage"
     LAYER = "the stage of its layer"
     OUTPUT = "last stage"
@@ -201,10 +205,30 @@ class HfTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorTable:
-    """All tensors of one model. Rules stand in the order in which transformers lists the model's state dict."""
+    """All tensors of one model. Rules stand in the order in which transformers lists the model's state dict.
+
+    ``renamed`` are other beginnings of Hugging Face names, each with the one that stands for it in this table.
+    """
 
     num_layers: int
     rules: tuple[TensorRule, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def carried(self) -> tuple[TensorRule, ...]:
+        """The rules of what Megatron's model does not have."""
+        return tuple(rule for rule in self.rules if rule.place is Place.CARRIED)
+
+    def without_carried(self) -> TensorTable:
+        """The table of what Megatron's model has."""
+        return replace(self, rules=tuple(rule for rule in self.rules if rule.place is not Place.CARRIED))
+
+    def usual_name(self, hf_name: str) -> str:
+        """The name in this table of a tensor that a file calls ``hf_name``."""
+        for other, usual in self.renamed:
+            if hf_name.startswith(other):
+                return usual + hf_name.removeprefix(other)
+        return hf_name
 
     def hf_tensors(self) -> dict[str, HfTensor]:
         """Every Hugging Face tensor by name, in state-dict order: embedding, layers, norm, head; then aliases."""

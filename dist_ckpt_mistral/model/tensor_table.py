@@ -1,4 +1,4 @@
-"""The only place where tensor names stand: every tensor of a Mistral model, in both worlds.
+"""The place where tensor names stand: every tensor of a Mistral model, in both worlds (but see vision_table.py).
 
 Row orders, axes and keys: megatron-core 0.12 to 0.19, local and Transformer Engine spec (transformer/attention.py,
 multi_latent_attention.py, mlp.py and moe/experts.py, models/gpt/gpt_model.py and gpt_layer_specs.py); Hugging Face
@@ -16,6 +16,7 @@ from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
 from dist_ckpt_mistral.model.tensor_rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule, TensorTable
+from dist_ckpt_mistral.model.vision_table import IN_MEMORY, LANGUAGE_PREFIX, vision_rules
 from dist_ckpt_mistral.shapes import Shape
 
 _HERE: Final = "decoder.layers.{layer}."
@@ -32,7 +33,15 @@ OLD_EXTRA_STATES: Final = ("decoder.layers.self_attention.core_attention._extra_
 def tensor_table(config: MistralConfig) -> TensorTable:
     """The tensor table of a model."""
     rules = (_embedding(config), *_Layer(config).rules(), *_output(config))
-    return TensorTable(num_layers=config.num_hidden_layers, rules=rules)
+    if config.vision is None:
+        return TensorTable(num_layers=config.num_hidden_layers, rules=rules)
+    rules = (*vision_rules(config.vision, config.hidden_size), *rules)
+    return TensorTable(num_layers=config.num_hidden_layers, rules=rules, renamed=IN_MEMORY)
+
+
+def _hf_prefix(config: MistralConfig) -> str:
+    """What stands before the names of the language model in Hugging Face files."""
+    return "" if config.vision is None else LANGUAGE_PREFIX
 
 
 def _whole(hf_name: str, rows: int, *own_names: str) -> tuple[HfPart, ...]:
@@ -64,9 +73,9 @@ def _vocabulary_rule(
         shape=(config.vocab_size, config.hidden_size),
         lead=(),
         place=place,
-        parts=_whole(config.hf_prefix + hf_name, config.vocab_size, own_name),
+        parts=_whole(_hf_prefix(config) + hf_name, config.vocab_size, own_name),
         padded_vocabulary=True,
-        hf_aliases=tuple(config.hf_prefix + alias for alias in aliases),
+        hf_aliases=tuple(_hf_prefix(config) + alias for alias in aliases),
     )
 
 
@@ -85,7 +94,7 @@ def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
         shape=(config.hidden_size,),
         lead=(),
         place=Place.OUTPUT,
-        parts=_whole(config.hf_prefix + "model.norm.weight", config.hidden_size, "norm.weight"),
+        parts=_whole(_hf_prefix(config) + "model.norm.weight", config.hidden_size, "norm.weight"),
     )
     if config.tie_word_embeddings:
         return (norm,)
@@ -102,7 +111,7 @@ class _Layer:
 
     def __init__(self, config: MistralConfig) -> None:
         self._config = config
-        self._there = config.hf_prefix + "model.layers.{layer}."
+        self._there = _hf_prefix(config) + "model.layers.{layer}."
 
     def rules(self) -> tuple[TensorRule, ...]:
         """All of them, in the order of Hugging Face's modules: attention, MLP, norms."""

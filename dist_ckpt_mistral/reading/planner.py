@@ -54,7 +54,8 @@ def plan_reading(
     states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(opened)
     shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
     table, where = tensor_table(chosen), str(opened.directory)
-    found = [match_checkpoint(table, shapes, opened.objects, where, state) for state in states]
+    matched = [match_checkpoint(table, shapes, opened.objects, where, state) for state in states]
+    found = [replace(each, table=each.table.without_carried()) for each in matched]  # the rest is not read
     index = _unlocated_index(opened, [name for each in found for name in each.names()])
     chunks = chunk_list(index)
     kinds = {name: kind for each in found for name, kind in _kinds(each).items()}
