@@ -20,6 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dist_ckpt_mistral.checking import Check, check
     from dist_ckpt_mistral.convert import Conversion, from_hf, to_hf
     from dist_ckpt_mistral.errors import (
         ConfigError,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.verify import Comparison, compare
 
 _HOME = {
+    "Check": "checking",
     "Comparison": "verify",
     "ConfigError": "errors",
     "Conversion": "convert",
@@ -73,6 +75,7 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "add_hf_metadata": "megatron.hf_metadata",
     "build_model": "megatron.build_model",
+    "check": "checking",
     "compare": "verify",
     "from_hf": "convert",
     "initialize_megatron": "megatron.runtime",
@@ -88,6 +91,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Check",
     "Comparison",
     "ConfigError",
     "Conversion",
@@ -110,6 +114,7 @@ __all__ = [
     "UnsupportedModelError",
     "add_hf_metadata",
     "build_model",
+    "check",
     "compare",
     "from_hf",
     "initialize_megatron",

@@ -19,6 +19,7 @@ from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChu
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, new_checkpoint_map
 from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
@@ -83,6 +84,7 @@ def to_hf(
     weights: str = "model",
     dtype: str | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
+    manifest: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
@@ -93,8 +95,8 @@ def to_hf(
     ``config`` is for checkpoints that lost theirs: itself, a config.json, or a directory with one and the tokenizer.
     A directory also gives the vision tower and projector of a multimodal model, which training in Megatron drops.
     ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
-    keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte. Raises
-    DistCkptMistralError; then nothing is published.
+    keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte; ``manifest`` adds
+    integrity.json to them, for ``check``. Raises DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     state = _which_weights(weights)
@@ -122,7 +124,15 @@ def to_hf(
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
     if not dry_run:
         write_output(
-            output, plan, sizes, complete=complete, checksums=False, overwrite=overwrite, effort=effort, ranks=ranks
+            output,
+            plan,
+            sizes,
+            complete=complete,
+            manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)) if manifest else None,
+            checksums=False,
+            overwrite=overwrite,
+            effort=effort,
+            ranks=ranks,
         )
     return Conversion.of(output, plan, sizes, source, num_tensors=len(plan.segments))
 
@@ -187,6 +197,7 @@ def from_hf(
     ep: int = 1,
     dtype: str | None = None,
     iteration: int | None = None,
+    manifest: bool = True,
     overwrite: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
@@ -195,7 +206,8 @@ def from_hf(
 
     ``tp``, ``pp`` and ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the
     checkpoint is a ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every
-    tensor keeps its own. Raises DistCkptMistralError; then nothing is published.
+    tensor keeps its own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. Raises
+    DistCkptMistralError; then nothing is published.
     """
     output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
@@ -220,7 +232,15 @@ def from_hf(
 
     sizes = written.file_sizes(step)
     write_output(
-        output, plan, sizes, complete=complete, checksums=True, overwrite=overwrite, effort=effort, ranks=ranks
+        output,
+        plan,
+        sizes,
+        complete=complete,
+        manifest=NewManifest(folder=step) if manifest else None,
+        checksums=True,
+        overwrite=overwrite,
+        effort=effort,
+        ranks=ranks,
     )
     return Conversion.of(output, plan, sizes, source, num_tensors=len(source.tensors))
 

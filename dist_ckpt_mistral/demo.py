@@ -19,6 +19,7 @@ from typing import Any, Final
 from dist_ckpt_mistral import convert, libraries, verify
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import torch_dist
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.rank_processes import run_ranks
 from dist_ckpt_mistral.report import human_bytes
@@ -120,8 +121,10 @@ def _compare(original: Path, checkpoint: Path, export: Path, say: Say) -> None:
         )
     names = sorted(path.name for path in original.iterdir())
     same, *_ = filecmp.cmpfiles(original, export, names, shallow=False)
-    if sorted(same) != names or names != sorted(path.name for path in export.iterdir()):
-        raise DistCkptMistralError(f"files differ between {original} and {export}: {sorted(set(names) - set(same))}")
+    more = {path.name for path in export.iterdir()} - {*names, MANIFEST_FILE}
+    if sorted(same) != names or more:
+        differing = sorted(more | set(names) - set(same))
+        raise DistCkptMistralError(f"files differ between {original} and {export}: {differing}")
     say(f"   All {len(names)} files of the export equal the originals, byte for byte.")
     _compare_logits(original, export, say)
 

@@ -17,8 +17,13 @@ The command line turns each into one line on stderr and exit code 1. Messages fo
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, TypeVar
 
+S = TypeVar("S")
+T = TypeVar("T")
+#: More errors than this are counted, not told.
+_MOST_ERRORS: Final = 50
 #: Messages spell out names, and a hostile file may have one of a gigabyte.
 _MOST_LETTERS: Final = 20_000
 
@@ -75,3 +80,18 @@ class OutputError(DistCkptMistralError):
 
 class LostRankError(DistCkptMistralError):
     """Another process of the job is gone: the one that notices speaks, for the lost one may not have."""
+
+
+def for_all(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """``work`` on all items. What goes wrong becomes one error, which tells of all: of the class of the first."""
+    results, errors = [], []
+    for item in items:
+        try:
+            results.append(work(item))
+        except DistCkptMistralError as error:
+            errors.append(error)
+    if errors:
+        told = [str(error) for error in errors[:_MOST_ERRORS]]
+        more = [f"and {len(errors) - len(told)} more"] if len(errors) > len(told) else []
+        raise type(errors[0])("; ".join([*told, *more])) from errors[0]
+    return results

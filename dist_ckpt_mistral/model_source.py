@@ -101,6 +101,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
     scales = dict(quantized.ignored)
     shapes = {each.name: each.shape for each in files.tensors(table.usual_name) if each.name not in scales}
     tensors, ignored = match_hf(table, shapes, str(path))
+    index = dequantized(files.tensor_index(path, table.usual_name), quantized.weights, quantized.dtype)
     if quantized.weights:
         _LOG.info("%s: %s", path, quantized.note)
     return ModelSource(
@@ -109,7 +110,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
         config=config,
         config_from=config_from,
         table=table,
-        index=dequantized(files.tensor_index(path, table.usual_name), quantized.weights, quantized.dtype),
+        index=index,
         tensors=tuple(tensors),
         links={tensor.hf_name: [_identity(tensor)] for tensor in tensors},
         ignored=(*quantized.ignored, *ignored),

@@ -20,6 +20,7 @@ from dist_ckpt_mistral.convert import Conversion
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats import common_state, torch_dist, torch_dist_writer
 from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.torch_dist import TorchDistCheckpoint
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject, object_bytes
 from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
@@ -27,6 +28,7 @@ from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.manifest import NewManifest
 from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, Ignored, match_checkpoint
 from dist_ckpt_mistral.model.config import GivenConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -39,8 +41,6 @@ from dist_ckpt_mistral.writing import Checksums, write_output
 _LOG = logging.getLogger(__name__)
 _DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
-#: Checksums of the old files (mcore dist_checkpointing/validation.py, 0.18 and newer; nothing needs them to load).
-_INTEGRITY_FILE: Final = "integrity.json"
 #: Files that were read and understood, wherever links lead.
 _PARSED: Final = (common_state.COMMON_FILE, torch_dist.BACKEND_FILE)
 _DATA_SUFFIX: Final = ".distcp"
@@ -53,6 +53,7 @@ def reshard(
     *,
     config: GivenConfig | None = None,
     weights_only: bool = False,
+    manifest: bool = True,
     overwrite: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
@@ -61,8 +62,8 @@ def reshard(
 
     Weights and optimizer state keep keys, shapes and bits; the common state, all objects and the small files come
     along byte for byte. ``config`` is for checkpoints that do not tell theirs. With ``weights_only`` all optimizer
-    state stays behind, as it must where it lies in flat buffers. Raises DistCkptMistralError; then nothing is
-    published.
+    state stays behind, as it must where it lies in flat buffers. ``manifest`` adds integrity.json, which tells of the
+    new files what an old one told of the old. Raises DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
 
@@ -86,7 +87,15 @@ def reshard(
 
     sizes = written.file_sizes(old.step)
     write_output(
-        output, plan, sizes, complete=complete, checksums=True, overwrite=overwrite, effort=effort, ranks=ranks
+        output,
+        plan,
+        sizes,
+        complete=complete,
+        manifest=NewManifest(folder=old.step) if manifest else None,
+        checksums=True,
+        overwrite=overwrite,
+        effort=effort,
+        ranks=ranks,
     )
     return Conversion.of(output, plan, sizes, old, num_tensors=len(old.tensors.tensors))
 
@@ -240,12 +249,10 @@ def _copy_beside(old: TorchDistCheckpoint, target: Path) -> None:
             _LOG.warning("%s is a link to a directory: it stays behind", relative)
         elif path.is_dir():
             (target / relative).mkdir()
-        elif str(relative) in old.file_bytes or str(relative) == torch_dist.METADATA_FILE:
+        elif str(relative) in old.file_bytes or str(relative) in {torch_dist.METADATA_FILE, MANIFEST_FILE}:
             continue
         elif not path.is_file() or (path.name not in _PARSED and storage.leads_outside(path, old.directory)):
             _LOG.warning("%s is no file, or a link out of the checkpoint: it stays behind", relative)
-        elif str(relative) == _INTEGRITY_FILE:
-            _LOG.warning("%s tells checksums of the old files: it stays behind", relative)
         elif path.suffix == _DATA_SUFFIX:
             _LOG.warning("%s stays behind: the checkpoint's metadata does not know it", relative)
         else:

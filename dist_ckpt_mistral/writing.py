@@ -10,6 +10,7 @@ from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.gather.executor import Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.manifest import NewManifest, write_manifest
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import TargetFile
 
@@ -23,6 +24,7 @@ def write_output(
     file_bytes: Mapping[str, int],
     *,
     complete: Callable[[Path, Mapping[int, TargetFile], Checksums], None],
+    manifest: NewManifest | None,
     checksums: bool,
     overwrite: bool,
     effort: Effort,
@@ -31,8 +33,9 @@ def write_output(
     """Write ``plan`` into new files (names relative to ``output``, sizes in bytes; in the order of its target files).
 
     ``complete`` then adds what else belongs to the output, on the first rank, given the directory that will become
-    ``output``, the open files and the checksums. Nothing appears at ``output`` unless all of this succeeds on all
-    ranks. Raises OutputError where the output cannot be written, and whatever went wrong on any rank.
+    ``output``, the open files and the checksums; ``manifest`` then tells what all files hold. Nothing appears at
+    ``output`` unless all of this succeeds on all ranks. Raises OutputError where the output cannot be written, and
+    whatever went wrong on any rank.
     """
     names = list(file_bytes)
     staging = ranks.on_first(lambda: _prepare(output, file_bytes, overwrite=overwrite))
@@ -50,9 +53,16 @@ def write_output(
         def finish() -> None:
             with _as_output_errors(output), _open_all(staging, names) as all_targets:
                 complete(staging, all_targets, {number: crc for found in shares for number, crc in found.items()})
+
+        def publish() -> None:
+            with _as_output_errors(output):
                 storage.publish(staging, output, durable=effort.durable)
 
         ranks.on_first(finish)
+        if manifest is not None:
+            with _as_output_errors(output):
+                write_manifest(staging, manifest, effort=effort, ranks=ranks)
+        ranks.on_first(publish)
     finally:
         if ranks.is_first:
             storage.discard(staging)

@@ -48,8 +48,9 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files under ``folder``, hidden ones included, by their relative names."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All files under ``folder``, hidden ones included, by their relative names; not what only tells of the others."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "integrity.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def megatron_tensors(hf: dict[str, torch.Tensor], sizes: dict[str, Any]) -> dict[str, torch.Tensor]:

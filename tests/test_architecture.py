@@ -28,12 +28,13 @@ model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.attention_args model.expert_args model.megatron_args
 model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
-gather.plan gather.executor gather.chunk_reads
+gather.plan gather.executor gather.digests gather.chunk_reads
 formats.pickle_opcodes formats.pickle_reading formats.pickle_records
 formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
-formats.safetensors formats.hf_directory formats.quantized
-own_links mapping embedded checkpoint_config model_source writing verify chunking convert resharding
+formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
+own_links mapping embedded checkpoint_config model_source manifest writing verify file_checks checking
+chunking convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check

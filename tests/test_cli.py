@@ -110,6 +110,8 @@ def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
         ["reshard", again, cut, "--tp", "4"],
         ["verify", ckpt, cut],
         ["verify", ckpt, back],
+        ["verify", cut],
+        ["verify", back],
         ["inspect", ckpt, "--config", config, "--json"],
         ["inspect", hf, "--html", str(tmp_path / "page.html")],
     ]

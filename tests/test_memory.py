@@ -95,6 +95,8 @@ def test_conversions_under_a_hard_limit(large: Path, tmp_path: Path) -> None:
         ("reshard", checkpoint, cut, "--tp", 2, "--workers", 4, "--no-sync"),
         ("to-hf", cut, back, "--workers", 4, "--no-sync"),
         ("verify", checkpoint, large, "--workers", 4),
+        ("verify", cut, "--workers", 4),
+        ("verify", back, "--workers", 4),
     ):
         done = limited(*command)
         assert done.returncode == 0, done.stderr

@@ -273,7 +273,7 @@ def scattered_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
 @settings(max_examples=300)
 @given(scattered_boxes())
 def test_a_tiling_is_what_covers_everything_once(case: tuple[tuple[int, ...], list[Box]]) -> None:
-    """Boxes pass if painting them covers each element once; else the message names a slab from the first fault on."""
+    """Boxes pass if painting them covers each element once; else the message names every slab where it does not."""
     shape, boxes = case
     offsets = np.array([low for low, _ in boxes], np.int64).reshape(len(boxes), len(shape))
     extents = np.array([size for _, size in boxes], np.int64).reshape(len(boxes), len(shape))
@@ -283,17 +283,21 @@ def test_a_tiling_is_what_covers_everything_once(case: tuple[tuple[int, ...], li
         return
     with pytest.raises(PlanError, match=r"^it: ") as caught:
         require_tiling(offsets, extents, shape, "it")
-    message = str(caught.value)
-    spans = [(int(a), int(b)) for a, b in re.findall(r"(\d+):(\d+)", message)]
-    assert [start for start, _ in spans] == np.argwhere(canvas != 1)[0].tolist()
-    slab = canvas[tuple(slice(*span) for span in spans)]
-    assert slab.size
-    if "nothing is stored for" in message:
-        assert (slab == 0).all()
-    else:
-        overlap = re.search(r"(\d+) boxes overlap at", message)
-        assert overlap is not None
-        assert (slab == int(overlap[1])).all()
+    named = re.findall(r"(?:(\d+) boxes overlap at|nothing is stored for) \[([\d:, ]+)\]", str(caught.value))
+    for count, spans in named:
+        slab = canvas[tuple(slice(*map(int, span.split(":"))) for span in spans.split(", "))]
+        assert slab.size
+        assert (slab == int(count or 0)).all()
+        slab[...] = 1
+    assert "and more" in str(caught.value) or (canvas == 1).all()
+
+
+def test_more_faults_than_one_reads_are_cut_short() -> None:
+    """Of 30 gaps 20 are named, and that there are more."""
+    offsets = np.arange(0, 60, 2).reshape(-1, 1)
+    with pytest.raises(PlanError, match=r"nothing is stored for \[39:40\], and more$") as caught:
+        require_tiling(offsets, np.ones_like(offsets), (60,), "it")
+    assert str(caught.value).count("nothing is stored for") == 20
 
 
 def test_many_boxes_that_are_no_grid_take_no_time() -> None:

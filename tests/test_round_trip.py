@@ -475,6 +475,7 @@ def test_small_files_come_from_the_config_directory(tmp_path: Path) -> None:
         "README.md",
         "chat_template.jinja",
         "config.json",
+        "integrity.json",
         "model.safetensors",
         "special_tokens_map.json",
         "tokenizer.json",

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             ep=arguments.ep,
             dtype=arguments.dtype,
             iteration=arguments.iteration,
+            manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,
             effort=effort,
             ranks=ranks,

@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
             options.given_layout(arguments),
             config=arguments.config,
             weights_only=arguments.weights_only,
+            manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,
             effort=effort,
             ranks=ranks,

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             weights=arguments.weights,
             dtype=arguments.dtype,
             max_file_bytes=arguments.max_file_size,
+            manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,
             dry_run=arguments.dry_run,
             effort=effort,

@@ -13,11 +13,11 @@ from dist_ckpt_mistral.ranks import Ranks
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
-    command = options.declare(
-        commands, "verify", run, "Compare two models, whatever they are stored as.", on_all_ranks=True
-    )
+    summary = "Compare two models, whatever they are stored as; or look for damage in one."
+    command = options.declare(commands, "verify", run, summary, on_all_ranks=True)
     command.add_argument("a", metavar="A", type=Path, help=options.CKPT_OR_HF)
-    command.add_argument("b", metavar="B", type=Path, help=options.CKPT_OR_HF)
+    help_text = "another, to compare bit for bit; without it, A is held against its own checksums and integrity.json"
+    command.add_argument("b", metavar="B", type=Path, nargs="?", help=help_text)
     options.add_config(command)
     options.add_effort(command)
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -33,12 +33,34 @@ def add(commands: options.Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, and list the differences. Under torchrun all ranks take part in running models, one compares bits."""
+    """Compare, and list the differences. Under torchrun all ranks take part in running models, one reads bits."""
+    if arguments.logits and arguments.b is None:
+        arguments.wrong_usage("--logits compares two models: give B")
     if arguments.logits:
         return _compare_logits(arguments)
     if arguments.prompt or arguments.tokenizer:
         arguments.wrong_usage("--prompt and --tokenizer go with --logits")
-    return _compare_bits(arguments) if options.is_first_rank() else options.EXIT_DONE
+    if not options.is_first_rank():
+        return options.EXIT_DONE
+    return _check(arguments) if arguments.b is None else _compare_bits(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from dist_ckpt_mistral import checking  # noqa: PLC0415  (--help must not wait for numpy)
+
+    with options.effort("checking", arguments, Ranks()) as effort:
+        outcome = checking.check(arguments.a, config=arguments.config, effort=effort)
+    if arguments.json:
+        print(json.dumps(outcome.to_json(), indent=2))
+    else:
+        for finding in outcome.findings:
+            print(finding)
+        for what, notes in (("checked", outcome.checked), ("not checked", outcome.not_checked)):
+            for note in notes:
+                print(f"{what}: {note}")
+        verdict = "no damage found" if outcome.is_sound else f"DAMAGED, {len(outcome.findings)} findings"
+        print(f"{verdict}: {outcome.directory}")
+    return options.EXIT_DONE if outcome.is_sound else options.EXIT_DIFFERENT
 
 
 def _compare_bits(arguments: argparse.Namespace) -> int:

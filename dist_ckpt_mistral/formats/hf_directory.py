@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.shapes import Shape
@@ -265,6 +266,8 @@ def carried_files(directory: Path) -> tuple[list[Path], list[str]]:
     carried, left = [], []
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.name.endswith(_NOT_CARRIED) or not path.is_file():
+            continue
+        if path.name == MANIFEST_FILE:  # it tells of the files that lie beside it here, not of any others
             continue
         if storage.leads_outside(path, directory):
             _LOG.warning("%s is a link out of its directory: it stays behind", path)

@@ -88,13 +88,15 @@ def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> S
     header = strict_json.loads_object(text, where)
     tensors = [_file_tensor(name, entry, where) for name, entry in header.items() if name != _METADATA_KEY]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    end = 0
-    for tensor in tensors:
-        if tensor.begin != end:
-            raise FormatError(
-                f"data_offsets of {tensor.name!r} in {where} overlap or leave a gap: expected {end}, got {tensor.begin}"
-            )
-        end = tensor.end
+    ends = [0, *(tensor.end for tensor in tensors)]
+    misplaced = [
+        f"data_offsets of {tensor.name!r} in {where} overlap or leave a gap: expected {end}, got {tensor.begin}"
+        for tensor, end in zip(tensors, ends, strict=False)
+        if tensor.begin != end
+    ]
+    if misplaced:
+        raise FormatError("; ".join(misplaced))
+    end = ends[-1]
     if data_bytes is not None and end != data_bytes:
         raise FormatError(
             f"{where} is truncated or has bytes too many: expected {end} bytes of data, "

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.shapes import Shape
 
 if TYPE_CHECKING:
@@ -104,12 +106,16 @@ def _boxes(tensor: StoredTensor, column: array[int], count: int) -> IntArray:
 
 def _require_all_stored(described: IntArray, stored: IntArray, name: str) -> None:
     """Raise ValueError unless two ascending arrays of offsets are the same, and each stands there once."""
-    if (stored[1:] == stored[:-1]).all(axis=1).any():
-        raise ValueError(f"chunks of {name!r} are stored more than once")
-    if described.shape == stored.shape and (described == stored).all():
+    if described.shape == stored.shape and (described == stored).all() and not (stored[1:] == stored[:-1]).all(1).any():
         return
-    places = set(map(tuple, stored.tolist()))
-    lost = [offset for offset in described.tolist() if tuple(offset) not in places]
-    if lost:
-        raise ValueError(f"{len(lost)} chunks of {name!r} are stored nowhere, the first at {lost[0]}")
-    raise ValueError(f"{len(described)} chunks of {name!r} are described, {len(stored)} are stored")
+    in_metadata, in_files = (Counter(map(tuple, offsets.tolist())) for offsets in (described, stored))
+    faults = {
+        "stored nowhere": in_metadata.keys() - in_files,
+        "stored but not described": in_files.keys() - in_metadata,
+        "described more than once": {offset for offset, count in in_metadata.items() if count > 1},
+        "stored more than once": {offset for offset, count in in_files.items() if count > 1},
+    }
+    told = (
+        f"{len(at)} are {what}, at {listed([*map(str, map(list, sorted(at)))])}" for what, at in faults.items() if at
+    )
+    raise ValueError(f"of the chunks of {name!r} {'; '.join(told)}")

@@ -60,7 +60,10 @@ _DTYPE_NAME: Final = re.compile(r"(u?int\d+|b?float\d+\w*|complex\d+|bool|qu?int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One record of an archive: its bytes ``[position, position + num_bytes)`` in the file, and their CRC-32."""
+    """One record of an archive: its bytes ``[position, position + num_bytes)`` in the file, and their CRC-32.
+
+    Saved after ``torch.serialization.set_crc32_options(False)``, all records have 0 for a CRC-32 (torch 2.6 to 2.15).
+    """
 
     position: int
     num_bytes: int
@@ -131,6 +134,11 @@ class ArchiveReader:
         if len(self._members) < len(records):
             raise FormatError(f"{where} is damaged: its directory lists a record twice")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The records, without the archive's own top folder."""
+        return tuple(self._members)
+
     def member(self, name: str) -> Member:
         """Where the record ``name`` lies, without the archive's own top folder. Raises FormatError if there is none."""
         if name not in self._members:
@@ -149,7 +157,7 @@ class ArchiveReader:
         member = self.member(name)
         self._require_small(name, member.num_bytes)
         content = self._read(member.position - self._start, member.num_bytes)
-        if zlib.crc32(content) != member.crc32:
+        if member.crc32 and zlib.crc32(content) != member.crc32:
             raise FormatError(f"{self._where} is damaged: the checksum of {name} is wrong")
         return content
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
-from dist_ckpt_mistral.errors import ConfigError, FormatError
+from dist_ckpt_mistral.errors import ConfigError, FormatError, for_all
 from dist_ckpt_mistral.formats import common_state
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
@@ -60,15 +60,16 @@ class TorchDistCheckpoint:
         """
         from dist_ckpt_mistral.gather.tensor_index import TensorIndex  # noqa: PLC0415  (inspect must not wait for numpy)
 
-        chunks = {name: self.chunks(name) for name in names}
+        names = tuple(names)
+        chunks = dict(zip(names, for_all(self.chunks, names), strict=True))
         files = tuple(self.file_bytes)
         used = set(chain.from_iterable(each.files.tolist() for each in chunks.values()))
         self.require_whole(files[number] for number in sorted(used))
         paths = tuple(self.directory / name for name in files)
         with SourceFiles(paths) as sources:
             locator = TensorLocator(sources, paths)
-            tensors = {name: self._locate(self.tensors[name], chunks.pop(name), locator) for name in [*chunks]}
-        return TensorIndex(files=paths, tensors=tensors)
+            tensors = for_all(lambda name: self._locate(self.tensors[name], chunks.pop(name), locator), names)
+        return TensorIndex(files=paths, tensors=dict(zip(names, tensors, strict=True)))
 
     def chunks(self, name: str) -> Chunks:
         """The chunks of a tensor and where their archives lie; files have the numbers that they have in ``file_bytes``.
@@ -119,6 +120,11 @@ class TorchDistCheckpoint:
             positions=positions,
         )
         return located if tensor.stored_shape == tensor.global_shape else in_own_shape(located, tensor.global_shape)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` looks like a checkpoint: an iteration of one, or a root that says which is the latest."""
+    return any((path / name).exists() for name in (METADATA_FILE, BACKEND_FILE, *_TRACKERS))
 
 
 def resolve_directory(path: Path) -> Path:

@@ -5,9 +5,10 @@ A box is an offset and a shape in elements. Many boxes are two int64 arrays ``[n
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ import numpy.typing as npt
 from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.shapes import Shape
 
+#: More faults of one tensor than this are not told.
+_MOST_FAULTS: Final = 20
 IntArray = npt.NDArray[np.int64]
 
 
@@ -68,22 +71,26 @@ def intersect(lows: IntArray, highs: IntArray, chunk_lows: IntArray, chunk_highs
 def require_tiling(offsets: IntArray, shapes: IntArray, global_shape: Shape, what: str) -> None:
     """Raise PlanError unless the boxes cover every element of ``global_shape`` exactly once.
 
-    ``what`` begins the message, which names the first gap, overlap or box outside.
+    ``what`` begins the message, which names all gaps, overlaps or boxes outside, up to a number that one can read.
     """
     ends = offsets + shapes
     outside = np.flatnonzero(
         (offsets < 0).any(axis=1) | (shapes < 0).any(axis=1) | (ends > np.array(global_shape)).any(axis=1)
     )
     if outside.size:
-        box = _describe(offsets[outside[0]], ends[outside[0]])
-        raise PlanError(f"{what}: {box} lies outside the tensor of shape {list(global_shape)}")
+        boxes = _joined(_describe(offsets[box], ends[box]) for box in outside)
+        raise PlanError(f"{what}: {boxes} lies outside the tensor of shape {list(global_shape)}")
     if not math.prod(global_shape) or grid_cuts(offsets, shapes, global_shape) is not None:
         return
     filled = np.flatnonzero((shapes > 0).all(axis=1))
-    lows, highs = offsets[filled], ends[filled]
-    fault = _first_fault(lows, highs, tuple(global_shape))
-    if fault is not None:
-        raise PlanError(f"{what}: {fault}")
+    faults = _joined(_faults(offsets[filled], ends[filled], tuple(global_shape)))
+    if faults:
+        raise PlanError(f"{what}: {faults}")
+
+
+def _joined(faults: Iterable[str]) -> str:
+    told = [*itertools.islice(faults, _MOST_FAULTS + 1)]
+    return ", ".join([*told[:_MOST_FAULTS], *(["and more"] if len(told) > _MOST_FAULTS else [])])
 
 
 def grid_cuts(offsets: IntArray, shapes: IntArray, global_shape: Shape) -> tuple[IntArray, ...] | None:
@@ -134,24 +141,37 @@ def unrolled(extents: IntArray) -> tuple[IntArray, IntArray]:
     return owner, index
 
 
-def _first_fault(lows: IntArray, highs: IntArray, extents: Shape) -> str | None:
-    """The fault of boxes ``[lows, highs)`` that aren't a tiling, at the first element that isn't covered just once."""
-    at = _first_miscovered(lows, highs, extents)
-    if at is None:
-        return None
-    slab: list[tuple[int, int]] = []
-    for axis, start in enumerate(at):  # as far as the same boxes reach
+def _faults(lows: IntArray, highs: IntArray, extents: Shape) -> Iterator[str]:
+    """The faults of boxes ``[lows, highs)``: each where the first element is that isn't covered just once.
+
+    A box that makes up for a fault, as often as needed, leaves the next to be found.
+    """
+    times = np.ones(len(lows), dtype=np.int64)
+    while (at := _first_miscovered(lows, highs, times, extents)) is not None:
+        low, high, count = _slab(lows, highs, times, at, extents)
+        named = _describe(low, high)
+        yield f"{count} boxes overlap at {named}" if count else f"nothing is stored for {named}"
+        lows, highs = np.concatenate([lows, [low]]), np.concatenate([highs, [high]])
+        times = np.append(times, 1 - count)
+
+
+def _slab(
+    lows: IntArray, highs: IntArray, times: IntArray, at: Shape, extents: Shape
+) -> tuple[list[int], list[int], int]:
+    """The slab from element ``at`` on, as far as the same boxes reach, and how often they cover it."""
+    low, high = [], []
+    for axis, start in enumerate(at):
         stops = np.concatenate([[extents[axis]], lows[:, axis], highs[:, axis]])
         stop = int(stops[stops > start].min())
         spanning = (lows[:, axis] <= start) & (highs[:, axis] >= stop)
-        slab.append((start, stop) if len(lows) else (0, extents[axis]))
-        lows, highs = lows[spanning], highs[spanning]
-    named = _describe([start for start, _ in slab], [stop for _, stop in slab])
-    return f"{len(lows)} boxes overlap at {named}" if len(lows) else f"nothing is stored for {named}"
+        low.append(start if len(lows) else 0)
+        high.append(stop if len(lows) else extents[axis])
+        lows, highs, times = lows[spanning], highs[spanning], times[spanning]
+    return low, high, int(times.sum())
 
 
-def _first_miscovered(lows: IntArray, highs: IntArray, extents: Shape) -> tuple[int, ...] | None:
-    """The first element, in row-major order, that not just one of the boxes ``[lows, highs)`` covers.
+def _first_miscovered(lows: IntArray, highs: IntArray, times: IntArray, extents: Shape) -> Shape | None:
+    """The first element, in row-major order, that the boxes ``[lows, highs)``, each so many times, don't cover once.
 
     What a box covers is the signed sum, over its corners, of all that lies behind each; such sums are equal only where
     their corners are. So boxes tile the whole where all corners but its own cancel out, and else go wrong at the first
@@ -161,8 +181,7 @@ def _first_miscovered(lows: IntArray, highs: IntArray, extents: Shape) -> tuple[
     whole = np.array(extents, dtype=np.int64)[None, cut]
     corners = np.concatenate([np.zeros_like(whole), lows[:, cut]])
     opposite = np.concatenate([whole, highs[:, cut]])
-    signs = np.ones(len(corners), dtype=np.int64)
-    signs[0] = -1
+    signs = np.append(-1, times)
     for axis in range(len(cut)):
         further = corners.copy()
         further[:, axis] = opposite[:, axis]

@@ -186,12 +186,12 @@ class BandReader:
 
     def _own_buffers(self) -> tuple[ByteArray, ByteArray]:
         if not hasattr(self._buffers, "pair"):
-            self._buffers.pair = tuple(_aligned_buffer(self._band_bytes) for _ in range(_BUFFERS))
+            self._buffers.pair = tuple(aligned_buffer(self._band_bytes) for _ in range(_BUFFERS))
         pair: tuple[ByteArray, ByteArray] = self._buffers.pair
         return pair
 
 
-def _aligned_buffer(num_bytes: int) -> ByteArray:
+def aligned_buffer(num_bytes: int) -> ByteArray:
     """A buffer that begins at a page."""
     return np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.errors import PlanError, TensorMismatchError
+from dist_ckpt_mistral.errors import PlanError, TensorMismatchError, for_all
 from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
@@ -84,11 +85,9 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
     by_target: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         by_target[link.target].append(link)
-    for name in sorted({link.source for group in by_target.values() for link in group}):
-        tensor = source.tensors[name]
-        require_tiling(
-            tensor.offsets, tensor.shapes, tensor.global_shape, f"the stored chunks of {name!r} are not whole"
-        )
+    for_all(
+        lambda name: _require_whole(source.tensors[name]), sorted({link.source for link in chain(*by_target.values())})
+    )
     segments = [
         segment
         for tensor in target.tensors.values()
@@ -101,6 +100,11 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
         segments=tuple(segments),
         derived_files=source.derived,
     )
+
+
+def _require_whole(tensor: IndexedTensor) -> None:
+    what = f"the stored chunks of {tensor.name!r} are not whole"
+    require_tiling(tensor.offsets, tensor.shapes, tensor.global_shape, what)
 
 
 def _fill(source: TensorIndex, target: IndexedTensor, links: list[Link]) -> list[Segment]:

@@ -7,7 +7,7 @@ object a line.
 
 "warm" reads sources from the page cache, "cold" from the disk (it drops the page cache before each command, as root);
 both wait for no disk at the end (``--no-sync``), as ``cp`` does. "durable" is warm and waits until the output is on the
-disk, for ``cp`` too (``sync -f``).
+disk, for ``cp`` too (``sync -f``). Like ``cp``, commands write no manifest; "to-hf-manifest" shows what that costs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
 #: As many ranks as the comparison with as many threads has, each with one thread.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
-COMMANDS = ("to-hf", "from-hf", "verify", "reshard", "to-hf-2-ranks")
+COMMANDS = ("to-hf", "to-hf-manifest", "from-hf", "verify", "reshard", "to-hf-2-ranks")
 PEERS = ("dcp-full", "model")
 
 
@@ -72,7 +72,8 @@ def timed(command: list[str], *, sync: Path | None = None) -> Run:
 def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Iterator[Contest]:
     """What is to be run on the checkpoint ``case``. An export moves the bytes of the weights alone."""
     hf, checkpoint, copy = work / "hf", work / case, work / "out-cp"
-    extra = ["--no-sync"] if no_sync else []
+    sync = ["--no-sync"] if no_sync else []
+    extra = ["--no-manifest", *sync]
     tp, pp = CASES[case].tp, CASES[case].pp
     for name in names:
         output = work / f"out-{name}"
@@ -87,6 +88,8 @@ def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Itera
             command, source = [*TOOL, name, str(checkpoint), str(output), "--tp", "4", *extra], checkpoint
         elif name == "to-hf-2-ranks":
             command, source = [*TORCHRUN, "to-hf", str(checkpoint), str(output), "--workers", "1", *extra], checkpoint
+        elif name == "to-hf-manifest":
+            command, source = [*TOOL, "to-hf", str(checkpoint), str(output), *sync], checkpoint
         else:
             command, source = [*TOOL, name, str(checkpoint), str(output), *extra], checkpoint
         baseline = ["cp", "-r", str(checkpoint if name == "reshard" else hf), str(copy)]
@@ -121,7 +124,7 @@ def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], res
     for name, done in runs.items():
         ratios, seconds = [ratio for ratio, _ in done], [run.seconds for _, run in done]
         print(
-            f"{case:10}{mode:9}{name:14}{min(seconds):7.2f}{statistics.median(seconds):8.2f} s   ratio "
+            f"{case:10}{mode:9}{name:15}{min(seconds):7.2f}{statistics.median(seconds):8.2f} s   ratio "
             f"{min(ratios):5.2f} min {statistics.median(ratios):5.2f} median {max(ratios):5.2f} max   "
             f"{max(run.peak_mb for _, run in done):6.0f} MB",
             flush=True,

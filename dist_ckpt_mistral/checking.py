@@ -1,0 +1,198 @@
+"""Whether one checkpoint or Hugging Face directory is sound, by everything that it brings along to tell it by."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, printable
+from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
+from dist_ckpt_mistral.formats import archive_checksums, common_state, hf_directory, torch_dist
+from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
+from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, read_manifest
+from dist_ckpt_mistral.formats.torch_dist import TorchDistCheckpoint
+from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.links import Link, compose
+from dist_ckpt_mistral.manifest import tensor_spans
+from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
+from dist_ckpt_mistral.model.stored_entries import split_state_key
+from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model_source import open_hf
+from dist_ckpt_mistral.name_ranges import listed
+
+T = TypeVar("T")
+_DEFAULT_EFFORT: Final = Effort()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What a check found wrong; what it looked at, and what it could not look at and why, in words."""
+
+    directory: Path
+    checked: tuple[str, ...]
+    not_checked: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing that was checked is wrong."""
+        return not self.findings
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"sound": self.is_sound, **asdict(self), "directory": str(self.directory)}
+
+
+def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort = _DEFAULT_EFFORT) -> Check:
+    """Look for damage in a Megatron checkpoint (root or iteration) or a Hugging Face directory.
+
+    Every file is read once and held against integrity.json, every record of a checkpoint against the CRC-32 in its
+    archive; and all tensors of the model must be there. ``config`` is for checkpoints that do not tell theirs. Raises
+    DistCkptMistralError if ``path`` is neither; what is wrong in it becomes a finding.
+    """
+    path, known = Path(path), given_config(config)
+    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
+        return _check_hf(path, known, effort)
+    if not torch_dist.is_checkpoint(path):
+        torch_dist.resolve_directory(path)  # raises
+    return _check_megatron(path, known, effort)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Notes:
+    """What a check has come across so far."""
+
+    checked: list[str] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """The result of ``work``, or None if it failed, which is a finding; or no model is known to check against."""
+        try:
+            return work()
+        except ConfigError as error:
+            self.not_checked.append(f"whether all tensors of the model are there: {error}")
+        except DistCkptMistralError as error:
+            self.findings.append(Finding(what=str(error)))
+        return None
+
+    def check_files(self, contents: Contents, manifest: Manifest | None, effort: Effort) -> Check:
+        """Check the files too, and sum up."""
+        done = check_files(contents, manifest, effort)
+        if done.num_parts:
+            self.checked.append(f"{done.num_parts} parts of files by their CRC-32")
+        if done.num_bare_parts and manifest is None:
+            self.not_checked.append(f"{done.num_bare_parts} parts of files that were stored without a checksum")
+        if manifest is None:
+            self.not_checked.append(f"all other bytes, for want of a sound {MANIFEST_FILE}")
+        else:
+            self.checked.append(f"{done.num_files} files by their SHA-256 in {MANIFEST_FILE}")
+        if done.unlisted:
+            self.not_checked.append(
+                f"files that {MANIFEST_FILE} does not list: {listed([*map(printable, done.unlisted)])}"
+            )
+        return self.sum_up(contents.directory, *done.findings)
+
+    def sum_up(self, directory: Path, *more: Finding) -> Check:
+        """The check as far as it went."""
+        return Check(
+            directory=directory,
+            checked=tuple(self.checked),
+            not_checked=tuple(self.not_checked),
+            findings=(*self.findings, *more),
+        )
+
+
+def _check_hf(directory: Path, config: MistralConfig | None, effort: Effort) -> Check:
+    notes = _Notes()
+    manifest = notes.attempt(lambda: read_manifest(directory))
+    file_set = notes.attempt(lambda: hf_directory.read_directory(directory))
+    if file_set is None:
+        return notes.check_files(Contents(directory=directory), manifest, effort)
+    source = notes.attempt(lambda: open_hf(directory, config=config))
+    if source is not None:
+        notes.checked.append(f"that all {len(source.tensors)} tensors of the model are there")
+    parts = _tensor_parts(file_set, {} if manifest is None else manifest.crc32, notes)
+    contents = Contents(
+        directory=directory,
+        files=parts,
+        parts_of=lambda name: (parts.get(name, []), []),
+        hf_names=_HfNames(() if source is None else source.links.values()),
+    )
+    return notes.check_files(contents, manifest, effort)
+
+
+def _tensor_parts(file_set: FileSet, crc32: Mapping[str, str], notes: _Notes) -> dict[str, list[Part]]:
+    """The tensors of safetensors files, and the checksums that a manifest tells of them."""
+    spans = tensor_spans(file_set)
+    absent = crc32.keys() - {name for tensors in spans.values() for name in tensors}
+    notes.findings.extend(Finding(file=MANIFEST_FILE, tensor=name, what="no file holds it") for name in sorted(absent))
+    values = {name: int(value, 16) for name, value in crc32.items()}
+    return {
+        file: [Part(span, values.get(name), Piece((name,))) for name, span in tensors.items()]
+        for file, tensors in spans.items()
+    }
+
+
+def _check_megatron(path: Path, config: MistralConfig | None, effort: Effort) -> Check:
+    notes = _Notes()
+    directory = notes.attempt(lambda: torch_dist.resolve_directory(path))
+    if directory is None:
+        return notes.sum_up(path)
+    manifest = notes.attempt(lambda: read_manifest(directory))
+    stored = notes.attempt(lambda: torch_dist.open_torch_dist(directory, with_common_state=False))
+    if stored is None:
+        return notes.check_files(Contents(directory=directory), manifest, effort)
+    found = notes.attempt(lambda: _match(stored, config))
+    links: list[list[Link]] = []
+    if found is not None:
+        notes.checked.append(f"that all {len(found.names())} tensors of the model are there")
+        links = [found.links(tensor) for tensor in found.table.hf_tensors().values() if not tensor.is_alias]
+    archives, faults = archive_checksums.archives_by_file(stored)
+    notes.checked.append(f"that the chunks of {len(stored.tensors)} stored tensors leave no gap and do not overlap")
+    contents = Contents(
+        directory=directory,
+        files=archives,
+        parts_of=lambda name: archive_checksums.read_parts(directory / name, archives.get(name, {})),
+        hf_names=_HfNames(links),
+        sums_in="its archive",
+    )
+    notes.findings.extend(contents.finding(torch_dist.METADATA_FILE, fault) for fault in faults)
+    return notes.check_files(contents, manifest, effort)
+
+
+def _match(stored: TorchDistCheckpoint, config: MistralConfig | None) -> CheckpointMap:
+    state = common_state.read(stored.directory, stored.objects.get(common_state.SHARDED_KEY))
+    stored = replace(stored, common_state=state)
+    known, _ = choose_config(stored, config, read_embedded(stored))
+    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
+    return match_checkpoint(tensor_table(known), shapes, stored.objects, str(stored.directory))
+
+
+class _HfNames:
+    """Of a box of a stored tensor, the Hugging Face tensors that it holds rows of, or optimizer state of rows."""
+
+    def __init__(self, links: Iterable[Iterable[Link]]) -> None:
+        """Know all ``links`` to Hugging Face tensors; none are known without a model."""
+        self._links: dict[str, list[Link]] = defaultdict(list)
+        for link in chain.from_iterable(links):
+            self._links[link.source].append(link)
+
+    def __call__(self, piece: Piece) -> tuple[str, ...]:
+        """The names, in table order."""
+        keys = [(split_state_key(name) or ("", name))[1] for name in piece.names]
+        box = Link(source="", source_offset=piece.offset, target="", target_offset=piece.offset, shape=piece.shape)
+        links = [link for key in keys for link in self._links.get(key, ()) if _meet(box, link)]
+        return tuple(dict.fromkeys(link.target for link in links))
+
+
+def _meet(box: Link, link: Link) -> bool:
+    """Whether a box shares elements with a link's source; one that is stored in another shape may."""
+    return len(box.target_offset) != len(link.source_offset) or compose(box, link) is not None
