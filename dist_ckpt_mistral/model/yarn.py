@@ -96,11 +96,31 @@ class YarnScaling:
             return (self.mscale, self.mscale_all_dim) if self.mscale and self.mscale_all_dim else (None, None)
         if self.attention_factor == self._concentration(1.0):
             return None, None
-        if self.factor == 1:
-            raise UnsupportedModelError(
-                f"attention_factor={self.attention_factor} with factor={self.factor}: Megatron's YaRN knows none."
-            )
-        return (self.attention_factor - 1) / (0.1 * math.log(self.factor)), 0.0
+        return self._mscale(0.0), 0.0
+
+    @property
+    def latent_mscales(self) -> tuple[float, float]:
+        """Megatron's ``(mscale, mscale_all_dim)`` of latent attention, which the second scales once more.
+
+        It does so in transformers as well, whatever scales cosines and sines (``yarn_apply_mscale`` in
+        modeling_mistral4.py; mcore multi_latent_attention.py, 0.16 to 0.19). Raises as ``megatron_mscales``.
+        """
+        if self.attention_factor is None and self.mscale and self.mscale_all_dim:
+            return self.mscale, self.mscale_all_dim
+        if not self.mscale_all_dim and self.attention_scale == self._concentration(1.0):
+            return 1.0, 0.0
+        return self._mscale(self.mscale_all_dim or 0.0), self.mscale_all_dim or 0.0
+
+    def _mscale(self, mscale_all_dim: float) -> float:
+        """The ``mscale`` with which Megatron comes to ``attention_scale``."""
+        if self.factor > 1:
+            scale = self.attention_scale * self._concentration(mscale_all_dim)
+            return (scale - 1) / (0.1 * math.log(self.factor))
+        if self.attention_scale == 1:
+            return 1.0
+        raise UnsupportedModelError(
+            f"attention_factor={self.attention_factor} with factor={self.factor}: Megatron's YaRN knows none."
+        )
 
     def _concentration(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.factor) + 1.0
