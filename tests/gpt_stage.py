@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe import experts as moe_experts
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from dist_ckpt_mistral.megatron.local_layers import layer_spec
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
@@ -46,19 +49,29 @@ def set_parallel_state(layout: ParallelLayout, **options: object) -> None:
 class Stage:
     """A rank's real model: one GPTModel for each of its model chunks, in bfloat16 as Float16Module makes it."""
 
-    def __init__(self, config: MistralConfig, layout: ParallelLayout) -> None:
-        """Build the model. The parallel state must be that of ``layout``."""
-        self.config = config
+    def __init__(self, config: MistralConfig, layout: ParallelLayout, *, grouped: bool = False) -> None:
+        """Build the model. The parallel state must be that of ``layout``.
+
+        Experts are a SequentialMLP; with ``grouped`` a GroupedMLP, which megatron-core 0.16 has.
+        """
+        self.config, self.grouped = config, grouped
+        self.etp, self.ep = layout.etp or layout.tp, layout.ep
+        self.etp_rank = parallel_state.get_expert_tensor_parallel_rank()
+        self.ep_rank = parallel_state.get_expert_model_parallel_rank()
         self.vocab_rows = padded_vocab_size(config.vocab_size, layout.tp)
         self.tp, self.tp_rank = layout.tp, parallel_state.get_tensor_model_parallel_rank()
         self.chunks = [self._chunk(layout, number) for number in range(layout.vpp or 1)]
 
     def _chunk(self, layout: ParallelLayout, number: int) -> GPTModel:
         vp_stage = number if layout.vpp else None
+        with mock.patch.object(moe_experts, "gg", mock.Mock(unsafe=True), create=True):  # kernels
+            return self._gpt_model(layout, vp_stage)
+
+    def _gpt_model(self, layout: ParallelLayout, vp_stage: int | None) -> GPTModel:
         ends = {"ignore_virtual": False, "vp_stage": vp_stage}
         return GPTModel(
             _transformer_config(self.config, layout),
-            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            self._spec(),
             vocab_size=self.vocab_rows,
             max_sequence_length=16,
             position_embedding_type="rope",
@@ -67,6 +80,12 @@ class Stage:
             post_process=parallel_state.is_pipeline_last_stage(**ends),
             vp_stage=vp_stage,
         ).bfloat16()
+
+    def _spec(self) -> Any:  # noqa: ANN401  (megatron is untyped)
+        if self.config.latent_attention is not None:
+            return layer_spec(self.config)  # Megatron's own, but that it can be built without Transformer Engine
+        experts = self.config.experts and self.config.experts.num_experts
+        return get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=self.grouped, normalization="RMSNorm")
 
     def nested(self, per_chunk: list[Any]) -> dict[str, Any]:
         """Nest what each chunk gave as Megatron-LM does."""
@@ -118,7 +137,27 @@ class Stage:
 
 
 def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> TransformerConfig:
-    return TransformerConfig(
+    experts, latent = config.experts, config.latent_attention
+    more: dict[str, Any] = {}
+    if experts is not None:
+        more = {
+            "num_moe_experts": experts.num_experts,
+            "moe_ffn_hidden_size": experts.intermediate_size,
+            "moe_shared_expert_intermediate_size": experts.shared_intermediate_size or None,
+            "moe_router_topk": 1,
+            "moe_router_pre_softmax": True,
+        }
+    if latent is not None:
+        more |= {
+            "multi_latent_attention": True,
+            "qk_layernorm": True,
+            "q_lora_rank": latent.q_lora_rank,
+            "kv_lora_rank": latent.kv_lora_rank,
+            "qk_head_dim": latent.qk_nope_head_dim,
+            "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+            "v_head_dim": latent.v_head_dim,
+        }
+    return (TransformerConfig if latent is None else MLATransformerConfig)(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
@@ -137,6 +176,8 @@ def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> Transf
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **more,
         # Megatron's own attention refuses context parallelism, which does not change what weights a rank holds.
         **layout.transformer_config_fields() | {"context_parallel_size": 1},
     )
@@ -155,8 +196,12 @@ def hf_rows(hf: HfTensors, stage: Stage, name: str, layer: int | None) -> torch.
 
 
 def _part(tensor: torch.Tensor, axis: int, stage: Stage) -> torch.Tensor:
-    size = tensor.shape[axis] // stage.tp
-    return tensor.narrow(axis, stage.tp_rank * size, size)
+    return _cut(tensor, axis, stage.tp_rank, stage.tp)
+
+
+def _cut(tensor: torch.Tensor, axis: int, rank: int, ways: int) -> torch.Tensor:
+    size = tensor.shape[axis] // ways
+    return tensor.narrow(axis, rank * size, size)
 
 
 def _layer_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Tensor:
@@ -172,12 +217,52 @@ def _layer_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Ten
     def fc1() -> torch.Tensor:
         return torch.cat([_part(whole(f"mlp.{each}_proj"), 0, stage) for each in ("gate", "up")])
 
+    def experts(*ways: str) -> torch.Tensor:
+        return torch.cat([_part(whole(f"mlp.shared_experts.{each}_proj"), 0, stage) for each in ways])
+
+    if ".local_experts." in name or ".experts.weight" in name:
+        return _expert_rows(hf, stage, name, layer)
+    router = "mlp" if stage.config.latent_attention else "block_sparse_moe"
     rows: dict[str, Callable[[], torch.Tensor]] = {
         "input_layernorm.weight": lambda: whole("input_layernorm"),
         "pre_mlp_layernorm.weight": lambda: whole("post_attention_layernorm"),
         "self_attention.linear_qkv.weight": qkv,
         "self_attention.linear_proj.weight": lambda: _part(whole("self_attn.o_proj"), 1, stage),
+        "self_attention.linear_q_down_proj.weight": lambda: _part(whole("self_attn.q_a_proj"), 0, stage),
+        "self_attention.q_layernorm.weight": lambda: whole("self_attn.q_a_layernorm"),
+        "self_attention.linear_q_up_proj.weight": lambda: _part(whole("self_attn.q_b_proj"), 0, stage),
+        "self_attention.linear_kv_down_proj.weight": lambda: _part(whole("self_attn.kv_a_proj_with_mqa"), 0, stage),
+        "self_attention.kv_layernorm.weight": lambda: whole("self_attn.kv_a_layernorm"),
+        "self_attention.linear_kv_up_proj.weight": lambda: _part(whole("self_attn.kv_b_proj"), 0, stage),
         "mlp.linear_fc1.weight": fc1,
         "mlp.linear_fc2.weight": lambda: _part(whole("mlp.down_proj"), 1, stage),
+        "mlp.router.weight": lambda: whole(f"{router}.gate"),
+        "mlp.shared_experts.linear_fc1.weight": lambda: experts("gate", "up"),
+        "mlp.shared_experts.linear_fc2.weight": lambda: _part(whole("mlp.shared_experts.down_proj"), 1, stage),
     }
     return rows[name]()
+
+
+def _expert_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Tensor:
+    """What a rank holds of one expert; of all its experts, side by side and transposed, where they are grouped."""
+    share = stage.config.experts.num_experts // stage.ep  # type: ignore[union-attr]  # it has experts
+    if ".local_experts." in name:
+        return _expert(hf, stage, name.split(".")[-2], layer, stage.ep_rank * share + int(name.split(".")[3]))
+    which = {"weight1": "linear_fc1", "weight2": "linear_fc2"}[name.rpartition(".")[2]]
+    own = torch.stack([_expert(hf, stage, which, layer, stage.ep_rank * share + number).T for number in range(share)])
+    hidden = stage.config.hidden_size
+    return own.reshape(hidden, -1) if which == "linear_fc1" else own.reshape(-1, hidden)
+
+
+def _expert(hf: HfTensors, stage: Stage, which: str, layer: int, expert: int) -> torch.Tensor:
+    """What a rank holds of one matrix of one expert, as a linear module has it."""
+    if stage.config.latent_attention:
+        there = f"model.layers.{layer}.mlp.experts."
+        gate, up = hf[there + "gate_up_proj"][expert].chunk(2)
+        down = hf[there + "down_proj"][expert]
+    else:
+        there = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+        gate, up, down = (hf[f"{there}{each}.weight"] for each in ("w1", "w3", "w2"))
+    if which == "linear_fc2":
+        return _cut(down, 1, stage.etp_rank, stage.etp)
+    return torch.cat([_cut(half, 0, stage.etp_rank, stage.etp) for half in (gate, up)])

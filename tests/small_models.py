@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -80,7 +81,7 @@ PROMPT: Final = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator(
 
 def small_model(name: str, **changes: object) -> PreTrainedModel:
     """The model, random in float32 and large enough everywhere that a small mistake shows in the logits."""
-    sizes = _SIZES | MODELS[name] | changes
+    sizes = copy.deepcopy(_SIZES | MODELS[name] | changes)  # transformers writes into rope_parameters
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     model = model_class(config)(config).float().eval()
     generator = torch.Generator().manual_seed(0)
