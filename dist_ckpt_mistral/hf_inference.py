@@ -15,6 +15,7 @@ from dist_ckpt_mistral import storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
 from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint
+from dist_ckpt_mistral.model.hf_families import FAMILIES
 from dist_ckpt_mistral.model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -124,19 +125,25 @@ def stop_tokens(
 def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is untyped)
     """The transformers model of a stored one, in float32 on the CPU; a checkpoint is exported in memory."""
     import torch  # noqa: PLC0415  (slow)
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig  # noqa: PLC0415
 
+    kind = _model_class(source)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     if hf_directory.is_model_directory(source.path):
-        return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **options).eval()
+        return kind.from_pretrained(source.path, local_files_only=True, **options).eval()
     with LazyCheckpoint(source) as stored:
         weights: Mapping[str, torch.Tensor] = {name: stored[name].float() for name in stored}
     told = dict(source.config.to_hf())
     config = AutoConfig.for_model(told.pop("model_type"), **told)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
     model, found = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
     wrong = {what: names for what, names in found.items() if names}
     if wrong:
         raise DistCkptMistralError(f"transformers did not take the weights of {source.path}: {wrong}")
     return model.eval()
+
+
+def _model_class(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is untyped)
+    """The class of its family: AutoModelForCausalLM knows no Mistral 4 (5.23)."""
+    import transformers  # noqa: PLC0415  (slow)
+
+    return getattr(transformers, FAMILIES[source.config.model_type].architecture)

@@ -1,7 +1,7 @@
-"""The sharded state dicts that models of the genuine checkpoints gave on every rank, also with Transformer Engine's layers.
+"""The sharded state dicts that the models of genuine checkpoints gave on every rank.
 
-Those are the layers that no machine of the tests can build. tests/test_against_gpt_model.py holds the same against
-live models.
+Among them is one of Transformer Engine's layers, which no machine of the tests can build.
+tests/test_against_gpt_model.py holds the same against live models.
 """
 
 from __future__ import annotations

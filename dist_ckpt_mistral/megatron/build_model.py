@@ -60,6 +60,8 @@ def build_model(
     """This rank's GPTModel, or the list of them with virtual pipeline stages.
 
     Megatron's process group, parallel state and random numbers are set up if they are not (``initialize_megatron``).
+    Experts train without tensor parallelism alone: Megatron demands sequence parallelism with it, which the norms of
+    its local spec lack.
 
     Args:
         config: The model.

@@ -77,7 +77,7 @@ class HfPart:
     """One Hugging Face tensor and the Megatron rows that hold it.
 
     A name without ``{expert}`` for rows of experts stands for a tensor that packs all experts, one behind the other.
-    ``rows`` count from ``first_hf_row`` of the Hugging Face tensor: more than 0 where a stored tensor has only the rest.
+    ``rows`` count from ``first_hf_row`` of the Hugging Face tensor: above 0 where a stored tensor has only the rest.
     """
 
     hf_name: str
