@@ -156,13 +156,14 @@ def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> Transf
             "qk_head_dim": latent.qk_nope_head_dim,
             "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
             "v_head_dim": latent.v_head_dim,
+            "rope_type": "rope",  # with YaRN it would want pinned memory for context parallelism
         }
     return (TransformerConfig if latent is None else MLATransformerConfig)(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
+        num_query_groups=config.num_key_value_heads if latent is None else config.num_attention_heads,
         kv_channels=config.head_dim,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,

@@ -238,7 +238,14 @@ def load_into_model(*, config: dict[str, Any], layout: dict[str, Any], style: st
 
 
 def save_training(
-    *, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, distributed: bool, to: str | None
+    *,
+    config: dict[str, Any],
+    layout: dict[str, Any],
+    style: str,
+    hf: str,
+    distributed: bool,
+    to: str | None,
+    counted: bool = False,
 ) -> dict[str, Any]:
     """Step a real optimizer over a real model, and save both; compare the factory's entries with Megatron's.
 
@@ -249,7 +256,7 @@ def save_training(
     stage.fill(_hf_tensors(hf))
     optimizer = Optimizer(stage, distributed=distributed)
     weights = stage.sharded_state_dict(key_style)
-    live = optimizer.sharded_state_dict(weights)
+    live = optimizer.sharded_state_dict(weights, counted=counted)
     made = optimizer_state_dict(model_config, model_layout, dist.get_rank(), distributed=distributed, style=key_style)
     names = [entry.hf_names for _, entry in _flat(_applied(made)) if isinstance(entry, ShardedTensor)]
     different = _both_ways(_undated(live), _undated(made))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from hf_models import contents
 from test_against_gpt_model import EXPERT_MODELS, save_hf
 from torch_reading import described, load_tensors
 
@@ -59,6 +60,7 @@ def results(launch_ranks: LaunchRanks, where: Path) -> list[dict[str, Any]]:
         to = str(where / name / "iter_0000007") if name in saved else None
         same = {"config": config[model], "layout": layout, "style": style, "distributed": distributed}
         jobs[name] = {"task": "save_training", "hf": str(models[model]), "to": to, **same}
+    jobs["counted"] = jobs["plain, experts"] | {"counted": True, "to": str(where / "counted" / "iter_0000007")}
     for name, (training, target, layouts) in JOURNEYS.items():
         _, model, style, distributed = TRAININGS[training]
         at, to = str(where / training / "iter_0000007"), str(where / name)
@@ -102,3 +104,23 @@ def test_dcp_loads_what_was_resharded(name: str, where: Path, results: list[dict
     assert described(load_tensors(after / "iter_0000007")) == described(load_tensors(before))
     assert (after / "latest_checkpointed_iteration.txt").read_text() == "7"
     assert dcm.compare(before, after, config=where / "models" / TRAININGS[JOURNEYS[name][0]][1]).is_equal
+
+
+def test_counted_optimizers(where: Path, tmp_path: Path, results: list[dict[str, Any]]) -> None:
+    """Keys with numbers of optimizers before them are exported, planned and resharded as those without."""
+    assert all(rank["counted"]["different"] for rank in results)
+    before, same = where / "counted" / "iter_0000007", where / "plain, experts" / "iter_0000007"
+    stored = load_tensors(before)
+    states = {key: tensor for key, tensor in stored.items() if "optimizer.state." in key}
+    assert {key.partition(".")[0] for key in states} == {"chained_0", "chained_1"}
+    options: dict[str, Any] = {"config": where / "models" / "mixtral"}
+    dcm.to_hf(before, tmp_path / "counted", weights="master", **options)
+    dcm.to_hf(same, tmp_path / "same", weights="master", **options)
+    assert contents(tmp_path / "counted") == contents(tmp_path / "same")
+    dcm.to_hf(before, tmp_path / "rounded", weights="master", dtype="bfloat16", **options)
+    dcm.to_hf(before, tmp_path / "weights", **options)
+    assert contents(tmp_path / "rounded") == contents(tmp_path / "weights")
+    total = dcm.plan_reading(before, dcm.ParallelLayout(ep=2), **options).to_json()["total"]
+    assert total["optimizer"]["needed_bytes"] >= sum(tensor.nbytes for tensor in states.values())
+    dcm.reshard(before, tmp_path / "cut", dcm.ParallelLayout(dp=4, ep=4), **options)
+    assert described(load_tensors(tmp_path / "cut" / "iter_0000007")) == described(stored)

@@ -58,8 +58,8 @@ def test_every_entry_on_every_rank_is_the_recorded_one(case: str) -> None:
     """Names, keys, shapes, places and replicas of all entries, objects included, are those of the live model."""
     about = json.loads((folder(case) / "about.json").read_text())
     ranks = len(list(folder(case).glob("sharded_state_dict.rank*.json")))
-    sizes = {name: about.get(name) or None for name in ("tp", "pp", "ep", "etp")}
-    layout = dcm.ParallelLayout(**sizes | {"dp": ranks // (about["tp"] * about["pp"])})
+    tp, pp = about["tp"], about["pp"]
+    layout = dcm.ParallelLayout(tp=tp, pp=pp, dp=ranks // (tp * pp), ep=about["ep"], etp=about.get("etp"))
     for rank in range(ranks):
         expected, made = recorded(case, rank), ours(case, layout, rank)
         assert sorted(made) == sorted(expected)
