@@ -15,6 +15,7 @@ from dist_ckpt_mistral import storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
 from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint
+from dist_ckpt_mistral.model.hf_config import language_model
 from dist_ckpt_mistral.model.hf_families import FAMILIES
 from dist_ckpt_mistral.model_source import ModelSource
 
@@ -123,17 +124,21 @@ def stop_tokens(
 
 
 def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is untyped)
-    """The transformers model of a stored one, in float32 on the CPU; a checkpoint is exported in memory."""
+    """The transformers model of a stored one, in float32 on the CPU.
+
+    A checkpoint is exported in memory, and so is the language model of a multimodal one, which stands alone then.
+    """
     import torch  # noqa: PLC0415  (slow)
     from transformers import AutoConfig  # noqa: PLC0415
 
-    kind = _model_class(source)
+    kind, prefix = _model_class(source), source.config.hf_prefix
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if hf_directory.is_model_directory(source.path):
+    if hf_directory.is_model_directory(source.path) and not prefix:
         return kind.from_pretrained(source.path, local_files_only=True, **options).eval()
     with LazyCheckpoint(source) as stored:
-        weights: Mapping[str, torch.Tensor] = {name: stored[name].float() for name in stored}
-    told = dict(source.config.to_hf())
+        own = [name for name in stored if name.startswith(prefix)]
+        weights: Mapping[str, torch.Tensor] = {name.removeprefix(prefix): stored[name].float() for name in own}
+    told = language_model(source.config.to_hf(), str(source.path))
     config = AutoConfig.for_model(told.pop("model_type"), **told)
     model, found = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
     wrong = {what: names for what, names in found.items() if names}
