@@ -79,9 +79,14 @@ class Optimizer:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
 
-    def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
-        """Megatron's own entries of the optimizer, for those of the model."""
-        metadata = CONTENT if self.distributed else {"chained_optim_avoid_prefix": True}
+    def sharded_state_dict(
+        self, weights: dict[str, Any], *, is_loading: bool = False, counted: bool = False
+    ) -> dict[str, Any]:
+        """Megatron's own entries of the optimizer, for those of the model.
+
+        With experts it is several optimizers; ``counted`` puts their numbers before keys, as was usual to 0.14.
+        """
+        metadata = (CONTENT if self.distributed else {}) | {"chained_optim_avoid_prefix": not counted}
         with on_cpu():
             state: dict[str, Any] = self.own.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(metadata))
         return state

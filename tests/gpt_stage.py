@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe import experts as moe_experts
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from dist_ckpt_mistral.megatron.local_layers import layer_spec
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
@@ -46,19 +49,29 @@ def set_parallel_state(layout: ParallelLayout, **options: object) -> None:
 class Stage:
     """A rank's real model: one GPTModel for each of its model chunks, in bfloat16 as Float16Module makes it."""
 
-    def __init__(self, config: MistralConfig, layout: ParallelLayout) -> None:
-        """Build the model. The parallel state must be that of ``layout``."""
-        self.config = config
+    def __init__(self, config: MistralConfig, layout: ParallelLayout, *, grouped: bool = False) -> None:
+        """Build the model. The parallel state must be that of ``layout``.
+
+        Experts are a SequentialMLP; with ``grouped`` a GroupedMLP, which megatron-core 0.16 has.
+        """
+        self.config, self.grouped = config, grouped
+        self.etp, self.ep = layout.etp or layout.tp, layout.ep
+        self.etp_rank = parallel_state.get_expert_tensor_parallel_rank()
+        self.ep_rank = parallel_state.get_expert_model_parallel_rank()
         self.vocab_rows = padded_vocab_size(config.vocab_size, layout.tp)
         self.tp, self.tp_rank = layout.tp, parallel_state.get_tensor_model_parallel_rank()
         self.chunks = [self._chunk(layout, number) for number in range(layout.vpp or 1)]
 
     def _chunk(self, layout: ParallelLayout, number: int) -> GPTModel:
         vp_stage = number if layout.vpp else None
+        with mock.patch.object(moe_experts, "gg", mock.Mock(unsafe=True), create=True):  # kernels
+            return self._gpt_model(layout, vp_stage)
+
+    def _gpt_model(self, layout: ParallelLayout, vp_stage: int | None) -> GPTModel:
         ends = {"ignore_virtual": False, "vp_stage": vp_stage}
         return GPTModel(
             _transformer_config(self.config, layout),
-            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            self._spec(),
             vocab_size=self.vocab_rows,
             max_sequence_length=16,
             position_embedding_type="rope",
@@ -67,6 +80,12 @@ class Stage:
             post_process=parallel_state.is_pipeline_last_stage(**ends),
             vp_stage=vp_stage,
         ).bfloat16()
+
+    def _spec(self) -> Any:  # noqa: ANN401  (megatron is untyped)
+        if self.config.latent_attention is not None:
+            return layer_spec(self.config)  # Megatron's own, but that it can be built without Transformer Engine
+        experts = self.config.experts and self.config.experts.num_experts
+        return get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=self.grouped, normalization="RMSNorm")
 
     def nested(self, per_chunk: list[Any]) -> dict[str, Any]:
         """Nest what each chunk gave as Megatron-LM does."""
@@ -118,12 +137,33 @@ class Stage:
 
 
 def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> TransformerConfig:
-    return TransformerConfig(
+    experts, latent = config.experts, config.latent_attention
+    more: dict[str, Any] = {}
+    if experts is not None:
+        more = {
+            "num_moe_experts": experts.num_experts,
+            "moe_ffn_hidden_size": experts.intermediate_size,
+            "moe_shared_expert_intermediate_size": experts.shared_intermediate_size or None,
+            "moe_router_topk": 1,
+            "moe_router_pre_softmax": True,
+        }
+    if latent is not None:
+        more |= {
+            "multi_latent_attention": True,
+            "qk_layernorm": True,
+            "q_lora_rank": latent.q_lora_rank,
+            "kv_lora_rank": latent.kv_lora_rank,
+            "qk_head_dim": latent.qk_nope_head_dim,
+            "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+            "v_head_dim": latent.v_head_dim,
+            "rope_type": "rope",  # with YaRN it would want pinned memory for context parallelism
+        }
+    return (TransformerConfig if latent is None else MLATransformerConfig)(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
+        num_query_groups=config.num_key_value_heads if latent is None else config.num_attention_heads,
         kv_channels=config.head_dim,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -137,6 +177,8 @@ def _transformer_config(config: MistralConfig, layout: ParallelLayout) -> Transf
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **more,
         # Megatron's own attention refuses context parallelism, which does not change what weights a rank holds.
         **layout.transformer_config_fields() | {"context_parallel_size": 1},
     )
@@ -155,22 +197,12 @@ def hf_rows(hf: HfTensors, stage: Stage, name: str, layer: int | None) -> torch.
 
 
 def _part(tensor: torch.Tensor, axis: int, stage: Stage) -> torch.Tensor:
-    return _cut(tensor, axis, stage.tp, stage.tp_rank)
+    return _cut(tensor, axis, stage.tp_rank, stage.tp)
 
 
-def _cut(tensor: torch.Tensor, axis: int, ways: int, rank: int) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, axis: int, rank: int, ways: int) -> torch.Tensor:
     size = tensor.shape[axis] // ways
     return tensor.narrow(axis, rank * size, size)
-
-
-#: Latent attention in Megatron's local spec: its projections cut along their rows, and Hugging Face's names for them.
-_LATENT: Final = {
-    "linear_q_proj": "q_proj",
-    "linear_q_down_proj": "q_a_proj",
-    "linear_q_up_proj": "q_b_proj",
-    "linear_kv_down_proj": "kv_a_proj_with_mqa",
-    "linear_kv_up_proj": "kv_b_proj",
-}
 
 
 def _layer_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Tensor:
@@ -189,21 +221,22 @@ def _layer_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Ten
     def fc1(mlp: str) -> torch.Tensor:
         return torch.cat([_part(whole(f"{mlp}.{each}_proj"), 0, stage) for each in ("gate", "up")])
 
-    def latent(part: str) -> Callable[[], torch.Tensor]:
-        return lambda: _part(whole(f"self_attn.{part}"), 0, stage)
-
-    gate = "block_sparse_moe" if f"model.layers.{layer}.block_sparse_moe.gate.weight" in hf else "mlp"
+    router = "mlp" if stage.config.latent_attention else "block_sparse_moe"
     rows: dict[str, Callable[[], torch.Tensor]] = {
         "input_layernorm.weight": lambda: whole("input_layernorm"),
         "pre_mlp_layernorm.weight": lambda: whole("post_attention_layernorm"),
         "self_attention.linear_qkv.weight": qkv,
         "self_attention.linear_proj.weight": lambda: _part(whole("self_attn.o_proj"), 1, stage),
+        "self_attention.linear_q_down_proj.weight": lambda: _part(whole("self_attn.q_a_proj"), 0, stage),
+        "self_attention.linear_q_proj.weight": lambda: _part(whole("self_attn.q_proj"), 0, stage),
         "self_attention.q_layernorm.weight": lambda: whole("self_attn.q_a_layernorm"),
+        "self_attention.linear_q_up_proj.weight": lambda: _part(whole("self_attn.q_b_proj"), 0, stage),
+        "self_attention.linear_kv_down_proj.weight": lambda: _part(whole("self_attn.kv_a_proj_with_mqa"), 0, stage),
         "self_attention.kv_layernorm.weight": lambda: whole("self_attn.kv_a_layernorm"),
-        **{f"self_attention.{there}.weight": latent(here) for there, here in _LATENT.items()},
+        "self_attention.linear_kv_up_proj.weight": lambda: _part(whole("self_attn.kv_b_proj"), 0, stage),
         "mlp.linear_fc1.weight": lambda: fc1("mlp"),
         "mlp.linear_fc2.weight": lambda: _part(whole("mlp.down_proj"), 1, stage),
-        "mlp.router.weight": lambda: whole(f"{gate}.gate"),
+        "mlp.router.weight": lambda: whole(f"{router}.gate"),
         "mlp.shared_experts.linear_fc1.weight": lambda: fc1("mlp.shared_experts"),
         "mlp.shared_experts.linear_fc2.weight": lambda: _part(whole("mlp.shared_experts.down_proj"), 1, stage),
     }
@@ -211,16 +244,25 @@ def _layer_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Ten
 
 
 def _expert_rows(hf: HfTensors, stage: Stage, name: str, layer: int) -> torch.Tensor:
-    """What ``mlp.experts.local_experts.N.linear_fc1.weight`` (or ``fc2``) of a SequentialMLP must hold."""
-    number, module = name.removeprefix("mlp.experts.local_experts.").removesuffix(".weight").split(".")
-    assert stage.config.experts is not None
-    here = stage.config.experts.num_experts // parallel_state.get_expert_model_parallel_world_size()
-    expert = parallel_state.get_expert_model_parallel_rank() * here + int(number)
-    cut = (parallel_state.get_expert_tensor_parallel_world_size(), parallel_state.get_expert_tensor_parallel_rank())
-    packed, single = (f"model.layers.{layer}.{each}" for each in ("mlp.experts.", "block_sparse_moe.experts."))
-    if module == "linear_fc2":
-        down = f"{packed}down_proj"
-        return _cut(hf[down][expert] if down in hf else hf[f"{single}{expert}.w2.weight"], 1, *cut)
-    both = f"{packed}gate_up_proj"
-    halves = hf[both][expert].chunk(2) if both in hf else [hf[f"{single}{expert}.{w}.weight"] for w in ("w1", "w3")]
-    return torch.cat([_cut(half, 0, *cut) for half in halves])
+    """What a rank holds of one expert; of all its experts, side by side and transposed, where they are grouped."""
+    share = stage.config.experts.num_experts // stage.ep  # type: ignore[union-attr]  # it has experts
+    if ".local_experts." in name:
+        return _expert(hf, stage, name.split(".")[-2], layer, stage.ep_rank * share + int(name.split(".")[3]))
+    which = {"weight1": "linear_fc1", "weight2": "linear_fc2"}[name.rpartition(".")[2]]
+    own = torch.stack([_expert(hf, stage, which, layer, stage.ep_rank * share + number).T for number in range(share)])
+    hidden = stage.config.hidden_size
+    return own.reshape(hidden, -1) if which == "linear_fc1" else own.reshape(-1, hidden)
+
+
+def _expert(hf: HfTensors, stage: Stage, which: str, layer: int, expert: int) -> torch.Tensor:
+    """What a rank holds of one matrix of one expert, as a linear module has it."""
+    if stage.config.latent_attention:
+        there = f"model.layers.{layer}.mlp.experts."
+        gate, up = hf[there + "gate_up_proj"][expert].chunk(2)
+        down = hf[there + "down_proj"][expert]
+    else:
+        there = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+        gate, up, down = (hf[f"{there}{each}.weight"] for each in ("w1", "w3", "w2"))
+    if which == "linear_fc2":
+        return _cut(down, 1, stage.etp_rank, stage.etp)
+    return torch.cat([_cut(half, 0, stage.etp_rank, stage.etp) for half in (gate, up)])

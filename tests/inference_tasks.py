@@ -29,7 +29,7 @@ def run_model(
     parallel_state.destroy_model_parallel()
     uneven = layout.get("pp_layers")
     # Replicas are not told: they follow from the number of ranks.
-    parallel = ParallelLayout(**layout | {"dp": 1, "pp_layers": uneven and tuple(uneven)})
+    parallel = ParallelLayout(**layout | {"dp": None, "pp_layers": uneven and tuple(uneven)})
     model = load_model(path, layout=parallel, config=config, dtype=torch.float32)
     model_config = MistralConfig.from_hf(config)
     stage = Stage(model_config, parallel)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from math import gcd, lcm
 from typing import Any
 
+from hypothesis import reject
 from hypothesis import strategies as st
 
+from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.experts import Experts
+from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 
 _SMALL = st.integers(1, 3)
@@ -36,6 +41,35 @@ def models(draw: st.DrawFn) -> tuple[MistralConfig, ParallelLayout]:
     )
     cp, dp, order = draw(st.integers(1, 2)), draw(_SMALL), draw(st.sampled_from(_ORDERS))
     return config, ParallelLayout(tp=tp, cp=cp, dp=dp, order=order, **pipeline)
+
+
+@st.composite
+def family(draw: st.DrawFn) -> tuple[MistralConfig, ParallelLayout]:
+    """A small model with experts, with latent attention or without, and a layout that fits it."""
+    dense, plain = draw(models())
+    tp, etp = plain.tp, draw(st.none() | _SMALL)
+    ep = draw(_SMALL) if "ep" in plain.order else 1
+    experts = Experts(
+        num_experts=ep * draw(_SMALL),
+        experts_per_token=1,
+        intermediate_size=lcm(etp or tp, tp) * draw(_SMALL),
+        shared_intermediate_size=tp * draw(st.integers(0, 2)),
+        packed=draw(st.booleans()),
+    )
+    rotated = 2 * draw(_SMALL)
+    latent = LatentAttention(
+        q_lora_rank=tp * draw(_SMALL),
+        kv_lora_rank=tp * (rotated + draw(_SMALL)) - rotated,
+        qk_nope_head_dim=draw(_SMALL),
+        qk_rope_head_dim=rotated,
+        v_head_dim=draw(_SMALL),
+    )
+    config = replace(dense, experts=experts, latent_attention=draw(st.none() | st.just(latent)))
+    try:
+        fewest = replace(plain, dp=None, ep=ep, etp=etp)  # type: ignore[arg-type]  # the default, which counts
+        return config, replace(fewest, dp=fewest.dp * draw(st.integers(1, 2)))
+    except LayoutError:
+        reject()
 
 
 @st.composite

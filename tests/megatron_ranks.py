@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -113,22 +114,76 @@ def difference(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
 
 def _hf_elems(entry: HfShardedTensor, hf: HfTensors) -> int | None:
     """Number of elements for which the metadata names a Hugging Face element; None if one has another value."""
-    first, *columns = entry.global_offset[entry.prepend_axis_num :]
     if entry.data is None:
         return None
-    data, count = entry.data.detach(), 0
-    for part in entry.hf_parts:
-        for hf_row, row, length in part.rows:
-            start, stop = max(row, first), min(row + length, first + len(data))
-            if start < stop:
-                mine = data[start - first : stop - first]
-                theirs = hf[part.hf_name][hf_row + start - row : hf_row + stop - row]
-                if columns:
-                    theirs = theirs[:, columns[0] : columns[0] + mine.shape[1]]
-                if not torch.equal(mine, theirs):
-                    return None
-                count += mine.numel()
+    count = 0
+    for expert, data, (first, *columns) in _matrices(entry):
+        for part in entry.hf_parts:
+            theirs = hf[part.hf_name]
+            if theirs.ndim > data.ndim:
+                theirs = theirs[expert]  # of all experts
+            elif expert is not None and f".experts.{expert}." not in part.hf_name:
+                continue
+            for hf_row, row, length in part.rows:
+                start, stop = max(row, first), min(row + length, first + len(data))
+                if start < stop:
+                    shift = part.first_hf_row + hf_row - row
+                    mine, other = data[start - first : stop - first], theirs[start + shift : stop + shift]
+                    if columns:
+                        other = other[:, columns[0] : columns[0] + mine.shape[1]]
+                    if not torch.equal(mine, other):
+                        return None
+                    count += mine.numel()
     return count
+
+
+def _matrices(entry: ShardedTensor) -> Iterator[tuple[int | None, torch.Tensor, tuple[int, ...]]]:
+    """Of every expert that an entry holds rows of, or of none: its number, its part, and where that begins."""
+    lead, data = entry.prepend_axis_num, entry.data.detach()
+    spelled = re.search(r"\.experts\.(?:(\d+)\.)?linear", entry.key)
+    if spelled is None:
+        yield None, data, entry.global_offset[lead:]
+    elif data.ndim > 2:  # GroupedMLP has an axis of experts
+        for number, part in enumerate(data, entry.global_offset[lead]):
+            yield number, part, entry.global_offset[lead + 1 :]
+    else:
+        yield int(spelled[1] or entry.global_offset[lead - 1]), data, entry.global_offset[lead:]
+
+
+def compare_grouped(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str) -> dict[str, Any]:
+    """As ``compare_entries``, for a real model with grouped experts, whose entries the factory has expert by expert."""
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    tensors = _hf_tensors(hf)
+    stage = Stage(model_config, model_layout, grouped=True)
+    stage.fill(tensors)
+    made = sharded_state_dict(model_config, model_layout, dist.get_rank(), style=key_style)
+    live = add_hf_metadata(stage.sharded_state_dict(key_style), model_config)
+    for each in (live, made):
+        apply_factories(each)
+    entries = [entry for _, entry in _flat(live) if isinstance(entry, HfShardedTensor)]
+    return {
+        "entries": len(entries),
+        "different": _both_ways(_by_expert(live), _by_expert(made)),
+        "wrong_rows": [entry.key for entry in entries if _hf_elems(entry, tensors) is None],
+        "hf_elems": sum(_hf_elems(entry, tensors) or 0 for entry in entries if is_main_replica(entry.replica_id)),
+    }
+
+
+def _by_expert(state: dict[str, Any]) -> list[str]:
+    """Key, shapes, place, replica and Hugging Face names of every tensor, and of every expert of one with several."""
+    found = []
+    for _, entry in _flat(state):
+        if not isinstance(entry, HfShardedTensor):
+            continue
+        offset, shape = entry.global_offset, (*(1,) * entry.prepend_axis_num, *entry.local_shape)
+        experts = len(entry.local_shape) > 2  # GroupedMLP has an axis of experts
+        axis = entry.prepend_axis_num
+        for number in range(shape[axis] if experts else 1):
+            at = (*offset[:axis], offset[axis] + number, *offset[axis + 1 :]) if experts else offset
+            extents = (*shape[:axis], 1, *shape[axis + 1 :]) if experts else shape
+            names = [name for name in entry.hf_names if not experts or f".experts.{at[axis]}." in name]
+            found.append(f"{entry.key} {entry.global_shape} {at} {extents} {entry.replica_id} {names}")
+    return found
 
 
 def save_model(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, to: str) -> None:
@@ -183,7 +238,14 @@ def load_into_model(*, config: dict[str, Any], layout: dict[str, Any], style: st
 
 
 def save_training(
-    *, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, distributed: bool, to: str | None
+    *,
+    config: dict[str, Any],
+    layout: dict[str, Any],
+    style: str,
+    hf: str,
+    distributed: bool,
+    to: str | None,
+    counted: bool = False,
 ) -> dict[str, Any]:
     """Step a real optimizer over a real model, and save both; compare the factory's entries with Megatron's.
 
@@ -194,7 +256,7 @@ def save_training(
     stage.fill(_hf_tensors(hf))
     optimizer = Optimizer(stage, distributed=distributed)
     weights = stage.sharded_state_dict(key_style)
-    live = optimizer.sharded_state_dict(weights)
+    live = optimizer.sharded_state_dict(weights, counted=counted)
     made = optimizer_state_dict(model_config, model_layout, dist.get_rank(), distributed=distributed, style=key_style)
     names = [entry.hf_names for _, entry in _flat(_applied(made)) if isinstance(entry, ShardedTensor)]
     different = _both_ways(_undated(live), _undated(made))
@@ -316,7 +378,7 @@ def _pretend_cuda() -> None:
 _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
     task.__name__: task
     for task in (
-        *(compare_entries, save_model, save_entries, load_entries, load_into_model),
+        *(compare_entries, compare_grouped, save_model, save_entries, load_entries, load_into_model),
         *(save_training, reshard_checkpoint, load_training, run_model, run_command),
     )
 }

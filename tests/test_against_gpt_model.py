@@ -6,12 +6,15 @@ Every model is one that transformers saved; ``gpt_stage.hf_rows`` says which of 
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from family_models import model_class
+from packaging.version import Version
 from safetensors.torch import load_file
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoConfig
 
 from dist_ckpt_mistral.convert import from_hf
 
@@ -43,11 +46,37 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "tp2-standalone-ends": {"tp": 2, "pp": 2, "pipeline_model_parallel_layout": "E|t|(tt|)*2,t*3|L"},
 }
+#: The same for experts.
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2-pp2": LAYOUTS["tp2-pp2"],
+    "ep4": {"dp": 4, "ep": 4},
+    "tp2-ep2-etp1": {"tp": 2, "dp": 2, "ep": 2, "etp": 1},
+    "tp2-ep2": {"tp": 2, "dp": 2, "ep": 2},
+    "etp2": {"dp": 4, "etp": 2},
+    "pp2-vpp2-ep2": {"pp": 2, "vpp": 2, "dp": 2, "ep": 2},
+}
 #: What differs from the model that is not named; of the last one, tensor parallelism also cuts the groups.
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "2-groups": {"num_key_value_heads": 2},
+}
+EXPERT_MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "mistral4": {
+        "model_type": "mistral4",
+        "num_key_value_heads": 8,
+        "head_dim": 14,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "moe_intermediate_size": 20,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+    },
 }
 #: Layout, model and key style.
 CASES = {
@@ -57,10 +86,19 @@ CASES = {
         *(("tp2-pp2", "untied", style) for style in ("PER_LAYER", "SINGLETON")),
         *(("tp2-pp2-vpp4", "tied", style) for style in ("PER_LAYER", "SINGLETON")),
         ("tp4", "2-groups", "STACKED"),
+        *((layout, model, "STACKED") for layout in EXPERT_LAYOUTS for model in EXPERT_MODELS),
+        *(("tp2-ep2-etp1", model, style) for model in EXPERT_MODELS for style in ("PER_LAYER", "SINGLETON")),
     ]
 }
+#: Layout and key style with grouped experts.
+GROUPED = [*((layout, "STACKED") for layout in EXPERT_LAYOUTS), ("tp2-ep2", "PER_LAYER"), ("tp2-ep2", "SINGLETON")]
 #: The layouts into which each model is loaded from what from_hf made.
-LOADS = {"untied": tuple(LAYOUTS), "tied": tuple(LAYOUTS), "2-groups": ("tp4",)}
+LOADS = {
+    "untied": tuple(LAYOUTS),
+    "tied": tuple(LAYOUTS),
+    "2-groups": ("tp4",),
+    **dict.fromkeys(EXPERT_MODELS, tuple(EXPERT_LAYOUTS)),
+}
 #: What from_hf is told about cutting a checkpoint.
 CUTS: dict[str, dict[str, int]] = {"uncut": {}, "cut-tp4-pp2": {"tp": 4, "pp": 2, "iteration": 7}}
 
@@ -79,8 +117,8 @@ def save_hf(folder: Path, differs: dict[str, Any]) -> Path:
         "sliding_window": None,
         "tie_word_embeddings": False,
     }
-    config = MistralConfig(**sizes | differs)
-    model = MistralForCausalLM(config).bfloat16()
+    config = AutoConfig.for_model(**{"model_type": "mistral"} | sizes | differs)
+    model = model_class(config)(config).bfloat16()
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_()
@@ -88,11 +126,16 @@ def save_hf(folder: Path, differs: dict[str, Any]) -> Path:
     return folder
 
 
+def has_grouped_mlp() -> bool:
+    """Whether the installed megatron-core has GroupedMLP: up to 0.16."""
+    return Version(version("megatron-core")) < Version("0.17")
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The Hugging Face directory of every model."""
     folder = tmp_path_factory.mktemp("hf")
-    return {name: save_hf(folder / name, differs) for name, differs in MODELS.items()}
+    return {name: save_hf(folder / name, differs) for name, differs in (MODELS | EXPERT_MODELS).items()}
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +148,17 @@ def results(
     def job(task: str, layout: str, model: str, style: str = "STACKED", **more: str) -> dict[str, Any]:
         config = json.loads((models[model] / "config.json").read_text())
         hf = str(models[model])
-        return {"task": task, "config": config, "layout": LAYOUTS[layout], "style": style, "hf": hf, **more}
+        ranks = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+        return {"task": task, "config": config, "layout": ranks, "style": style, "hf": hf, **more}
 
     jobs = {name: job("compare_entries", layout, model, style) for name, (layout, model, style) in CASES.items()}
+    if has_grouped_mlp():
+        jobs |= {f"{layout} {style}": job("compare_grouped", layout, "mixtral", style) for layout, style in GROUPED}
     for model, directory in models.items():
         for name, cut in CUTS.items():
             root = folder / f"{name}-{model}"
-            from_hf(directory, root, **cut)  # type: ignore[arg-type]  # these are all int
+            ep = 2 if cut and model in EXPERT_MODELS else 1
+            from_hf(directory, root, ep=ep, **cut)  # type: ignore[arg-type]  # these are all int
             at = str(root / ("iter_0000007" if "iteration" in cut else "release"))
             jobs |= {
                 f"{name} {model} {layout}": job("load_into_model", layout, model, at=at) for layout in LOADS[model]
@@ -138,6 +185,18 @@ def test_metadata_names_the_hf_rows(case: str, models: dict[str, Path], results:
     files = models[CASES[case][1]].glob("*.safetensors")
     assert [rank[case]["wrong_rows"] for rank in results] == [[]] * 4
     assert sum(rank[case]["hf_elems"] for rank in results) == sum(
+        tensor.numel() for file in files for tensor in load_file(file).values()
+    )
+
+
+@pytest.mark.skipif(not has_grouped_mlp(), reason="needs megatron-core up to 0.16, which has GroupedMLP")
+@pytest.mark.parametrize(("layout", "style"), GROUPED)
+def test_grouped_experts(layout: str, style: str, models: dict[str, Path], results: list[dict[str, Any]]) -> None:
+    """Entries of a real model with GroupedMLP get names, and expert by expert are the factory's; rows hold."""
+    told = [rank[f"{layout} {style}"] for rank in results]
+    assert [(each["different"], each["wrong_rows"], each["entries"] > 0) for each in told] == [([], [], True)] * 4
+    files = models["mixtral"].glob("*.safetensors")
+    assert sum(each["hf_elems"] for each in told) == sum(
         tensor.numel() for file in files for tensor in load_file(file).values()
     )
 

@@ -79,7 +79,7 @@ class AsRank:
         dist.destroy_process_group()
 
 
-def as_rank(megatron: SimpleNamespace, layout: ParallelLayout, rank: int, **more: Any) -> AsRank:  # noqa: ANN401
+def as_rank(megatron: SimpleNamespace, layout: ParallelLayout, rank: int) -> AsRank:
     """Megatron's parallel state as a rank of ``layout`` sees it."""
     return AsRank(
         megatron,
@@ -89,13 +89,14 @@ def as_rank(megatron: SimpleNamespace, layout: ParallelLayout, rank: int, **more
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         order=layout.order,
-        **more,
     )
 
 
 @settings(suppress_health_check=_SHARED_FIXTURE)
-@given(layouts.models(), st.sampled_from(KeyStyle), st.data())
+@given(layouts.models() | layouts.family(), st.sampled_from(KeyStyle), st.data())
 def test_entries_equal_those_of_a_real_model(
     megatron: SimpleNamespace, model: tuple[MistralConfig, ParallelLayout], style: KeyStyle, data: st.DataObject
 ) -> None:
@@ -163,8 +164,7 @@ def test_ranks_count_as_megatron_counts(megatron: SimpleNamespace, ranks: dict[s
 
 def set_up_for(megatron: SimpleNamespace, rank: int, there: ParallelLayout, wanted: ParallelLayout) -> None:
     """Ask for ``wanted`` where Megatron's parallel state is that of ``there``."""
-    sizes = {"expert_model_parallel_size": there.ep, "expert_tensor_parallel_size": there.etp}
-    with as_rank(megatron, there, rank, **sizes):
+    with as_rank(megatron, there, rank):
         megatron.runtime.initialize_megatron(wanted, device="cpu")
 
 
@@ -191,7 +191,7 @@ def test_a_parallel_state_of_another_layout_is_refused(
 
 
 @settings(suppress_health_check=_SHARED_FIXTURE)
-@given(layouts.models(), st.data())
+@given(layouts.models() | layouts.family(), st.data())
 def test_its_own_parallel_state_is_accepted(
     megatron: SimpleNamespace, model: tuple[MistralConfig, ParallelLayout], data: st.DataObject
 ) -> None:

@@ -38,7 +38,8 @@ chunking convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
-megatron.runtime megatron.build_model megatron.load_model megatron.inference megatron.generate megatron.logits
+megatron.runtime megatron.local_layers megatron.model_config megatron.build_model megatron.load_model
+megatron.inference megatron.generate megatron.logits
 demo
 commands.options commands.from_hf commands.to_hf commands.plan commands.reshard commands.inspect commands.verify
 commands.generate commands.megatron_args commands.demo

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from family_models import model_class
 from genuine import folder, shards, truth
+from safetensors.torch import save_file
 from small_models import MODELS, PROMPT, VOCABULARY, small_model
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchError, UnsupportedModelError
@@ -25,7 +27,13 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 NEW_TOKENS = 20
 #: Genuine checkpoints of all generations, key styles and layouts.
-GENUINE = ["td_0123", "td_0192", "tied_tp2pp2_0161", "vpp_0161", "nonhomog_0192", "singleton_0161", "opt_fsms_0140"]
+GENUINE = [
+    *("td_0123", "td_0192", "tied_tp2pp2_0161", "vpp_0161", "nonhomog_0192", "singleton_0161", "opt_fsms_0140"),
+    *("moe_seq_0192", "moe_grouped_0161", "te_moe_0192", "mlm_moe_0192", "mistral4_0192"),
+]
+
+#: What transformers wants safetensors files to say.
+_FORMAT = {"format": "pt"}
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # megatron warns of much that is not ours to mend
 
@@ -99,15 +107,13 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("case", GENUINE)
-def test_genuine_checkpoints_run(case: str, megatron: SimpleNamespace) -> None:
+def test_genuine_checkpoints_run(case: str, tmp_path: Path, megatron: SimpleNamespace) -> None:
     """What Megatron of any generation saved runs, and says what transformers says with the true tensors."""
-    tensors = truth(case)
-    config = MistralConfig.from_pretrained(folder(case))
-    model = MistralForCausalLM(config)
-    missing = model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
-    assert missing.unexpected_keys == []
-    assert missing.missing_keys == (["lm_head.weight"] if config.tie_word_embeddings else [])
-    model.tie_weights()
+    config = AutoConfig.from_pretrained(folder(case))
+    save_file({name: tensor.float() for name, tensor in truth(case).items()}, tmp_path / "model.safetensors", _FORMAT)
+    config.save_pretrained(tmp_path)
+    model, found = model_class(config).from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not any(found.values())
     tokens = PROMPT.clamp(max=config.vocab_size - 1)
     with torch.no_grad():
         expected = model.eval()(tokens).logits
@@ -159,16 +165,18 @@ def test_a_new_model_is_random_and_trains(megatron: SimpleNamespace) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
-def test_a_loaded_model_can_be_trained(megatron: SimpleNamespace, saved: dict[str, dict[str, Path]]) -> None:
+@pytest.mark.parametrize("name", ["full attention", "mixtral", "mistral4"])
+def test_a_loaded_model_can_be_trained(name: str, megatron: SimpleNamespace, saved: dict[str, dict[str, Path]]) -> None:
     """Loaded weights bear the marks by which Megatron counts gradients, as those do that it initializes itself."""
-    path = saved["full attention"]["hf"]
+    path = saved[name]["hf"]
     fresh = megatron.build_model(dcm.MistralConfig.from_hf(path), dtype=torch.float32, device="cpu")
-    marks = ("tensor_model_parallel", "partition_dim", "partition_stride")
+    marks = ("tensor_model_parallel", "partition_dim", "partition_stride", "allreduce", "sequence_parallel")
 
     def marked(model: torch.nn.Module) -> dict[str, list[Any]]:
         return {name: [getattr(each, mark, None) for mark in marks] for name, each in model.named_parameters()}
 
-    assert marked(fresh)["decoder.layers.0.mlp.linear_fc1.weight"] == [True, 0, 2]
+    first = marked(fresh)["decoder.layers.0.self_attention.linear_proj.weight"]
+    assert first[:4] == [True, 1, 1, True]
     assert marked(megatron.load_model(path, device="cpu")) == marked(fresh)
 
 
@@ -199,6 +207,41 @@ def test_what_does_not_fit_is_refused(megatron: SimpleNamespace, saved: dict[str
             megatron.build_model(config, device="cpu")
     finally:
         megatron.parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("mistral4", {"q_lora_rank": None}, "Megatron then norms what queries are made of"),
+        ("mistral4", {"qk_rope_head_dim": 3, "qk_nope_head_dim": 7}, "qk_rope_head_dim=3"),
+        ("mistral4", {"sliding_window": 4}, "sliding_window=4 with latent attention"),
+        ("mistral4", {"num_experts_per_tok": 1}, "one expert per token with a probability of 1"),
+        ("mistral4", {"n_group": 2}, "chooses groups in the same way only if normalized=False"),
+        ("mistral4, groups", {"num_experts_per_tok": 1}, "experts_per_token is 2 to 3 times groups_per_token"),
+        ("mistral4", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta=0.1 without YaRN"),
+        ("mistral4", {"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "truncate=False"),
+    ],
+)
+def test_models_that_megatron_cannot_express(
+    name: str, changes: dict[str, Any], reason: str, megatron: SimpleNamespace
+) -> None:
+    """What Megatron would compute otherwise than transformers is not run: it is named."""
+    config = small_model(name).config.to_dict()
+    rope = changes.get("rope_parameters")
+    if rope is None:
+        config["rope_parameters"].pop("partial_rotary_factor", None)
+    config = dcm.MistralConfig.from_hf(config | {"dtype": "float32"} | changes)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        megatron.build_model(config, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mistral4"])
+def test_experts_train(name: str, megatron: SimpleNamespace) -> None:
+    """Every parameter of a new model with experts gets a gradient, routers and latents included."""
+    config = dcm.MistralConfig.from_hf(small_model(name).config.to_dict())
+    model = megatron.build_model(config, dtype=torch.float32, device="cpu")
+    model(PROMPT, torch.arange(PROMPT.shape[1])[None], None, labels=PROMPT.roll(-1, 1)).mean().backward()
+    assert [name for name, each in model.named_parameters() if each.grad is None or not each.grad.any()] == []
 
 
 def test_a_tied_model_with_two_heads_is_refused(tmp_path: Path, megatron: SimpleNamespace) -> None:

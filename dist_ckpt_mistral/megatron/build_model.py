@@ -1,19 +1,16 @@
 """A rank's ``GPTModel`` of a Mistral model, for training and inference, on CUDA or on a CPU.
 
-What is said to Megatron here computes what transformers computes: proved by logits, float32, on megatron-core 0.16 and
-0.19. The layers are those of Megatron's local spec, which need neither Transformer Engine nor Apex.
+``model_config`` tells Megatron what the model is, ``local_layers`` what its layers are made of.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, Final, TypeAlias
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -22,38 +19,19 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.megatron.local_layers import layer_spec
+from dist_ckpt_mistral.megatron.model_config import gpt_model_arguments, transformer_config
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron, on_device, without_cuda
 from dist_ckpt_mistral.megatron.sharded_state_dict import weight_dtype
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.yarn import YarnScaling
 
 #: One rank's model: a GPTModel, or one for each of its virtual pipeline stages.
 Model: TypeAlias = GPTModel | list[GPTModel]
 
 _ALONE: Final = ParallelLayout()
 _NOTHING: Final[Mapping[str, Any]] = {}
-
-#: What every Mistral model is. The fusions need Apex or Transformer Engine, or compute in another order.
-_ARCHITECTURE: Final[Mapping[str, Any]] = {
-    "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "activation_func": torch.nn.functional.silu,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
-    "use_cpu_initialization": True,
-}
 
 #: Megatron's tensor-parallel layers, and the axis along which each cuts its weight.
 _CUT_AXES: Final[Mapping[type, int]] = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
@@ -82,6 +60,8 @@ def build_model(
     """This rank's GPTModel, or the list of them with virtual pipeline stages.
 
     Megatron's process group, parallel state and random numbers are set up if they are not (``initialize_megatron``).
+    Experts train without tensor parallelism alone: Megatron demands sequence parallelism with it, which the norms of
+    its local spec lack.
 
     Args:
         config: The model.
@@ -115,15 +95,9 @@ def build_chunks(
     settings: Mapping[str, Any],
 ) -> list[GPTModel]:
     """One GPTModel for each model chunk of this rank, made for ``device`` but still on the CPU (mostly)."""
-    told = _transformer_config(config, layout, dtype, settings)
+    told, spec = transformer_config(config, layout, dtype, settings), layer_spec(config)
     kind = GPTModel if device.type == "cuda" else CpuGPTModel
-    shape = {
-        "vocab_size": padded_vocab_size(config.vocab_size, layout.tp) if vocab_rows is None else vocab_rows,
-        "max_sequence_length": config.max_position_embeddings,
-        "position_embedding_type": "rope" if config.yarn is None else "yarn",
-        "rotary_base": config.rope_theta,
-        "share_embeddings_and_output_weights": config.tie_word_embeddings,
-    }
+    rows = padded_vocab_size(config.vocab_size, layout.tp) if vocab_rows is None else vocab_rows
     chunks = []
     for number in range(layout.vpp or 1):
         stage = number if layout.vpp else None
@@ -131,11 +105,12 @@ def build_chunks(
         with on_device(device):
             chunk = kind(
                 told,
-                get_gpt_layer_local_spec(normalization="RMSNorm"),
+                spec,
+                vocab_size=rows,
                 pre_process=parallel_state.is_pipeline_first_stage(**ends),
                 post_process=parallel_state.is_pipeline_last_stage(**ends),
                 vp_stage=stage,
-                **shape,
+                **gpt_model_arguments(config),
             )
         _mark_tensor_parallel(chunk)
         chunks.append(chunk.to(dtype))
@@ -164,47 +139,3 @@ def as_model(chunks: list[GPTModel]) -> Model:
 def as_chunks(model: Model) -> list[GPTModel]:
     """The chunks of a rank's model."""
     return model if isinstance(model, list) else [model]
-
-
-def _transformer_config(
-    config: MistralConfig, layout: ParallelLayout, dtype: torch.dtype, settings: Mapping[str, Any]
-) -> TransformerConfig:
-    """The model, the layout and what the caller wants, in Megatron's words."""
-    if config.head_dim % 2:
-        raise UnsupportedModelError(f"head_dim={config.head_dim}: Megatron rotates pairs of dimensions.")
-    told = {
-        **_ARCHITECTURE,
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": config.head_dim,
-        "layernorm_epsilon": config.rms_norm_eps,
-        "window_size": config.window_size,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "fp16": dtype is torch.float16,
-        **layout.transformer_config_fields(),
-        **settings,
-    }
-    unknown = sorted(told.keys() - {field.name for field in fields(TransformerConfig)})
-    if unknown:
-        raise ConfigError(f"the installed megatron-core's TransformerConfig has no {', '.join(unknown)}")
-    made = TransformerConfig(**told)
-    if config.yarn is not None:
-        _add_yarn(made, config.yarn)
-    return made
-
-
-def _add_yarn(made: TransformerConfig, yarn: YarnScaling) -> None:
-    """GPTModel reads YaRN from attributes that TransformerConfig does not declare (gpt_model.py, 0.16 to 0.19)."""
-    mscale, mscale_all_dim = yarn.megatron_mscales
-    made.yarn_rotary_scaling_factor = yarn.factor
-    made.yarn_original_max_position_embeddings = yarn.original_max_position_embeddings
-    made.yarn_beta_fast = yarn.beta_fast
-    made.yarn_beta_slow = yarn.beta_slow
-    made.yarn_mscale = mscale
-    made.yarn_mscale_all_dim = mscale_all_dim
-    made.yarn_correction_range_round_to_int = yarn.truncate

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -54,8 +53,8 @@ class _OnDemand:
 class HfShardedTensor(_OnDemand, ShardedTensor):  # type: ignore[misc]  # megatron is untyped
     """Megatron's ShardedTensor, and the Hugging Face tensors that it holds rows of.
 
-    The rows of ``hf_parts`` are those of the stored tensor ``key``, without its layer axis. A local tensor of nothing
-    but vocabulary padding has no parts. ``data`` may be given as a ``PendingTensor``.
+    The rows of ``hf_parts`` are those of the stored tensor ``key``, without its axes of layer and expert. A local
+    tensor of nothing but vocabulary padding has no parts. ``data`` may be given as a ``PendingTensor``.
     """
 
     hf_parts: tuple[HfPart, ...] = ()
@@ -118,12 +117,19 @@ class StoredLayer:
         """The Hugging Face tensors with rows among ``rows`` rows of the stored tensor, from ``first_row`` on."""
         first = self.rows.first_row + first_row
         return tuple(
-            HfPart(
-                hf_name=spell(part.hf_name, self.index),
-                rows=replace(part.rows, offset=part.rows.offset - self.rows.first_row),
-            )
+            self._own(part)
             for part in self.rule.parts
             if any(start < first + rows and first < start + length for _, start, length in part.rows)
+        )
+
+    def _own(self, part: HfPart) -> HfPart:
+        """A part of the rule as far as its rows are in the stored tensor, which may have one half of a packed one."""
+        start, end = self.rows.first_row, self.rows.first_row + self.rows.rows
+        low, high = max(part.rows.offset, start), min(part.rows.offset + part.rows.length, end)
+        return HfPart(
+            hf_name=spell(part.hf_name, self.index),
+            rows=replace(part.rows, offset=low - start, length=high - low),
+            first_hf_row=low - part.rows.offset,
         )
 
 
@@ -152,7 +158,11 @@ class _AnnotatedBuild:
 
     def __call__(self, key: str, *args: object) -> Any:  # noqa: ANN401  (whatever build_fn gives)
         """Build as the live model does. Megatron's optimizers put a prefix before the model's own key."""
-        annotated = partial(_annotated_tensor, self.index, key.removesuffix(self.own_key))
+        prefix = key.removesuffix(self.own_key)
+
+        def annotated(entry: object) -> object:
+            return _annotated_tensor(self.index, prefix, entry) if isinstance(entry, ShardedTensor) else entry
+
         return dict_list_map_outplace(annotated, self.build_fn(key, *args))
 
 
@@ -171,14 +181,28 @@ def _annotated(entry: object, index: StoredIndex) -> object:
 
 
 def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
-    lead = tensor.prepend_axis_num
-    stored = index.get((tensor.key.removeprefix(prefix), tensor.global_offset[:lead]))
-    if stored is None:
+    held, axis = _held_by(index, tensor.key.removeprefix(prefix), tensor)
+    if not held:
         raise TensorMismatchError(f"unknown tensor {tensor.key!r} with global_offset {tensor.global_offset}")
-    expected = stored.rows.global_shape
-    if stored.rule.padded_vocabulary:
+    expected = held[0].rows.global_shape
+    if held[0].rule.padded_vocabulary:
         expected = (max(expected[0], tensor.global_shape[0]), *expected[1:])
     if tensor.global_shape != expected:
         raise TensorMismatchError(f"shape mismatch for {tensor.key!r}: expected {expected}, got {tensor.global_shape}")
     own = {field.name: getattr(tensor, field.name) for field in fields(ShardedTensor)}
-    return HfShardedTensor(**own, hf_parts=stored.hf_parts(tensor.global_offset[lead], tensor.local_shape[0]))
+    first, rows = tensor.global_offset[axis], tensor.local_shape[axis - tensor.prepend_axis_num]
+    parts = dict.fromkeys(part for each in held for part in each.hf_parts(first, rows))
+    return HfShardedTensor(**own, hf_parts=tuple(parts))
+
+
+def _held_by(index: StoredIndex, key: str, tensor: ShardedTensor) -> tuple[list[StoredLayer], int]:
+    """The stored tensors that a live one holds rows of, and the axis of rows.
+
+    It is one, but for GroupedMLP (moe/experts.py, to 0.16): there the first axis counts experts.
+    """
+    lead = tensor.prepend_axis_num
+    at = tensor.global_offset[:lead]
+    if (key, at) in index:
+        return [index[key, at]], lead
+    experts = range(tensor.global_offset[lead], tensor.global_offset[lead] + tensor.local_shape[0])
+    return [index[key, (*at, expert)] for expert in experts if (key, (*at, expert)) in index], lead + 1

@@ -39,11 +39,20 @@ def forward(
     """Logits of ``tokens`` ``[1, n]``: ``[1, n, vocab_size]`` on ranks of the last stage, None on the others.
 
     Every rank makes the same call. With a ``context``, ``tokens`` come after those that it has seen, and there may be
-    logits of the last of them alone. Raises LayoutError with context parallelism, which would cut the prompt.
+    logits of the last of them alone. Dropout is off meanwhile. Raises LayoutError with context parallelism, which
+    would cut the prompt.
     """
     if parallel_state.get_context_parallel_world_size() > 1:
         raise LayoutError("inference takes whole prompts: expected cp=1. Load the model with another layout.")
-    chunks, seen = as_chunks(model), 0 if context is None else context.sequence_len_offset
+    chunks = as_chunks(model)
+    with _evaluating(chunks):
+        return _through(chunks, tokens, vocab_size, context)
+
+
+def _through(
+    chunks: Sequence[GPTModel], tokens: torch.Tensor, vocab_size: int, context: StaticInferenceContext | None
+) -> torch.Tensor | None:
+    seen = 0 if context is None else context.sequence_len_offset
     device = torch.device("cuda", torch.cuda.current_device()) if _is_on_cuda(chunks) else torch.device("cpu")
     tokens = tokens.to(device)
     positions = torch.arange(seen, seen + tokens.shape[1], device=device)[None]

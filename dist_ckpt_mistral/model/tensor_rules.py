@@ -95,11 +95,13 @@ class HfPart:
     """One Hugging Face tensor and the Megatron rows that hold it; ``own`` are the tensors of Mistral AI's own files.
 
     A name without ``{expert}`` for rows of experts stands for a tensor that packs all experts, one behind the other.
+    ``rows`` count from ``first_hf_row`` of the Hugging Face tensor: above 0 where a stored tensor has only the rest.
     """
 
     hf_name: str
     rows: RowBlocks
     own: tuple[OwnRows, ...] = ()
+    first_hf_row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
