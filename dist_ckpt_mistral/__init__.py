@@ -20,7 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_ckpt_mistral.convert import Conversion, from_hf, to_hf
+    from dist_ckpt_mistral.conversion import Conversion
+    from dist_ckpt_mistral.convert import from_hf, to_hf
     from dist_ckpt_mistral.errors import (
         ConfigError,
         DistCkptMistralError,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Comparison": "verify",
     "ConfigError": "errors",
-    "Conversion": "convert",
+    "Conversion": "conversion",
     "DistCkptMistralError": "errors",
     "FormatError": "errors",
     "KeyStyle": "model.tensor_table",

@@ -21,7 +21,7 @@ from dist_ckpt_mistral.name_ranges import grouped
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from dist_ckpt_mistral.convert import Conversion
+    from dist_ckpt_mistral.conversion import Conversion
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
 JSON_VERSION = 1
