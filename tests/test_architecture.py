@@ -18,7 +18,8 @@ from dist_ckpt_mistral.model.tensor_table import LOCAL_EXTRA_STATES, TE_EXTRA_ST
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
-errors shapes name_ranges dtypes strict_json ranks rank_processes hub storage strict_yaml libraries
+errors shapes name_ranges dtypes strict_json ranks rank_processes hub package_version
+stamps storage staging strict_yaml libraries
 model.checks model.yarn model.row_blocks model.config model.tensor_table
 model.pipeline_layout model.rank_grid model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.megatron_args model.bridge_config model.pretrain_flags
@@ -26,7 +27,7 @@ gather.boxes gather.links gather.tensor_index gather.flat_ranges gather.plan gat
 formats.pickle_records formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.safetensors formats.hf_directory
-mapping embedded checkpoint_config model_source writing verify chunking convert resharding
+mapping embedded checkpoint_config model_source journal writing verify chunking conversion convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
@@ -117,7 +118,7 @@ def test_who_needs_what(module: str) -> None:
         return
     assert {name for name, at_once in foreign if at_once} <= (
         {"numpy", "zlib_ng"}
-        if "gather." in module or module in ("verify", "reading.plan", "reading.planner")
+        if "gather." in module or module in ("verify", "journal", "reading.plan", "reading.planner")
         else set()
     )
     assert "megatron" not in {name for name, _ in foreign}
@@ -169,7 +170,7 @@ def test_what_only_one_room_does(module: str) -> None:
     if "read_bytes" not in {node.attr for node in calls if isinstance(node, ast.Attribute)}:
         touched -= {"read_bytes"} if module in AMOUNTS else set()
     own_reports = ("report", "demo", "rank_processes", "megatron.load_check", "cli")
-    assert touched.isdisjoint(touching) or module in ("storage", *own_reports)
+    assert touched.isdisjoint(touching) or module in ("storage", "staging", "journal", *own_reports)
 
 
 def test_asserts_check_no_data() -> None:

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             iteration=arguments.iteration,
             overwrite=arguments.overwrite,
+            resume=arguments.resume,
             effort=effort,
             ranks=ranks,
         )

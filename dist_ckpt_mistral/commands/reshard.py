@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             config=arguments.config,
             weights_only=arguments.weights_only,
             overwrite=arguments.overwrite,
+            resume=arguments.resume,
             effort=effort,
             ranks=ranks,
         )

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             max_file_bytes=arguments.max_file_size,
             overwrite=arguments.overwrite,
+            resume=arguments.resume,
             dry_run=arguments.dry_run,
             effort=effort,
             ranks=ranks,
