@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.checking import Check, check
-    from dist_ckpt_mistral.convert import Conversion, from_hf, to_hf
+    from dist_ckpt_mistral.conversion import Conversion
+    from dist_ckpt_mistral.convert import from_hf, to_hf
     from dist_ckpt_mistral.errors import (
         ConfigError,
         DistCkptMistralError,
@@ -55,7 +56,7 @@ _HOME = {
     "Check": "checking",
     "Comparison": "verify",
     "ConfigError": "errors",
-    "Conversion": "convert",
+    "Conversion": "conversion",
     "DistCkptMistralError": "errors",
     "FormatError": "errors",
     "KeyStyle": "model.tensor_rules",

@@ -18,6 +18,7 @@ from typing import Final
 from dist_ckpt_mistral.commands import demo, from_hf, generate, inspect, megatron_args, plan, reshard, to_hf, verify
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError, printable
+from dist_ckpt_mistral.package_version import package_version
 
 _COMMANDS: Final = (from_hf, to_hf, plan, reshard, inspect, verify, generate, megatron_args, demo)
 _EXIT_INTERRUPTED: Final = 130
@@ -42,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(error, debug=arguments.debug)
     except MemoryError as error:
-        return _fail(MemoryError(f"out of memory ({error}): lower --workers or --memory"), debug=arguments.debug)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was published", file=sys.stderr)
+        error.args = (f"out of memory ({error}): lower --workers or --memory.",)
+        return _fail(error, debug=arguments.debug)
+    except KeyboardInterrupt as error:
+        print("interrupted:", _notes(error) or "Nothing was published.", file=sys.stderr)
         return _EXIT_INTERRUPTED
 
 
@@ -72,8 +74,13 @@ def _fail(error: Exception, *, debug: bool) -> int:
     if debug:
         raise error
     if is_first_rank() or isinstance(error, LostRankError):  # the ranks of a job fail together, with one voice
-        print("error: " + printable(str(error)), file=sys.stderr)
+        print("error:", printable(f"{error} {_notes(error)}".rstrip()), file=sys.stderr)
     return EXIT_DATA
+
+
+def _notes(error: BaseException) -> str:
+    """What was added to the error on its way: how to go on."""
+    return " ".join(getattr(error, "__notes__", ()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,13 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """``--version``, which alone needs importlib.metadata: half of the time that ``--help`` takes."""
+    """``--version``, looked up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib import metadata  # noqa: PLC0415  (slow)
-
-        try:
-            print(f"dist-ckpt-mistral {metadata.version('dist-ckpt-mistral')}")
-        except metadata.PackageNotFoundError:
-            print("dist-ckpt-mistral, not installed")
+        print(f"dist-ckpt-mistral {package_version()}")
         parser.exit()

@@ -6,12 +6,12 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from dist_ckpt_mistral import dtypes, embedded, hub, storage
 from dist_ckpt_mistral.chunking import cuts
+from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
 from dist_ckpt_mistral.formats.hf_directory import FileSet
@@ -19,8 +19,9 @@ from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChu
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, new_checkpoint_map
+from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
 from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -28,6 +29,7 @@ from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorTab
 from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
 from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.stamps import Stamps, stamps
 from dist_ckpt_mistral.storage import TargetFile
 from dist_ckpt_mistral.verify import first_difference
 from dist_ckpt_mistral.writing import Checksums, write_output
@@ -40,42 +42,6 @@ _DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
 
 
-class _Origin(Protocol):
-    """What is converted: where its configuration is from, and what of it stays behind."""
-
-    @property
-    def config_from(self) -> str: ...
-
-    @property
-    def ignored(self) -> Ignored: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversion:
-    """What a conversion wrote (or, on a dry run, would write). Sizes in bytes, file names relative to ``output``."""
-
-    output: Path
-    config_from: str
-    num_tensors: int
-    num_bytes: int
-    files: Mapping[str, int]
-    ignored: Ignored
-
-    @classmethod
-    def of(
-        cls, output: Path, plan: BytePlan, files: Mapping[str, int], origin: _Origin, *, num_tensors: int
-    ) -> Conversion:
-        """What ``plan`` brings from ``origin`` into the ``files`` of ``output``."""
-        return cls(
-            output=output,
-            config_from=origin.config_from,
-            num_tensors=num_tensors,
-            num_bytes=plan.num_bytes,
-            files=files,
-            ignored=origin.ignored,
-        )
-
-
 def to_hf(
     checkpoint: str | Path,
     output: str | Path,
@@ -86,6 +52,7 @@ def to_hf(
     max_file_bytes: int = DEFAULT_FILE_BYTES,
     manifest: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
@@ -96,33 +63,39 @@ def to_hf(
     A directory also gives the vision tower and projector of a multimodal model, which training in Megatron drops.
     ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
     keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte; ``manifest`` adds
-    integrity.json to them, for ``check``. Raises DistCkptMistralError; then nothing is published.
+    integrity.json to them, for ``check``. ``resume`` goes on with what a run that was killed or failed has copied.
+    Raises DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     state = _which_weights(weights)
 
-    def prepare() -> tuple[ModelSource, FileSet, BytePlan]:
-        require_weight_dtype(dtype)
+    def prepare() -> tuple[Stamps, ModelSource, FileSet, BytePlan]:
+        dtypes.require_weight_dtype(dtype)
         storage.require_apart(checkpoint, output)
         storage.require_writable(output, overwrite=overwrite or dry_run)
+        given = given_directory(config)
+        inputs = stamps([*torch_dist.resolve_directory(checkpoint).rglob("*"), *(given.iterdir() if given else ())])
         opened = open_megatron(checkpoint, config=given_config(config), state=state)
-        source = completed(opened, given_directory(config))
+        source = completed(opened, given)
         file_set = _hf_files(source, dtype, max_file_bytes)
-        return source, file_set, source.plan_into(file_set.tensor_index(output, source.table.usual_name))
+        plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
+        return inputs, source, file_set, plan
 
-    source, file_set, plan = ranks.each(prepare)
+    inputs, source, file_set, plan = ranks.each(prepare)
     _LOG.info("configuration: %s", source.config_from)
     if source.carried_from is not None:
         _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
     assets = given_directory(config) or source.assets
+    carried = hf_directory.carried_files(assets)[0] if assets is not None else []
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):
             targets[number].write(0, file.head)
-        _write_hf_assets(staging, source, file_set, assets)
+        _write_hf_assets(staging, source, file_set, carried)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
     if not dry_run:
+        options = {"--weights": weights, "--dtype": dtype, "--max-file-size": max_file_bytes}
         write_output(
             output,
             plan,
@@ -130,7 +103,10 @@ def to_hf(
             complete=complete,
             manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)) if manifest else None,
             checksums=False,
+            recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
+            beside_bytes=storage.total_bytes(carried),
             overwrite=overwrite,
+            resume=resume,
             effort=effort,
             ranks=ranks,
         )
@@ -158,9 +134,8 @@ def _hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fi
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
 
 
-def _write_hf_assets(staging: Path, source: ModelSource, files: FileSet, assets: Path | None) -> None:
+def _write_hf_assets(staging: Path, source: ModelSource, files: FileSet, carried: Sequence[Path]) -> None:
     """Everything of a Hugging Face directory that is not weights; the index last."""
-    carried = hf_directory.carried_files(assets)[0] if assets is not None else []
     content = _config_json(
         source, files, next((path for path in carried if path.name == hf_directory.CONFIG_FILE), None)
     )
@@ -199,6 +174,7 @@ def from_hf(
     iteration: int | None = None,
     manifest: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
@@ -206,7 +182,8 @@ def from_hf(
 
     ``tp``, ``pp`` and ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the
     checkpoint is a ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every
-    tensor keeps its own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. Raises
+    tensor keeps its own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. ``resume``
+    goes on with what a run that was killed or failed has copied. Raises
     DistCkptMistralError; then nothing is published.
     """
     output = Path(checkpoint)
@@ -214,23 +191,28 @@ def from_hf(
     torch_dist.require_iteration(iteration)
     step = Path(torch_dist.iteration_name(iteration))
 
-    def prepare() -> tuple[ModelSource, CheckpointLayout, BytePlan]:
-        require_weight_dtype(dtype)
+    def prepare() -> tuple[Stamps, ModelSource, CheckpointLayout, BytePlan]:
+        dtypes.require_weight_dtype(dtype)
         storage.require_writable(output, overwrite=overwrite)
         directory = hub.local_directory(str(hf))
         storage.require_apart(directory, output)
+        inputs = stamps(directory.glob("*"))
         source = open_hf(directory, dtype=dtype)
-        return source, *_plan_import(source, layout, dtype, step)
+        return inputs, source, *_plan_import(source, layout, dtype, step)
 
-    source, written, plan = ranks.each(prepare)
+    inputs, source, written, plan = ranks.each(prepare)
+    carried, left = hf_directory.carried_files(source.path)
+    if left:
+        _LOG.warning("too large to travel inside the checkpoint, left behind: %s", ", ".join(left))
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
-        _write_beside_shards(staging / step, source, layout, dtype or source.main_dtype, iteration)
+        _write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
         storage.write_bytes(staging / step / torch_dist.METADATA_FILE, written.metadata())
         storage.write_bytes(staging / torch_dist.TRACKER_FILE, torch_dist.tracker_text(iteration))
 
     sizes = written.file_sizes(step)
+    options = {"--tp": tp, "--pp": pp, "--ep": ep, "--dtype": dtype, "--iteration": iteration}
     write_output(
         output,
         plan,
@@ -238,7 +220,10 @@ def from_hf(
         complete=complete,
         manifest=NewManifest(folder=step) if manifest else None,
         checksums=True,
+        recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
+        beside_bytes=storage.total_bytes(carried),
         overwrite=overwrite,
+        resume=resume,
         effort=effort,
         ranks=ranks,
     )
@@ -307,7 +292,12 @@ def _extra_states(table: TensorTable) -> list[str]:
 
 
 def _write_beside_shards(
-    directory: Path, source: ModelSource, layout: ParallelLayout, dtype: str, iteration: int | None
+    directory: Path,
+    source: ModelSource,
+    carried: Sequence[Path],
+    layout: ParallelLayout,
+    dtype: str,
+    iteration: int | None,
 ) -> None:
     """Write metadata.json, common.pt and the small Hugging Face files; ``.metadata`` comes last and elsewhere."""
     storage.write_bytes(directory / torch_dist.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
@@ -322,9 +312,6 @@ def _write_beside_shards(
         },
     }
     storage.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
-    carried, left = hf_directory.carried_files(source.path)
-    if left:
-        _LOG.warning("too large to travel inside the checkpoint, left behind: %s", ", ".join(left))
     (directory / embedded.ASSETS_FOLDER).mkdir()
     for path in carried:
         target = directory / embedded.ASSETS_FOLDER / path.name
@@ -332,9 +319,3 @@ def _write_beside_shards(
             storage.write_bytes(target, hf_directory.config_json(source.config.to_hf(), path))
         else:
             storage.copy_file(path, target)
-
-
-def require_weight_dtype(dtype: str | None) -> None:
-    """Refuse a ``dtype`` that model weights cannot have."""
-    if dtype is not None and dtype not in dtypes.WEIGHT_DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not supported: expected one of {', '.join(dtypes.WEIGHT_DTYPES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from reprlib import repr as short
 
-from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.errors import ConfigError, FormatError
 
 #: torch name (without ``torch.``) -> (name in safetensors 0.8, size in bytes).
 _TABLE = {
@@ -61,3 +61,9 @@ def require_known(name: object, where: str) -> str:
     if not isinstance(name, str) or name not in _TABLE:
         raise FormatError(f"unknown dtype for {where}: expected one of {', '.join(_TABLE)}, got {short(name)}")
     return name
+
+
+def require_weight_dtype(dtype: str | None) -> None:
+    """Refuse a ``dtype`` that model weights cannot have."""
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported: expected one of {', '.join(WEIGHT_DTYPES)}")

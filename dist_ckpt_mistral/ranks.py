@@ -38,12 +38,12 @@ class Ranks:
         A failure on any rank fails all: the rank's own error where it happened, a DistCkptMistralError that names rank
         and reason on the others.
         """
-        own: BaseException | None = None
+        own: Exception | None = None
         outcome: tuple[Any, str | None]
         try:
             outcome = (work(), None)
-        except (DistCkptMistralError, OSError) as error:
-            own, outcome = error, (None, str(error))
+        except Exception as error:  # noqa: BLE001  (whatever it is, the others are waiting to hear of it)
+            own, outcome = error, (None, str(error) or repr(error))
         outcomes = self.exchange(outcome)
         if own is not None:
             raise own
@@ -117,7 +117,13 @@ def _in_process_group() -> Ranks:
 
     def exchange(value: Any) -> list[Any]:  # noqa: ANN401  (whatever the ranks have to say)
         values: list[Any] = [None] * world_size
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:  # gloo's, of a connection that was closed
+            reason = str(error).partition("\n")[0]
+            raise DistCkptMistralError(
+                f"rank {dist.get_rank()} lost the other ranks: one has ended ({reason})."
+            ) from error
         return values
 
     return Ranks(rank=dist.get_rank(), world_size=world_size, exchange=exchange)

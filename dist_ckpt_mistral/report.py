@@ -24,7 +24,7 @@ from dist_ckpt_mistral.own_links import own_shapes
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from dist_ckpt_mistral.convert import Conversion
+    from dist_ckpt_mistral.conversion import Conversion
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
 JSON_VERSION = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,7 @@ from typing import Final
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.chunking import Cut, cuts
-from dist_ckpt_mistral.convert import Conversion
+from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats import common_state, torch_dist, torch_dist_writer
 from dist_ckpt_mistral.formats.common_state import Entry
@@ -28,13 +28,15 @@ from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest
 from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, Ignored, match_checkpoint
-from dist_ckpt_mistral.model.config import GivenConfig, given_config
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state, model_prefix, split_state_key
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.stamps import Stamps, stamps
 from dist_ckpt_mistral.storage import TargetFile
 from dist_ckpt_mistral.writing import Checksums, write_output
 
@@ -55,6 +57,7 @@ def reshard(
     weights_only: bool = False,
     manifest: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
@@ -63,29 +66,33 @@ def reshard(
     Weights and optimizer state keep keys, shapes and bits; the common state, all objects and the small files come
     along byte for byte. ``config`` is for checkpoints that do not tell theirs. With ``weights_only`` all optimizer
     state stays behind, as it must where it lies in flat buffers. ``manifest`` adds integrity.json, which tells of the
-    new files what an old one told of the old. Raises DistCkptMistralError; then nothing is published.
+    new files what an old one told of the old. ``resume`` goes on with what a run that was killed or failed has copied.
+    Raises DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
 
-    def prepare() -> tuple[_Old, CheckpointLayout, BytePlan]:
+    def prepare() -> tuple[Stamps, _Old, CheckpointLayout, BytePlan]:
         storage.require_apart(checkpoint, output)
         storage.require_writable(output, overwrite=overwrite)
+        inputs = stamps(torch_dist.resolve_directory(checkpoint).rglob("*"))
         old = _open(checkpoint, config, layout, weights_only=weights_only)
         chunks = [*old.chunks()]
         written = torch_dist_writer.lay_out(chunks, old.objects.values(), num_files=1 + max(c.file for c in chunks))
         target = written.index(old.step)
         links = [_identity(tensor) for tensor in target.tensors.values()]
-        return old, written, plan_gather(old.index(), target, links)
+        return inputs, old, written, plan_gather(old.index(), target, links)
 
-    old, written, plan = ranks.each(prepare)
+    inputs, old, written, plan = ranks.each(prepare)
+    beside = [*_beside(old.stored)] if ranks.is_first else []
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
-        _copy_beside(old.stored, staging / old.step)
+        _copy_beside(old.stored.directory, beside, staging / old.step)
         storage.write_bytes(staging / old.step / torch_dist.METADATA_FILE, written.metadata())
         _write_root(old, staging)
 
     sizes = written.file_sizes(old.step)
+    options = {"layout": repr(layout), "--weights-only": weights_only, "configuration": old.config.to_hf()}
     write_output(
         output,
         plan,
@@ -93,7 +100,10 @@ def reshard(
         complete=complete,
         manifest=NewManifest(folder=old.step) if manifest else None,
         checksums=True,
+        recipe=Recipe.of(plan, inputs, {"command": "reshard", **options}),
+        beside_bytes=storage.total_bytes(beside),
         overwrite=overwrite,
+        resume=resume,
         effort=effort,
         ranks=ranks,
     )
@@ -110,6 +120,7 @@ class _Old:
     """
 
     stored: TorchDistCheckpoint
+    config: MistralConfig
     config_from: str
     tensors: TensorIndex
     cuts: Mapping[str, list[Cut]]
@@ -173,6 +184,7 @@ def _open(path: Path, config: GivenConfig | None, layout: ParallelLayout, *, wei
     kept = [name for name in stored.tensors if name not in left]
     return _Old(
         stored=stored,
+        config=known,
         config_from=config_from,
         tensors=stored.index(kept),
         cuts=_cuts(found, {name: shapes[name] for name in kept}, layout, where),
@@ -241,22 +253,27 @@ def _identity(tensor: IndexedTensor) -> Link:
     return Link(source=tensor.name, source_offset=origin, target=tensor.name, target_offset=origin, shape=shape)
 
 
-def _copy_beside(old: TorchDistCheckpoint, target: Path) -> None:
-    """Copy what lies beside the shards: common state, small Hugging Face files, run configuration, and the like."""
+def _beside(old: TorchDistCheckpoint) -> Iterator[Path]:
+    """What lies beside the shards and comes along: common state, Hugging Face files, run configuration and the like."""
     for path in sorted(old.directory.rglob("*")):
         relative = path.relative_to(old.directory)
         if path.is_symlink() and path.is_dir():
             _LOG.warning("%s is a link to a directory: it stays behind", relative)
-        elif path.is_dir():
-            (target / relative).mkdir()
-        elif str(relative) in old.file_bytes or str(relative) in {torch_dist.METADATA_FILE, MANIFEST_FILE}:
+        elif path.is_dir() or str(relative) in {*old.file_bytes, torch_dist.METADATA_FILE, MANIFEST_FILE}:
             continue
         elif not path.is_file() or (path.name not in _PARSED and storage.leads_outside(path, old.directory)):
             _LOG.warning("%s is no file, or a link out of the checkpoint: it stays behind", relative)
         elif path.suffix == _DATA_SUFFIX:
             _LOG.warning("%s stays behind: the checkpoint's metadata does not know it", relative)
         else:
-            storage.copy_file(path, target / relative)
+            yield path
+
+
+def _copy_beside(directory: Path, beside: Sequence[Path], target: Path) -> None:
+    for path in beside:
+        copy = target / path.relative_to(directory)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        storage.copy_file(path, copy)
 
 
 def _write_root(old: _Old, root: Path) -> None:

@@ -1,25 +1,23 @@
-"""The only place that opens files: reading at positions, writing at positions, publishing all or nothing."""
+"""Files: reading at positions, writing at positions, small ones whole; and what becomes of them meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import resource
 import secrets
-import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 from dist_ckpt_mistral.errors import FormatError, OutputError
+from dist_ckpt_mistral.stamps import Stamp, changed
 
-#: Names of unpublished outputs: a sibling of the output, so that publishing is a rename within one file system.
-_STAGING_MARK: Final = ".incomplete-"
-_REPLACED_MARK: Final = ".replaced-"
 _BLOCK_BYTES: Final = 1 << 20
 #: More than any index, configuration or tracker has: what is larger is not read whole.
 SMALL_BYTES: Final = 64 << 20
@@ -83,7 +81,7 @@ def write_whole(path: Path, data: bytes) -> None:
             path.write_bytes(data)
             return
         target = path.resolve()  # a link stays one
-        staging = _staging_name(target)
+        staging = target.parent / f".{target.name}.incomplete-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             write_bytes(staging, data)
             staging.replace(target)
@@ -99,11 +97,19 @@ def copy_file(source: Path, target: Path) -> None:
         file.writelines(_blocks(source))
 
 
+def total_bytes(paths: Iterable[Path]) -> int:
+    """How much space the content of files takes."""
+    return sum(path.stat().st_size for path in paths)
+
+
 def _blocks(path: Path) -> Iterator[bytes]:
     try:
         with open(_open_to_read(path), "rb") as file:
+            before = Stamp.of(os.fstat(file.fileno()))
             while block := file.read(_BLOCK_BYTES):
                 yield block
+            if Stamp.of(os.fstat(file.fileno())) != before:
+                raise changed(path)
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -151,6 +157,12 @@ class SourceFiles:
         """Size of a file."""
         return os.fstat(self._descriptor(file)).st_size
 
+    def _preadv(self, file: int, buffers: Sequence[memoryview], position: int) -> int:
+        try:
+            return os.preadv(self._descriptor(file), buffers, position)
+        except OSError as error:
+            raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
+
     def read_into(self, file: int, position: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers`` one after the other from ``position`` on. Raises FormatError if there are too few bytes."""
         if file in self._derived:
@@ -158,14 +170,12 @@ class SourceFiles:
                 self._derived[file].read_into(self, position, buffer)
                 position += len(buffer)
             return
-        descriptor = self._descriptor(file)
         wanted = sum(map(len, buffers))
-        done = os.preadv(descriptor, buffers, position)
+        done = self._preadv(file, buffers, position)
         while done < wanted:  # a short read: go on behind what came
-            rest = _behind(buffers, done)
-            step = os.preadv(descriptor, rest, position + done)
+            step = self._preadv(file, _behind(buffers, done), position + done)
             if step == 0:
-                path, size = self._paths[file], os.fstat(descriptor).st_size
+                path, size = self._paths[file], self.size_bytes(file)
                 raise FormatError(
                     f"{path} is truncated: expected at least {position + wanted} bytes, got {size}. "
                     "Copy the file again from where it came from."
@@ -174,7 +184,10 @@ class SourceFiles:
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
         """``num_bytes`` bytes from ``position`` on."""
-        data = os.pread(self._descriptor(file), num_bytes, position)
+        try:
+            data = os.pread(self._descriptor(file), num_bytes, position)
+        except OSError as error:
+            raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
         if len(data) == num_bytes:
             return data
         buffer = bytearray(num_bytes)  # a short read, or an end
@@ -204,10 +217,13 @@ def allow_open_files(count: int) -> None:
 class TargetFile:
     """One file to write at positions, from several threads and processes."""
 
-    def __init__(self, path: Path, num_bytes: int | None = None) -> None:
-        """Create ``path``, which must not exist, with ``num_bytes`` reserved; or join in writing an existing one."""
+    def __init__(self, path: Path, num_bytes: int | None = None, *, kept: bool = False) -> None:
+        """Create ``path`` with ``num_bytes`` reserved, or join in writing an existing one.
+
+        A file to create must not exist, unless what it holds is to be ``kept``, as far as it fits.
+        """
         self.path = path
-        created = 0 if num_bytes is None else os.O_CREAT | os.O_EXCL
+        created = 0 if num_bytes is None else os.O_CREAT | (0 if kept else os.O_EXCL)
         self._descriptor = os.open(path, os.O_RDWR | created | os.O_CLOEXEC, 0o666)  # the umask applies
         try:
             if num_bytes is not None:
@@ -219,18 +235,36 @@ class TargetFile:
     def write(self, position: int, data: memoryview | bytes) -> None:
         """Write all of ``data`` at ``position``."""
         view = memoryview(data)
-        while view:
-            step = os.pwrite(self._descriptor, view, position)
-            view, position = view[step:], position + step
+        with self._named_errors():
+            while view:
+                step = os.pwrite(self._descriptor, view, position)
+                if step == 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                view, position = view[step:], position + step
+
+    def read(self, position: int, num_bytes: int) -> bytes:
+        """What stands at ``position``: ``num_bytes`` bytes, or as many as there are."""
+        with self._named_errors():
+            return os.pread(self._descriptor, num_bytes, position)
 
     def start_writeback(self, position: int, num_bytes: int) -> None:
         """Have the kernel begin to write bytes to the disk, without waiting: a later ``sync`` has less to wait for."""
-        sync_file_range = _linux_call("sync_file_range", "c_int", "c_int64", "c_int64", "c_uint")
+        sync_file_range = linux_call("sync_file_range", "c_int", "c_int64", "c_int64", "c_uint")
         sync_file_range(self._descriptor, position, num_bytes, _SYNC_FILE_RANGE_WRITE)  # a hint: may fail
 
     def sync(self) -> None:
         """Make the content durable."""
-        os.fsync(self._descriptor)
+        with self._named_errors():
+            os.fsync(self._descriptor)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of calls that know but the descriptor, with the name of the file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def close(self) -> None:
         """Close the file; what was not synced may be lost with the machine."""
@@ -241,14 +275,14 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
     """fallocate(2) where the file system has it. glibc's posix_fallocate would write zeros where it has not."""
     os.ftruncate(descriptor, num_bytes)
     if num_bytes:
-        fallocate = _linux_call("fallocate", "c_int", "c_int", "c_int64", "c_int64")
+        fallocate = linux_call("fallocate", "c_int", "c_int", "c_int64", "c_int64")
         code = fallocate(descriptor, 0, 0, num_bytes)
         if code in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise OSError(code, os.strerror(code))
 
 
 @functools.cache
-def _linux_call(name: str, *argument_types: str) -> Callable[..., int]:
+def linux_call(name: str, *argument_types: str) -> Callable[..., int]:
     """A function of the C library that Python does not offer; it returns an error number, ENOSYS if there is none."""
     import ctypes  # noqa: PLC0415  (slow, and only writing needs it)
 
@@ -269,81 +303,15 @@ def require_apart(source: Path, target: Path) -> None:
         raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
 
 
-def new_staging(target: Path, *, overwrite: bool, num_bytes: int) -> Path:
-    """A new directory beside ``target``, to be given to ``publish`` or ``discard`` when it is complete or has failed.
-
-    ``num_bytes`` is what will be written there; too little free space is refused before the first byte. An existing
-    ``target`` is refused unless ``overwrite``.
-    """
-    require_writable(target, overwrite=overwrite)
-    target = target.absolute()
-    staging = _staging_name(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(target.parent).free
-        if free_bytes < num_bytes:
-            raise OutputError(f"not enough space for {target}: {num_bytes} bytes are needed, {free_bytes} are free.")
-        staging.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot create {target}: {error.strerror or error}") from error
-    return staging
-
-
-def _staging_name(target: Path) -> Path:
-    """A name that nothing has, for what will be ``target``."""
-    return target.parent / f".{target.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def publish(staging: Path, target: Path, *, durable: bool) -> None:
-    """Give ``staging`` the name ``target``, on the disk before that if ``durable``; an old ``target`` stays whole."""
-    if durable:
-        _sync_tree(staging)
-    _swap_in(staging, target.absolute())
-    if durable:
-        _sync(target.absolute().parent)
-
-
-def discard(staging: Path) -> None:
-    """Remove what will not be published."""
-    shutil.rmtree(staging, ignore_errors=True)
-
-
 def require_writable(target: Path, *, overwrite: bool) -> None:
     """Refuse an output that exists, unless ``overwrite``; an empty directory counts as absent."""
-    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
-    if os.path.lexists(target) and not is_empty and not overwrite:
+    if target.is_mount():
+        raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
+    if not (overwrite or is_absent(target)):
         raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
 
 
-def _swap_in(staging: Path, target: Path) -> None:
-    """Rename ``staging`` to ``target``; an old ``target`` is moved aside first and back if that fails."""
-    replaced = target.parent / f".{target.name}{_REPLACED_MARK}{secrets.token_hex(4)}"
-    has_old = os.path.lexists(target)
-    if has_old:
-        target.rename(replaced)
-    try:
-        staging.rename(target)
-    except OSError:
-        if has_old:
-            replaced.rename(target)
-        raise
-    if has_old:
-        if replaced.is_dir() and not replaced.is_symlink():
-            shutil.rmtree(replaced)
-        else:
-            replaced.unlink()
-
-
-def _sync_tree(root: Path) -> None:
-    """Files before the directories that name them."""
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in (*names, "."):
-            _sync(Path(folder) / name)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_absent(target: Path) -> bool:
+    """Whether nothing is lost with ``target``: there is nothing of this name, or an empty directory."""
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    return is_empty or not os.path.lexists(target)

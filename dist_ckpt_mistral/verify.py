@@ -126,7 +126,7 @@ def _compare_bits(a: ModelSource, b: ModelSource, names: list[str], effort: Effo
                 effort.progress(len(band_a))
             return None
 
-        found = run_all(work, range(len(names)), workers=effort.threads)
+        found = run_all(work, range(len(names)), workers=effort.threads, stop=reader_a.stop)
     return (Difference(hf_name=name, what=what) for name, what in zip(names, found, strict=True) if what is not None)
 
 

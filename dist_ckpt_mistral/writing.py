@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dist_ckpt_mistral import storage
-from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
+from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.executor import Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.journal import Journal, Recipe, begin, has_work, may_resume
 from dist_ckpt_mistral.manifest import NewManifest, write_manifest
 from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.staging import Staging
+from dist_ckpt_mistral.stamps import require_unchanged
 from dist_ckpt_mistral.storage import TargetFile
+
+_LOG = logging.getLogger(__name__)
 
 #: CRC-32 of every segment of a plan, by its number; empty if none were asked for.
 Checksums = Mapping[int, int]
@@ -26,46 +32,110 @@ def write_output(
     complete: Callable[[Path, Mapping[int, TargetFile], Checksums], None],
     manifest: NewManifest | None,
     checksums: bool,
+    recipe: Recipe,
+    beside_bytes: int,
     overwrite: bool,
+    resume: bool,
     effort: Effort,
     ranks: Ranks,
 ) -> None:
     """Write ``plan`` into new files (names relative to ``output``, sizes in bytes; in the order of its target files).
 
-    ``complete`` then adds what else belongs to the output, on the first rank, given the directory that will become
-    ``output``, the open files and the checksums; ``manifest`` then tells what all files hold. Nothing appears at
-    ``output`` unless all of this succeeds on all ranks. Raises OutputError where the output cannot be written, and
-    whatever went wrong on any rank.
+    ``complete`` then adds what else belongs to the output, ``beside_bytes`` bytes, on the first rank, given the
+    directory that will become ``output``, the open files and the checksums; ``manifest`` then tells what all files
+    hold. Nothing appears at ``output`` unless all of this succeeds on all ranks.
+
+    A run that fails, is interrupted or is killed leaves the parts that it has copied, if any, beside ``output``: with
+    ``resume`` the next run keeps those that still have their checksums, unless ``recipe`` or plan are others; without,
+    it removes them. So a full disk after hours costs no more than a kill: the error says how to go on.
+
+    Raises OutputError where the output cannot be written or the run not be resumed, FormatError where a source changes
+    while it is read, and whatever went wrong on any rank.
     """
-    names = list(file_bytes)
-    staging = ranks.on_first(lambda: _prepare(output, file_bytes, overwrite=overwrite))
-    try:
-        with _open_share(staging, names, plan, ranks) as targets:
+    names, staging = list(file_bytes), Staging(output)
+    with _left_behind(staging, recipe):
+        ranks.on_first(
+            lambda: _begin(staging, plan, file_bytes, recipe, beside_bytes, overwrite=overwrite, resume=resume)
+        )
 
-            def copy_share() -> Checksums:
-                with _as_output_errors(output):
-                    found = execute(plan, targets, effort=effort, numbers=share(plan, ranks), checksums=checksums)
-                    _sync(targets, effort)
-                    return found
+        def copy_share() -> Checksums:
+            numbers = share(plan, ranks)
+            files = sorted({plan.segments[number].file for number in numbers})
+            with (
+                _as_output_errors(staging),
+                _opened({file: staging.output / names[file] for file in files}) as targets,
+                contextlib.closing(Journal(staging.path, ranks.rank, plan, targets)) as journal,
+            ):
+                found = execute(plan, targets, effort=effort, numbers=numbers, checksums=checksums, record=journal)
+                _sync(targets, effort)
+                return found
 
-            shares = ranks.together(copy_share)
+        shares = ranks.together(copy_share)
 
         def finish() -> None:
-            with _as_output_errors(output), _open_all(staging, names) as all_targets:
-                complete(staging, all_targets, {number: crc for found in shares for number, crc in found.items()})
+            everything = {file: staging.output / name for file, name in enumerate(names)}
+            with _as_output_errors(staging):
+                with _opened(everything) as targets:
+                    complete(staging.output, targets, {n: crc for found in shares for n, crc in found.items()})
+                require_unchanged(recipe.of_sources(plan))
 
         def publish() -> None:
-            with _as_output_errors(output):
-                storage.publish(staging, output, durable=effort.durable)
+            with _as_output_errors(staging):
+                staging.publish(overwrite=overwrite, durable=effort.durable)
 
         ranks.on_first(finish)
         if manifest is not None:
-            with _as_output_errors(output):
-                write_manifest(staging, manifest, effort=effort, ranks=ranks)
+            with _as_output_errors(staging):
+                write_manifest(staging.output, manifest, effort=effort, ranks=ranks)
         ranks.on_first(publish)
-    finally:
-        if ranks.is_first:
-            storage.discard(staging)
+
+
+def _begin(
+    staging: Staging,
+    plan: BytePlan,
+    file_bytes: Mapping[str, int],
+    recipe: Recipe,
+    beside_bytes: int,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> None:
+    """Hold the staging directory, with all files in their final sizes: new ones, or those of a run to resume."""
+    fingerprint = recipe.fingerprint(plan, file_bytes)
+    staging.hold(overwrite=overwrite, resume=resume)
+    with _as_output_errors(staging):
+        resumed = resume and may_resume(staging, fingerprint)
+        if resumed:
+            _LOG.info(
+                "resuming %s: what lies in %s is kept where its checksums are right", staging.target, staging.path
+            )
+            staging.keep(file_bytes)
+        else:
+            staging.clear()
+        staging.require_space(sum(file_bytes.values()) + beside_bytes)
+        for name, num_bytes in file_bytes.items():
+            (staging.output / name).parent.mkdir(parents=True, exist_ok=True)
+            TargetFile(staging.output / name, num_bytes, kept=resumed).close()
+        if not resumed:
+            begin(staging, fingerprint)
+
+
+@contextlib.contextmanager
+def _left_behind(staging: Staging, recipe: Recipe) -> Iterator[None]:
+    """After a failure: what was copied, if a later run can go on with it. The error tells."""
+    try:
+        yield
+    except BaseException as error:
+        if staging.is_published:
+            error.add_note(f"{staging.target} is complete.")
+        elif staging.is_held:
+            error.add_note("Nothing was published.")
+            if has_work(staging) and not recipe.is_outdated():
+                error.add_note(f"--resume continues what is kept in {staging.path}.")
+                staging.release()
+            else:
+                staging.remove()
+        raise
 
 
 def _sync(targets: Mapping[int, TargetFile], effort: Effort) -> None:
@@ -87,34 +157,6 @@ def share(plan: BytePlan, ranks: Ranks) -> list[int]:
     return numbers
 
 
-def _prepare(output: Path, file_bytes: Mapping[str, int], *, overwrite: bool) -> Path:
-    """A staging directory with all files in their final sizes."""
-    staging = storage.new_staging(output, overwrite=overwrite, num_bytes=sum(file_bytes.values()))
-    try:
-        with _as_output_errors(output):
-            for name, num_bytes in file_bytes.items():
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                TargetFile(staging / name, num_bytes).close()
-    except BaseException:
-        storage.discard(staging)
-        raise
-    return staging
-
-
-@contextlib.contextmanager
-def _open_share(staging: Path, names: list[str], plan: BytePlan, ranks: Ranks) -> Iterator[dict[int, TargetFile]]:
-    """The target files of this rank's segments, by number."""
-    numbers = sorted({plan.segments[number].file for number in share(plan, ranks)})
-    with _opened({number: staging / names[number] for number in numbers}) as targets:
-        yield targets
-
-
-@contextlib.contextmanager
-def _open_all(staging: Path, names: list[str]) -> Iterator[dict[int, TargetFile]]:
-    with _opened({number: staging / name for number, name in enumerate(names)}) as targets:
-        yield targets
-
-
 @contextlib.contextmanager
 def _opened(paths: Mapping[int, Path]) -> Iterator[dict[int, TargetFile]]:
     storage.allow_open_files(len(paths))
@@ -129,11 +171,12 @@ def _opened(paths: Mapping[int, Path]) -> Iterator[dict[int, TargetFile]]:
 
 
 @contextlib.contextmanager
-def _as_output_errors(output: Path) -> Iterator[None]:
-    """What the operating system says, as an error that names the output."""
+def _as_output_errors(staging: Staging) -> Iterator[None]:
+    """What the operating system says, as an error that names the file of the output."""
     try:
         yield
-    except DistCkptMistralError:
-        raise
     except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}. Nothing was published.") from error
+        path = Path(error.filename or staging.output)
+        if path.is_relative_to(staging.output):
+            path = staging.target / path.relative_to(staging.output)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error

@@ -19,7 +19,8 @@ from dist_ckpt_mistral.model.vision import Vision
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
-errors shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub storage strict_yaml libraries
+errors shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub package_version
+stamps storage staging strict_yaml libraries
 model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families
 model.hf_config
 model.params_json model.config
@@ -33,8 +34,8 @@ formats.pickle_opcodes formats.pickle_reading formats.pickle_records
 formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
-own_links mapping embedded checkpoint_config model_source manifest writing verify file_checks checking
-chunking convert resharding
+own_links mapping embedded checkpoint_config model_source manifest journal writing verify file_checks checking
+chunking conversion convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
@@ -128,7 +129,7 @@ def test_who_needs_what(module: str) -> None:
         return
     assert {name for name, at_once in foreign if at_once} <= (
         {"numpy", "zlib_ng"}
-        if "gather." in module or module in ("verify", "reading.plan", "reading.planner")
+        if "gather." in module or module in ("verify", "journal", "reading.plan", "reading.planner")
         else set()
     )
     assert "megatron" not in {name for name, _ in foreign}
@@ -197,7 +198,7 @@ def test_what_only_one_room_does(module: str) -> None:
     if "read_bytes" not in {node.attr for node in calls if isinstance(node, ast.Attribute)}:
         touched -= {"read_bytes"} if module in AMOUNTS else set()
     own_reports = ("report", "demo", "rank_processes", "megatron.load_check", "cli")
-    assert touched.isdisjoint(touching) or module in ("storage", *own_reports)
+    assert touched.isdisjoint(touching) or module in ("storage", "staging", "journal", *own_reports)
 
 
 def test_asserts_check_no_data() -> None:

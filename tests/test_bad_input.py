@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import refusal, run, tree
+from command_line import refusal, run
 from genuine import folder
 from hf_models import SIZES, contents, random_model, saved
 from hypothesis import given, settings
@@ -819,71 +819,6 @@ def test_outputs_in_inputs(hf: Path, ckpt: Path, tmp_path: Path) -> None:
             assert f"the output {output} and the input {source} must lie apart" in line
             line = refusal(tmp_path, command, source, output)
             assert "must lie apart" in line or (output.exists() and "exists" in line)
-
-
-class Broken:
-    """Lets the ``number``-th write of a run fail as a full disk does; counts them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
-        """Stand before everything that writes, syncs, links or renames."""
-        self.calls, self.number, self.error = 0, number, error
-        places: list[tuple[Any, str]] = [
-            (storage.TargetFile, "__init__"),
-            (storage.TargetFile, "write"),
-            (storage.TargetFile, "sync"),
-            (storage, "write_bytes"),
-            (storage, "_sync_tree"),
-            (Path, "rename"),
-            (Path, "mkdir"),
-        ]
-        for owner, name in places:
-            monkeypatch.setattr(owner, name, self._before(getattr(owner, name)))
-
-    def _before(self, original: Callable[..., object]) -> Callable[..., object]:
-        def wrapper(*arguments: object, **options: object) -> object:
-            self.calls += 1
-            if self.calls == self.number:
-                raise self.error
-            return original(*arguments, **options)
-
-        return wrapper
-
-
-@pytest.mark.parametrize("command", ["from-hf", "to-hf"])
-def test_nothing_is_left_wherever_writing_fails(
-    command: str, hf: Path, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whichever write, sync or rename fails: one line, no new output, no temporary sibling, the old output whole."""
-    source, output = hf if command == "from-hf" else ckpt, tmp_path / "out"
-    output.mkdir()
-    (output / "precious").write_text("old")
-    before = tree(tmp_path)
-    for number in range(1, 1000):
-        with monkeypatch.context() as patch:
-            broken = Broken(patch, number, OSError(28, "No space left on device"))
-            outcome = run(command, source, output, "--overwrite", "--workers", 1)
-        if broken.calls < number:
-            break
-        assert outcome.code == 1, number
-        assert [line[:7] for line in outcome.err if "configuration:" not in line and "tokenizer" not in line] == [
-            "error: "
-        ]
-        assert "No space left on device" in outcome.err[-1]
-        assert tree(tmp_path) == before
-    assert outcome.code == 0
-    assert number > 15
-    assert not (output / "precious").exists()
-
-
-def test_an_interrupt_leaves_nothing(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of writing publishes nothing, says so, and leaves nothing."""
-    before = tree(tmp_path)
-    with monkeypatch.context() as patch:
-        Broken(patch, 9, KeyboardInterrupt())
-        outcome = run("to-hf", ckpt, tmp_path / "out")
-    assert outcome.code == 130
-    assert outcome.err[-1] == "interrupted: nothing was published"
-    assert tree(tmp_path) == before
 
 
 def test_an_output_appears_whole(ckpt: Path, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

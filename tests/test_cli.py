@@ -395,8 +395,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_is_stopped_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    """Terminated or interrupted in the middle of writing, it says so, exits with 130 and leaves no trace."""
+def test_a_process_that_is_stopped_can_be_resumed(number: signal.Signals, tmp_path: Path) -> None:
+    """Terminated or interrupted in the middle of writing, it says how to go on and exits with 130; that works."""
     case = shutil.copytree(folder("td_0161"), tmp_path / "case")
     before = tree(tmp_path)
     paths: list[str | Path] = [case / "checkpoint", tmp_path / "hf", "--config", case]
@@ -413,5 +413,10 @@ def test_a_process_that_is_stopped_leaves_nothing(number: signal.Signals, tmp_pa
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted: nothing was published"
-    assert tree(tmp_path) == before
+    kept = f"--resume continues what is kept in {tmp_path / '.hf.incomplete'}."
+    assert err.splitlines()[-1] == f"interrupted: Nothing was published. {kept}"
+    assert {name: each for name, each in tree(tmp_path).items() if not name.startswith(".hf")} == before
+    assert run("to-hf", *paths, "--resume").code == 0
+    assert run("to-hf", *paths[:1], tmp_path / "expected", *paths[2:]).code == 0
+    assert contents(tmp_path / "hf") == contents(tmp_path / "expected")
+    assert not (tmp_path / ".hf.incomplete").exists()

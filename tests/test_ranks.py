@@ -64,7 +64,7 @@ def test_ranks_write_what_one_process_writes(hf: Path, tmp_path: Path, world_siz
 
 
 def test_a_rank_that_fails_fails_all(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write error on one rank reaches every rank, says which one it was, and leaves nothing behind."""
+    """A write error on one rank reaches every rank, says which one it was, and publishes nothing; then resume."""
     original, victim = storage.TargetFile.write, threading.local()
 
     def failing(self: storage.TargetFile, position: int, data: memoryview | bytes) -> None:
@@ -81,7 +81,13 @@ def test_a_rank_that_fails_fails_all(hf: Path, tmp_path: Path, monkeypatch: pyte
     failures = on_ranks(3, work)
     assert "Input/output error" in str(failures[2])
     assert all("rank 2 of 3" in str(failure) for failure in failures[:2])
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.incomplete"]
+    assert "--resume continues" in failures[0].__notes__[-1]  # type: ignore[union-attr]
+    monkeypatch.undo()
+    assert on_ranks(2, lambda ranks: dcm.from_hf(hf, tmp_path / "out", tp=2, resume=True, ranks=ranks)) == [None] * 2
+    dcm.from_hf(hf, tmp_path / "one", tp=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
 
 
 def test_a_refusal_on_one_rank_keeps_the_others_from_starting(hf: Path, tmp_path: Path) -> None:

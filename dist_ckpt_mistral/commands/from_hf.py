@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             iteration=arguments.iteration,
             manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,
+            resume=arguments.resume,
             effort=effort,
             ranks=ranks,
         )

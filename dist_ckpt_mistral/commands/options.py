@@ -69,6 +69,8 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--overwrite", action="store_true", help="replace an existing output, once the new one is complete"
     )
+    help_text = "go on with what a run that was killed, stopped or failed has copied, after checking it"
+    command.add_argument("--resume", action="store_true", help=help_text)
 
 
 def add_effort(command: argparse.ArgumentParser) -> None:

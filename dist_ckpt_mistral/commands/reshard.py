@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
             weights_only=arguments.weights_only,
             manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,
+            resume=arguments.resume,
             effort=effort,
             ranks=ranks,
         )

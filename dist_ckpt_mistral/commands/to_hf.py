@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_file_bytes=arguments.max_file_size,
             manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,
+            resume=arguments.resume,
             dry_run=arguments.dry_run,
             effort=effort,
             ranks=ranks,

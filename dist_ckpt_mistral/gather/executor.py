@@ -21,7 +21,7 @@ import numpy.typing as npt
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.gather.plan import BytePlan, CopyArray, Segment
+from dist_ckpt_mistral.gather.plan import BytePlan, CopyArray, Part, Segment
 from dist_ckpt_mistral.storage import SourceFiles
 
 #: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
@@ -52,6 +52,20 @@ class Target(Protocol):
 
     def start_writeback(self, position: int, num_bytes: int) -> None:
         """Have bytes that were written begin their way to where they last, without waiting."""
+
+
+class Record(Protocol):
+    """Which parts were copied, by an earlier run too (``journal.Journal``)."""
+
+    def recall(self, part: Part) -> int | None:
+        """The CRC-32 of the part's stored bytes if they are there; else None."""
+
+    def note(self, part: Part, crc32: int) -> None:
+        """Note, from any thread, that the part was written."""
+
+
+class Stopped(Exception):  # noqa: N818  (no error: another one is why)
+    """A thread ends because another one failed, or because the run was interrupted."""
 
 
 def no_progress(num_bytes: int) -> None:
@@ -88,54 +102,75 @@ def execute(
     effort: Effort,
     numbers: Sequence[int],
     checksums: bool,
+    record: Record | None = None,
 ) -> dict[int, int]:
     """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the plan's target file.
 
-    Returns the CRC-32 of every segment's stored bytes, by number, if ``checksums``. The first failure ends the run.
+    What ``record`` recalls is not copied again. Returns the CRC-32 of every segment's stored bytes, by number, if
+    ``checksums``. The first failure ends the run.
     """
     parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
         reader = BandReader(sources, effort.band_bytes())
 
-        def work(part: int) -> int:
-            number, low, high = parts[part]
-            segment = plan.segments[number]
-            target, crc32 = targets[segment.file], 0
-            begun = position = segment.position + segment.stored_bytes * low // segment.num_bytes
-            for band in reader.bands(segment, low, high, position=position):
-                stored = _convert(band, segment)
-                target.write(position, stored)
-                crc32 = zlib_ng.crc32(stored, crc32) if checksums else 0
-                position += len(stored)
-                if effort.durable and position - begun >= _WRITEBACK_BYTES:
-                    target.start_writeback(begun, position - begun)
-                    begun = position
-                effort.progress(len(stored))
+        def work(number: int) -> int:
+            part = parts[number]
+            segment = plan.segments[part.number]
+            crc32 = record.recall(part) if record else None
+            if crc32 is not None:
+                effort.progress(segment.stored(part.low, part.high)[1])
+                return crc32
+            crc32 = _copy(
+                segment, part, targets[segment.file], reader, effort, checksum=checksums or record is not None
+            )
+            if record:
+                record.note(part, crc32)
             return crc32
 
-        done = run_all(work, range(len(parts)), workers=effort.threads)
-    found = {number: crc32 for (number, _, _), crc32 in zip(parts, done, strict=True)}
+        done = run_all(work, range(len(parts)), workers=effort.threads, stop=reader.stop)
+    found = {part.number: crc32 for part, crc32 in zip(parts, done, strict=True)}
     return {number: found.get(number, 0) for number in numbers} if checksums else {}
 
 
-def _parts(plan: BytePlan, numbers: Sequence[int], *, threads: int, whole: bool) -> list[tuple[int, int, int]]:
-    """What one thread takes at a time, as (segment, low, high) in bytes, in an order in which threads do not collide.
+def _copy(segment: Segment, part: Part, target: Target, reader: BandReader, effort: Effort, *, checksum: bool) -> int:
+    """Copy a part; the CRC-32 of its stored bytes, if wanted."""
+    begun, _ = segment.stored(part.low, part.high)
+    position, crc32 = begun, 0
+    for band in reader.bands(segment, part.low, part.high, position=position):
+        stored = _convert(band, segment)
+        target.write(position, stored)
+        crc32 = zlib_ng.crc32(stored, crc32) if checksum else 0
+        position += len(stored)
+        if effort.durable and position - begun >= _WRITEBACK_BYTES:
+            target.start_writeback(begun, position - begun)
+            begun = position
+        effort.progress(len(stored))
+    return crc32
+
+
+def _parts(plan: BytePlan, numbers: Sequence[int], *, threads: int, whole: bool) -> list[Part]:
+    """What one thread takes at a time, in an order in which threads do not collide.
 
     Kernels let one thread at a time write into a file: as many files as there are threads take turns.
     """
-    by_file: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    by_file: dict[int, list[Part]] = defaultdict(list)
     for number in numbers:
         num_bytes = plan.segments[number].num_bytes
         step = max(1, num_bytes if whole else _PART_BYTES)
-        spans = [(number, low, min(low + step, num_bytes)) for low in range(0, num_bytes, step)]
+        spans = [Part(number, low, min(low + step, num_bytes)) for low in range(0, num_bytes, step)]
         by_file[plan.segments[number].file].extend(spans)
     queues = list(by_file.values())
     turns = (zip_longest(*queues[first : first + threads]) for first in range(0, len(queues), threads))
     return [part for turn in chain.from_iterable(turns) for part in turn if part is not None]
 
 
-def run_all(work: Callable[[int], T], numbers: Sequence[int], *, workers: int) -> list[T]:
-    """``work`` on every number with ``workers`` threads, results in order. The first exception cancels the rest."""
+def run_all(
+    work: Callable[[int], T], numbers: Sequence[int], *, workers: int, stop: Callable[[], None] = lambda: None
+) -> list[T]:
+    """``work`` on every number with ``workers`` threads, results in order. The first exception cancels the rest.
+
+    ``stop`` is called when nothing is to begin any more: it may end what goes on, with ``Stopped``.
+    """
     if workers <= 1:
         return [work(number) for number in numbers]
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="gather") as pool:
@@ -143,10 +178,11 @@ def run_all(work: Callable[[int], T], numbers: Sequence[int], *, workers: int) -
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:  # also when the wait itself is interrupted
+            stop()
             pool.shutdown(wait=True, cancel_futures=True)
         failed = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
         if failed:
-            raise failed[0]
+            raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
         return [future.result() for future in futures]
 
 
@@ -158,6 +194,11 @@ class BandReader:
         self._sources = sources
         self._band_bytes = band_bytes
         self._buffers = threading.local()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Have all threads end with their bands: ``Stopped`` is raised in them."""
+        self._stopped = True
 
     def bands(
         self, segment: Segment, low: int = 0, high: int | None = None, *, position: int = 0
@@ -177,6 +218,8 @@ class BandReader:
     def _bands(self, segment: Segment, low: int, high: int) -> Iterator[memoryview]:
         copies = _overlapping(segment.copies, low, high)
         for start in range(low, high, self._band_bytes):
+            if self._stopped:
+                raise Stopped
             band, scratch = self._own_buffers()
             band = band[: min(self._band_bytes, high - start)]
             for first, last, copy in copies:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,19 @@ class Segment:
     def stored_bytes(self) -> int:
         """Bytes that the segment takes in its file."""
         return self.num_bytes // dtypes.itemsize_bytes(self.source_dtype) * dtypes.itemsize_bytes(self.dtype)
+
+    def stored(self, low: int, high: int) -> tuple[int, int]:
+        """Where in the file bytes ``[low, high)`` of a segment that has any are stored, and how many they are there."""
+        first, end = (self.stored_bytes * at // self.num_bytes for at in (low, high))
+        return self.position + first, end - first
+
+
+class Part(NamedTuple):
+    """Bytes ``[low, high)`` of segment ``number`` of a plan: what is copied at a time."""
+
+    number: int
+    low: int
+    high: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

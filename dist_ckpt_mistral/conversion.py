@@ -1,0 +1,49 @@
+"""What a conversion tells about itself when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.mapping import Ignored
+
+
+class Origin(Protocol):
+    """What is converted: where its configuration is from, and what of it stays behind."""
+
+    @property
+    def config_from(self) -> str:
+        """Where the configuration is from."""
+
+    @property
+    def ignored(self) -> Ignored:
+        """What stays behind, and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What a conversion wrote (or, on a dry run, would write). Sizes in bytes, file names relative to ``output``."""
+
+    output: Path
+    config_from: str
+    num_tensors: int
+    num_bytes: int
+    files: Mapping[str, int]
+    ignored: Ignored
+
+    @classmethod
+    def of(
+        cls, output: Path, plan: BytePlan, files: Mapping[str, int], origin: Origin, *, num_tensors: int
+    ) -> Conversion:
+        """What ``plan`` brings from ``origin`` into the ``files`` of ``output``."""
+        return cls(
+            output=output,
+            config_from=origin.config_from,
+            num_tensors=num_tensors,
+            num_bytes=plan.num_bytes,
+            files=files,
+            ignored=origin.ignored,
+        )

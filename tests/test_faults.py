@@ -1,0 +1,176 @@
+"""Whatever call to the operating system goes wrong, and whenever a run is killed: nothing lost, nothing half-done.
+
+How single calls go wrong is in faults.py. Outputs are compared, byte for byte, with those of undisturbed runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from faults import READING, REMOVING, WRITING, Outcome, Scenario, Seen
+from hf_models import contents, random_model, saved
+
+import dist_ckpt_mistral as dcm
+
+COMMANDS: Final = ("from-hf", "to-hf", "reshard")
+RENAMING: Final = ("rename", "renameat2", "replace")
+_FAULTS: Final = Path(__file__).with_name("faults.py")
+#: The first two hit every call of a run, with no output there before or an old one; the others are samples.
+SCENARIOS: Final[dict[str, dict[str, Any]]] = {
+    "killed": {"step": 2},
+    "killed, overwriting": {"old": True, "first": 2, "step": 2},
+    "killed, overwriting in two steps": {"old": True, "exchange": False, "kinds": [*RENAMING, *REMOVING]},
+    "first rank killed": {"ranks": 2, "step": 6},
+    "second rank killed": {"old": True, "ranks": 2, "rank": 1, "step": 6},
+    "disk full": {"old": True, "step": 5, "error": errno.ENOSPC},
+    "disk broken": {"first": 2, "step": 7, "error": errno.EIO},
+    "not allowed": {"old": True, "first": 3, "step": 7, "error": errno.EACCES},
+    "source broken": {"step": 4, "error": errno.EIO, "kinds": [*READING]},
+}
+KILLS: Final = [name for name, fields in SCENARIOS.items() if "error" not in fields]
+
+#: By command and scenario.
+Outcomes = dict[tuple[str, str], list[Outcome]]
+
+
+def arguments(command: str, work: Path, output: Path, *, old: bool = False) -> list[str]:
+    """A command on the sources in ``work``, and all options that it gets."""
+    source, options = {
+        "from-hf": ("hf", []),
+        "to-hf": ("ckpt", ["--max-file-size", "4000"]),
+        "reshard": ("ckpt", ["--tp", "1"]),
+    }[command]
+    return [command, str(work / source), str(output), *options, *(["--overwrite"] if old else [])]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in both forms, and what each command makes of it if nothing happens, under the command's name."""
+    work = tmp_path_factory.mktemp("faults")
+    saved(random_model(num_hidden_layers=1), work / "hf", max_shard_size=4000)
+    dcm.from_hf(work / "hf", work / "ckpt", tp=2)
+    for command in COMMANDS:
+        process(arguments(command, work, work / command))
+    assert contents(work / "to-hf") == contents(work / "hf")
+    return work
+
+
+def process(command: list[str]) -> None:
+    """Run a command in a process of its own."""
+    subprocess.run([sys.executable, "-m", "dist_ckpt_mistral", *command], check=True, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def outcomes(sources: Path) -> Outcomes:
+    """All outcomes of all scenarios."""
+
+    def run(case: tuple[str, str]) -> list[Outcome]:
+        command, name = case
+        fields = {"old": False, "kinds": [*WRITING, *REMOVING]} | SCENARIOS[name]
+        work = sources / "runs" / f"{command}, {name}"
+        work.parent.mkdir(exist_ok=True)
+        scenario = Scenario(
+            command=arguments(command, sources, work / "out", old=fields["old"]),
+            work=str(work),
+            expected=str(sources / command),
+            **fields,
+        )
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        script = [sys.executable, str(_FAULTS), json.dumps(asdict(scenario))]
+        done = subprocess.run(script, check=True, capture_output=True, text=True, env=environment, timeout=300)
+        told = [json.loads(line) for line in done.stdout.splitlines()]
+        return [Outcome(call=t["call"], hit=Seen(**t["hit"]), resumed=Seen(**t["resumed"])) for t in told]
+
+    cases = [(command, name) for command in COMMANDS for name in SCENARIOS]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(cases, pool.map(run, cases), strict=True))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_resumed_run_makes_good(name: str, command: str, outcomes: Outcomes) -> None:
+    """After any fault a run with --resume gives the bytes of an undisturbed one, and leaves nothing beside them."""
+    assert outcomes[command, name]
+    for outcome in outcomes[command, name]:
+        assert (outcome.resumed.code, outcome.resumed.state, outcome.resumed.beside) == (0, "complete", []), outcome
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_call_is_hit(command: str, outcomes: Outcomes) -> None:
+    """Kills leave out no call of a run, to its very end, and there are hundreds of them."""
+    alone = outcomes[command, "killed"], outcomes[command, "killed, overwriting"]
+    assert [outcome.call for outcome in alone[0]] == list(range(1, 2 * len(alone[0]), 2))
+    assert [outcome.call for outcome in alone[1]] == list(range(2, 2 * len(alone[1]) + 1, 2))
+    assert all(each[-1].hit.state == "complete" for each in alone)
+    assert sum(len(outcomes[each, name]) for each in COMMANDS for name in KILLS) > 300
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", KILLS)
+def test_a_kill_leaves_all_or_nothing(name: str, command: str, outcomes: Outcomes) -> None:
+    """The output is the old one, or absent if there was none, or complete; the old one is there at every moment.
+
+    Where names cannot be exchanged there is one moment without; then the old one waits to be put back.
+    """
+    before = "old" if SCENARIOS[name].get("old") else "absent"
+    for outcome in outcomes[command, name]:
+        hit = outcome.hit
+        assert hit.code == -signal.SIGKILL
+        assert set(hit.beside) <= {".out.incomplete", ".out.replaced"}
+        assert hit.state in {before, "complete"} or ("two steps" in name and ".out.replaced" in hit.beside), outcome
+    states = [outcome.hit.state for outcome in outcomes[command, name]]
+    assert states.count("absent") == (1 if "two steps" in name else 0) or before == "absent"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in KILLS])
+def test_an_error_says_what_and_where(name: str, command: str, outcomes: Outcomes, sources: Path) -> None:
+    """A run fails in one line that tells reason and file, and publishes nothing; or it could go on, and is complete."""
+    before = "old" if SCENARIOS[name].get("old") else "absent"
+    reason = os.strerror(SCENARIOS[name]["error"])
+    failed = 0
+    for outcome in outcomes[command, name]:
+        hit = outcome.hit
+        errors = [line for line in hit.lines if line.startswith("error: ")]
+        if hit.code == 0:
+            assert (hit.state, errors) == ("complete", []), outcome
+            continue
+        assert (hit.code, len(errors), hit.lines[-1]) == (1, 1, errors[0]), outcome
+        assert reason in errors[0]
+        assert str(sources) in errors[0]
+        assert (f"cannot read {sources / arguments(command, sources, sources)[1]}" in errors[0]) == (
+            name == "source broken"
+        )
+        assert hit.state == before or (hit.state == "complete" and "is complete" in errors[0]), outcome
+        assert (".out.incomplete" in hit.beside) == ("--resume continues what is kept in" in errors[0]), outcome
+        failed += 1
+    assert failed > len(outcomes[command, name]) // 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_processes_killed_at_any_time(command: str, sources: Path, tmp_path: Path) -> None:
+    """Real processes that are killed after random times, each resuming what the one before it left, end as one run."""
+    output, moments = tmp_path / "out", random.Random(command)
+    line = [sys.executable, "-m", "dist_ckpt_mistral", *arguments(command, sources, output), "--resume"]
+    begun = time.monotonic()
+    subprocess.run(line, check=True, capture_output=True, timeout=120)
+    takes = time.monotonic() - begun
+    for _ in range(4):
+        output.rename(tmp_path / "gone") if output.exists() else None
+        running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(takes * moments.uniform(0.4, 1))
+        running.kill()
+        running.wait()
+        assert not output.exists() or contents(output) == contents(sources / command)
