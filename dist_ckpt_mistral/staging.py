@@ -64,6 +64,8 @@ class Staging:
             self._put_back()
             require_writable(self.target, overwrite=overwrite)
         except OSError as error:
+            with contextlib.suppress(OSError):  # it is not empty, or not there
+                self.path.rmdir()
             raise OutputError(f"cannot create {self.target}: {error.strerror or error}") from error
 
     def _try_lock(self, *, resume: bool) -> None:

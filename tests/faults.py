@@ -1,7 +1,8 @@
 """Runs a command again and again in forked processes, each time with another call to the operating system going wrong.
 
-``python faults.py SCENARIO`` (JSON, the fields of ``Scenario``) prints what came of each fault as one JSON object. A
-process that imports nothing but the package forks in milliseconds, so every single call can be the one.
+``python faults.py SCENARIOS`` (a JSON list, of the fields of ``Scenario``) prints what came of them: a list of outcomes
+for each. A process that imports nothing but the package, and has planned, forks and writes in milliseconds: so every
+single call can be the one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import gc
 import io
 import json
+import logging
 import os
 import pathlib
 import pickle
@@ -19,7 +21,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -27,9 +29,9 @@ from typing import Any, Final, NoReturn
 import tqdm
 
 from dist_ckpt_mistral import cli, commands, convert, report, resharding, staging, storage
-from dist_ckpt_mistral.commands import from_hf, reshard, to_hf
 from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.writing import write_output
 
 #: In place of an error number: the process is killed.
 KILL: Final = 0
@@ -55,7 +57,7 @@ _WARM: Final = (commands, convert, report, resharding, tqdm)  # imported before 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """``command`` writes ``work``/out, where there is nothing or an ``old`` output, and should give what ``expected`` is.
+    """``command`` writes ``work``/out, where nothing is or an ``old`` output, and should give what ``expected`` is.
 
     Faults are the calls ``first``, ``first + step`` ... of rank ``rank`` of ``ranks``; of ``kinds`` only. ``error`` is
     what they report, or KILL.
@@ -109,7 +111,7 @@ class Fault:
 
     def install(self) -> None:
         """Stand before the calls of Python, and before those that the package makes itself."""
-        os.fsync = lambda _: None  # what a kill leaves does not depend on it
+        os.fsync = lambda fd: None  # noqa: ARG005  (what a kill leaves does not depend on it)
         for name in ("ftruncate", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "write", *READING, "open"):
             setattr(os, name, self._before(name, getattr(os, name)))
         os.pwrite = functools.partial(self._torn_write, os.pwrite)
@@ -162,62 +164,111 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {name: path.read_bytes() if path.is_file() else None for name, path in found.items()}
 
 
-def outcomes(scenario: Scenario) -> Iterator[Outcome]:
-    """One for every fault, until a run ends before it comes to the call."""
-    work, call = Path(scenario.work), scenario.first
-    while True:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        if scenario.old:
-            (work / "out").mkdir()
-            (work / "out" / "precious").write_text("old")
-        fault = Fault(number=call, error=scenario.error, kinds=scenario.kinds, exchange=scenario.exchange)
-        code, lines, calls = run(scenario, fault, [])
-        if calls is not None and calls < call:
-            return
-        hit = _seen(scenario, code, lines)
-        code, lines, _ = run(
-            scenario, None, ["--resume", "--no-sync", *(["--overwrite"] if hit.state == "complete" else [])]
-        )
-        yield Outcome(call=call, hit=hit, resumed=_seen(scenario, code, lines))
-        call += scenario.step
+class Driver:
+    """Plans a command once, and forks where it begins to write: for every fault, and for every run after one."""
 
+    def __init__(self, scenario: Scenario) -> None:
+        """Plan nothing yet."""
+        self.scenario, self.work = scenario, Path(scenario.work)
+        self.outcomes: list[Outcome] = []
+        self.report: Callable[[int], None] | None = None  # of a forked process: how it tells its exit code
 
-def _seen(scenario: Scenario, code: int, lines: list[str]) -> Seen:
-    work = Path(scenario.work)
-    now = contents(work / "out")
-    known = {"complete": contents(Path(scenario.expected)), "old": {"precious": b"old"}, "absent": {}}
-    state = next((name for name, content in known.items() if now == content), "broken")
-    beside = sorted(path.name for path in work.iterdir() if path.name != "out")
-    return Seen(code=code, lines=lines, state=state, beside=beside)
+    def run(self) -> list[Outcome]:
+        """The outcomes of all faults, until a run ends before it comes to the call."""
+        self._set_up()
+        for module in (convert, resharding):
+            module.write_output = functools.partial(self._instead, write_output)  # type: ignore[attr-defined]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                code = cli.main([*self.scenario.command, "--workers", "1"])
+        except BaseException:
+            if self.report is None:
+                raise
+            traceback.print_exc()
+            code = 99
+        if self.report is not None:
+            self.report(code)
+        return self.outcomes
 
+    def _set_up(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        if self.scenario.old:
+            (self.work / "out").mkdir()
+            (self.work / "out" / "precious").write_text("old")
 
-def run(scenario: Scenario, fault: Fault | None, more: list[str]) -> tuple[int, list[str], int | None]:
-    """Run the command on its ranks: exit code, lines on stderr, and how many calls the fault counted.
+    def _instead(self, write: Callable[..., None], *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+        """In place of the package's: it is called in forked processes only."""
+        call = self.scenario.first
+        while True:
+            self._set_up()
+            fault = Fault(
+                number=call, error=self.scenario.error, kinds=self.scenario.kinds, exchange=self.scenario.exchange
+            )
+            seen, calls = self._fork(lambda ranks: write(*arguments, **options | {"ranks": ranks}), fault)
+            if self._is_forked() or (calls is not None and calls < call):
+                return
+            again = options | {"resume": True, "overwrite": self.scenario.old or seen.state == "complete"}
+            resumed, _ = self._fork(lambda ranks: write(*arguments, **again | {"ranks": ranks}), None)  # noqa: B023
+            if self._is_forked():
+                return
+            self.outcomes.append(Outcome(call=call, hit=seen, resumed=resumed))
+            call += self.scenario.step
 
-    Code and lines are the first rank's, but the code is negative if a rank was killed. Of one that was killed nobody
-    knows how many calls there were.
-    """
-    ends = socket.socketpair()
-    read, write = os.pipe()
-    processes = []
-    for rank in range(scenario.ranks):
-        process = os.fork()
-        if process == 0:
-            ends[1 - rank].close()
-            ranks = Ranks(rank=rank, world_size=2, exchange=_exchange(ends[rank], rank))
-            mine = fault if rank == scenario.rank else None
-            _run_rank(scenario, ranks if scenario.ranks > 1 else Ranks(), mine, more, write)
-        processes.append(process)
-    for end in ends:
-        end.close()
-    os.close(write)
-    with os.fdopen(read) as told:
-        by_rank = {telling["rank"]: telling for telling in map(json.loads, told)}
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-    lines = by_rank[0]["lines"] if 0 in by_rank else []
-    calls = by_rank[scenario.rank]["calls"] if scenario.rank in by_rank else None
-    return codes[0] if min(codes) >= 0 else min(codes), lines, calls
+    def _is_forked(self) -> bool:
+        return self.report is not None
+
+    def _fork(self, write: Callable[[Ranks], None], fault: Fault | None) -> tuple[Seen, int | None]:
+        """Let new processes write: what is there then, and how many calls the fault counted.
+
+        Code and lines are the first rank's, but the code is negative if a rank was killed. Of one that was killed
+        nobody knows how many calls there were. Returns in the new processes too, when they have written.
+        """
+        ends = socket.socketpair()
+        read, telling = os.pipe()
+        processes = []
+        for rank in range(self.scenario.ranks):
+            processes.append(os.fork())
+            if processes[-1] == 0:
+                ends[1 - rank].close()
+                mine = fault if rank == self.scenario.rank else None
+                self._become(rank, mine, telling)
+                alone = self.scenario.ranks == 1
+                write(Ranks() if alone else Ranks(rank=rank, world_size=2, exchange=_exchange(ends[rank], rank)))
+                return Seen(code=0, lines=[], state="", beside=[]), None
+        for end in ends:
+            end.close()
+        os.close(telling)
+        with os.fdopen(read) as told:
+            by_rank = {each["rank"]: each for each in map(json.loads, told)}
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        lines = by_rank[0]["lines"] if 0 in by_rank else []
+        calls = by_rank[self.scenario.rank]["calls"] if self.scenario.rank in by_rank else None
+        return self._seen(codes[0] if min(codes) >= 0 else min(codes), lines), calls
+
+    def _become(self, rank: int, fault: Fault | None, telling: int) -> None:
+        """Be a rank: what it prints is caught, its calls may go wrong, and it tells how it went."""
+        os.environ["RANK"] = str(rank)
+        sys.stdout = sys.stderr = err = io.StringIO()
+        logging.getLogger().handlers[0] = logging.StreamHandler(err)
+        write = os.write
+        if fault is not None:
+            fault.install()
+
+        def report(code: int) -> NoReturn:
+            calls = fault.calls if fault else 0
+            told = {"rank": rank, "lines": err.getvalue().splitlines(), "calls": calls}
+            write(telling, json.dumps(told).encode() + b"\n")
+            os._exit(code)
+
+        self.report = report
+
+    def _seen(self, code: int, lines: list[str]) -> Seen:
+        now = contents(self.work / "out")
+        known = {"complete": contents(Path(self.scenario.expected)), "old": {"precious": b"old"}, "absent": {}}
+        state = next((name for name, content in known.items() if now == content), "broken")
+        beside = sorted(path.name for path in self.work.iterdir() if path.name != "out")
+        return Seen(code=code, lines=lines, state=state, beside=beside)
 
 
 def _exchange(end: socket.socket, rank: int) -> Callable[[Any], list[Any]]:
@@ -235,27 +286,8 @@ def _exchange(end: socket.socket, rank: int) -> Callable[[Any], list[Any]]:
     return exchange
 
 
-def _run_rank(scenario: Scenario, ranks: Ranks, fault: Fault | None, more: list[str], telling: int) -> NoReturn:
-    """Be one rank, tell how it went, and end."""
-    os.environ["RANK"] = str(ranks.rank)
-    for command in (from_hf, to_hf, reshard):
-        command.from_environment = lambda: ranks  # type: ignore[attr-defined]
-    write, err = os.write, io.StringIO()
-    if fault is not None:
-        fault.install()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main([*scenario.command, "--workers", "1", *more])
-        except BaseException:  # noqa: BLE001  (it is shown)
-            code = 99
-            traceback.print_exc()
-    told = {"rank": ranks.rank, "lines": err.getvalue().splitlines(), "calls": fault.calls if fault else 0}
-    write(telling, json.dumps(told).encode() + b"\n")
-    os._exit(code)
-
-
 if __name__ == "__main__":
     gc.freeze()
     gc.disable()  # it would have every fork copy all memory
-    for outcome in outcomes(Scenario(**json.loads(sys.argv[1]))):
-        sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
+    given = json.loads(sys.argv[1])
+    sys.stdout.write(json.dumps([[asdict(each) for each in Driver(Scenario(**fields)).run()] for fields in given]))

@@ -9,6 +9,8 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,11 +34,11 @@ SCENARIOS: Final[dict[str, dict[str, Any]]] = {
     "killed": {"step": 2},
     "killed, overwriting": {"old": True, "first": 2, "step": 2},
     "killed, overwriting in two steps": {"old": True, "exchange": False, "kinds": [*RENAMING, *REMOVING]},
-    "first rank killed": {"ranks": 2, "step": 6},
-    "second rank killed": {"old": True, "ranks": 2, "rank": 1, "step": 6},
-    "disk full": {"old": True, "step": 5, "error": errno.ENOSPC},
-    "disk broken": {"first": 2, "step": 7, "error": errno.EIO},
-    "not allowed": {"old": True, "first": 3, "step": 7, "error": errno.EACCES},
+    "first rank killed": {"ranks": 2, "step": 8},
+    "second rank killed": {"old": True, "ranks": 2, "rank": 1, "step": 2},
+    "disk full": {"old": True, "step": 6, "error": errno.ENOSPC},
+    "disk broken": {"first": 2, "step": 8, "error": errno.EIO},
+    "not allowed": {"old": True, "first": 3, "step": 8, "error": errno.EACCES},
     "source broken": {"step": 4, "error": errno.EIO, "kinds": [*READING]},
 }
 KILLS: Final = [name for name, fields in SCENARIOS.items() if "error" not in fields]
@@ -76,26 +78,28 @@ def process(command: list[str]) -> None:
 def outcomes(sources: Path) -> Outcomes:
     """All outcomes of all scenarios."""
 
-    def run(case: tuple[str, str]) -> list[Outcome]:
-        command, name = case
-        fields = {"old": False, "kinds": [*WRITING, *REMOVING]} | SCENARIOS[name]
-        work = sources / "runs" / f"{command}, {name}"
-        work.parent.mkdir(exist_ok=True)
-        scenario = Scenario(
-            command=arguments(command, sources, work / "out", old=fields["old"]),
-            work=str(work),
-            expected=str(sources / command),
-            **fields,
-        )
+    def run(command: str) -> Outcomes:
+        scenarios = [asdict(scenario(command, sources, **fields)) for fields in SCENARIOS.values()]
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-        script = [sys.executable, str(_FAULTS), json.dumps(asdict(scenario))]
-        done = subprocess.run(script, check=True, capture_output=True, text=True, env=environment, timeout=300)
-        told = [json.loads(line) for line in done.stdout.splitlines()]
-        return [Outcome(call=t["call"], hit=Seen(**t["hit"]), resumed=Seen(**t["resumed"])) for t in told]
+        script = [sys.executable, str(_FAULTS), json.dumps(scenarios)]
+        done = subprocess.run(script, check=True, capture_output=True, text=True, env=environment, timeout=570)
+        return {
+            (command, name): [
+                Outcome(call=each["call"], hit=Seen(**each["hit"]), resumed=Seen(**each["resumed"])) for each in told
+            ]
+            for name, told in zip(SCENARIOS, json.loads(done.stdout), strict=True)
+        }
 
-    cases = [(command, name) for command in COMMANDS for name in SCENARIOS]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(cases, pool.map(run, cases), strict=True))
+        return {case: each for found in pool.map(run, COMMANDS) for case, each in found.items()}
+
+
+def scenario(command: str, sources: Path, *, old: bool = False, **fields: Any) -> Scenario:  # noqa: ANN401  (Scenario's)
+    """A scenario of a command, in a directory of its own."""
+    work = sources / f"{command}-disturbed"
+    line = arguments(command, sources, work / "out", old=old)
+    fields = {"kinds": [*WRITING, *REMOVING]} | fields
+    return Scenario(command=line, work=str(work), expected=str(sources / command), old=old, **fields)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -148,11 +152,7 @@ def test_an_error_says_what_and_where(name: str, command: str, outcomes: Outcome
             assert (hit.state, errors) == ("complete", []), outcome
             continue
         assert (hit.code, len(errors), hit.lines[-1]) == (1, 1, errors[0]), outcome
-        assert reason in errors[0]
-        assert str(sources) in errors[0]
-        assert (f"cannot read {sources / arguments(command, sources, sources)[1]}" in errors[0]) == (
-            name == "source broken"
-        )
+        assert re.search(rf"{sources}/\S+(: | is complete, .*: ){reason}", errors[0]), outcome
         assert hit.state == before or (hit.state == "complete" and "is complete" in errors[0]), outcome
         assert (".out.incomplete" in hit.beside) == ("--resume continues what is kept in" in errors[0]), outcome
         failed += 1
@@ -162,15 +162,18 @@ def test_an_error_says_what_and_where(name: str, command: str, outcomes: Outcome
 @pytest.mark.parametrize("command", COMMANDS)
 def test_processes_killed_at_any_time(command: str, sources: Path, tmp_path: Path) -> None:
     """Real processes that are killed after random times, each resuming what the one before it left, end as one run."""
-    output, moments = tmp_path / "out", random.Random(command)
+    output, moments = tmp_path / "out", random.Random(command)  # noqa: S311  (no secret)
     line = [sys.executable, "-m", "dist_ckpt_mistral", *arguments(command, sources, output), "--resume"]
     begun = time.monotonic()
     subprocess.run(line, check=True, capture_output=True, timeout=120)
     takes = time.monotonic() - begun
     for _ in range(4):
-        output.rename(tmp_path / "gone") if output.exists() else None
-        running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(takes * moments.uniform(0.4, 1))
-        running.kill()
-        running.wait()
+        shutil.rmtree(output, ignore_errors=True)
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+            time.sleep(takes * moments.uniform(0.4, 1))
+            running.kill()
         assert not output.exists() or contents(output) == contents(sources / command)
+    shutil.rmtree(output, ignore_errors=True)
+    subprocess.run(line, check=True, capture_output=True, timeout=120)
+    assert contents(output) == contents(sources / command)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -558,13 +558,17 @@ def test_writes_begin_where_the_page_cache_takes_them_whole(tmp_path: Path, dtyp
 class FailingTarget:
     """A file whose disk is full after some writes."""
 
-    def __init__(self, good: int) -> None:
-        """Let ``good`` writes pass."""
-        self.good, self.writes = good, 0
+    def __init__(self, good: int, seconds: float = 0) -> None:
+        """Let ``good`` writes pass, each after some time."""
+        self.good, self.seconds, self.writes = good, seconds, 0
+
+    def start_writeback(self, position: int, num_bytes: int) -> None:
+        """Nothing is on its way."""
 
     def write(self, position: int, data: memoryview) -> None:
         """Write, or fail."""
         self.writes += 1
+        time.sleep(self.seconds)
         if self.writes > self.good:
             time.sleep(0.01)  # a slow disk: what is still in the queue can be cancelled
             raise OSError(28, f"no space for {len(data)} bytes at {position}")
@@ -586,6 +590,25 @@ def test_the_first_failure_ends_the_run(workers: int, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space for 1 bytes"):
         execute(plan, {0: cast("TargetFile", failing)}, effort=effort, numbers=range(1000), checksums=True)
     assert 6 <= failing.writes < 500
+
+
+def test_threads_end_when_another_fails(tmp_path: Path) -> None:
+    """A thread in the middle of a long segment ends with its band when another one fails, whose error comes out."""
+    (tmp_path / "source").write_bytes(bytes(32 << 20))
+    source = IndexedTensor.whole("s", "uint8", (32 << 20,), file=0, position=0)
+    half = 16 << 20
+    target = IndexedTensor.build("t", "uint8", (32 << 20,), [((0,), (half,), 0, 0), ((half,), (half,), 1, 0)])
+    plan = plan_gather(
+        TensorIndex(files=(tmp_path / "source",), tensors={"s": source}),
+        TensorIndex(files=(tmp_path / "0", tmp_path / "1"), tensors={"t": target}),
+        [Link(source="s", source_offset=(0,), target="t", target_offset=(0,), shape=(32 << 20,))],
+    )
+    long, failing = FailingTarget(10**6, seconds=0.02), FailingTarget(0)
+    effort = Effort(workers=2, memory_bytes=1 << 20)
+    targets = {0: cast("TargetFile", long), 1: cast("TargetFile", failing)}
+    with pytest.raises(OSError, match="no space"):
+        execute(plan, targets, effort=effort, numbers=[0, 1], checksums=True)
+    assert long.writes < half // effort.band_bytes()
 
 
 def test_a_source_that_shrinks_is_named(tmp_path: Path) -> None:
