@@ -296,22 +296,6 @@ def test_equal_models_agree(a: str, b: str, in_transformers: int, places: dict[s
     assert all(prompt["num_tokens"] > 16 for prompt in told["prompts"])  # the original context, longer than the window
 
 
-def test_the_language_model_of_a_multimodal_one_is_compared(places: dict[str, Path], tmp_path: Path) -> None:
-    """Of a model whose config and tensors stand in those of a multimodal one, transformers runs the language model."""
-    (tmp_path / "hf").mkdir()
-    tensors = {
-        f"language_model.{name}": each for name, each in load_file(places["untied"] / "model.safetensors").items()
-    }
-    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
-    text = json.loads((places["untied"] / "config.json").read_text())
-    config = {"model_type": "mistral3", "text_config": text, "tie_word_embeddings": False}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    told = json.loads("\n".join(run("verify", tmp_path / "hf", places["untied-ckpt"], "--logits", "--json").out))
-    assert told["in_transformers"] == str(tmp_path / "hf")
-    assert told["largest_difference"] <= 1e-4
-    assert all(prompt["same_tokens"] for prompt in told["prompts"])
-
-
 def test_verify_logits_takes_prompts(places: dict[str, Path]) -> None:
     """Given prompts are compared one by one; the verdict says what ran where, and how far the logits lie apart."""
     outcome = run("verify", places["tied"], places["tied-ckpt"], "--logits", "--prompt", "ab", "--prompt", TEXT)

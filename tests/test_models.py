@@ -214,7 +214,6 @@ def test_what_does_not_fit_is_refused(megatron: SimpleNamespace, saved: dict[str
     [
         ("mistral4", {"q_lora_rank": None}, "Megatron then norms what queries are made of"),
         ("mistral4", {"qk_rope_head_dim": 3, "qk_nope_head_dim": 7}, "qk_rope_head_dim=3"),
-        ("mistral4", {"sliding_window": 4}, "sliding_window=4 with latent attention"),
         ("mistral4", {"num_experts_per_tok": 1}, "one expert per token with a probability of 1"),
         ("mistral4", {"n_group": 2}, "chooses groups in the same way only if normalized=False"),
         ("mistral4, groups", {"num_experts_per_tok": 1}, "experts_per_token is 2 to 3 times groups_per_token"),
