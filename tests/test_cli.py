@@ -378,10 +378,11 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     assert contents(back) == contents(original)
 
 
-#: Exports, but stops for ever at the fifth write.
+#: Exports, but stops for ever at the fifth write. Shells have what they run in the background ignore interrupts.
 STALLED = """
-import sys, time
+import signal, sys, time
 from dist_ckpt_mistral import cli, storage
+signal.signal(signal.SIGINT, signal.default_int_handler)
 write, calls = storage.TargetFile.write, []
 def stalling(*arguments):
     calls.append(arguments)
