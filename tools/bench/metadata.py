@@ -2,9 +2,8 @@
 
 Makes a checkpoint whose data are holes, with optimizer state beside the weights and ``.metadata`` as Megatron pickles
 it, then runs each step in a process of its own; prints seconds (wall, and of the processor, which is what counts on a
-busy machine) behind the imports, peak resident memory, and what the step added to it. ``--experts`` adds experts as
-Megatron stores them, which only ``open`` and ``inspect`` look at: ``--layers 72 --tp 8 --experts 128`` has 897 000
-chunks.
+busy machine) behind the imports, peak resident memory, and what the step added to it. With ``--experts`` it is a
+Mixtral: ``--layers 72 --tp 8 --experts 128`` has 897 000 chunks.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 from models import make_sparse_checkpoint
 
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 
@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
     left_out = set() if arguments.torch else {"torch: pickle.load"}
-    left_out |= {"open, locate and plan"} if arguments.experts else set()
     with tempfile.TemporaryDirectory() as scratch:
         directory = arguments.directory or Path(scratch) / "checkpoint"
         if not directory.exists():
@@ -76,15 +75,19 @@ def main() -> None:
 
 
 def _make(directory: Path, layers: int, tp: int, experts: int) -> int:
+    size = tp * 128
+    mixture = Experts(num_experts=experts, experts_per_token=2, intermediate_size=size) if experts else None
     config = MistralConfig(
         vocab_size=131072,
         hidden_size=16384,
-        intermediate_size=tp * 128,
+        intermediate_size=size,
         num_hidden_layers=layers,
         num_attention_heads=tp,
         num_key_value_heads=tp,
         head_dim=128,
         dtype="bfloat16",
+        model_type="mixtral" if experts else "mistral",
+        experts=mixture,
     )
     return make_sparse_checkpoint(
         directory,
@@ -92,7 +95,6 @@ def _make(directory: Path, layers: int, tp: int, experts: int) -> int:
         ParallelLayout(tp=tp),
         style=KeyStyle.STACKED,
         with_optimizer=True,
-        experts=experts,
         weights_only=True,
     )
 

@@ -6,7 +6,6 @@ are there.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -58,7 +57,6 @@ CASES = {
     "per-layer": Case(style=KeyStyle.PER_LAYER, is_import=False),
     "optimizer": Case(with_optimizer=True, is_import=False),
 }
-_EXPERTS = "decoder.layers.mlp.experts.experts."
 _LAYER_BYTES = 436_224_000  # one layer of the shape below in bfloat16
 _BLOCK_BYTES = 16 << 20
 
@@ -130,21 +128,18 @@ def make_sparse_checkpoint(
     *,
     style: KeyStyle,
     with_optimizer: bool,
-    experts: int = 0,
     weights_only: bool = False,
 ) -> int:
     """A checkpoint whose data are holes: everything around them is genuine. Returns its number of chunks.
 
-    For planning and reading at any size, with per-layer keys or with optimizer state beside the weights. ``experts``
-    adds so many to every layer, as Megatron stores them: a chunk for each expert, half and tensor-parallel rank. With
-    ``weights_only`` the archives of optimizer state and experts are holes altogether, for a look at what is described.
+    For planning and reading at any size, with per-layer keys or with optimizer state beside the weights. With
+    ``weights_only`` the archives of optimizer state are holes altogether, for a look at what is described.
     """
     directory.mkdir(parents=True)
     prefixes = {"": "bfloat16", **(OPTIMIZER if with_optimizer else {})}
-    chunks = [*_chunks(config, layout, style, prefixes), *_expert_chunks(config, layout, experts, prefixes)]
-    written = torch_dist_writer.lay_out(chunks, [], num_files=layout.world_size * max(1, experts))
+    written = torch_dist_writer.lay_out(_chunks(config, layout, style, prefixes), [], num_files=layout.world_size)
     targets = {number: TargetFile(directory / name, 0) for number, name in enumerate(written.file_names)}
-    holes = (*OPTIMIZER, _EXPERTS) if weights_only else ()
+    holes = tuple(OPTIMIZER) if weights_only else ()
     placed = tuple(each for each in written.placed if not each.chunk.mcore_key.startswith(holes))
     replace(written, placed=placed).write_around(targets, _ZeroChecksums())
     for number, target in targets.items():
@@ -222,25 +217,6 @@ def fill_holes(directory: Path) -> None:
                 output.seek(position)
                 for block in _random_blocks(num_bytes):
                     output.write(block)
-
-
-def _expert_chunks(
-    config: MistralConfig, layout: ParallelLayout, experts: int, prefixes: dict[str, str]
-) -> Iterator[NewChunk]:
-    layers, hidden, ffn, tp = config.num_hidden_layers, config.hidden_size, config.intermediate_size, layout.tp
-    cells = {"linear_fc1": (2 * ffn, hidden, ffn // tp, hidden), "linear_fc2": (hidden, ffn, hidden, ffn // tp)}
-    for layer, expert, (prefix, dtype) in itertools.product(range(layers), range(experts), prefixes.items()):
-        for name, (rows, columns, cell_rows, cell_columns) in cells.items():
-            places = itertools.product(range(0, rows, cell_rows), range(0, columns, cell_columns))
-            for place, (row, column) in enumerate(places):
-                yield NewChunk(
-                    mcore_key=f"{prefix}{_EXPERTS}{name}.weight",
-                    dtype=dtype,
-                    global_shape=(layers, experts, rows, columns),
-                    offset=(layer, expert, row, column),
-                    shape=(1, 1, cell_rows, cell_columns),
-                    file=expert * tp + place % tp,
-                )
 
 
 def model_bytes(config: MistralConfig) -> int:
