@@ -25,7 +25,7 @@ model.checks model.yarn model.experts model.latent_attention model.quantization 
 model.hf_config
 model.params_json model.config
 model.row_blocks model.tensor_rules model.vision_table model.tensor_table model.stored_entries
-model.pipeline_layout model.rank_grid model.parallel_layout
+model.pipeline_layout model.rank_grid model.held_tensors model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.attention_args model.expert_args model.megatron_args
 model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
