@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.gather.executor import BandReader, Effort, run_all
+from dist_ckpt_mistral.gather.bands import BandReader
+from dist_ckpt_mistral.gather.executor import Effort, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source

@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ckpt_mistral.errors import FormatError, PlanError, TensorMismatchError
+from dist_ckpt_mistral.gather.bands import BAND_BYTES, BandReader
 from dist_ckpt_mistral.gather.boxes import require_tiling
-from dist_ckpt_mistral.gather.executor import BAND_BYTES, BandReader, Effort, execute
+from dist_ckpt_mistral.gather.executor import Effort, execute
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
