@@ -21,7 +21,7 @@ from dist_ckpt_mistral.formats import pickle_opcodes, pickle_reading
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.pickle_reading import OpaqueRecord, as_tuple, record_class
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
-from dist_ckpt_mistral.formats.torch_archive import MAX_AXES, torch_dtype_name
+from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES, torch_dtype_name
 from dist_ckpt_mistral.shapes import Shape
 
 #: What Megatron (0.12 to 0.19) adds to torch's Metadata behind all else: the plans of all ranks, which repeat it.
