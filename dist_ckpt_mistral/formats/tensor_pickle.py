@@ -47,8 +47,9 @@ def read_tensor(content: bytes, where: str) -> tuple[str, Shape]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Storage:
+    """A typed storage has a dtype; an untyped one leaves it to its tensor."""
+
     dtype: str | None
-    numel: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,4 +126,4 @@ def _storage(pid: Any) -> _Storage:  # noqa: ANN401  (from a pickle)
     """torch.save's persistent id: ("storage", type, key, device, elements). Only storage 0 exists."""
     if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and pid[2] == "0"):  # noqa: PLR2004
         raise FormatError(f"an unexpected persistent object {short(pid)}")
-    return _Storage(pid[1] if isinstance(pid[1], str) and pid[1] else None, pid[4])
+    return _Storage(pid[1] if isinstance(pid[1], str) and pid[1] else None)
