@@ -17,7 +17,8 @@ from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf, match_own
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
+from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import MistralConfig, config_file
 from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, Place, TensorTable
 from dist_ckpt_mistral.model.tensor_table import tensor_table

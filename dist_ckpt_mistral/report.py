@@ -14,7 +14,8 @@ from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, printable
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
-from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf, match_own
+from dist_ckpt_mistral.mapping import CheckpointMap
+from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import SLIDING, GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
 from dist_ckpt_mistral.model.tensor_table import tensor_table

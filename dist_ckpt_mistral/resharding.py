@@ -30,7 +30,8 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest
-from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, Ignored, match_checkpoint
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
+from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE, match_checkpoint
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state, model_prefix, split_state_key

@@ -34,7 +34,7 @@ formats.pickle_opcodes formats.pickle_reading formats.pickle_records
 formats.tensor_pickle formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
-own_links mapping embedded checkpoint_config model_source manifest journal writing verify file_checks checking
+own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify file_checks checking
 chunking conversion convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
