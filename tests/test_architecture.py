@@ -35,7 +35,7 @@ formats.tensor_pickle formats.torch_archive formats.torch_archive_writer formats
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
 own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify file_checks checking
-chunking conversion convert resharding
+chunking conversion new_hf_directory new_checkpoint convert resharding
 pretrain_command report lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
