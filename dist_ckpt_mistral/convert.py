@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import dtypes, hub, storage
+from dist_ckpt_mistral import dtypes, hub, paths, storage
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
@@ -65,8 +65,8 @@ def to_hf(
 
     def prepare() -> tuple[Stamps, ModelSource, FileSet, BytePlan]:
         dtypes.require_weight_dtype(dtype)
-        storage.require_apart(checkpoint, output)
-        storage.require_writable(output, overwrite=overwrite or dry_run)
+        paths.require_apart(checkpoint, output)
+        paths.require_writable(output, overwrite=overwrite or dry_run)
         given = given_directory(config)
         inputs = stamps([*torch_dist.resolve_directory(checkpoint).rglob("*"), *(given.iterdir() if given else ())])
         opened = open_megatron(checkpoint, config=given_config(config), state=state)
@@ -145,9 +145,9 @@ def from_hf(
 
     def prepare() -> tuple[Stamps, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
-        storage.require_writable(output, overwrite=overwrite)
+        paths.require_writable(output, overwrite=overwrite)
         directory = hub.local_directory(str(hf))
-        storage.require_apart(directory, output)
+        paths.require_apart(directory, output)
         inputs = stamps(directory.glob("*"))
         source = open_hf(directory, dtype=dtype)
         return inputs, source, *plan_import(source, layout, dtype, step)

@@ -15,7 +15,7 @@ from operator import add, itemgetter
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral import storage
+from dist_ckpt_mistral import paths
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats import pickle_opcodes, pickle_reading
 from dist_ckpt_mistral.formats.common_state import Entry
@@ -143,7 +143,7 @@ class _FileNumbers(dict[str, int]):
 
     def __missing__(self, name: object) -> int:
         """Shards lie beside ``.metadata``; anything but a plain name could point anywhere."""
-        if not isinstance(name, str) or not storage.is_plain_name(name):
+        if not isinstance(name, str) or not paths.is_plain_name(name):
             raise ValueError(f"it names the file {short(name)}: expected the plain name of a file beside it")
         return self.setdefault(name, len(self))
 
