@@ -24,7 +24,7 @@ paths stamps storage staging strict_yaml libraries
 model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families
 model.hf_config
 model.params_json model.config
-model.row_blocks model.tensor_rules model.vision_table model.tensor_table model.stored_entries
+model.row_blocks model.tensor_rules model.vision_table model.layer_table model.tensor_table model.stored_entries
 model.pipeline_layout model.rank_grid model.held_tensors model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.attention_args model.expert_args model.megatron_args
 model.bridge_config model.pretrain_flags
@@ -51,7 +51,7 @@ DOWNWARDS: Final = tuple(_MODULES.split())
 #: Where ``read_bytes`` is an amount, and not Path's method.
 AMOUNTS: Final = ("gather.chunk_reads", *(name for name in DOWNWARDS if name.startswith("reading.")))
 #: Where names of tensors stand: the tables, and what tells its keys from other entries of a checkpoint.
-NAMING: Final = ("model.vision_table", "model.tensor_table", "model.stored_entries")
+NAMING: Final = ("model.vision_table", "model.layer_table", "model.tensor_table", "model.stored_entries")
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
 PACKAGES: Final = (
     "__init__",
