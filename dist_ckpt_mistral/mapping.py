@@ -7,15 +7,8 @@ from dataclasses import dataclass, field
 
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.model.stored_entries import state_key
-from dist_ckpt_mistral.model.tensor_rules import (
-    HfTensor,
-    Index,
-    KeyStyle,
-    ParamState,
-    StoredRows,
-    TensorRule,
-    TensorTable,
-)
+from dist_ckpt_mistral.model.tensor_rules import Index, KeyStyle, ParamState, TensorRule
+from dist_ckpt_mistral.model.tensor_table import HfTensor, StoredRows, TensorTable
 from dist_ckpt_mistral.model.vision_table import is_carried, with_prefix
 from dist_ckpt_mistral.shapes import Shape
 

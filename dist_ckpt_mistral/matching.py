@@ -19,7 +19,8 @@ from dist_ckpt_mistral.model.stored_entries import (
     why_hf_ignored,
     why_ignored,
 )
-from dist_ckpt_mistral.model.tensor_rules import HfTensor, KeyStyle, ParamState, TensorRule, TensorTable
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorRule
+from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable
 from dist_ckpt_mistral.model.vision_table import is_carried
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import own_shapes

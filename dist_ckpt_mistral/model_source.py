@@ -20,8 +20,8 @@ from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
 from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import MistralConfig, config_file
-from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, Place, TensorTable
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
+from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 

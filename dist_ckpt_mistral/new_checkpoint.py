@@ -16,8 +16,8 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle, TensorTable
-from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource
 from dist_ckpt_mistral.verify import require_equal_aliases
 

@@ -24,11 +24,10 @@ from dist_ckpt_mistral.model.tensor_rules import (
     ModuleTensor,
     Place,
     TensorRule,
-    TensorTable,
     spell,
     spell_key,
 )
-from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME
+from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME, TensorTable
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
 VOCABULARY_MULTIPLE: Final = 128
