@@ -85,10 +85,6 @@ class CheckpointMap:
         """Their names, and the shapes that they must have at least."""
         return {name: shape for name, _, shape in self.tensors()}
 
-    def key_of(self, tensor: HfTensor) -> str:
-        """The stored tensor that holds the first row of a Hugging Face tensor."""
-        return next(link.source for link in self.links(tensor))
-
     def links(self, tensor: HfTensor) -> list[Link]:
         """The stored boxes that make up one Hugging Face tensor."""
         return [link for index, at in tensor.packed() for link in self.links_of(tensor, index, at)]
