@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,11 +11,12 @@ from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
+from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.tensor_table import TensorTable, tensor_table
 from dist_ckpt_mistral.own_links import own_shapes
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
@@ -66,50 +68,62 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
 
 def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
-    file_set = hf_directory.read_directory(path)
-    stored = list(file_set.tensors())
+    file_set, where = hf_directory.read_directory(path), str(path)
+    is_own = hf_directory.is_own_directory(path)
+    hf_names = {} if is_own else {tensor.name: tensor.name for tensor in file_set.tensors()}
     problems: list[str] = []
     ignored: dict[str, str] = {}
-    is_own = hf_directory.is_own_directory(path)
-    hf_names = {} if is_own else {tensor.name: (tensor.name,) for tensor in stored}
     quantized = Quantized()
     try:
         config = config or MistralConfig.from_hf(path)
         table = tensor_table(config)
         if is_own:
-            found = match_own(table, {tensor.name: tensor.shape for tensor in stored}, str(path))
-            hf_names = {name: (tensor.hf_name,) for tensor in found for name in own_shapes(tensor)}
+            hf_names = _names_of_own(table, file_set, where)
         else:
-            by_name = file_set.by_name(str(path), table.usual_name)
-            named = {name: tensor for name, (_, _, tensor) in by_name.items()}
-            quantized = match_quantized(file_set.tensors(table.usual_name), config, str(path))
-            left = dict(quantized.ignored)
-            shapes = {name: tensor.shape for name, tensor in named.items() if name not in left}
-            left.update(match_hf(table, shapes, str(path))[1])
-            ignored = {named[name].name: reason for name, reason in left.items()}
+            by_name = {name: tensor for name, (_, _, tensor) in file_set.by_name(where, table.usual_name).items()}
+            quantized = match_quantized(file_set.tensors(table.usual_name), config, where)
+            ignored = _ignored_of_hf(table, by_name, quantized, where)
     except DistCkptMistralError as error:
         problems.append(str(error))
     return Report(
-        path=str(path),
+        path=where,
         kind="directory of Mistral AI's own files" if is_own else "Hugging Face directory",
         format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
         config_from=str(config_file(path)) if config else None,
         config=_config_values(config),
-        tensors=tuple(
-            TensorReport(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                num_chunks=1,
-                num_bytes=tensor.end - tensor.begin,
-                hf_names=() if tensor.name in ignored else hf_names.get(tensor.name, ()),
-                ignored=ignored.get(tensor.name),
-            )
-            for tensor in stored
-        ),
+        tensors=tuple(_hf_tensor_report(tensor, hf_names, ignored) for tensor in file_set.tensors()),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
         problems=tuple(problems),
+    )
+
+
+def _names_of_own(table: TensorTable, file_set: hf_directory.FileSet, where: str) -> dict[str, str]:
+    """The Hugging Face tensor that each tensor of Mistral AI's own files is, or is a part of."""
+    found = match_own(table, {tensor.name: tensor.shape for tensor in file_set.tensors()}, where)
+    return {name: tensor.hf_name for tensor in found for name in own_shapes(tensor)}
+
+
+def _ignored_of_hf(
+    table: TensorTable, by_name: Mapping[str, FileTensor], quantized: Quantized, where: str
+) -> dict[str, str]:
+    """The stored tensors that are no weights, and why; ``by_name`` are all, by their names in the table."""
+    left = dict(quantized.ignored)
+    shapes = {name: tensor.shape for name, tensor in by_name.items() if name not in left}
+    left.update(match_hf(table, shapes, where)[1])
+    return {by_name[name].name: reason for name, reason in left.items()}
+
+
+def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: Mapping[str, str]) -> TensorReport:
+    is_known = tensor.name in hf_names and tensor.name not in ignored
+    return TensorReport(
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        num_chunks=1,
+        num_bytes=tensor.end - tensor.begin,
+        hf_names=(hf_names[tensor.name],) if is_known else (),
+        ignored=ignored.get(tensor.name),
     )
 
 
