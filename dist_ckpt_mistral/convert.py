@@ -132,11 +132,11 @@ def from_hf(
 ) -> Conversion:
     """Import a Hugging Face directory or hub id into a new Megatron checkpoint root.
 
-    ``tp``, ``pp`` and ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the
-    checkpoint is a ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every
-    tensor keeps its own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. ``resume``
-    goes on with what a run that was killed or failed has copied. Raises
-    DistCkptMistralError; then nothing is published.
+    A directory may also hold Mistral AI's own files, or weights in FP8, whose values are imported. ``tp``, ``pp`` and
+    ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the checkpoint is a
+    ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every tensor keeps its
+    own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. ``resume`` goes on with what a
+    run that was killed or failed has copied. Raises DistCkptMistralError; then nothing is published.
     """
     output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)

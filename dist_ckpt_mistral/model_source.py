@@ -30,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelSource:
-    """A model that can be read: a Megatron checkpoint or a Hugging Face directory.
+    """A model that can be read: a Megatron checkpoint, a Hugging Face directory, or one of Mistral AI's own files.
 
     ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
     how Hugging Face files hold or held it, ``assets`` the directory of the small files that belong to it.

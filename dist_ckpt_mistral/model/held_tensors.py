@@ -1,6 +1,6 @@
-"""What one rank holds of a tensor table's tensors: local tensors, the boxes of stored tensors that they are, objects.
+"""What one rank holds: local tensors, each with the boxes of stored tensors that it is, and objects beside them.
 
-Which tensors, and which part of each, ``ParallelLayout`` says.
+Of which tensors, and which part of each, ``ParallelLayout`` says.
 """
 
 from __future__ import annotations
