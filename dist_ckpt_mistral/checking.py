@@ -20,7 +20,8 @@ from dist_ckpt_mistral.formats.torch_dist import TorchDistCheckpoint
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.manifest import tensor_spans
-from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint
+from dist_ckpt_mistral.mapping import CheckpointMap
+from dist_ckpt_mistral.matching import match_checkpoint
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.stored_entries import split_state_key
 from dist_ckpt_mistral.model.tensor_table import tensor_table

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.model.parallel_layout import HeldBox, HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.held_tensors import HeldBox, HeldTensor
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import LayerSpec
 from dist_ckpt_mistral.shapes import Shape
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.mapping import Ignored
 
@@ -47,3 +48,10 @@ class Conversion:
             files=files,
             ignored=origin.ignored,
         )
+
+
+def conversion_line(verb: str, done: Conversion) -> str:
+    """What a conversion did, in one line."""
+    ignored = f"; {len(done.ignored)} stored entries are not weights and stayed behind" if done.ignored else ""
+    size = human_bytes(done.num_bytes)
+    return f"{verb} {done.num_tensors} tensors ({size}) in {len(done.files)} files to {done.output}{ignored}"

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from dist_ckpt_mistral import dtypes, embedded, hub, storage
-from dist_ckpt_mistral.chunking import cuts
+from dist_ckpt_mistral import dtypes, hub, paths, storage
 from dist_ckpt_mistral.conversion import Conversion
-from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
-from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
+from dist_ckpt_mistral.errors import ConfigError
+from dist_ckpt_mistral.formats import hf_directory, torch_dist
 from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
+from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout
 from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.gather.links import Link, compose, reverse
-from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
-from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
 from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
-from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorTable
-from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES
+from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
+from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
+from dist_ckpt_mistral.new_hf_directory import hf_files, write_beside_weights
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.stamps import Stamps, stamps
 from dist_ckpt_mistral.storage import TargetFile
-from dist_ckpt_mistral.verify import first_difference
 from dist_ckpt_mistral.writing import Checksums, write_output
 
 _LOG = logging.getLogger(__name__)
@@ -71,13 +65,13 @@ def to_hf(
 
     def prepare() -> tuple[Stamps, ModelSource, FileSet, BytePlan]:
         dtypes.require_weight_dtype(dtype)
-        storage.require_apart(checkpoint, output)
-        storage.require_writable(output, overwrite=overwrite or dry_run)
+        paths.require_apart(checkpoint, output)
+        paths.require_writable(output, overwrite=overwrite or dry_run)
         given = given_directory(config)
         inputs = stamps([*torch_dist.resolve_directory(checkpoint).rglob("*"), *(given.iterdir() if given else ())])
         opened = open_megatron(checkpoint, config=given_config(config), state=state)
         source = completed(opened, given)
-        file_set = _hf_files(source, dtype, max_file_bytes)
+        file_set = hf_files(source, dtype, max_file_bytes)
         plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
         return inputs, source, file_set, plan
 
@@ -91,7 +85,7 @@ def to_hf(
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):
             targets[number].write(0, file.head)
-        _write_hf_assets(staging, source, file_set, carried)
+        write_beside_weights(staging, source, file_set, carried)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
     if not dry_run:
@@ -121,48 +115,6 @@ def _which_weights(weights: str) -> ParamState:
     return states[weights]
 
 
-def _hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
-    """The files to write: the original ones where they still fit the tensors, else as ``save_pretrained`` would."""
-    stored = {tensor.hf_name: (dtype or source.dtype_of(tensor), tensor.shape) for tensor in source.tensors}
-    if source.hf_files is not None:
-        held = source.hf_files.by_name(str(source.path), source.table.usual_name)
-        original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in held.items()}
-        if original == stored:
-            return source.hf_files
-        _LOG.info("the tensors differ in dtype from the original files: the files are laid out anew")
-    tensors = [(t.hf_name, *stored[t.hf_name]) for t in source.tensors if not t.is_alias]
-    return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
-
-
-def _write_hf_assets(staging: Path, source: ModelSource, files: FileSet, carried: Sequence[Path]) -> None:
-    """Everything of a Hugging Face directory that is not weights; the index last."""
-    content = _config_json(
-        source, files, next((path for path in carried if path.name == hf_directory.CONFIG_FILE), None)
-    )
-    storage.write_bytes(staging / hf_directory.CONFIG_FILE, content)
-    for path in carried:
-        if path.name != hf_directory.CONFIG_FILE:
-            storage.copy_file(path, staging / path.name)
-    if not any(hf_directory.is_tokenizer_file(path.name) for path in carried):
-        _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
-    index_json = files.index_json()
-    if index_json is not None:
-        storage.write_bytes(staging / hf_directory.INDEX_FILE, index_json)
-
-
-def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> bytes:
-    """config.json: the original text where it is still true, else with the dtype that most of the weights have."""
-    sizes: Counter[str] = Counter()
-    for file in files.files.values():
-        for tensor in file.tensors:
-            sizes[tensor.dtype] += tensor.end - tensor.begin
-    dtype = sizes.most_common(1)[0][0]
-    content = source.config.to_hf()
-    if source.config.dtype != dtype:
-        content["dtype" if "dtype" in content else "torch_dtype"] = dtype
-    return hf_directory.config_json(content, original)
-
-
 def from_hf(
     hf: str | Path,
     checkpoint: str | Path,
@@ -180,11 +132,11 @@ def from_hf(
 ) -> Conversion:
     """Import a Hugging Face directory or hub id into a new Megatron checkpoint root.
 
-    ``tp``, ``pp`` and ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the
-    checkpoint is a ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every
-    tensor keeps its own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. ``resume``
-    goes on with what a run that was killed or failed has copied. Raises
-    DistCkptMistralError; then nothing is published.
+    A directory may also hold Mistral AI's own files, or weights in FP8, whose values are imported. ``tp``, ``pp`` and
+    ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the checkpoint is a
+    ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every tensor keeps its
+    own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. ``resume`` goes on with what a
+    run that was killed or failed has copied. Raises DistCkptMistralError; then nothing is published.
     """
     output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
@@ -193,12 +145,12 @@ def from_hf(
 
     def prepare() -> tuple[Stamps, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
-        storage.require_writable(output, overwrite=overwrite)
+        paths.require_writable(output, overwrite=overwrite)
         directory = hub.local_directory(str(hf))
-        storage.require_apart(directory, output)
+        paths.require_apart(directory, output)
         inputs = stamps(directory.glob("*"))
         source = open_hf(directory, dtype=dtype)
-        return inputs, source, *_plan_import(source, layout, dtype, step)
+        return inputs, source, *plan_import(source, layout, dtype, step)
 
     inputs, source, written, plan = ranks.each(prepare)
     carried, left = hf_directory.carried_files(source.path)
@@ -207,7 +159,7 @@ def from_hf(
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
-        _write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
+        write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
         storage.write_bytes(staging / step / torch_dist.METADATA_FILE, written.metadata())
         storage.write_bytes(staging / torch_dist.TRACKER_FILE, torch_dist.tracker_text(iteration))
 
@@ -228,94 +180,3 @@ def from_hf(
         ranks=ranks,
     )
     return Conversion.of(output, plan, sizes, source, num_tensors=len(source.tensors))
-
-
-def _plan_import(
-    source: ModelSource, layout: ParallelLayout, dtype: str | None, step: Path
-) -> tuple[CheckpointLayout, BytePlan]:
-    """What the new checkpoint's files hold where, and the way there."""
-    layout.check(source.config)
-    require_equal_aliases(source)
-    new = new_checkpoint_map(source.table)
-    links = [
-        link
-        for tensor in source.tensors
-        if not tensor.is_alias
-        for second in map(reverse, new.links(tensor))
-        for first in source.links[tensor.hf_name]
-        if (link := compose(first, second)) is not None
-    ]
-    chunks = _chunks(source, new, links, layout, dtype)
-    objects = [NewObject.empty(_extra_states(source.table))]
-    written = torch_dist_writer.lay_out(chunks, objects, num_files=layout.world_size)
-    return written, plan_gather(source.index, written.index(step), links)
-
-
-def require_equal_aliases(source: ModelSource) -> None:
-    """A file may hold a tied tensor twice, under both names: then both must be the same, for only one is kept."""
-    for tensor in source.tensors:
-        if tensor.is_alias:
-            main = tensor.rule.parts[0].hf_name
-            if first_difference(source, main, source, tensor.hf_name) is not None:
-                raise TensorMismatchError(
-                    f"{tensor.hf_name!r} in {source.path} differs from {main!r}, but the configuration ties them. "
-                    "Set tie_word_embeddings to false in config.json, or remove the tensor that is not meant."
-                )
-
-
-def _chunks(
-    source: ModelSource, new: CheckpointMap, links: Sequence[Link], layout: ParallelLayout, dtype: str | None
-) -> Iterator[NewChunk]:
-    """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
-    stored_dtype = {link.target: source.index.tensors[link.source].dtype for link in links}
-    others = new.also_written()
-    for cut in cuts(new, new.shapes(), layout):
-        yield NewChunk(
-            mcore_key=cut.name,
-            dtype=dtype or stored_dtype[cut.name],
-            global_shape=cut.global_shape,
-            offset=cut.offset,
-            shape=cut.shape,
-            file=cut.rank,
-            other_keys=others.get(cut.name, ()),
-        )
-
-
-def _extra_states(table: TensorTable) -> list[str]:
-    """The object keys that models of any layer spec and version look for."""
-    shapes = dict.fromkeys(OLD_EXTRA_STATES, (table.num_layers,)) | table.extra_states(KeyStyle.STACKED)
-    return [
-        torch_dist_writer.object_key(key, index, shape)
-        for key, shape in shapes.items()
-        for index in itertools.product(*map(range, shape))
-    ]
-
-
-def _write_beside_shards(
-    directory: Path,
-    source: ModelSource,
-    carried: Sequence[Path],
-    layout: ParallelLayout,
-    dtype: str,
-    iteration: int | None,
-) -> None:
-    """Write metadata.json, common.pt and the small Hugging Face files; ``.metadata`` comes last and elsewhere."""
-    storage.write_bytes(directory / torch_dist.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
-    state: dict[str, Any] = {
-        "args": to_megatron_args(source.config, dtype=dtype, tp=layout.tp, pp=layout.pp, ep=layout.ep),
-        "checkpoint_version": 3.0,
-        "iteration": iteration or 0,
-        "content_metadata": {
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
-            embedded.KEY: embedded.to_record(source.config, source.table, source.hf_files),
-        },
-    }
-    storage.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
-    (directory / embedded.ASSETS_FOLDER).mkdir()
-    for path in carried:
-        target = directory / embedded.ASSETS_FOLDER / path.name
-        if path.name == hf_directory.CONFIG_FILE:
-            storage.write_bytes(target, hf_directory.config_json(source.config.to_hf(), path))
-        else:
-            storage.copy_file(path, target)

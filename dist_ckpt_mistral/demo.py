@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral import convert, libraries, verify
+from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import torch_dist
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.rank_processes import run_ranks
-from dist_ckpt_mistral.report import human_bytes
 
 #: What the demo needs beyond this package.
 _NEEDED: Final = ("torch", "megatron.core", "transformers", "safetensors", "mistral_common")

@@ -9,7 +9,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_rules import TensorTable
+from dist_ckpt_mistral.model.tensor_table import TensorTable
 
 #: The key in ``content_metadata``, and the folder of small Hugging Face files beside the shards.
 KEY: Final = "dist_ckpt_mistral"

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from dist_ckpt_mistral.gather.executor import BandReader
+from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
 from dist_ckpt_mistral.storage import SourceFiles

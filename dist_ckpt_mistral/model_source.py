@@ -17,10 +17,11 @@ from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, match_checkpoint, match_hf, match_own
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
+from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import MistralConfig, config_file
-from dist_ckpt_mistral.model.tensor_rules import HfTensor, ParamState, Place, TensorTable
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
+from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 
@@ -29,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelSource:
-    """A model that can be read: a Megatron checkpoint or a Hugging Face directory.
+    """A model that can be read: a Megatron checkpoint, a Hugging Face directory, or one of Mistral AI's own files.
 
     ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
     how Hugging Face files hold or held it, ``assets`` the directory of the small files that belong to it.

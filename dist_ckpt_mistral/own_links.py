@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dist_ckpt_mistral.gather.links import Link
-from dist_ckpt_mistral.model.tensor_rules import HfTensor, Index, OwnRows, spell
+from dist_ckpt_mistral.model.tensor_rules import Index, OwnRows, spell
+from dist_ckpt_mistral.model.tensor_table import HfTensor
 from dist_ckpt_mistral.shapes import Shape
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
-from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE
+from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags

@@ -1,38 +1,26 @@
-"""What people look at: the content of a checkpoint or a Hugging Face directory, as data, as a table, as a page."""
+"""What is in a checkpoint or a Hugging Face directory, and what is wrong with it, as data."""
 
 from __future__ import annotations
 
-import io
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
-from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, printable
+from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
-from dist_ckpt_mistral.mapping import CheckpointMap, match_checkpoint, match_hf, match_own
-from dist_ckpt_mistral.model.config import SLIDING, GivenConfig, MistralConfig, config_file, given_config
+from dist_ckpt_mistral.formats.safetensors import FileTensor
+from dist_ckpt_mistral.mapping import CheckpointMap
+from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
-from dist_ckpt_mistral.model.tensor_table import tensor_table
-from dist_ckpt_mistral.name_ranges import grouped
+from dist_ckpt_mistral.model.tensor_table import TensorTable, tensor_table
 from dist_ckpt_mistral.own_links import own_shapes
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
-    from dist_ckpt_mistral.conversion import Conversion
-
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
-JSON_VERSION = 1
-#: A table with more rows than this shows tensors of the same kind in one.
-_MOST_ROWS = 100
-#: No model comes near; of a file of millions of names nobody reads them all.
-_END_OF_TABLE = 1000
-_TOO_MANY = 100_000
+JSON_VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,50 +68,62 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
 
 def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
-    file_set = hf_directory.read_directory(path)
-    stored = list(file_set.tensors())
+    file_set, where = hf_directory.read_directory(path), str(path)
+    is_own = hf_directory.is_own_directory(path)
+    hf_names = {} if is_own else {tensor.name: tensor.name for tensor in file_set.tensors()}
     problems: list[str] = []
     ignored: dict[str, str] = {}
-    is_own = hf_directory.is_own_directory(path)
-    hf_names = {} if is_own else {tensor.name: (tensor.name,) for tensor in stored}
     quantized = Quantized()
     try:
         config = config or MistralConfig.from_hf(path)
         table = tensor_table(config)
         if is_own:
-            found = match_own(table, {tensor.name: tensor.shape for tensor in stored}, str(path))
-            hf_names = {name: (tensor.hf_name,) for tensor in found for name in own_shapes(tensor)}
+            hf_names = _names_of_own(table, file_set, where)
         else:
-            by_name = file_set.by_name(str(path), table.usual_name)
-            named = {name: tensor for name, (_, _, tensor) in by_name.items()}
-            quantized = match_quantized(file_set.tensors(table.usual_name), config, str(path))
-            left = dict(quantized.ignored)
-            shapes = {name: tensor.shape for name, tensor in named.items() if name not in left}
-            left.update(match_hf(table, shapes, str(path))[1])
-            ignored = {named[name].name: reason for name, reason in left.items()}
+            by_name = {name: tensor for name, (_, _, tensor) in file_set.by_name(where, table.usual_name).items()}
+            quantized = match_quantized(file_set.tensors(table.usual_name), config, where)
+            ignored = _ignored_of_hf(table, by_name, quantized, where)
     except DistCkptMistralError as error:
         problems.append(str(error))
     return Report(
-        path=str(path),
+        path=where,
         kind="directory of Mistral AI's own files" if is_own else "Hugging Face directory",
         format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
         config_from=str(config_file(path)) if config else None,
         config=_config_values(config),
-        tensors=tuple(
-            TensorReport(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                num_chunks=1,
-                num_bytes=tensor.end - tensor.begin,
-                hf_names=() if tensor.name in ignored else hf_names.get(tensor.name, ()),
-                ignored=ignored.get(tensor.name),
-            )
-            for tensor in stored
-        ),
+        tensors=tuple(_hf_tensor_report(tensor, hf_names, ignored) for tensor in file_set.tensors()),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
         problems=tuple(problems),
+    )
+
+
+def _names_of_own(table: TensorTable, file_set: hf_directory.FileSet, where: str) -> dict[str, str]:
+    """The Hugging Face tensor that each tensor of Mistral AI's own files is, or is a part of."""
+    found = match_own(table, {tensor.name: tensor.shape for tensor in file_set.tensors()}, where)
+    return {name: tensor.hf_name for tensor in found for name in own_shapes(tensor)}
+
+
+def _ignored_of_hf(
+    table: TensorTable, by_name: Mapping[str, FileTensor], quantized: Quantized, where: str
+) -> dict[str, str]:
+    """The stored tensors that are no weights, and why; ``by_name`` are all, by their names in the table."""
+    left = dict(quantized.ignored)
+    shapes = {name: tensor.shape for name, tensor in by_name.items() if name not in left}
+    left.update(match_hf(table, shapes, where)[1])
+    return {by_name[name].name: reason for name, reason in left.items()}
+
+
+def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: Mapping[str, str]) -> TensorReport:
+    is_known = tensor.name in hf_names and tensor.name not in ignored
+    return TensorReport(
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        num_chunks=1,
+        num_bytes=tensor.end - tensor.begin,
+        hf_names=(hf_names[tensor.name],) if is_known else (),
+        ignored=ignored.get(tensor.name),
     )
 
 
@@ -196,120 +196,3 @@ def _generation(checkpoint: torch_dist.TorchDistCheckpoint) -> str:
 
 def _config_values(config: MistralConfig | None) -> dict[str, Any] | None:
     return None if config is None else {name: value for name, value in asdict(config).items() if name != "hf_config"}
-
-
-def render(report: Report) -> RenderableType:
-    """The report as a rich renderable."""
-    from rich.console import Group  # noqa: PLC0415  (only what is shown needs rich)
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(report):
-        facts.add_row(Text(name, style="bold"), printable(value))
-    table = Table("tensor", "dtype", "shape", "chunks", "size", "Hugging Face names", box=None, padding=(0, 2, 0, 0))
-    weights = [tensor for tensor in report.tensors if tensor.ignored is None]
-    rows = [*(_rows(weights) if len(weights) <= _TOO_MANY else weights)]
-    for tensor in rows[:_END_OF_TABLE]:
-        shape = " x ".join(map(str, tensor.shape))
-        table.add_row(
-            printable(tensor.name),
-            tensor.dtype,
-            shape,
-            str(tensor.num_chunks),
-            human_bytes(tensor.num_bytes),
-            printable(_summary(tensor.hf_names)),
-        )
-    if len(rows) > _END_OF_TABLE:
-        table.add_row(f"... and {len(rows) - _END_OF_TABLE} more rows")
-    problems = [Text(f"problem: {problem}", style="red") for problem in report.problems]
-    return Group(Text(printable(report.path), style="bold"), facts, Text(""), table, *problems)
-
-
-def _rows(tensors: list[TensorReport]) -> Iterable[TensorReport]:
-    """The tensors; of very many, those of the same kind in all layers or experts as one, with the sums of both."""
-    if len(tensors) <= _MOST_ROWS:
-        return tensors
-    by_kind: dict[tuple[str, tuple[int, ...]], dict[str, TensorReport]] = defaultdict(dict)
-    for tensor in tensors:
-        by_kind[tensor.dtype, tensor.shape][tensor.name] = tensor
-    return (
-        replace(
-            of_kind[names[0]],
-            name=pattern,
-            num_chunks=sum(of_kind[name].num_chunks for name in names),
-            num_bytes=sum(of_kind[name].num_bytes for name in names),
-            hf_names=tuple(hf_name for name in names for hf_name in of_kind[name].hf_names),
-        )
-        for of_kind in by_kind.values()
-        for pattern, names in grouped(of_kind).items()
-    )
-
-
-def _facts(report: Report) -> list[tuple[str, str]]:
-    weights = [tensor for tensor in report.tensors if tensor.ignored is None]
-    facts = [
-        ("kind", f"{report.kind}, {report.format}"),
-        ("configuration", report.config_from or "none"),
-        ("files", f"{len(report.files)}, {human_bytes(sum(size or 0 for size in report.files.values()))}"),
-        ("weights", f"{len(weights)} tensors, {human_bytes(sum(tensor.num_bytes for tensor in weights))}"),
-    ]
-    if report.config is not None:
-        facts.insert(1, ("model", _model_line(report.config)))
-    reasons = Counter(tensor.ignored for tensor in report.tensors if tensor.ignored is not None)
-    reasons.update(reason for _, reason in report.objects)
-    facts += [("ignored", f"{count} entries: {reason}") for reason, count in sorted(reasons.items())]
-    return facts
-
-
-def _model_line(config: dict[str, Any]) -> str:
-    experts, latent, window = config["experts"], config["latent_attention"], config["sliding_window"]
-    kind = "" if config["model_type"] == "mistral" else config["model_type"]
-    mlp = f"ffn {config['intermediate_size']}"
-    if experts is not None:
-        size, shared = experts["intermediate_size"], experts["shared_intermediate_size"]
-        mlp = f"{experts['num_experts']} experts of ffn {size}, {experts['experts_per_token']} a token"
-        mlp += f", a shared one of {shared}" if shared else ""
-    heads = f"in {config['num_key_value_heads']} groups of dimension {config['head_dim']}"
-    if latent is not None:
-        heads = f"of latent attention (keys and values {latent['kv_lora_rank']}, queries {latent['q_lora_rank']})"
-    some = f" in {config['layer_types'].count(SLIDING)} layers" if window and config["layer_types"] else ""
-    parts = [
-        *(kind, f"{config['num_hidden_layers']} layers", f"hidden {config['hidden_size']}", mlp),
-        *(f"{config['num_attention_heads']} heads {heads}", f"vocabulary {config['vocab_size']}"),
-        "tied embeddings" if config["tie_word_embeddings"] else "",
-        f"sliding window {window}{some}" if window else "",
-        f"vision tower of {config['vision']['num_hidden_layers']} layers" if config["vision"] else "",
-    ]
-    return ", ".join(filter(None, parts))
-
-
-def _summary(hf_names: Sequence[str]) -> str:
-    """The first name, and how many more there are."""
-    if not hf_names:
-        return ""
-    return hf_names[0] + (f" and {len(hf_names) - 1} more" if len(hf_names) > 1 else "")
-
-
-def save_html(report: Report, path: Path) -> None:
-    """Write the report as one self-contained page; an old one is replaced. Raises OutputError."""
-    from rich.console import Console  # noqa: PLC0415  (only what is shown needs rich)
-
-    console: Console = Console(record=True, width=180, file=io.StringIO(), markup=False, emoji=False)
-    console.print(render(report))
-    storage.write_whole(path, console.export_html().encode())
-
-
-def human_bytes(num_bytes: int) -> str:
-    """``14.5 GB``: decimal units, as disks and Hugging Face count."""
-    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while size >= 1000 and len(units) > 1:  # noqa: PLR2004  (decimal units)
-        size, units = size / 1000, units[1:]
-    return f"{num_bytes} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def conversion_line(verb: str, done: Conversion) -> str:
-    """What a conversion did, in one line."""
-    ignored = f"; {len(done.ignored)} stored entries are not weights and stayed behind" if done.ignored else ""
-    size = human_bytes(done.num_bytes)
-    return f"{verb} {done.num_tensors} tensors ({size}) in {len(done.files)} files to {done.output}{ignored}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import storage
+from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.chunking import Cut, cuts
 from dist_ckpt_mistral.conversion import Conversion
@@ -30,7 +30,8 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest
-from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, Ignored, match_checkpoint
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
+from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE, match_checkpoint
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state, model_prefix, split_state_key
@@ -72,8 +73,8 @@ def reshard(
     checkpoint, output = Path(checkpoint), Path(output)
 
     def prepare() -> tuple[Stamps, _Old, CheckpointLayout, BytePlan]:
-        storage.require_apart(checkpoint, output)
-        storage.require_writable(output, overwrite=overwrite)
+        paths.require_apart(checkpoint, output)
+        paths.require_writable(output, overwrite=overwrite)
         inputs = stamps(torch_dist.resolve_directory(checkpoint).rglob("*"))
         old = _open(checkpoint, config, layout, weights_only=weights_only)
         chunks = [*old.chunks()]
@@ -261,7 +262,7 @@ def _beside(old: TorchDistCheckpoint) -> Iterator[Path]:
             _LOG.warning("%s is a link to a directory: it stays behind", relative)
         elif path.is_dir() or str(relative) in {*old.file_bytes, torch_dist.METADATA_FILE, MANIFEST_FILE}:
             continue
-        elif not path.is_file() or (path.name not in _PARSED and storage.leads_outside(path, old.directory)):
+        elif not path.is_file() or (path.name not in _PARSED and paths.leads_outside(path, old.directory)):
             _LOG.warning("%s is no file, or a link out of the checkpoint: it stays behind", relative)
         elif path.suffix == _DATA_SUFFIX:
             _LOG.warning("%s stays behind: the checkpoint's metadata does not know it", relative)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral.errors import OutputError
-from dist_ckpt_mistral.storage import is_absent, linux_call, require_writable
+from dist_ckpt_mistral.paths import is_absent, require_writable
+from dist_ckpt_mistral.storage import linux_call
 
 _LOG = logging.getLogger(__name__)
 _LOCK_FILE: Final = "lock"

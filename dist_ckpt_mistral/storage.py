@@ -21,8 +21,6 @@ from dist_ckpt_mistral.stamps import Stamp, changed
 _BLOCK_BYTES: Final = 1 << 20
 #: More than any index, configuration or tracker has: what is larger is not read whole.
 SMALL_BYTES: Final = 64 << 20
-#: Of a file name, on the file systems of Linux (linux/limits.h).
-_MAX_NAME_BYTES: Final = 255
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 #: At most three such groups of files are open at once (two sources and a target), and then some others.
 _SHARE_OF_DESCRIPTORS: Final = 4
@@ -35,22 +33,6 @@ def read_bytes(path: Path, *, most_bytes: int | None = SMALL_BYTES) -> bytes:
         if most_bytes is not None and size_bytes > most_bytes:
             raise FormatError(f"{path} is too large: expected at most {most_bytes} bytes, got {size_bytes}")
         return files.read(0, 0, size_bytes)
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a name that a file gives can only be that of a file beside it, and can be printed as it is."""
-    is_name = Path(name).name == name and name not in {"", ".."} and name.isprintable()
-    return is_name and len(os.fsencode(name)) <= _MAX_NAME_BYTES
-
-
-def leads_outside(path: Path, directory: Path) -> bool:
-    """Whether what seems to lie in ``directory`` is a link to somewhere else; not into the blobs of the hub's cache.
-
-    Who copies such a file along might give away something that whoever made the link knew the place of.
-    """
-    target = path.resolve()
-    is_blob = target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir()
-    return not is_blob and not target.is_relative_to(directory.resolve())
 
 
 def _open_to_read(path: Path) -> int:
@@ -291,27 +273,3 @@ def linux_call(name: str, *argument_types: str) -> Callable[..., int]:
         return lambda *_: errno.ENOSYS
     function.argtypes = [getattr(ctypes, argument_type) for argument_type in argument_types]
     return lambda *arguments: ctypes.get_errno() if function(*arguments) != 0 else 0
-
-
-def require_apart(source: Path, target: Path) -> None:
-    """Refuse an output that is, lies in, or contains the input."""
-    try:
-        inside, outside = target.resolve(), source.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12
-        raise OutputError(f"cannot write {target} from {source}: {error}") from error
-    if inside == outside or outside in inside.parents or inside in outside.parents:
-        raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
-
-
-def require_writable(target: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless ``overwrite``; an empty directory counts as absent."""
-    if target.is_mount():
-        raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
-    if not (overwrite or is_absent(target)):
-        raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
-
-
-def is_absent(target: Path) -> bool:
-    """Whether nothing is lost with ``target``: there is nothing of this name, or an empty directory."""
-    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
-    return is_empty or not os.path.lexists(target)

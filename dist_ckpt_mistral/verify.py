@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.gather.executor import BandReader, Effort, run_all
+from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
+from dist_ckpt_mistral.gather.bands import BandReader
+from dist_ckpt_mistral.gather.executor import Effort, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
@@ -155,3 +156,15 @@ def first_difference(a: ModelSource, name_a: str, b: ModelSource, name_b: str) -
     with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
         pairs = zip(BandReader(files_a).bands(segment_a), BandReader(files_b).bands(segment_b), strict=True)
         return next(("bits differ" for band_a, band_b in pairs if not _equal(band_a, band_b)), None)
+
+
+def require_equal_aliases(source: ModelSource) -> None:
+    """A file may hold a tied tensor twice, under both names: then both must be the same, for only one is kept."""
+    for tensor in source.tensors:
+        if tensor.is_alias:
+            main = tensor.rule.parts[0].hf_name
+            if first_difference(source, main, source, tensor.hf_name) is not None:
+                raise TensorMismatchError(
+                    f"{tensor.hf_name!r} in {source.path} differs from {main!r}, but the configuration ties them. "
+                    "Set tie_word_embeddings to false in config.json, or remove the tensor that is not meant."
+                )

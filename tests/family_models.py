@@ -69,13 +69,18 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
+def randomize(model: PreTrainedModel) -> None:
+    """Make every parameter random, norms included."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
 def family_model(case: str, dtype: torch.dtype = torch.bfloat16, **changes: object) -> PreTrainedModel:
     """The model of a case, every parameter random, norms included; ``changes`` are of its config.json."""
     sizes = copy.deepcopy(SIZES | FAMILY[case] | changes)  # transformers writes into rope_parameters
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     model = model_class(config)(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    randomize(model)
     return model.to(dtype).eval()

@@ -37,7 +37,8 @@ from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensor, add_hf_metad
 from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.held_tensors import HeldTensor
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 from dist_ckpt_mistral.ranks import from_environment
 from dist_ckpt_mistral.resharding import reshard

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from family_models import FAMILY, SIZES
-from safetensors.torch import load_file
+from family_models import FAMILY, SIZES, randomize
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 #: Sizes that differ from each other wherever they can. An image of 28 x 28 gives 4 x 4 patches, and these 2 x 2 tokens.
@@ -57,10 +56,7 @@ class Multimodal:
         text = deepcopy(SIZES | self.text | {"tie_word_embeddings": self.tied})  # transformers edits what it is given
         more = {"tie_word_embeddings": self.tied, "image_token_index": _IMAGE_TOKEN, **self.config}
         model = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=_VISION, **more))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        randomize(model)
         return model.bfloat16().eval()
 
 
@@ -74,11 +70,6 @@ MULTIMODAL: Final = {
     "ministral 3": Multimodal(text=FAMILY["ministral3, tied"], tied=True, unsaid=("",)),
     "mistral small 4": Multimodal(text=FAMILY["mistral4"]),
 }
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory, as the safetensors library reads them."""
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def logits(folder: Path) -> torch.Tensor:

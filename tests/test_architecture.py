@@ -19,24 +19,24 @@ from dist_ckpt_mistral.model.vision import Vision
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
-errors shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub package_version
-stamps storage staging strict_yaml libraries
+errors amounts shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub package_version
+paths stamps storage staging strict_yaml libraries
 model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families
 model.hf_config
 model.params_json model.config
-model.row_blocks model.tensor_rules model.vision_table model.tensor_table model.stored_entries
-model.pipeline_layout model.rank_grid model.parallel_layout
+model.row_blocks model.tensor_rules model.vision_table model.layer_table model.tensor_table model.stored_entries
+model.pipeline_layout model.rank_grid model.held_tensors model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.attention_args model.expert_args model.megatron_args
 model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
-gather.plan gather.executor gather.digests gather.chunk_reads
+gather.plan gather.bands gather.executor gather.digests gather.chunk_reads
 formats.pickle_opcodes formats.pickle_reading formats.pickle_records
-formats.torch_archive formats.torch_archive_writer formats.common_state
+formats.tensor_pickle formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
-own_links mapping embedded checkpoint_config model_source manifest journal writing verify file_checks checking
-chunking conversion convert resharding
-pretrain_command report lazy_checkpoint rank_plan hf_inference
+own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify file_checks checking
+chunking conversion new_hf_directory new_checkpoint convert resharding
+pretrain_command report report_page lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
 megatron.runtime megatron.local_layers megatron.model_config megatron.build_model megatron.load_model
@@ -51,7 +51,7 @@ DOWNWARDS: Final = tuple(_MODULES.split())
 #: Where ``read_bytes`` is an amount, and not Path's method.
 AMOUNTS: Final = ("gather.chunk_reads", *(name for name in DOWNWARDS if name.startswith("reading.")))
 #: Where names of tensors stand: the tables, and what tells its keys from other entries of a checkpoint.
-NAMING: Final = ("model.vision_table", "model.tensor_table", "model.stored_entries")
+NAMING: Final = ("model.vision_table", "model.layer_table", "model.tensor_table", "model.stored_entries")
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
 PACKAGES: Final = (
     "__init__",
@@ -197,7 +197,7 @@ def test_what_only_one_room_does(module: str) -> None:
     calls = {node.func for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call)}
     if "read_bytes" not in {node.attr for node in calls if isinstance(node, ast.Attribute)}:
         touched -= {"read_bytes"} if module in AMOUNTS else set()
-    own_reports = ("report", "demo", "rank_processes", "megatron.load_check", "cli")
+    own_reports = ("demo", "rank_processes", "megatron.load_check", "cli")
     assert touched.isdisjoint(touching) or module in ("storage", "staging", "journal", *own_reports)
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from test_own_files import DENSE, model_of, save_own
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch_reading import edited_metadata, read_metadata
+from torch_reading import edited_metadata, hf_tensors, read_metadata
 
 import dist_ckpt_mistral as dcm
 
@@ -227,7 +227,7 @@ def test_every_region_of_an_import(pristine: Path, tmp_path: Path) -> None:
     """One byte of any file of an import: of data, headers, pickles, directories, metadata, config or tokenizer."""
     root = shutil.copytree(pristine / "import", tmp_path / "import")
     directory = root / "release"
-    hf = {name: tensor for path in (pristine / "hf").glob("*.safetensors") for name, tensor in load_file(path).items()}
+    hf = hf_tensors(pristine / "hf")
     by_key, names = owners(hf, SIZES), list(hf)
     chunks = [each for each in stored(directory) if each.box is not None]
     for each in some(chunks, 12):

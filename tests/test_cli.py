@@ -19,7 +19,7 @@ from command_line import Outcome, run, tree
 from genuine import folder, shards, truth
 from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
-from torch_reading import described, read_metadata
+from torch_reading import described, hf_tensors, read_metadata
 
 from dist_ckpt_mistral.convert import from_hf
 
@@ -179,7 +179,7 @@ def test_inspection_of_a_hugging_face_directory_as_json(tmp_path: Path) -> None:
     hf = saved(random_model(tie_word_embeddings=True), tmp_path / "hf", max_shard_size=4000)
     told = json.loads("\n".join(run("inspect", hf, "--json").out))
     assert (told["json_version"], told["kind"], told["problems"]) == (1, "Hugging Face directory", [])
-    tensors = {name: tensor for path in hf.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    tensors = hf_tensors(hf)
     assert {(t["name"], t["dtype"], *t["shape"]) for t in told["tensors"]} == {
         (name, "bfloat16", *tensor.shape) for name, tensor in tensors.items()
     }

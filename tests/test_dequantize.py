@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.gather.dequantize import dequantized
-from dist_ckpt_mistral.gather.executor import BandReader
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import plan_gather
 from dist_ckpt_mistral.gather.scales import scaled_tensor

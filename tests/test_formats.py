@@ -44,7 +44,8 @@ from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats import common_state, pickle_reading, pickle_records
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs, PersistentId
 from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
-from dist_ckpt_mistral.formats.torch_archive import STORAGES, ArchiveReader, StoredTensor, row_major_strides
+from dist_ckpt_mistral.formats.tensor_pickle import STORAGES, row_major_strides
+from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
 from dist_ckpt_mistral.formats.torch_dist import open_torch_dist
 from dist_ckpt_mistral.storage import SourceFiles

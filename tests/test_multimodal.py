@@ -16,10 +16,10 @@ import pytest
 import torch
 from command_line import refusal, run
 from hf_models import contents
-from multimodal_models import MULTIMODAL, logits, tensors_of
+from multimodal_models import MULTIMODAL, logits
 from safetensors.torch import save_file
 from test_own_files import own_tensors
-from torch_reading import described, edited_metadata, load_tensors
+from torch_reading import described, edited_metadata, hf_tensors, load_tensors
 from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGeneration
 
 import dist_ckpt_mistral as dcm
@@ -49,7 +49,7 @@ class Trip:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The original tensors."""
-        return tensors_of(self.original)
+        return hf_tensors(self.original)
 
 
 @pytest.fixture(scope="module", params=MULTIMODAL)
@@ -122,7 +122,7 @@ def test_shapes_follow_the_config(vision: dict[str, Any], more: dict[str, Any], 
 def test_an_image_is_seen_as_before(trip: Trip, tmp_path: Path) -> None:
     """An export laid out anew in float32 says of an image, in bfloat16, what the original says."""
     dcm.to_hf(trip.checkpoint, tmp_path / "hf", dtype="float32")
-    assert described(tensors_of(tmp_path / "hf")) == described({name: t.float() for name, t in trip.tensors.items()})
+    assert described(hf_tensors(tmp_path / "hf")) == described({name: t.float() for name, t in trip.tensors.items()})
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     said = logits(trip.original)
@@ -189,7 +189,7 @@ def test_args_alone_tell_of_a_language_model(trip: Trip, tmp_path: Path) -> None
     torch.save(kept, tmp_path / "trained" / "common.pt")
     dcm.to_hf(tmp_path / "trained", tmp_path / "text")
     text = {name: tensor for name, tensor in trip.tensors.items() if name not in vision_of(trip.tensors)}
-    assert described(tensors_of(tmp_path / "text")) == described(
+    assert described(hf_tensors(tmp_path / "text")) == described(
         {name.removeprefix("language_model."): tensor for name, tensor in text.items()}
     )
     line = refusal(tmp_path, "to-hf", trip.checkpoint, tmp_path / "hf", "--config", tmp_path / "text" / "config.json")
@@ -243,7 +243,7 @@ def test_master_weights_and_vision(trip: Trip, tmp_path: Path) -> None:
 def test_names_of_transformers_memory(trip: Trip, tmp_path: Path) -> None:
     """Files that spell names as transformers 5 does in memory are the same model, and come back with these names."""
     saved = MULTIMODAL[trip.case].save(tmp_path / "saved", max_shard_size=20_000, save_original_format=False)
-    assert "model.vision_tower.ln_pre.weight" in tensors_of(saved)
+    assert "model.vision_tower.ln_pre.weight" in hf_tensors(saved)
     assert dcm.inspect(saved).problems == ()
     dcm.from_hf(saved, tmp_path / "ckpt")
     dcm.to_hf(tmp_path / "ckpt", tmp_path / "out")
@@ -314,7 +314,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, tuple[int, ...] | None], str]] = {
 def test_vision_that_does_not_fit(case: str, tmp_path: Path) -> None:
     """Missing, unknown and misshapen tensors of the tower and the projector are errors, as of the language model."""
     changes, expected = BAD_TENSORS[case]
-    tensors = tensors_of(MULTIMODAL[DENSE].save(tmp_path / "hf"))
+    tensors = hf_tensors(MULTIMODAL[DENSE].save(tmp_path / "hf"))
     for name, shape in changes.items():
         if shape is None:
             del tensors[name]
@@ -381,7 +381,7 @@ def test_files_of_mistral_ai(tmp_path: Path) -> None:
     """Mistral AI's own files of a multimodal model, with a config.json beside them, are the same model."""
     original = MULTIMODAL[DENSE].save(tmp_path / "hf")
     config = AutoConfig.from_pretrained(original)
-    tensors = tensors_of(original)
+    tensors = hf_tensors(original)
     vision = vision_of(tensors)
     text = {name.removeprefix("language_model."): each for name, each in tensors.items() if name not in vision}
     own = own_tensors(text, config.text_config) | own_vision(vision, config.vision_config.head_dim)
@@ -397,7 +397,7 @@ def test_megatron_trains_the_language_model(launch_ranks: LaunchRanks, tmp_path:
     """A real GPTModel loads an import past its vision; what it saves with other weights is exported complete."""
     original = MULTIMODAL[DENSE].save(tmp_path / "hf", max_shard_size=20_000)
     dcm.from_hf(original, tmp_path / "ckpt")
-    before = tensors_of(original)
+    before = hf_tensors(original)
     text = {name: tensor for name, tensor in before.items() if not name.startswith(VISION)}
     after = {name: tensor * 2 for name, tensor in text.items()}
     for name, tensors in (("before", text), ("after", after)):
@@ -410,5 +410,5 @@ def test_megatron_trains_the_language_model(launch_ranks: LaunchRanks, tmp_path:
     jobs = {"load": {"task": "load_into_model", **job, **load}, "save": {"task": "save_model", **job, **save}}
     assert [rank["load"] for rank in launch_ranks(2, jobs)] == [[], []]
     dcm.to_hf(tmp_path / "trained", tmp_path / "out", config=original)
-    assert described(tensors_of(tmp_path / "out")) == described(vision_of(before) | after)
+    assert described(hf_tensors(tmp_path / "out")) == described(vision_of(before) | after)
     assert torch.isfinite(logits(tmp_path / "out")).all()

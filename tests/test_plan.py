@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ckpt_mistral.errors import FormatError, PlanError, TensorMismatchError
+from dist_ckpt_mistral.gather.bands import BAND_BYTES, BandReader
 from dist_ckpt_mistral.gather.boxes import require_tiling
-from dist_ckpt_mistral.gather.executor import BAND_BYTES, BandReader, Effort, execute
+from dist_ckpt_mistral.gather.executor import Effort, execute
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
@@ -667,7 +668,7 @@ def test_effort_bounds_memory() -> None:
 
 @given(count=st.integers(0, 6), stride=st.integers(0, 8), offset=st.integers(-1, 8), length=st.integers(-1, 6))
 def test_row_blocks_are_one_to_one(count: int, stride: int, offset: int, length: int) -> None:
-    """Whatever is accepted maps different rows to different rows, in both ways of asking; what would not is refused."""
+    """Whatever is accepted maps different rows to different rows; what would not is refused."""
     rows = [block * stride + offset + row for block in range(count) for row in range(length)]
     sound = min(count, offset, length) >= 0 and len(set(rows)) == len(rows)
     if not sound:
@@ -676,7 +677,6 @@ def test_row_blocks_are_one_to_one(count: int, stride: int, offset: int, length:
         return
     blocks = RowBlocks(count=count, stride=stride, offset=offset, length=length)
     assert blocks.hf_rows == len(rows)
-    assert [blocks.to_mcore(row) for row in range(blocks.hf_rows)] == rows
     spread = [(hf + row, mcore + row) for hf, mcore, size in blocks for row in range(size)]
     assert spread == list(enumerate(rows))
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch_reading import described, load_tensors, raw_bytes, read_metadata
+from torch_reading import described, hf_tensors, load_tensors, raw_bytes, read_metadata
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from dist_ckpt_mistral.convert import from_hf, to_hf
@@ -97,9 +97,7 @@ class Trip:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The original tensors, as the safetensors library reads them."""
-        return {
-            name: tensor for path in self.original.glob("*.safetensors") for name, tensor in load_file(path).items()
-        }
+        return hf_tensors(self.original)
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -17,7 +17,8 @@ import torch
 
 from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchError
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.held_tensors import HeldTensor
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
 from dist_ckpt_mistral.model.tensor_rules import HfPart, KeyStyle
 

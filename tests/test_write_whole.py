@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from genuine import folder, shards
 
-from dist_ckpt_mistral import report
+from dist_ckpt_mistral import report, report_page
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.reading.picture import save_svg
@@ -23,7 +23,7 @@ from dist_ckpt_mistral.storage import write_whole
 
 def save_page(path: Path) -> None:
     """Write a page about a checkpoint."""
-    report.save_html(report.inspect(shards("td_0161")), path)
+    report_page.save_html(report.inspect(shards("td_0161")), path)
 
 
 def save_picture(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -104,3 +105,8 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
     """Dtype, shape and every bit of tensors, for comparisons that take NaN for equal to itself."""
     return {name: (tensor.dtype, tuple(tensor.shape), raw_bytes(tensor)) for name, tensor in tensors.items()}
+
+
+def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory, as the safetensors library reads them."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -20,14 +20,14 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look, and show; problems that were found are the exit code's business too."""
-    from dist_ckpt_mistral import report  # noqa: PLC0415  (--help must not wait for it)
+    from dist_ckpt_mistral import report, report_page  # noqa: PLC0415  (--help must not wait for it)
 
     found = report.inspect(arguments.path, config=options.given_config(arguments))
     if arguments.html is not None:
-        report.save_html(found, arguments.html)
+        report_page.save_html(found, arguments.html)
         print(f"wrote {arguments.html}")
     elif arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     else:
-        options.show(report.render(found))
+        options.show(report_page.render(found))
     return options.EXIT_DATA if found.problems else options.EXIT_DONE

@@ -24,7 +24,7 @@ def add(commands: options.Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Reshard, and say what was written."""
     from dist_ckpt_mistral import resharding  # noqa: PLC0415  (--help must not wait for numpy)
-    from dist_ckpt_mistral.report import conversion_line  # noqa: PLC0415
+    from dist_ckpt_mistral.conversion import conversion_line  # noqa: PLC0415
 
     ranks = from_environment()
     with options.effort("resharding", arguments, ranks) as effort:

@@ -19,7 +19,8 @@ from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
 from dist_ckpt_mistral.formats.pickle_reading import OpaqueRecord, StateRecord, empty_dict, record_class
 from dist_ckpt_mistral.formats.pickle_records import Global, Instance
-from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, torch_dtype_name
+from dist_ckpt_mistral.formats.tensor_pickle import torch_dtype_name
+from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
 from dist_ckpt_mistral.storage import SourceFiles
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Final
 
-from dist_ckpt_mistral import dtypes, storage, strict_json
+from dist_ckpt_mistral import dtypes, paths, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
@@ -216,7 +216,7 @@ def _read_index(directory: Path, single: str, index_file: str) -> dict[str, Any]
 
 
 def _require_file_name(name: object, where: str) -> None:
-    if not isinstance(name, str) or not name.endswith(".safetensors") or not storage.is_plain_name(name):
+    if not isinstance(name, str) or not name.endswith(".safetensors") or not paths.is_plain_name(name):
         raise FormatError(f"{where} names {short(name)}: expected the plain name of a .safetensors file")
 
 
@@ -269,7 +269,7 @@ def carried_files(directory: Path) -> tuple[list[Path], list[str]]:
             continue
         if path.name == MANIFEST_FILE:  # it tells of the files that lie beside it here, not of any others
             continue
-        if storage.leads_outside(path, directory):
+        if paths.leads_outside(path, directory):
             _LOG.warning("%s is a link out of its directory: it stays behind", path)
         elif path.stat().st_size <= _MAX_CARRIED_BYTES:
             carried.append(path)

@@ -15,13 +15,13 @@ from operator import add, itemgetter
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral import storage
+from dist_ckpt_mistral import paths
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats import pickle_opcodes, pickle_reading
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.pickle_reading import OpaqueRecord, as_tuple, record_class
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
-from dist_ckpt_mistral.formats.torch_archive import MAX_AXES, torch_dtype_name
+from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES, torch_dtype_name
 from dist_ckpt_mistral.shapes import Shape
 
 #: What Megatron (0.12 to 0.19) adds to torch's Metadata behind all else: the plans of all ranks, which repeat it.
@@ -143,7 +143,7 @@ class _FileNumbers(dict[str, int]):
 
     def __missing__(self, name: object) -> int:
         """Shards lie beside ``.metadata``; anything but a plain name could point anywhere."""
-        if not isinstance(name, str) or not storage.is_plain_name(name):
+        if not isinstance(name, str) or not paths.is_plain_name(name):
             raise ValueError(f"it names the file {short(name)}: expected the plain name of a file beside it")
         return self.setdefault(name, len(self))
 

@@ -14,6 +14,7 @@ from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, PersistentId
+from dist_ckpt_mistral.formats.tensor_pickle import STORAGES, row_major_strides
 from dist_ckpt_mistral.formats.torch_archive import (
     CENTRAL,
     END,
@@ -22,9 +23,7 @@ from dist_ckpt_mistral.formats.torch_archive import (
     LOCAL,
     LOCATOR64,
     MAX32,
-    STORAGES,
     ZIP64_FIELD,
-    row_major_strides,
 )
 from dist_ckpt_mistral.shapes import Shape
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from zlib_ng import zlib_ng
 
-from dist_ckpt_mistral.gather.executor import Effort, aligned_buffer
+from dist_ckpt_mistral.gather.bands import aligned_buffer
+from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.storage import SourceFiles
 
 

@@ -16,8 +16,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.stored_entries import why_ignored
-from dist_ckpt_mistral.model.tensor_rules import HfPart, Index, KeyStyle, StoredRows, TensorRule, TensorTable, spell
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.tensor_rules import HfPart, Index, KeyStyle, TensorRule, spell
+from dist_ckpt_mistral.model.tensor_table import StoredRows, TensorTable, tensor_table
 
 ShardedStateDict: TypeAlias = dict[str, Any]
 

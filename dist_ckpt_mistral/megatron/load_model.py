@@ -16,16 +16,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from dist_ckpt_mistral import hub, ranks
-from dist_ckpt_mistral.convert import require_equal_aliases
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.executor import Effort, execute
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
 from dist_ckpt_mistral.model.config import GivenConfig, given_config
-from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.held_tensors import HeldTensor
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.rank_plan import live_rows, plan_held
+from dist_ckpt_mistral.verify import require_equal_aliases
 
 _ALONE: Final = ParallelLayout()
 _NOTHING: Final[Mapping[str, Any]] = {}

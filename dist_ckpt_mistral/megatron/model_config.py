@@ -13,9 +13,12 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.model.attention_args import latent_rope_args, window_args
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.expert_args import require_routable
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
+from dist_ckpt_mistral.model.megatron_fields import LATENT
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.yarn import YarnScaling
 
@@ -36,8 +39,6 @@ _ARCHITECTURE: Final[Mapping[str, Any]] = {
     "persist_layer_norm": False,
     "use_cpu_initialization": True,
 }
-#: transformers rates a group of experts by its two best (``Mistral4TopkRouter``, 5.23).
-_RATED_BY: Final = 2
 
 
 def gpt_model_arguments(config: MistralConfig) -> dict[str, Any]:
@@ -91,16 +92,8 @@ def _grouped_attention(config: MistralConfig) -> dict[str, Any]:
     return {
         "num_query_groups": config.num_key_value_heads,
         "kv_channels": config.head_dim,
-        **_windows(config),
+        **window_args(config),
     }
-
-
-def _windows(config: MistralConfig) -> dict[str, Any]:
-    """Which layers have the window: Megatron wants to know if only some have it."""
-    layers = config.window_layers
-    if all(layers) or not any(layers):
-        return {"window_size": config.window_size if any(layers) else None}
-    return {"window_size": config.window_size, "window_attn_skip_freq": list(map(int, layers))}
 
 
 def _latent_attention(config: MistralConfig, latent: LatentAttention) -> dict[str, Any]:
@@ -113,39 +106,19 @@ def _latent_attention(config: MistralConfig, latent: LatentAttention) -> dict[st
     return {
         "multi_latent_attention": True,
         "qk_layernorm": True,
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_head_dim": latent.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
-        "v_head_dim": latent.v_head_dim,
+        **{field.name: getattr(latent, attribute) for attribute, field in LATENT.items()},
         "kv_channels": latent.v_head_dim,  # dot_product_attention.py takes the size of a value from here
         "num_query_groups": config.num_attention_heads,
         "rotary_base": config.rope_theta,
-        **_latent_yarn(config.yarn),
-    }
-
-
-def _latent_yarn(yarn: YarnScaling | None) -> dict[str, Any]:
-    if yarn is None:
-        return {"rope_type": "rope", "rotary_scaling_factor": 1.0}
-    if not yarn.truncate:
-        raise UnsupportedModelError("truncate=False: Megatron's YaRN of latent attention knows none.")
-    mscale, mscale_all_dim = yarn.latent_mscales
-    return {
-        "rope_type": "yarn",
-        "rotary_scaling_factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_max_position_embeddings,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": mscale,
-        "mscale_all_dim": mscale_all_dim,
+        "rotary_scaling_factor": 1.0,  # unless YaRN says another: by default it is not that of plain embeddings
+        **{field.name: value for field, value in latent_rope_args(config.yarn)},
     }
 
 
 def _experts(experts: Experts) -> dict[str, Any]:
     """Experts, with the one way of sending tokens to them that needs no CUDA."""
-    if experts.experts_per_token == 1 and experts.normalized:
-        raise UnsupportedModelError("one expert per token with a probability of 1: Megatron's router has no such mode.")
+    require_routable(experts)
+    has_groups = experts.groups_per_token != experts.num_groups
     return {
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.experts_per_token,
@@ -155,25 +128,9 @@ def _experts(experts: Experts) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": experts.routed_scaling_factor,
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
-        **_groups(experts),
+        "moe_router_num_groups": experts.num_groups if has_groups else None,
+        "moe_router_group_topk": experts.groups_per_token if has_groups else None,
     }
-
-
-def _groups(experts: Experts) -> dict[str, Any]:
-    """Groups of experts. Megatron rates a group by its best ``experts_per_token // groups_per_token`` of them.
-
-    And before the softmax where that is taken over the chosen ones (``group_limited_topk`` in
-    transformer/moe/moe_utils.py, 0.16 to 0.19).
-    """
-    if experts.groups_per_token == experts.num_groups:
-        return {}
-    rated_by = experts.experts_per_token // experts.groups_per_token
-    if experts.normalized or rated_by != _RATED_BY:
-        raise UnsupportedModelError(
-            f"{experts}: Megatron's router chooses groups in the same way only if normalized=False and "
-            f"experts_per_token is {_RATED_BY} to {_RATED_BY + 1} times groups_per_token."
-        )
-    return {"moe_router_num_groups": experts.num_groups, "moe_router_group_topk": experts.groups_per_token}
 
 
 def _add_yarn(made: TransformerConfig, yarn: YarnScaling) -> None:

@@ -31,7 +31,8 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
     stored_index,
 )
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import HeldTensor, ParallelLayout
+from dist_ckpt_mistral.model.held_tensors import HeldTensor
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.stored_entries import state_key, why_ignored
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec, spell_key
 from dist_ckpt_mistral.model.tensor_table import tensor_table

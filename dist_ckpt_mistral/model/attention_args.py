@@ -41,17 +41,17 @@ def attention_args(config: MistralConfig) -> Described:
         # Megatron's own attention takes the size of a value from here (dot_product_attention.py, 0.16 to 0.19).
         "kv_channels": config.head_dim if latent is None else latent.v_head_dim,
         "position_embedding_type": "rope" if latent is not None or config.yarn is None else "yarn",
-        **_window_args(config),
+        **window_args(config),
     }
     return [
         *((COMPUTED[name], value) for name, value in computed.items()),
         *([] if latent is None else ((field, getattr(latent, attribute)) for attribute, field in LATENT.items())),
-        *(_yarn_args(config.yarn) if latent is None else _latent_rope_args(config.yarn)),
+        *(_yarn_args(config.yarn) if latent is None else latent_rope_args(config.yarn)),
         *([(LLAMA_4_SCALING, config.llama_4_scaling_beta)] if config.llama_4_scaling_beta else []),
     ]
 
 
-def _window_args(config: MistralConfig) -> dict[str, Any]:
+def window_args(config: MistralConfig) -> dict[str, Any]:
     """Megatron counts in ``window_attn_skip_freq`` with 1 for a layer that has the window."""
     layers = config.window_layers
     return {
@@ -71,7 +71,7 @@ def _yarn_args(yarn: YarnScaling | None) -> Described:
     ]
 
 
-def _latent_rope_args(yarn: YarnScaling | None) -> Described:
+def latent_rope_args(yarn: YarnScaling | None) -> Described:
     """Latent attention has YaRN by default, which alone Transformer Engine fuses (``MLATransformerConfig``)."""
     if yarn is None:
         return [(COMPUTED["rope_type"], "rope"), (COMPUTED["apply_rope_fusion"], False)]

@@ -30,14 +30,7 @@ def expert_args(experts: Experts | None) -> list[tuple[Field, Any]]:
     """The fields that describe experts. Raises UnsupportedModelError for a router that Megatron cannot express."""
     if experts is None:
         return [(EXPERTS["num_experts"], None)]
-    if experts.experts_per_token == 1 and experts.normalized:
-        raise UnsupportedModelError(
-            "one expert per token with a probability of 1: Megatron's router needs moe_router_pre_softmax then, "
-            "which is another model (mcore TransformerConfig, 0.16 to 0.19)."
-        )
-    groups = _other_groups(experts)
-    if groups:
-        raise UnsupportedModelError(f"{groups}: Megatron's router rates groups of experts otherwise.")
+    require_routable(experts)
     more = [(field, getattr(experts, attribute)) for attribute, field in MORE_OF_EXPERTS.items()]
     return [
         *((field, getattr(experts, attribute)) for attribute, field in EXPERTS.items()),
@@ -50,6 +43,21 @@ def expert_args(experts: Experts | None) -> list[tuple[Field, Any]]:
         *EXPERTS_ARCHITECTURE,
         (MOE_LAYER_FREQ, MOE_LAYER_FREQ.default),
     ]
+
+
+def require_routable(experts: Experts) -> None:
+    """Raise UnsupportedModelError where Megatron's router cannot choose the experts that transformers' does."""
+    if experts.experts_per_token == 1 and experts.normalized:
+        raise UnsupportedModelError(
+            "one expert per token with a probability of 1: Megatron's router needs moe_router_pre_softmax then, "
+            "which is another model (mcore TransformerConfig, 0.16 to 0.19)."
+        )
+    groups = _other_groups(experts)
+    if groups:
+        raise UnsupportedModelError(
+            f"{groups}: Megatron's router chooses groups in the same way only if normalized=False and "
+            f"experts_per_token // groups_per_token is {_RATED_BY}."
+        )
 
 
 def _other_groups(experts: Experts) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.held_tensors import HeldObject, HeldTensor, held_tensor
 from dist_ckpt_mistral.model.pipeline_layout import ModelChunk, PipelineLayout, parse_pipeline_layout
 from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER, RankCoordinates, RankGrid
 from dist_ckpt_mistral.model.tensor_rules import (
@@ -22,73 +23,16 @@ from dist_ckpt_mistral.model.tensor_rules import (
     LayerSpec,
     ModuleTensor,
     Place,
-    StoredRows,
     TensorRule,
-    TensorTable,
     spell,
     spell_key,
 )
-from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME
+from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME, TensorTable
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
 VOCABULARY_MULTIPLE: Final = 128
 #: More than any machine has: what lists all ranks must come to an end.
 _MAX_RANKS: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldBox:
-    """One box of a stored tensor. All tuples are in elements and have the axes of the stored tensor.
-
-    ``fragments`` counts the boxes along each axis.
-    """
-
-    mcore_key: str
-    global_shape: tuple[int, ...]
-    global_offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    fragments: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldTensor:
-    """One local tensor of one rank. ``boxes`` are its rows in order: one box, or gate and up of ``linear_fc1``.
-
-    ``mcore_key`` is that of ``rule`` which the boxes go by. ``local_shape`` is in elements; ``prepended_axes`` counts
-    the leading axes that only the stored tensor has. ``replica_id`` is Megatron's (copy of the stage, tensor-parallel
-    rank, data-parallel rank with context parallelism; for experts the ranks are those of the expert grid); the copy of
-    all zeros is the one that is saved.
-    """
-
-    rule: TensorRule
-    index: Index
-    mcore_key: str
-    module_name: str
-    local_shape: tuple[int, ...]
-    prepended_axes: int
-    boxes: tuple[HeldBox, ...]
-    replica_id: tuple[int, int, int]
-
-    @property
-    def layer(self) -> int | None:
-        """The layer that it belongs to, counted in the whole model; None outside of the layers."""
-        return self.index[0] if self.index else None
-
-    @property
-    def is_main_replica(self) -> bool:
-        """Whether this is the copy that is saved."""
-        return not any(self.replica_id)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldObject:
-    """One object that a rank saves beside its tensors: shape and offset count elements of a stored array of objects."""
-
-    mcore_key: str
-    module_name: str
-    global_shape: tuple[int, ...]
-    global_offset: tuple[int, ...]
-    replica_id: tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,10 +202,10 @@ class ParallelLayout(PipelineLayout):
             rows, module = _rows(rule, self.tp, vocab_rows), rule.module(spec)
             part, copy = self._share(rule, module, at)
             for index, local in self._held_indices(rule, chunk, at):
-                yield _held(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
+                yield held_tensor(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
             if rule.hf_aliases and chunk.is_last and not chunk.is_first:
                 # Tied embeddings: the last stage describes its copy of the first stage's (language_module.py, 0.12+).
-                yield _held(table, rule, module, rows, (), TIED_OUTPUT_NAME, part, style, (1, *copy))
+                yield held_tensor(table, rule, module, rows, (), TIED_OUTPUT_NAME, part, style, (1, *copy))
 
     def held_objects(
         self,
@@ -310,64 +254,6 @@ class ParallelLayout(PipelineLayout):
             share = rule.lead[1] // self.ep
             for expert in range(share):
                 yield (layer, at.ep * share + expert), (local, expert)
-
-
-def _held(
-    table: TensorTable,
-    rule: TensorRule,
-    module: ModuleTensor,
-    rows: int,
-    index: Index,
-    name: str,
-    part: tuple[int, int],
-    style: KeyStyle,
-    replica_id: tuple[int, int, int],
-) -> HeldTensor:
-    """One local tensor: ``part`` says which of how many tensor-parallel parts."""
-    shape = [rows, *rule.shape[1:]]
-    if module.tp_axis is not None:
-        shape[module.tp_axis] //= part[1]
-    halves = rule.glu_halves
-    boxes = tuple(
-        _box(rule, module, rows, half, stored, part)
-        for stored in table.stored(rule, index, style, module.mcore_key)
-        for half in range(
-            stored.first_row * halves // rule.shape[0], (stored.first_row + stored.rows) * halves // rule.shape[0]
-        )
-    )
-    return HeldTensor(
-        rule=rule,
-        index=index,
-        mcore_key=module.mcore_key,
-        module_name=name,
-        local_shape=tuple(shape),
-        prepended_axes=len(boxes[0].global_shape) - len(shape),
-        boxes=boxes,
-        replica_id=replica_id,
-    )
-
-
-def _box(
-    rule: TensorRule, module: ModuleTensor, rows: int, half: int, stored: StoredRows, part: tuple[int, int]
-) -> HeldBox:
-    """The part of ``stored`` that a rank holds of one half (of the only one, for most tensors)."""
-    global_rows = rows if rule.padded_vocabulary else stored.rows
-    half_rows = rows // rule.glu_halves
-    shape, offset = [half_rows, *rule.shape[1:]], [half * half_rows - stored.first_row, *(0,) * len(rule.shape[1:])]
-    fragments = [global_rows // half_rows, *(1,) * len(rule.shape[1:])]
-    if module.tp_axis is not None:
-        rank, ways = part
-        shape[module.tp_axis] //= ways
-        offset[module.tp_axis] += rank * shape[module.tp_axis]
-        fragments[module.tp_axis] *= ways
-    lead = stored.global_shape[: len(stored.index)]
-    return HeldBox(
-        mcore_key=stored.mcore_key,
-        global_shape=(*lead, global_rows, *rule.shape[1:]),
-        global_offset=(*stored.index, *offset),
-        shape=(*(1,) * len(lead), *shape),
-        fragments=(*lead, *fragments),
-    )
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

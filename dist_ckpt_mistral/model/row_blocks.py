@@ -42,8 +42,3 @@ class RowBlocks:
         """Yield ``(hf_row, mcore_row, length)`` of every block."""
         for block in range(self.count):
             yield block * self.length, block * self.stride + self.offset, self.length
-
-    def to_mcore(self, hf_row: int) -> int:
-        """Megatron row that holds Hugging Face row ``hf_row``."""
-        block, row = divmod(hf_row, self.length)
-        return block * self.stride + self.offset + row

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
@@ -168,135 +168,7 @@ class TensorRule:
         return itertools.product(*map(range, self.lead))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRows:
-    """Where one tensor's rows ``[first_row, first_row + rows)`` lie in a checkpoint of some key style.
-
-    ``index`` are the coordinates on the leading axes of the stored tensor (of layer and expert, as far as its key does
-    not spell them) and ``global_shape`` is its shape.
-    """
-
-    mcore_key: str
-    index: Index
-    first_row: int
-    rows: int
-    global_shape: Shape
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HfTensor:
-    """One Hugging Face tensor of the model: name, shape in elements, and the Megatron rows that hold it.
-
-    ``index`` is that of the Megatron tensor, or what the name spells of it: then the leading axes of ``shape`` are the
-    rest, and the rows are those of every tensor.
-    """
-
-    hf_name: str
-    shape: Shape
-    rule: TensorRule
-    index: Index
-    rows: RowBlocks
-    own: tuple[OwnRows, ...]
-    is_alias: bool = False
-
-    def packed(self) -> Iterator[tuple[Index, Index]]:
-        """The indices of the Megatron tensors with its rows, each with its coordinates on the leading axes."""
-        rest = self.rule.lead[len(self.index) :]
-        return ((self.index + at, at) for at in itertools.product(*map(range, rest)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorTable:
-    """All tensors of one model. Rules stand in the order in which transformers lists the model's state dict.
-
-    ``renamed`` are other beginnings of Hugging Face names, each with the one that stands for it in this table.
-    """
-
-    num_layers: int
-    rules: tuple[TensorRule, ...]
-    renamed: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def carried(self) -> tuple[TensorRule, ...]:
-        """The rules of what Megatron's model does not have."""
-        return tuple(rule for rule in self.rules if rule.place is Place.CARRIED)
-
-    def without_carried(self) -> TensorTable:
-        """The table of what Megatron's model has."""
-        return replace(self, rules=tuple(rule for rule in self.rules if rule.place is not Place.CARRIED))
-
-    def usual_name(self, hf_name: str) -> str:
-        """The name in this table of a tensor that a file calls ``hf_name``."""
-        for other, usual in self.renamed:
-            if hf_name.startswith(other):
-                return usual + hf_name.removeprefix(other)
-        return hf_name
-
-    def hf_tensors(self) -> dict[str, HfTensor]:
-        """Every Hugging Face tensor by name, in state-dict order: embedding, layers, norm, head; then aliases."""
-        by_layer = sorted(
-            (tensor for rule in self.rules for tensor in _hf_tensors(rule)),
-            key=lambda tensor: (tensor.is_alias, _PLACES.index(tensor.rule.place), tensor.index[:1]),
-        )
-        return {tensor.hf_name: tensor for tensor in by_layer}
-
-    def stored(self, rule: TensorRule, index: Index, style: KeyStyle, key: str = "") -> tuple[StoredRows, ...]:
-        """Where the tensor of ``index`` lies in a checkpoint of ``style``; ``key`` picks one of ``rule.keys``."""
-        spelled = style.spelled_axes
-        name = spell_key(key or rule.mcore_key, index, style)
-        halves = ("_w", "_v") if style is KeyStyle.SINGLETON and rule.glu_halves > 1 else ("",)
-        rows = rule.shape[0] // len(halves)
-        return tuple(
-            StoredRows(
-                mcore_key=name + half,
-                index=index[spelled:],
-                first_row=number * rows,
-                rows=rows,
-                global_shape=(*rule.lead[spelled:], rows, *rule.shape[1:]),
-            )
-            for number, half in enumerate(halves)
-        )
-
-    def extra_states(self, style: KeyStyle) -> dict[str, Shape]:
-        """The objects besides that models of any layer spec look for: key and shape of each."""
-        found = {}
-        for rule in self.rules:
-            for module in (rule.local, rule.te):
-                if module.extra_state is not None:
-                    key = module.extra_state[0]
-                    for index in itertools.product(*map(range, rule.lead[: style.spelled_axes])):
-                        name, shape = spell_key(key, index, style), rule.lead[len(index) :]
-                        found[name] = shape or (1,)
-        return found
-
-    def spelled(self, rule: TensorRule, style: KeyStyle, key: str = "") -> Iterator[tuple[str, Shape]]:
-        """The stored tensors that hold all tensors of ``rule``: key and shape of each, once."""
-        for index in itertools.product(*map(range, rule.lead[: style.spelled_axes])):
-            rest = (0,) * (len(rule.lead) - len(index))
-            for stored in self.stored(rule, index + rest, style, key):
-                yield stored.mcore_key, stored.global_shape
-
-
-_PLACES: Final = tuple(Place)
-
-
-def _hf_tensors(rule: TensorRule) -> Iterator[HfTensor]:
-    for part in rule.parts:
-        for hf_name in (part.hf_name, *rule.hf_aliases):
-            spelled = _axes_in(hf_name)
-            for index in itertools.product(*map(range, rule.lead[:spelled])):
-                yield HfTensor(
-                    hf_name=spell(hf_name, index),
-                    shape=(*rule.lead[spelled:], part.rows.hf_rows, *rule.shape[1:]),
-                    rule=rule,
-                    index=index,
-                    rows=part.rows,
-                    own=part.own,
-                    is_alias=hf_name != part.hf_name,
-                )
-
-
-def _axes_in(name: str) -> int:
+def axes_in(name: str) -> int:
     """How many axes of an index a name spells out."""
     return sum(f"{{{axis}}}" in name for axis in _AXES)
 

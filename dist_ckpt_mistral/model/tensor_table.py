@@ -1,27 +1,35 @@
-"""The place where tensor names stand: every tensor of a Mistral model, in both worlds (but see vision_table.py).
+"""The tensor table of a Mistral model. Names of tensors stand here, in layer_table.py and in vision_table.py alone.
 
 Row orders, axes and keys: megatron-core 0.12 to 0.19, local and Transformer Engine spec (transformer/attention.py,
 multi_latent_attention.py, mlp.py and moe/experts.py, models/gpt/gpt_model.py and gpt_layer_specs.py); Hugging Face
 names on disk: transformers 4.34 to 5.23, models/mistral, mixtral and mistral4; names in Mistral AI's own files
 ("consolidated"): mistral-inference, and what transformers' convert_mistral*_to_hf.py read. A Megatron key is written
-here with ``{layer}`` and ``{expert}`` in it; ``KeyStyle`` says how a checkpoint spells it.
+in tables with ``{layer}`` and ``{expert}`` in it; ``KeyStyle`` says how a checkpoint spells it.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Final
 
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.latent_attention import LatentAttention
+from dist_ckpt_mistral.model.layer_table import layer_rules, state_beside, whole
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule, TensorTable
+from dist_ckpt_mistral.model.tensor_rules import (
+    Index,
+    KeyStyle,
+    ModuleTensor,
+    OwnRows,
+    Place,
+    TensorRule,
+    axes_in,
+    spell,
+    spell_key,
+)
 from dist_ckpt_mistral.model.vision_table import IN_MEMORY, LANGUAGE_PREFIX, vision_rules
 from dist_ckpt_mistral.shapes import Shape
-
-_HERE: Final = "decoder.layers.{layer}."
-_OWN: Final = "layers.{layer}."
-_EXPERT_KEY: Final = "mlp.experts.experts.{expert}."
 
 #: The name under which a last pipeline stage holds its copy of tied embeddings.
 TIED_OUTPUT_NAME: Final = "output_layer.weight"
@@ -30,9 +38,137 @@ TIED_OUTPUT_NAME: Final = "output_layer.weight"
 OLD_EXTRA_STATES: Final = ("decoder.layers.self_attention.core_attention._extra_state",)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRows:
+    """Where one tensor's rows ``[first_row, first_row + rows)`` lie in a checkpoint of some key style.
+
+    ``index`` are the coordinates on the leading axes of the stored tensor (of layer and expert, as far as its key does
+    not spell them) and ``global_shape`` is its shape.
+    """
+
+    mcore_key: str
+    index: Index
+    first_row: int
+    rows: int
+    global_shape: Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfTensor:
+    """One Hugging Face tensor of the model: name, shape in elements, and the Megatron rows that hold it.
+
+    ``index`` is that of the Megatron tensor, or what the name spells of it: then the leading axes of ``shape`` are the
+    rest, and the rows are those of every tensor.
+    """
+
+    hf_name: str
+    shape: Shape
+    rule: TensorRule
+    index: Index
+    rows: RowBlocks
+    own: tuple[OwnRows, ...]
+    is_alias: bool = False
+
+    def packed(self) -> Iterator[tuple[Index, Index]]:
+        """The indices of the Megatron tensors with its rows, each with its coordinates on the leading axes."""
+        rest = self.rule.lead[len(self.index) :]
+        return ((self.index + at, at) for at in itertools.product(*map(range, rest)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorTable:
+    """All tensors of one model. Rules stand in the order in which transformers lists the model's state dict.
+
+    ``renamed`` are other beginnings of Hugging Face names, each with the one that stands for it in this table.
+    """
+
+    num_layers: int
+    rules: tuple[TensorRule, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def carried(self) -> tuple[TensorRule, ...]:
+        """The rules of what Megatron's model does not have."""
+        return tuple(rule for rule in self.rules if rule.place is Place.CARRIED)
+
+    def without_carried(self) -> TensorTable:
+        """The table of what Megatron's model has."""
+        return replace(self, rules=tuple(rule for rule in self.rules if rule.place is not Place.CARRIED))
+
+    def usual_name(self, hf_name: str) -> str:
+        """The name in this table of a tensor that a file calls ``hf_name``."""
+        for other, usual in self.renamed:
+            if hf_name.startswith(other):
+                return usual + hf_name.removeprefix(other)
+        return hf_name
+
+    def hf_tensors(self) -> dict[str, HfTensor]:
+        """Every Hugging Face tensor by name, in state-dict order: embedding, layers, norm, head; then aliases."""
+        by_layer = sorted(
+            (tensor for rule in self.rules for tensor in _hf_tensors(rule)),
+            key=lambda tensor: (tensor.is_alias, _PLACES.index(tensor.rule.place), tensor.index[:1]),
+        )
+        return {tensor.hf_name: tensor for tensor in by_layer}
+
+    def stored(self, rule: TensorRule, index: Index, style: KeyStyle, key: str = "") -> tuple[StoredRows, ...]:
+        """Where the tensor of ``index`` lies in a checkpoint of ``style``; ``key`` picks one of ``rule.keys``."""
+        spelled = style.spelled_axes
+        name = spell_key(key or rule.mcore_key, index, style)
+        halves = ("_w", "_v") if style is KeyStyle.SINGLETON and rule.glu_halves > 1 else ("",)
+        rows = rule.shape[0] // len(halves)
+        return tuple(
+            StoredRows(
+                mcore_key=name + half,
+                index=index[spelled:],
+                first_row=number * rows,
+                rows=rows,
+                global_shape=(*rule.lead[spelled:], rows, *rule.shape[1:]),
+            )
+            for number, half in enumerate(halves)
+        )
+
+    def extra_states(self, style: KeyStyle) -> dict[str, Shape]:
+        """The objects besides that models of any layer spec look for: key and shape of each."""
+        found = {}
+        for rule in self.rules:
+            for module in (rule.local, rule.te):
+                if module.extra_state is not None:
+                    key = module.extra_state[0]
+                    for index in itertools.product(*map(range, rule.lead[: style.spelled_axes])):
+                        name, shape = spell_key(key, index, style), rule.lead[len(index) :]
+                        found[name] = shape or (1,)
+        return found
+
+    def spelled(self, rule: TensorRule, style: KeyStyle, key: str = "") -> Iterator[tuple[str, Shape]]:
+        """The stored tensors that hold all tensors of ``rule``: key and shape of each, once."""
+        for index in itertools.product(*map(range, rule.lead[: style.spelled_axes])):
+            rest = (0,) * (len(rule.lead) - len(index))
+            for stored in self.stored(rule, index + rest, style, key):
+                yield stored.mcore_key, stored.global_shape
+
+
+_PLACES: Final = tuple(Place)
+
+
+def _hf_tensors(rule: TensorRule) -> Iterator[HfTensor]:
+    for part in rule.parts:
+        for hf_name in (part.hf_name, *rule.hf_aliases):
+            spelled = axes_in(hf_name)
+            for index in itertools.product(*map(range, rule.lead[:spelled])):
+                yield HfTensor(
+                    hf_name=spell(hf_name, index),
+                    shape=(*rule.lead[spelled:], part.rows.hf_rows, *rule.shape[1:]),
+                    rule=rule,
+                    index=index,
+                    rows=part.rows,
+                    own=part.own,
+                    is_alias=hf_name != part.hf_name,
+                )
+
+
 def tensor_table(config: MistralConfig) -> TensorTable:
     """The tensor table of a model."""
-    rules = (_embedding(config), *_Layer(config).rules(), *_output(config))
+    rules = (_embedding(config), *layer_rules(config, _hf_prefix(config)), *_output(config))
     if config.vision is None:
         return TensorTable(num_layers=config.num_hidden_layers, rules=rules)
     rules = (*vision_rules(config.vision, config.hidden_size), *rules)
@@ -42,25 +178,6 @@ def tensor_table(config: MistralConfig) -> TensorTable:
 def _hf_prefix(config: MistralConfig) -> str:
     """What stands before the names of the language model in Hugging Face files."""
     return "" if config.vision is None else LANGUAGE_PREFIX
-
-
-def _whole(hf_name: str, rows: int, *own_names: str) -> tuple[HfPart, ...]:
-    """A tensor in place. In Mistral AI's own files it is ``own_names``, one below the other."""
-    each = rows // len(own_names)
-    own = tuple(OwnRows(name=name, first_row=number * each, rows=each) for number, name in enumerate(own_names))
-    return (HfPart(hf_name=hf_name, rows=RowBlocks.identity(rows), own=own),)
-
-
-def _gate_and_up(names: tuple[str, str], own_names: tuple[str, str], ffn: int) -> tuple[HfPart, ...]:
-    """The two halves of a ``linear_fc1``."""
-    return tuple(
-        HfPart(
-            hf_name=name,
-            rows=RowBlocks(count=1, stride=2 * ffn, offset=half * ffn, length=ffn),
-            own=(OwnRows(name=own_name, first_row=0, rows=ffn),),
-        )
-        for half, (name, own_name) in enumerate(zip(names, own_names, strict=True))
-    )
 
 
 def _vocabulary_rule(
@@ -73,7 +190,7 @@ def _vocabulary_rule(
         shape=(config.vocab_size, config.hidden_size),
         lead=(),
         place=place,
-        parts=_whole(_hf_prefix(config) + hf_name, config.vocab_size, own_name),
+        parts=whole(_hf_prefix(config) + hf_name, config.vocab_size, own_name),
         padded_vocabulary=True,
         hf_aliases=tuple(_hf_prefix(config) + alias for alias in aliases),
     )
@@ -90,228 +207,12 @@ def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
     key = "decoder.final_layernorm.weight"
     norm = TensorRule(
         local=ModuleTensor(mcore_key=key, name=key, tp_axis=None),
-        te=ModuleTensor(mcore_key=key, name=key, tp_axis=None, extra_state=_extra_state(key, key)),
+        te=ModuleTensor(mcore_key=key, name=key, tp_axis=None, extra_state=state_beside(key, key)),
         shape=(config.hidden_size,),
         lead=(),
         place=Place.OUTPUT,
-        parts=_whole(_hf_prefix(config) + "model.norm.weight", config.hidden_size, "norm.weight"),
+        parts=whole(_hf_prefix(config) + "model.norm.weight", config.hidden_size, "norm.weight"),
     )
     if config.tie_word_embeddings:
         return (norm,)
     return (norm, _vocabulary_rule(TIED_OUTPUT_NAME, "lm_head.weight", "output.weight", config, Place.OUTPUT))
-
-
-def _extra_state(mcore_key: str, name: str) -> tuple[str, str]:
-    """Key and name of the object beside a weight; ``name`` is that of a module's weight."""
-    return mcore_key.removesuffix("weight") + "_extra_state", name.removesuffix("weight") + "_extra_state"
-
-
-class _Layer:
-    """The tensors of a layer. Names of methods' arguments: Megatron's are relative to the layer, as are the others."""
-
-    def __init__(self, config: MistralConfig) -> None:
-        self._config = config
-        self._there = _hf_prefix(config) + "model.layers.{layer}."
-
-    def rules(self) -> tuple[TensorRule, ...]:
-        """All of them, in the order of Hugging Face's modules: attention, MLP, norms."""
-        config = self._config
-        latent, experts = config.latent_attention, config.experts
-        return (
-            *(self._attention() if latent is None else self._latent_attention(latent)),
-            *(self._mlp() if experts is None else self._experts(experts)),
-            self._input_norm(fused=latent is None),
-            self._norm_before_mlp(fused=experts is None, as_fused=latent is None),
-        )
-
-    def _attention(self) -> tuple[TensorRule, ...]:
-        config = self._config
-        groups, queries, dim = config.num_key_value_heads, config.queries_per_group, config.head_dim
-        group_rows = (queries + 2) * dim  # one group: its query heads, then one key head, then one value head
-        heads = (("q", 0, queries), ("k", queries, 1), ("v", queries + 1, 1))
-        parts = tuple(
-            HfPart(
-                hf_name=f"{self._there}self_attn.{name}_proj.weight",
-                rows=RowBlocks(count=groups, stride=group_rows, offset=first * dim, length=count * dim),
-                own=(
-                    OwnRows(
-                        name=f"{_OWN}attention.w{name}.weight",
-                        first_row=0,
-                        rows=groups * count * dim,
-                        rotated_rows=0 if name == "v" else dim,
-                    ),
-                ),
-            )
-            for name, first, count in heads
-        )
-        qkv = self._linear("self_attention.linear_qkv", (groups * group_rows, config.hidden_size), 0, parts)
-        return (qkv, self._attention_output(config.num_attention_heads * dim))
-
-    def _attention_output(self, columns: int) -> TensorRule:
-        hidden = self._config.hidden_size
-        parts = _whole(self._there + "self_attn.o_proj.weight", hidden, _OWN + "attention.wo.weight")
-        return self._linear("self_attention.linear_proj", (hidden, columns), 1, parts)
-
-    def _latent_attention(self, latent: LatentAttention) -> tuple[TensorRule, ...]:
-        """MLA: no rows are reordered (proved by logits)."""
-        config, heads = self._config, self._config.num_attention_heads
-        query_rows, kv_rows = heads * latent.qk_head_dim, heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-        if latent.q_lora_rank is None:
-            queries: tuple[TensorRule, ...] = (
-                self._same("linear_q_proj", "q_proj", "wq", (query_rows, config.hidden_size)),
-            )
-        else:
-            queries = (
-                self._down("linear_q_down_proj", "q_a_proj", "wq_a", latent.q_lora_rank),
-                self._latent_norm("q_layernorm", "linear_q_up_proj", "q_a_layernorm", "q_a_norm", latent.q_lora_rank),
-                self._same("linear_q_up_proj", "q_b_proj", "wq_b", (query_rows, latent.q_lora_rank)),
-            )
-        return (
-            *queries,
-            self._down(
-                "linear_kv_down_proj",
-                "kv_a_proj_with_mqa",
-                "wkv_a_with_mqa",
-                latent.kv_lora_rank + latent.qk_rope_head_dim,
-            ),
-            self._latent_norm("kv_layernorm", "linear_kv_up_proj", "kv_a_layernorm", "kv_a_norm", latent.kv_lora_rank),
-            self._same("linear_kv_up_proj", "kv_b_proj", "wkv_b", (kv_rows, latent.kv_lora_rank)),
-            self._attention_output(heads * latent.v_head_dim),
-        )
-
-    def _same(self, module: str, hf_module: str, own: str, shape: Shape) -> TensorRule:
-        parts = self._of_attention(hf_module, own, shape[0])
-        return self._linear(f"self_attention.{module}", shape, 0, parts)
-
-    def _of_attention(self, hf_module: str, own: str, rows: int) -> tuple[HfPart, ...]:
-        return _whole(f"{self._there}self_attn.{hf_module}.weight", rows, f"{_OWN}attention.{own}.weight")
-
-    def _down(self, module: str, hf_module: str, own: str, rows: int) -> TensorRule:
-        """A down-projection: the local spec cuts its rows, Transformer Engine's has it whole on every rank."""
-        name = f"{_HERE}self_attention.{module}.weight"
-        local, te = (
-            ModuleTensor(mcore_key=name, name=name, tp_axis=axis, extra_state=_extra_state(name, name))
-            for axis in (0, None)
-        )
-        parts = self._of_attention(hf_module, own, rows)
-        return self._rule(local, te, (rows, self._config.hidden_size), parts)
-
-    def _latent_norm(self, local: str, fused_into: str, hf_module: str, own: str, rows: int) -> TensorRule:
-        """The norm of a latent: Transformer Engine fuses it into the projection behind it."""
-        parts = self._of_attention(hf_module, own, rows)
-        local_name = f"{_HERE}self_attention.{local}.weight"
-        te_name = f"{_HERE}self_attention.{fused_into}.layer_norm_weight"
-        return self._norm(local_name, local_name, te_name, te_name, parts)
-
-    def _mlp(self) -> tuple[TensorRule, ...]:
-        return self._feed_forward("mlp", "feed_forward", self._config.intermediate_size)
-
-    def _feed_forward(self, module: str, own: str, ffn: int) -> tuple[TensorRule, ...]:
-        hidden, there, own = self._config.hidden_size, f"{self._there}{module}.", f"{_OWN}{own}."
-        names = (there + "gate_proj.weight", there + "up_proj.weight")
-        halves = _gate_and_up(names, (own + "w1.weight", own + "w3.weight"), ffn)
-        down = _whole(there + "down_proj.weight", hidden, own + "w2.weight")
-        return (
-            self._linear(module + ".linear_fc1", (2 * ffn, hidden), 0, halves),
-            self._linear(module + ".linear_fc2", (hidden, ffn), 1, down),
-        )
-
-    def _experts(self, experts: Experts) -> tuple[TensorRule, ...]:
-        """The router, the experts and the shared ones. On disk, Mixtral's experts are single, Mistral 4's packed."""
-        ffn, hidden = experts.intermediate_size, self._config.hidden_size
-        there = self._there + ("mlp." if experts.packed else "block_sparse_moe.")
-        own = _OWN if experts.packed else _OWN + "feed_forward."
-        w1, w2, w3 = (f"{own}experts.{{expert}}.{name}.weight" for name in ("w1", "w2", "w3"))
-        if experts.packed:
-            fc1 = _whole(there + "experts.gate_up_proj", 2 * ffn, w1, w3)
-            fc2 = _whole(there + "experts.down_proj", hidden, w2)
-        else:
-            each = there + "experts.{expert}."
-            fc1 = _gate_and_up((each + "w1.weight", each + "w3.weight"), (w1, w3), ffn)
-            fc2 = _whole(each + "w2.weight", hidden, w2)
-        router = f"{_HERE}mlp.router.weight"
-        module = ModuleTensor(mcore_key=router, name=router, tp_axis=None)
-        parts = _whole(there + "gate.weight", experts.num_experts, own + "gate.weight")
-        shared = experts.shared_intermediate_size
-        return (
-            self._expert_linear("linear_fc1", experts, (2 * ffn, hidden), 0, fc1),
-            self._expert_linear("linear_fc2", experts, (hidden, ffn), 1, fc2),
-            self._rule(module, module, (experts.num_experts, hidden), parts),
-            *(self._feed_forward("mlp.shared_experts", "shared_experts", shared) if shared else ()),
-        )
-
-    def _expert_linear(
-        self, module: str, experts: Experts, shape: Shape, tp_axis: int, parts: tuple[HfPart, ...]
-    ) -> TensorRule:
-        key = f"{_HERE}{_EXPERT_KEY}{module}.weight"
-        sequential = f"{_HERE}mlp.experts.local_experts.{{expert}}.{module}.weight"
-        grouped = f"{_HERE}mlp.experts.{module}."
-        return self._rule(
-            ModuleTensor(mcore_key=key, name=sequential, tp_axis=tp_axis, extra_state=_extra_state(key, sequential)),
-            ModuleTensor(
-                mcore_key=key,
-                name=grouped + "weight{expert}",
-                tp_axis=tp_axis,
-                extra_state=(_extra_state(key, "")[0], grouped + "_extra_state{nth_expert}"),
-            ),
-            shape,
-            parts,
-            num_experts=experts.num_experts,
-        )
-
-    def _input_norm(self, *, fused: bool) -> TensorRule:
-        """The norm before attention, with ``fused`` a part of ``linear_qkv``."""
-        parts = self._of_hidden("input_layernorm", "attention_norm")
-        plain, within = _HERE + "input_layernorm.weight", _HERE + "self_attention.linear_qkv.layer_norm_weight"
-        if fused:
-            return self._norm(within, plain, within, within, parts, plain)
-        return self._norm(plain, plain, plain, plain, parts)
-
-    def _norm_before_mlp(self, *, fused: bool, as_fused: bool) -> TensorRule:
-        """The norm before the MLP, with ``fused`` a part of ``linear_fc1``.
-
-        Before experts it is none. The local spec still saves it as if (``as_fused``), except with latent attention.
-        """
-        parts = self._of_hidden("post_attention_layernorm", "ffn_norm")
-        plain, within = _HERE + "pre_mlp_layernorm.weight", _HERE + "mlp.linear_fc1.layer_norm_weight"
-        if fused:
-            return self._norm(within, plain, within, within, parts, plain)
-        return self._norm(within if as_fused else plain, plain, plain, plain, parts)
-
-    def _of_hidden(self, hf_module: str, own: str) -> tuple[HfPart, ...]:
-        return _whole(f"{self._there}{hf_module}.weight", self._config.hidden_size, f"{_OWN}{own}.weight")
-
-    def _norm(
-        self, local_key: str, local_name: str, te_key: str, te_name: str, parts: tuple[HfPart, ...], *other_keys: str
-    ) -> TensorRule:
-        is_module = te_name.endswith("layernorm.weight")
-        local = ModuleTensor(mcore_key=local_key, name=local_name, tp_axis=None)
-        extra_state = _extra_state(te_key, te_name) if is_module else None
-        te = ModuleTensor(mcore_key=te_key, name=te_name, tp_axis=None, extra_state=extra_state)
-        return self._rule(local, te, (parts[0].rows.hf_rows,), parts, other_keys=other_keys)
-
-    def _linear(self, module: str, shape: Shape, tp_axis: int, parts: tuple[HfPart, ...]) -> TensorRule:
-        name = f"{_HERE}{module}.weight"
-        held = ModuleTensor(mcore_key=name, name=name, tp_axis=tp_axis, extra_state=_extra_state(name, name))
-        return self._rule(held, held, shape, parts)
-
-    def _rule(
-        self,
-        local: ModuleTensor,
-        te: ModuleTensor,
-        shape: Shape,
-        parts: tuple[HfPart, ...],
-        *,
-        num_experts: int | None = None,
-        other_keys: tuple[str, ...] = (),
-    ) -> TensorRule:
-        return TensorRule(
-            local=local,
-            te=te,
-            shape=shape,
-            lead=(self._config.num_hidden_layers, *([] if num_experts is None else [num_experts])),
-            place=Place.LAYER,
-            parts=parts,
-            glu_halves=2 if local.mcore_key.endswith("linear_fc1.weight") else 1,
-            other_keys=other_keys,
-        )

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
+from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.reading import style
 from dist_ckpt_mistral.reading.plan import ReadingPlan
-from dist_ckpt_mistral.report import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,7 +21,8 @@ from dist_ckpt_mistral.formats import torch_dist
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import FLAT_STATE_ADVICE, CheckpointMap, match_checkpoint
+from dist_ckpt_mistral.mapping import CheckpointMap
+from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE, match_checkpoint
 from dist_ckpt_mistral.model.config import GivenConfig, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pipeline_layout import ModelChunk

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.reading import style
 from dist_ckpt_mistral.reading.plan import RankReads, ReadingPlan, factor
 from dist_ckpt_mistral.reading.table import counted, spans
-from dist_ckpt_mistral.report import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

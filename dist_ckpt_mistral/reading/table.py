@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
-from dist_ckpt_mistral.report import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

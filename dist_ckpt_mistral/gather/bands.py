@@ -1,0 +1,139 @@
+"""Reads the segments of a ``BytePlan`` band by band.
+
+A band is gathered into a small buffer that stays in the processor's cache, then its reader writes, checksums or
+compares it. Every thread has buffers of its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.gather.plan import CopyArray, Segment
+from dist_ckpt_mistral.storage import SourceFiles
+
+#: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
+BAND_BYTES: Final = 512 << 10
+#: Each thread has two buffers of a band's size: the band itself, and rows on their way into it.
+BUFFERS: Final = 2
+#: Kernels copy into page-aligned memory up to three times faster (measured, AMD): buffers begin at pages. Writes begin
+#: at multiples of their length, where the page cache holds each in one piece: another tenth less (Linux 6.18, ext4).
+PAGE_BYTES: Final = 4096
+#: A gap between two rows that is cheaper to jump over than to read.
+_LONG_GAP_BYTES: Final = 64 << 10
+
+ByteArray = npt.NDArray[np.uint8]
+
+
+class Stopped(Exception):  # noqa: N818  (no error: another one is why)
+    """A thread ends because another one failed, or because the run was interrupted."""
+
+
+class BandReader:
+    """Gathers segments band by band from open files, with buffers of its own for every thread."""
+
+    def __init__(self, sources: SourceFiles, band_bytes: int = BAND_BYTES) -> None:
+        """Read from ``sources``, at most ``band_bytes`` at a time."""
+        self._sources = sources
+        self._band_bytes = band_bytes
+        self._buffers = threading.local()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Have all threads end with their bands: ``Stopped`` is raised in them."""
+        self._stopped = True
+
+    def bands(
+        self, segment: Segment, low: int = 0, high: int | None = None, *, position: int = 0
+    ) -> Iterator[memoryview]:
+        """Yield bytes ``[low, high)`` of a segment, in ``source_dtype``; a band is valid until the thread's next.
+
+        The first will be stored at ``position``: it ends where all others begin at multiples of their stored length.
+        """
+        high = segment.num_bytes if high is None else high
+        itemsize, stored_itemsize = dtypes.itemsize_bytes(segment.source_dtype), dtypes.itemsize_bytes(segment.dtype)
+        ahead_elems = -position % (self._band_bytes * stored_itemsize // itemsize) // stored_itemsize
+        ahead = min(ahead_elems * itemsize, high - low)
+        if ahead:
+            yield from self._bands(segment, low, low + ahead)
+        yield from self._bands(segment, low + ahead, high)
+
+    def _bands(self, segment: Segment, low: int, high: int) -> Iterator[memoryview]:
+        copies = _overlapping(segment.copies, low, high)
+        for start in range(low, high, self._band_bytes):
+            if self._stopped:
+                raise Stopped
+            band, scratch = self._own_buffers()
+            band = band[: min(self._band_bytes, high - start)]
+            for first, last, copy in copies:
+                if first < start + len(band) and last > start:
+                    _gather(copy, start, band, scratch, self._sources)
+            yield band.data
+
+    def _own_buffers(self) -> tuple[ByteArray, ByteArray]:
+        if not hasattr(self._buffers, "pair"):
+            self._buffers.pair = tuple(aligned_buffer(self._band_bytes) for _ in range(BUFFERS))
+        pair: tuple[ByteArray, ByteArray] = self._buffers.pair
+        return pair
+
+
+def aligned_buffer(num_bytes: int) -> ByteArray:
+    """A buffer that begins at a page."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
+
+
+def _overlapping(copies: CopyArray, low: int, high: int) -> list[tuple[int, int, tuple[int, ...]]]:
+    """The copies that write into ``[low, high)``: (first byte, end, plain numbers in the order of ``COPY``)."""
+    firsts = copies["target_offset"]
+    lasts = firsts + (copies["rows"] - 1) * copies["target_stride"] + copies["row_bytes"]
+    hit = (firsts < high) & (lasts > low)
+    return list(zip(firsts[hit].tolist(), lasts[hit].tolist(), copies[hit].tolist(), strict=True))
+
+
+def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray, sources: SourceFiles) -> None:
+    """Bring what ``copy`` has for the band that begins at target offset ``low``."""
+    file, position, source_stride, offset, target_stride, rows, row_bytes = copy
+    start = offset - low  # of row 0, in the band
+    first = max(0, (-start - row_bytes) // target_stride + 1)  # the rows [first, last) touch the band
+    last = min(rows, -((start - len(band)) // target_stride))
+    if first >= last:  # the band lies between two rows
+        return
+    whole_first = first if start + first * target_stride >= 0 else first + 1
+    whole_last = last if start + (last - 1) * target_stride + row_bytes <= len(band) else last - 1
+    for row in {first, last - 1} - set(range(whole_first, whole_last)):  # cut by an edge of the band
+        at = start + row * target_stride
+        skip = max(0, -at)
+        piece = band[at + skip : min(at + row_bytes, len(band))]
+        sources.read_into(file, position + row * source_stride + skip, [piece.data])
+    if whole_first < whole_last:
+        source_at, target_at = position + whole_first * source_stride, start + whole_first * target_stride
+        count = whole_last - whole_first
+        target = np.lib.stride_tricks.as_strided(band[target_at:], (count, row_bytes), (target_stride, 1))
+        _gather_rows(file, source_at, source_stride, target, scratch, sources)
+
+
+def _gather_rows(
+    file: int, position: int, source_stride: int, target: ByteArray, scratch: ByteArray, sources: SourceFiles
+) -> None:
+    """Fill ``target`` ``[rows, row_bytes]`` from rows that lie ``source_stride`` bytes apart."""
+    rows, row_bytes = target.shape
+    if source_stride == row_bytes and target.flags.c_contiguous:
+        sources.read_into(file, position, [target.reshape(-1).data])
+        return
+    if source_stride - row_bytes > _LONG_GAP_BYTES or source_stride > len(scratch):
+        for row in range(rows):
+            sources.read_into(file, position + row * source_stride, [target[row].data])
+        return
+    step = len(scratch) // source_stride
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        span = scratch[: (count - 1) * source_stride + row_bytes]
+        sources.read_into(file, position + first * source_stride, [span.data])
+        source = np.lib.stride_tricks.as_strided(span, (count, row_bytes), (source_stride, 1))
+        np.copyto(target[first : first + count], source)

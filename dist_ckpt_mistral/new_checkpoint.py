@@ -1,0 +1,101 @@
+"""A new Megatron checkpoint of a model: its chunks, the way to them, and what lies beside them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_ckpt_mistral import embedded, storage
+from dist_ckpt_mistral.chunking import cuts
+from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
+from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
+from dist_ckpt_mistral.gather.links import Link, compose, reverse
+from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
+from dist_ckpt_mistral.model.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, TensorTable
+from dist_ckpt_mistral.model_source import ModelSource
+from dist_ckpt_mistral.verify import require_equal_aliases
+
+
+def plan_import(
+    source: ModelSource, layout: ParallelLayout, dtype: str | None, step: Path
+) -> tuple[CheckpointLayout, BytePlan]:
+    """What the new checkpoint's files hold where, and the way there."""
+    layout.check(source.config)
+    require_equal_aliases(source)
+    new = new_checkpoint_map(source.table)
+    links = [
+        link
+        for tensor in source.tensors
+        if not tensor.is_alias
+        for second in map(reverse, new.links(tensor))
+        for first in source.links[tensor.hf_name]
+        if (link := compose(first, second)) is not None
+    ]
+    chunks = _chunks(source, new, links, layout, dtype)
+    objects = [NewObject.empty(_extra_states(source.table))]
+    written = torch_dist_writer.lay_out(chunks, objects, num_files=layout.world_size)
+    return written, plan_gather(source.index, written.index(step), links)
+
+
+def _chunks(
+    source: ModelSource, new: CheckpointMap, links: Sequence[Link], layout: ParallelLayout, dtype: str | None
+) -> Iterator[NewChunk]:
+    """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
+    stored_dtype = {link.target: source.index.tensors[link.source].dtype for link in links}
+    others = new.also_written()
+    for cut in cuts(new, new.shapes(), layout):
+        yield NewChunk(
+            mcore_key=cut.name,
+            dtype=dtype or stored_dtype[cut.name],
+            global_shape=cut.global_shape,
+            offset=cut.offset,
+            shape=cut.shape,
+            file=cut.rank,
+            other_keys=others.get(cut.name, ()),
+        )
+
+
+def _extra_states(table: TensorTable) -> list[str]:
+    """The object keys that models of any layer spec and version look for."""
+    shapes = dict.fromkeys(OLD_EXTRA_STATES, (table.num_layers,)) | table.extra_states(KeyStyle.STACKED)
+    return [
+        torch_dist_writer.object_key(key, index, shape)
+        for key, shape in shapes.items()
+        for index in itertools.product(*map(range, shape))
+    ]
+
+
+def write_beside_shards(
+    directory: Path,
+    source: ModelSource,
+    carried: Sequence[Path],
+    layout: ParallelLayout,
+    dtype: str,
+    iteration: int | None,
+) -> None:
+    """Write metadata.json, common.pt and the small Hugging Face files; ``.metadata`` comes last and elsewhere."""
+    storage.write_bytes(directory / torch_dist.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+    state: dict[str, Any] = {
+        "args": to_megatron_args(source.config, dtype=dtype, tp=layout.tp, pp=layout.pp, ep=layout.ep),
+        "checkpoint_version": 3.0,
+        "iteration": iteration or 0,
+        "content_metadata": {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            embedded.KEY: embedded.to_record(source.config, source.table, source.hf_files),
+        },
+    }
+    storage.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
+    (directory / embedded.ASSETS_FOLDER).mkdir()
+    for path in carried:
+        target = directory / embedded.ASSETS_FOLDER / path.name
+        if path.name == hf_directory.CONFIG_FILE:
+            storage.write_bytes(target, hf_directory.config_json(source.config.to_hf(), path))
+        else:
+            storage.copy_file(path, target)
