@@ -58,9 +58,9 @@ def megatron_args(
 ) -> PretrainCommand:
     """The flags with which ``pretrain_gpt.py`` builds the model at ``path`` and, if it is a checkpoint, loads it.
 
-    ``path`` is a Megatron checkpoint (its root or one iteration), a Hugging Face directory, of which config.json is
-    enough if it says its dtype, or a directory in Mistral AI's own rendering. ``config`` overrides the configuration that a checkpoint brings along; ``layout`` is
-    the one to train with. Raises DistCkptMistralError.
+    ``path`` is a Megatron checkpoint (its root or one iteration), a directory in Mistral AI's own rendering, or a
+    Hugging Face directory, of which config.json is enough if it says its dtype. ``config`` overrides the configuration
+    that a checkpoint brings along; ``layout`` is the one to train with. Raises DistCkptMistralError.
     """
     path, known = Path(path), given_config(config)
     if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
