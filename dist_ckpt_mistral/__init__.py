@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         PlanError,
         TensorMismatchError,
         UnsafePickleError,
+        UnsupportedFormatError,
         UnsupportedModelError,
     )
     from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint, open_checkpoint
@@ -73,6 +74,7 @@ _HOME = {
     "Report": "report",
     "TensorMismatchError": "errors",
     "UnsafePickleError": "errors",
+    "UnsupportedFormatError": "errors",
     "UnsupportedModelError": "errors",
     "add_hf_metadata": "megatron.hf_metadata",
     "build_model": "megatron.build_model",
@@ -112,6 +114,7 @@ __all__ = [
     "Report",
     "TensorMismatchError",
     "UnsafePickleError",
+    "UnsupportedFormatError",
     "UnsupportedModelError",
     "add_hf_metadata",
     "build_model",

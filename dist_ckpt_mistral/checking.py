@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
-from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, printable
+from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedFormatError, printable
 from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
 from dist_ckpt_mistral.formats import archive_checksums, common_state, hf_directory, torch_dist
 from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
@@ -56,7 +56,7 @@ def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort
 
     Every file is read once and held against integrity.json, every record of a checkpoint against the CRC-32 in its
     archive; and all tensors of the model must be there. ``config`` is for checkpoints that do not tell theirs. Raises
-    DistCkptMistralError if ``path`` is neither; what is wrong in it becomes a finding.
+    DistCkptMistralError if ``path`` is neither or of a format that is not read; what is wrong in it becomes a finding.
     """
     path, known = Path(path), given_config(config)
     if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
@@ -80,6 +80,8 @@ class _Notes:
             return work()
         except ConfigError as error:
             self.not_checked.append(f"whether all tensors of the model are there: {error}")
+        except UnsupportedFormatError:
+            raise  # what cannot be read is not damaged
         except DistCkptMistralError as error:
             self.findings.append(Finding(what=str(error)))
         return None

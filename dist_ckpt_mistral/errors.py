@@ -5,7 +5,8 @@
     │   └── UnsupportedModelError    a model that the tensor table does not know
     ├── LayoutError                  a parallel layout that Megatron would refuse
     ├── FormatError                  bytes on disk are not what their format says
-    │   └── UnsafePickleError        a pickle asks for something outside the allowlist
+    │   ├── UnsafePickleError        a pickle asks for something outside the allowlist
+    │   └── UnsupportedFormatError   a checkpoint of Megatron's in a format that this package does not read
     ├── TensorMismatchError          tensors missing, unknown, or of another shape or dtype than the model's
     ├── PlanError                    boxes that leave a gap, overlap, or reach outside their tensor
     ├── OutputError                  the destination cannot be written as asked
@@ -64,6 +65,10 @@ class FormatError(DistCkptMistralError):
 
 class UnsafePickleError(FormatError):
     """A pickle asks for something outside the allowlist; nothing of it was executed."""
+
+
+class UnsupportedFormatError(FormatError):
+    """A checkpoint of Megatron's in a format that this package does not read; nothing need be wrong with it."""
 
 
 class TensorMismatchError(DistCkptMistralError):

@@ -23,7 +23,7 @@ def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fil
         original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in held.items()}
         if original == stored:
             return source.hf_files
-        _LOG.info("the tensors differ in dtype from the original files: the files are laid out anew")
+        _LOG.info("the tensors differ in name or dtype from the original files: the files are laid out anew")
     tensors = [(t.hf_name, *stored[t.hf_name]) for t in source.tensors if not t.is_alias]
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
 

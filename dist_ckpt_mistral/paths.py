@@ -39,11 +39,20 @@ def require_apart(source: Path, target: Path) -> None:
 
 
 def require_writable(target: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless ``overwrite``; an empty directory counts as absent."""
+    """Refuse an output that exists, unless ``overwrite``; an empty directory counts as absent.
+
+    A checkpoint root with several iterations is never replaced: no command writes more than one, so it is a training's.
+    """
     if target.is_mount():
         raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
     if not (overwrite or is_absent(target)):
         raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
+    steps = sorted(path.name for pattern in ("iter_*", "release") for path in target.glob(pattern))
+    if len(steps) > 1:
+        raise OutputError(
+            f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
+            "all remove. Choose another name."
+        )
 
 
 def is_absent(target: Path) -> bool:

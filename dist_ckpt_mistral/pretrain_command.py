@@ -12,7 +12,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state
@@ -58,12 +58,12 @@ def megatron_args(
 ) -> PretrainCommand:
     """The flags with which ``pretrain_gpt.py`` builds the model at ``path`` and, if it is a checkpoint, loads it.
 
-    ``path`` is a Megatron checkpoint (its root or one iteration) or a Hugging Face directory, of which config.json is
-    enough if it says its dtype. ``config`` overrides the configuration that a checkpoint brings along; ``layout`` is
-    the one to train with. Raises DistCkptMistralError.
+    ``path`` is a Megatron checkpoint (its root or one iteration), a directory in Mistral AI's own rendering, or a
+    Hugging Face directory, of which config.json is enough if it says its dtype. ``config`` overrides the configuration
+    that a checkpoint brings along; ``layout`` is the one to train with. Raises DistCkptMistralError.
     """
     path, known = Path(path), given_config(config)
-    if hf_directory.is_model_directory(path):
+    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
         return _for_hf(path, known, layout)
     source = open_megatron(path, config=known)
     args, groups = pretrain_flags(
@@ -78,7 +78,7 @@ def megatron_args(
 
 
 def _for_hf(path: Path, config: MistralConfig | None, layout: ParallelLayout) -> PretrainCommand:
-    config_from = "the given configuration" if config else str(path / hf_directory.CONFIG_FILE)
+    config_from = "the given configuration" if config else str(config_file(path))
     config = config or MistralConfig.from_hf(path)
     args, groups = pretrain_flags(config, dtype=config.dtype or open_hf(path).main_dtype, layout=layout)
     groups["checkpoint"] = ["--ckpt-format", "torch_dist"]

@@ -799,6 +799,18 @@ def test_existing_outputs_are_kept(hf: Path, ckpt: Path, tmp_path: Path) -> None
     assert contents(tmp_path / "to-hf") == contents(hf)
 
 
+def test_a_training_is_never_replaced(hf: Path, ckpt: Path, tmp_path: Path) -> None:
+    """A root with several iterations is refused, also with --overwrite; one with a single checkpoint is replaced."""
+    for command, source in both_ways(hf, ckpt):
+        output = tmp_path / command
+        for step in ("iter_0000010", "iter_0000020"):
+            (output / step).mkdir(parents=True)
+        line = refusal(tmp_path, command, source, output, "--overwrite")
+        assert "holds 2 checkpoints (iter_0000010 to iter_0000020), which --overwrite would all remove" in line
+        (output / "iter_0000020").rmdir()
+        assert run(command, source, output, "--overwrite").code == 0
+
+
 def test_an_old_output_survives_a_failing_run(hf: Path, ckpt: Path, tmp_path: Path) -> None:
     """With --overwrite, what was there stays as it was until the new one is complete, here: for ever."""
     (hf / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-1])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import refusal
+from command_line import refusal, run
 from family_models import FAMILY, family_model, model_class
 from hf_models import random_model
 from safetensors.torch import load_file, save_file
@@ -168,6 +168,14 @@ def test_own_files_can_be_looked_at_and_compared(tmp_path: Path) -> None:
     with dcm.open_checkpoint(tmp_path / "own") as stored:
         expected = load_file(tmp_path / "hf" / "model.safetensors")
         assert described(dict(stored)) == described(expected)
+
+
+@pytest.mark.parametrize("case", [DENSE, "mixtral", "mistral4"])
+def test_flags_to_train_them_on(case: str, tmp_path: Path) -> None:
+    """megatron-args says of Mistral AI's own files what it says of Hugging Face's rendering of them."""
+    save_own(model_of(case), tmp_path / "hf", tmp_path / "own")
+    own, hf = (run("megatron-args", tmp_path / name) for name in ("own", "hf"))
+    assert (own.code, own.out) == (0, hf.out)
 
 
 def test_hugging_faces_rendering_wins(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
-from dist_ckpt_mistral.errors import ConfigError, FormatError, for_all
+from dist_ckpt_mistral.errors import ConfigError, FormatError, UnsupportedFormatError, for_all
 from dist_ckpt_mistral.formats import common_state
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
@@ -211,4 +211,5 @@ def _require_backend(directory: Path) -> None:
         raise FormatError(f"{directory} is not a Megatron distributed checkpoint: {BACKEND_FILE} is missing")
     backend = strict_json.loads_object(storage.read_bytes(path), str(path)).get("sharded_backend")
     if backend != "torch_dist":
-        raise FormatError(f"{path} says sharded_backend {backend!r}: expected 'torch_dist'")
+        kind = UnsupportedFormatError if backend == "zarr" else FormatError  # any other word, no Megatron ever wrote
+        raise kind(f"{path} says sharded_backend {backend!r}: expected 'torch_dist'")
