@@ -55,12 +55,18 @@ class Stage:
         Experts are a SequentialMLP; with ``grouped`` a GroupedMLP, which megatron-core 0.16 has.
         """
         self.config, self.grouped = config, grouped
-        self.etp, self.ep = layout.etp or layout.tp, layout.ep
-        self.etp_rank = parallel_state.get_expert_tensor_parallel_rank()
-        self.ep_rank = parallel_state.get_expert_model_parallel_rank()
+        self.take_place()
         self.vocab_rows = padded_vocab_size(config.vocab_size, layout.tp)
-        self.tp, self.tp_rank = layout.tp, parallel_state.get_tensor_model_parallel_rank()
         self.chunks = [self._chunk(layout, number) for number in range(layout.vpp or 1)]
+
+    def take_place(self) -> None:
+        """Note where this rank stands, as the parallel state has it."""
+        self.tp = parallel_state.get_tensor_model_parallel_world_size()
+        self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.etp = parallel_state.get_expert_tensor_parallel_world_size()
+        self.etp_rank = parallel_state.get_expert_tensor_parallel_rank()
+        self.ep = parallel_state.get_expert_model_parallel_world_size()
+        self.ep_rank = parallel_state.get_expert_model_parallel_rank()
 
     def _chunk(self, layout: ParallelLayout, number: int) -> GPTModel:
         vp_stage = number if layout.vpp else None

@@ -79,7 +79,7 @@ class Trained(Stage):
         """Build the model; the parallel state must be that of ``args``."""
         self.config = config
         self.vocab_rows = args.padded_vocab_size
-        self.tp, self.tp_rank = args.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+        self.take_place()
         model = GPTModelBuilder(gpt_config_from_args(args)).build_model(ProcessGroupCollection.use_mpu_process_groups())
         self.chunks = [model.bfloat16() if args.bf16 else model]
 
