@@ -58,17 +58,18 @@ def write_output(
             lambda: _begin(staging, plan, file_bytes, recipe, beside_bytes, overwrite=overwrite, resume=resume)
         )
 
+        numbers = share(plan, ranks)
+        own = {
+            file: staging.output / names[file] for file in sorted({plan.segments[number].file for number in numbers})
+        }
+
         def copy_share() -> Checksums:
-            numbers = share(plan, ranks)
-            files = sorted({plan.segments[number].file for number in numbers})
             with (
                 _as_output_errors(staging),
-                _opened({file: staging.output / names[file] for file in files}) as targets,
+                _opened(own) as targets,
                 contextlib.closing(Journal(staging.path, ranks.rank, plan, targets)) as journal,
             ):
-                found = execute(plan, targets, effort=effort, numbers=numbers, checksums=checksums, record=journal)
-                _sync(targets, effort)
-                return found
+                return execute(plan, targets, effort=effort, numbers=numbers, checksums=checksums, record=journal)
 
         shares = ranks.together(copy_share)
 
@@ -79,6 +80,10 @@ def write_output(
                     complete(staging.output, targets, {n: crc for found in shares for n, crc in found.items()})
                 require_unchanged(recipe.of_sources(plan))
 
+        def sync_share() -> None:
+            with _as_output_errors(staging), _opened(own) as targets:
+                _sync(targets, effort)
+
         def publish() -> None:
             with _as_output_errors(staging):
                 staging.publish(overwrite=overwrite, durable=effort.durable)
@@ -87,6 +92,8 @@ def write_output(
         if manifest is not None:
             with _as_output_errors(staging):
                 write_manifest(staging.output, manifest, effort=effort, ranks=ranks)
+        if effort.durable:
+            ranks.together(sync_share)  # the disk has been writing meanwhile
         ranks.on_first(publish)
 
 
@@ -139,10 +146,9 @@ def _left_behind(staging: Staging, recipe: Recipe) -> Iterator[None]:
 
 
 def _sync(targets: Mapping[int, TargetFile], effort: Effort) -> None:
-    """Make the content of all files durable, if asked for."""
-    if effort.durable:
-        files = list(targets.values())
-        run_all(lambda number: files[number].sync(), range(len(files)), workers=effort.threads)
+    """Make the content of all files durable."""
+    files = list(targets.values())
+    run_all(lambda number: files[number].sync(), range(len(files)), workers=effort.threads)
 
 
 def share(plan: BytePlan, ranks: Ranks) -> list[int]:
