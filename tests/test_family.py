@@ -131,6 +131,15 @@ def test_torch_loads_what_megatron_needs(trip: Trip) -> None:
         assert torch.equal(loaded["decoder.layers.self_attention.linear_kv_up_proj.layer_norm_weight"], latent)
 
 
+def test_weights_under_a_second_key_are_told(tmp_path: Path) -> None:
+    """An export names the norms that lie there twice, once for each layer spec, as what it leaves out, and why."""
+    family_model("mixtral").save_pretrained(tmp_path / "hf")
+    dcm.from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    done = dcm.to_hf(tmp_path / "ckpt", tmp_path / "back", dry_run=True)
+    again = [name for name, reason in done.ignored if reason.startswith("the same weights again")]
+    assert again == ["decoder.layers.mlp.linear_fc1.layer_norm_weight"]
+
+
 @pytest.mark.parametrize("case", ["moe_seq_0192", "mistral4_0192"])
 def test_imports_hold_every_key_of_a_genuine_checkpoint(case: str, tmp_path: Path) -> None:
     """The truth of a genuine checkpoint, imported: all its keys are there, in its shapes, objects included."""
