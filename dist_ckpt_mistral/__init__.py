@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
     from dist_ckpt_mistral.megatron.runtime import initialize_megatron
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
+    from dist_ckpt_mistral.migration import migrate
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec
@@ -85,6 +86,7 @@ _HOME = {
     "inspect": "report",
     "load_model": "megatron.load_model",
     "megatron_args": "pretrain_command",
+    "migrate": "migration",
     "open_checkpoint": "lazy_checkpoint",
     "optimizer_state_dict": "megatron.optimizer_state",
     "plan_reading": "reading.planner",
@@ -125,6 +127,7 @@ __all__ = [
     "inspect",
     "load_model",
     "megatron_args",
+    "migrate",
     "open_checkpoint",
     "optimizer_state_dict",
     "plan_reading",

@@ -12,11 +12,11 @@ from typing import Any, Final, TypeVar
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedFormatError, printable
 from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
-from dist_ckpt_mistral.formats import archive_checksums, common_state, hf_directory, torch_dist
+from dist_ckpt_mistral.formats import archive_checksums, backends, checkpoint_directory, common_state, hf_directory
 from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, read_manifest
-from dist_ckpt_mistral.formats.torch_dist import TorchDistCheckpoint
+from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.manifest import tensor_spans
@@ -61,8 +61,8 @@ def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort
     path, known = Path(path), given_config(config)
     if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
         return _check_hf(path, known, effort)
-    if not torch_dist.is_checkpoint(path):
-        torch_dist.resolve_directory(path)  # raises
+    if not checkpoint_directory.is_checkpoint(path):
+        checkpoint_directory.resolve_directory(path)  # raises
     return _check_megatron(path, known, effort)
 
 
@@ -146,11 +146,11 @@ def _tensor_parts(file_set: FileSet, crc32: Mapping[str, str], notes: _Notes) ->
 
 def _check_megatron(path: Path, config: MistralConfig | None, effort: Effort) -> Check:
     notes = _Notes()
-    directory = notes.attempt(lambda: torch_dist.resolve_directory(path))
+    directory = notes.attempt(lambda: checkpoint_directory.resolve_directory(path))
     if directory is None:
         return notes.sum_up(path)
     manifest = notes.attempt(lambda: read_manifest(directory))
-    stored = notes.attempt(lambda: torch_dist.open_torch_dist(directory, with_common_state=False))
+    stored = notes.attempt(lambda: backends.open_stored(directory, with_common_state=False))
     if stored is None:
         return notes.check_files(Contents(directory=directory), manifest, effort)
     found = notes.attempt(lambda: _match(stored, config))
@@ -167,11 +167,11 @@ def _check_megatron(path: Path, config: MistralConfig | None, effort: Effort) ->
         hf_names=_HfNames(links),
         sums_in="its archive",
     )
-    notes.findings.extend(contents.finding(torch_dist.METADATA_FILE, fault) for fault in faults)
+    notes.findings.extend(contents.finding(checkpoint_directory.METADATA_FILE, fault) for fault in faults)
     return notes.check_files(contents, manifest, effort)
 
 
-def _match(stored: TorchDistCheckpoint, config: MistralConfig | None) -> CheckpointMap:
+def _match(stored: StoredCheckpoint, config: MistralConfig | None) -> CheckpointMap:
     state = common_state.read(stored.directory, stored.objects.get(common_state.SHARDED_KEY))
     stored = replace(stored, common_state=state)
     known, _ = choose_config(stored, config, read_embedded(stored))

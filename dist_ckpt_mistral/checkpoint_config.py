@@ -7,7 +7,7 @@ from typing import Final
 
 from dist_ckpt_mistral import embedded, strict_yaml
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.formats import torch_dist
+from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.model.bridge_config import from_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import from_megatron_args
@@ -16,13 +16,13 @@ from dist_ckpt_mistral.model.megatron_args import from_megatron_args
 RUN_CONFIG_FILE: Final = "run_config.yaml"
 
 
-def read_embedded(checkpoint: torch_dist.TorchDistCheckpoint) -> embedded.Embedded | None:
+def read_embedded(checkpoint: StoredCheckpoint) -> embedded.Embedded | None:
     """What an import left in the checkpoint, if training has not dropped it since."""
     return embedded.from_common_state(checkpoint.common_state, str(checkpoint.directory))
 
 
 def choose_config(
-    checkpoint: torch_dist.TorchDistCheckpoint, given: MistralConfig | None, remembered: embedded.Embedded | None
+    checkpoint: StoredCheckpoint, given: MistralConfig | None, remembered: embedded.Embedded | None
 ) -> tuple[MistralConfig, str]:
     """The configuration to go by, and where it is from.
 

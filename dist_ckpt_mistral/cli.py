@@ -15,12 +15,23 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final
 
-from dist_ckpt_mistral.commands import demo, from_hf, generate, inspect, megatron_args, plan, reshard, to_hf, verify
+from dist_ckpt_mistral.commands import (
+    demo,
+    from_hf,
+    generate,
+    inspect,
+    megatron_args,
+    migrate,
+    plan,
+    reshard,
+    to_hf,
+    verify,
+)
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError, printable
 from dist_ckpt_mistral.package_version import package_version
 
-_COMMANDS: Final = (from_hf, to_hf, plan, reshard, inspect, verify, generate, megatron_args, demo)
+_COMMANDS: Final = (from_hf, to_hf, plan, reshard, migrate, inspect, verify, generate, megatron_args, demo)
 _EXIT_INTERRUPTED: Final = 130
 
 

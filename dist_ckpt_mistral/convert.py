@@ -10,7 +10,7 @@ from typing import Final
 from dist_ckpt_mistral import dtypes, hub, paths, storage
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.formats import hf_directory, torch_dist
+from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout
 from dist_ckpt_mistral.gather.executor import Effort
@@ -68,7 +68,8 @@ def to_hf(
         paths.require_apart(checkpoint, output)
         paths.require_writable(output, overwrite=overwrite or dry_run)
         given = given_directory(config)
-        inputs = stamps([*torch_dist.resolve_directory(checkpoint).rglob("*"), *(given.iterdir() if given else ())])
+        directory = checkpoint_directory.resolve_directory(checkpoint)
+        inputs = stamps([*directory.rglob("*"), *(given.iterdir() if given else ())])
         opened = open_megatron(checkpoint, config=given_config(config), state=state)
         source = completed(opened, given)
         file_set = hf_files(source, dtype, max_file_bytes)
@@ -140,8 +141,8 @@ def from_hf(
     """
     output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
-    torch_dist.require_iteration(iteration)
-    step = Path(torch_dist.iteration_name(iteration))
+    checkpoint_directory.require_iteration(iteration)
+    step = Path(checkpoint_directory.iteration_name(iteration))
 
     def prepare() -> tuple[Stamps, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
@@ -160,8 +161,8 @@ def from_hf(
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
         write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
-        storage.write_bytes(staging / step / torch_dist.METADATA_FILE, written.metadata())
-        storage.write_bytes(staging / torch_dist.TRACKER_FILE, torch_dist.tracker_text(iteration))
+        storage.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
+        storage.write_bytes(staging / checkpoint_directory.TRACKER_FILE, checkpoint_directory.tracker_text(iteration))
 
     sizes = written.file_sizes(step)
     options = {"--tp": tp, "--pp": pp, "--ep": ep, "--dtype": dtype, "--iteration": iteration}

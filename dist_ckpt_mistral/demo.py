@@ -19,7 +19,7 @@ from typing import Any, Final
 from dist_ckpt_mistral import convert, libraries, verify
 from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
-from dist_ckpt_mistral.formats import torch_dist
+from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.rank_processes import run_ranks
@@ -95,7 +95,7 @@ def _load(original: Path, checkpoint: Path, say: Say) -> None:
     say("   dist_checkpointing.load fills what that rank holds; the result is compared with the rows of the original")
     say("   files that belong there.")
     with _timed() as seconds:
-        outcomes = _load_with_megatron(original, checkpoint / torch_dist.iteration_name(None))
+        outcomes = _load_with_megatron(original, checkpoint / checkpoint_directory.iteration_name(None))
     for rank, outcome in enumerate(outcomes):
         say(f"   {_rank_line(rank, outcome)}")
     load_seconds = max(outcome["load_seconds"] for outcome in outcomes)

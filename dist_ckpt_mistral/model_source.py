@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
-from dist_ckpt_mistral.formats import hf_directory, torch_dist
+from dist_ckpt_mistral.formats import backends, hf_directory
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
@@ -166,7 +166,7 @@ def open_megatron(
     The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``. ``state`` may
     pick another tensor than the weights that training kept for every parameter, such as the master weights.
     """
-    checkpoint = torch_dist.open_torch_dist(path)
+    checkpoint = backends.open_stored(path)
     where = str(checkpoint.directory)
     remembered = read_embedded(checkpoint)
     config, config_from = choose_config(checkpoint, config, remembered)
@@ -177,7 +177,7 @@ def open_megatron(
     folder = checkpoint.directory / embedded.ASSETS_FOLDER
     return ModelSource(
         path=checkpoint.directory,
-        kind="Megatron torch_dist checkpoint",
+        kind=f"Megatron {checkpoint.backend} checkpoint",
         config=config,
         config_from=config_from,
         table=table,

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_ckpt_mistral import embedded, storage
 from dist_ckpt_mistral.chunking import cuts
-from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
+from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, torch_dist_writer
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
@@ -80,7 +80,7 @@ def write_beside_shards(
     iteration: int | None,
 ) -> None:
     """Write metadata.json, common.pt and the small Hugging Face files; ``.metadata`` comes last and elsewhere."""
-    storage.write_bytes(directory / torch_dist.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+    storage.write_bytes(directory / checkpoint_directory.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
     state: dict[str, Any] = {
         "args": to_megatron_args(source.config, dtype=dtype, tp=layout.tp, pp=layout.pp, ep=layout.ep),
         "checkpoint_version": 3.0,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.formats import hf_directory, torch_dist
+from dist_ckpt_mistral.formats import backends, checkpoint_directory, hf_directory
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -104,14 +104,15 @@ def _tokenizer(assets: Path | None) -> list[str]:
 
 def _load(path: Path, source: ModelSource) -> list[str]:
     """Where to load from; Megatron-LM takes a checkpoint root, and the number of an iteration other than the latest."""
+    backends.require_loadable(source.path)
     if path.resolve() != source.path.resolve():
         return ["--load", str(path)]
     root, name = path.resolve().parent, path.resolve().name
-    step = torch_dist.iteration_of(name)
+    step = checkpoint_directory.iteration_of(name)
     if step is None:
         raise ConfigError(
             f"{path} is not named as Megatron-LM's --load needs it: expected iter_0000000 or release in a root, "
-            f"got {name!r}. Move it into one, with a {torch_dist.TRACKER_FILE} beside it."
+            f"got {name!r}. Move it into one, with a {checkpoint_directory.TRACKER_FILE} beside it."
         )
     return ["--load", str(root), *(["--ckpt-step", step] if step.isdecimal() else [])]
 
@@ -128,7 +129,7 @@ def _left_out(source: ModelSource, layout: ParallelLayout) -> list[str]:
     flat = sorted({kind for name, _ in source.ignored if (kind := flat_state(name))})
     if not flat:
         return []
-    args = torch_dist.open_torch_dist(source.path).common_state.get("args")
+    args = backends.open_stored(source.path).common_state.get("args")
     told = args if isinstance(args, Mapping) else {}
     saved = tuple(told.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
     if saved == (layout.tp, layout.pp):

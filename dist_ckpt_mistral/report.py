@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
-from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist
+from dist_ckpt_mistral.formats import backends, common_state, hf_directory
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.formats.safetensors import FileTensor
+from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
@@ -128,7 +129,7 @@ def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: 
 
 
 def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
-    checkpoint = torch_dist.open_torch_dist(path)
+    checkpoint = backends.open_stored(path)
     problems: list[str] = []
     config_from, found = None, None
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
@@ -145,7 +146,7 @@ def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
         problems.append(str(error))
     return Report(
         path=str(checkpoint.directory),
-        kind="Megatron torch_dist checkpoint",
+        kind=f"Megatron {checkpoint.backend} checkpoint",
         format=_generation(checkpoint),
         config_from=config_from,
         config=_config_values(config),
@@ -156,9 +157,7 @@ def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
     )
 
 
-def _tensor_reports(
-    checkpoint: torch_dist.TorchDistCheckpoint, found: CheckpointMap | None
-) -> tuple[TensorReport, ...]:
+def _tensor_reports(checkpoint: StoredCheckpoint, found: CheckpointMap | None) -> tuple[TensorReport, ...]:
     prefix = model_prefix(checkpoint.tensors)
     hf_names: dict[str, list[str]] = {}
     if found is not None:
@@ -179,14 +178,16 @@ def _tensor_reports(
     )
 
 
-def _file_sizes(checkpoint: torch_dist.TorchDistCheckpoint) -> dict[str, int | None]:
+def _file_sizes(checkpoint: StoredCheckpoint) -> dict[str, int | None]:
     return {
         name: path.stat().st_size if (path := checkpoint.directory / name).is_file() else None
         for name in checkpoint.file_bytes
     }
 
 
-def _generation(checkpoint: torch_dist.TorchDistCheckpoint) -> str:
+def _generation(checkpoint: StoredCheckpoint) -> str:
+    if checkpoint.backend == ZARR:
+        return "legacy zarr (as megatron-core until 0.15 writes)"
     if (checkpoint.directory / common_state.COMMON_FILE).is_file():
         return "torch_dist with common.pt (as megatron-core 0.12 to 0.16 write)"
     if common_state.SHARDED_KEY in checkpoint.objects:

@@ -32,18 +32,19 @@ gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges g
 gather.plan gather.bands gather.executor gather.digests gather.chunk_reads
 formats.pickle_opcodes formats.pickle_reading formats.pickle_records
 formats.tensor_pickle formats.torch_archive formats.torch_archive_writer formats.common_state
-formats.train_state formats.stored_metadata formats.metadata_pickle formats.torch_dist formats.torch_dist_writer
+formats.train_state formats.checkpoint_directory formats.stored_metadata formats.metadata_pickle
+formats.stored_checkpoint formats.torch_dist formats.legacy_zarr formats.backends formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
 own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify file_checks checking
-chunking conversion new_hf_directory new_checkpoint convert resharding
+chunking conversion new_hf_directory new_checkpoint convert rewriting resharding migration
 pretrain_command report report_page lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture
 megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatron.load_check
 megatron.runtime megatron.local_layers megatron.model_config megatron.build_model megatron.load_model
 megatron.inference megatron.generate megatron.logits
 demo
-commands.options commands.from_hf commands.to_hf commands.plan commands.reshard commands.inspect commands.verify
-commands.generate commands.megatron_args commands.demo
+commands.options commands.from_hf commands.to_hf commands.plan commands.reshard commands.migrate commands.inspect
+commands.verify commands.generate commands.megatron_args commands.demo
 cli __main__
 """
 #: Every module; each imports only from those before it.

@@ -102,7 +102,10 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         ({"latest_checkpointed_iteration.txt": ""}, "should hold an iteration or 'release', got ''"),
         ({".metadata": "x"}, "metadata.json is missing"),
         ({"metadata.json": "{}"}, "says sharded_backend None: expected 'torch_dist'"),
-        ({"metadata.json": '{"sharded_backend": "zarr"}'}, "says sharded_backend 'zarr': expected 'torch_dist'"),
+        (
+            {"metadata.json": '{"sharded_backend": "zip"}'},
+            "says sharded_backend 'zip': expected 'torch_dist' or",
+        ),
         ({"metadata.json": '{"sharded_backend": "torch_dist"}'}, ".metadata is missing: the checkpoint was not saved"),
         ({"metadata.json": "[1]"}, "invalid JSON in {path}/metadata.json: expected an object, got list"),
         ({"metadata.json": '{"sharded_backend": "torch_dist"}', ".metadata": ""}, ".metadata is not a readable pickle"),

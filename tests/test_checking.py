@@ -399,13 +399,16 @@ def test_what_cannot_be_told_is_no_damage(tmp_path: Path) -> None:
 
 
 def test_another_format_is_no_damage(tmp_path: Path) -> None:
-    """Checkpoints of Megatron's other backend are refused by name; a backend that never was is damage."""
+    """Arrays of another kind than Megatron's are refused by name; a backend that never was is damage."""
     outcomes = {}
+    array = {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "<f4", "compressor": {"id": "blosc"}}
+    (tmp_path / "output_layer.weight").mkdir()
+    (tmp_path / "output_layer.weight" / ".zarray").write_text(json.dumps(array))
     for backend in ("zarr", "torch_dis4"):
         (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": backend, "sharded_backend_version": 1}))
         outcomes[backend] = run("verify", tmp_path)
     assert (outcomes["zarr"].code, outcomes["zarr"].out) == (1, [])
-    assert "says sharded_backend 'zarr': expected 'torch_dist'" in outcomes["zarr"].err[0]
+    assert "output_layer.weight: expected None, got {'id': 'blosc'}" in outcomes["zarr"].err[0]
     assert outcomes["torch_dis4"].code == 3
     assert "metadata.json says sharded_backend 'torch_dis4'" in outcomes["torch_dis4"].out[0]
 

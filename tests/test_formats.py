@@ -42,12 +42,12 @@ from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.dtypes import KNOWN_DTYPES, to_safetensors
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats import common_state, pickle_reading, pickle_records
+from dist_ckpt_mistral.formats.backends import open_stored
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs, PersistentId
 from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
 from dist_ckpt_mistral.formats.tensor_pickle import STORAGES, row_major_strides
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
-from dist_ckpt_mistral.formats.torch_dist import open_torch_dist
 from dist_ckpt_mistral.storage import SourceFiles
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (4, 0, 2), (1, 6, 2), (2, 3, 1, 2), (200, 400)]
@@ -475,7 +475,7 @@ def test_metadata_is_what_torch_would_have_made(tmp_path: Path) -> None:
     assert {type(index.offset) for index in places if index.fqn == fc2} == {size}
     again: Any = pickle.loads(pickle.dumps(metadata))  # noqa: S301  (our own bytes)
     (directory / ".metadata").write_bytes(pickle.dumps(again))
-    checkpoint = open_torch_dist(directory)
+    checkpoint = open_stored(directory)
     assert sorted([*checkpoint.tensors, *checkpoint.objects]) == sorted(metadata.state_dict_metadata)
     checkpoint.index(checkpoint.tensors)
 
@@ -483,7 +483,7 @@ def test_metadata_is_what_torch_would_have_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [case for case in GENUINE if case.startswith(("common", "mlm", "opt"))])
 def test_common_state_is_what_torch_reads(case: str) -> None:
     """The plain values of a genuine common state, in common.pt or in the shards, are those that torch.load gives."""
-    checkpoint = open_torch_dist(shards(case))
+    checkpoint = open_stored(shards(case))
     if (shards(case) / "common.pt").exists():
         source = io.BytesIO((shards(case) / "common.pt").read_bytes())
     else:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.convert import to_hf
-from dist_ckpt_mistral.formats.torch_dist import open_torch_dist
+from dist_ckpt_mistral.formats.backends import open_stored
 from dist_ckpt_mistral.lazy_checkpoint import open_checkpoint
 from dist_ckpt_mistral.verify import compare
 
@@ -74,7 +74,7 @@ def test_whatever_stays_behind_is_listed_with_its_reason(case: str, tmp_path: Pa
 @pytest.mark.parametrize("case", GENUINE)
 def test_stored_bytes_lie_where_torch_finds_them(case: str) -> None:
     """Chunk by chunk, the bytes that the index points to are those that torch's own DCP loads, optimizer included."""
-    checkpoint = open_torch_dist(shards(case))
+    checkpoint = open_stored(shards(case))
     index = checkpoint.index(checkpoint.tensors)
     found = {}
     for name, tensor in index.tensors.items():

@@ -21,7 +21,7 @@ from torch_reading import described, edited_metadata, load_in_own_shapes, read_m
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
-from dist_ckpt_mistral.formats.torch_dist import open_torch_dist
+from dist_ckpt_mistral.formats.backends import open_stored
 from dist_ckpt_mistral.gather.flat_ranges import boxes_of_range, in_own_shape
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor
 from dist_ckpt_mistral.model.tensor_rules import ParamState
@@ -220,7 +220,7 @@ def test_blocks_that_do_not_fit_are_refused(own: object, message: str, tmp_path:
     with edited_metadata(directory) as metadata:
         metadata.mcore_data = about
     with pytest.raises(FormatError, match=message):
-        open_torch_dist(directory).index([name])
+        open_stored(directory).index([name])
 
 
 @pytest.mark.parametrize("state", [ParamState.MASTER, ParamState.EXP_AVG])

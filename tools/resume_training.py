@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from resume_cpu import fused_adam
 from resume_runs import LEARNING_RATE, MICROBATCHES, SEQUENCES, STEPS, TOKENS, batch
 
-from dist_ckpt_mistral.formats import torch_dist
+from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.megatron.build_model import as_chunks, build_model
 from dist_ckpt_mistral.megatron.runtime import initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
@@ -115,7 +115,7 @@ class Training:
         The entries of the weights are this project's, or ``described_by_megatron``: the model's own.
         """
         root = Path(checkpoint)
-        directory = root / torch_dist.iteration_name(self.steps_done)
+        directory = root / checkpoint_directory.iteration_name(self.steps_done)
         if dist.get_rank() == 0:
             directory.mkdir(parents=True)
         dist.barrier()
@@ -127,7 +127,7 @@ class Training:
         }
         dist_checkpointing.save(state, str(directory), content_metadata=dict(_CONTENT))
         if dist.get_rank() == 0:
-            (root / torch_dist.TRACKER_FILE).write_bytes(torch_dist.tracker_text(self.steps_done))
+            (root / checkpoint_directory.TRACKER_FILE).write_bytes(checkpoint_directory.tracker_text(self.steps_done))
         dist.barrier()
 
     def counters(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Training:
 
 
 def _latest(checkpoint: str) -> str:
-    return str(torch_dist.resolve_directory(Path(checkpoint)))
+    return str(checkpoint_directory.resolve_directory(Path(checkpoint)))
 
 
 def _nested(per_chunk: Sequence[Any]) -> dict[str, Any]:

@@ -73,6 +73,12 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help=help_text)
 
 
+def add_file_size(command: argparse.ArgumentParser) -> None:
+    """The option that cuts an output into files."""
+    help_text = "of one file, unless one tensor or chunk is larger (default 5GB)"
+    command.add_argument("--max-file-size", type=size, default="5GB", metavar="SIZE", help=help_text)
+
+
 def add_effort(command: argparse.ArgumentParser) -> None:
     """Options that bound what of the machine is used."""
     command.add_argument(

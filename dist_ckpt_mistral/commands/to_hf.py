@@ -19,9 +19,7 @@ def add(commands: options.Commands) -> None:
     options.add_config(command)
     help_text = "the weights themselves, or the optimizer's float32 master copy of them (default model)"
     command.add_argument("--weights", choices=("model", "master"), default="model", help=help_text)
-    command.add_argument(
-        "--max-file-size", type=options.size, default="5GB", metavar="SIZE", help="of one file (default 5GB)"
-    )
+    options.add_file_size(command)
     command.add_argument("--dry-run", action="store_true", help="check everything and say what would be written")
     command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
     options.add_output(command)

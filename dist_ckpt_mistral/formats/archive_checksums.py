@@ -15,8 +15,9 @@ from typing import NamedTuple
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError, PlanError
 from dist_ckpt_mistral.formats import common_state
+from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
+from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, TensorLocator
-from dist_ckpt_mistral.formats.torch_dist import METADATA_FILE, TorchDistCheckpoint
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.digests import Span
 from dist_ckpt_mistral.shapes import Shape
@@ -24,12 +25,16 @@ from dist_ckpt_mistral.storage import SourceFiles
 
 
 class Piece(NamedTuple):
-    """Something stored, under one name or several: a whole object or tensor, or a box of a tensor, in elements."""
+    """Something stored, under one name or several: a whole object or tensor, or a box of a tensor, in elements.
+
+    What ``is_bare`` is a file, without an archive around it.
+    """
 
     names: tuple[str, ...]
     offset: Shape = ()
     shape: Shape = ()
     dtype: str | None = None
+    is_bare: bool = False
 
 
 class Part(NamedTuple):
@@ -51,16 +56,18 @@ class Fault(NamedTuple):
 Archives = dict[Span, Piece]
 
 
-def archives_by_file(checkpoint: TorchDistCheckpoint) -> tuple[dict[str, Archives], list[Fault]]:
+def archives_by_file(checkpoint: StoredCheckpoint) -> tuple[dict[str, Archives], list[Fault]]:
     """All archives of a checkpoint, and the tensors whose chunks are not each stored once, or leave gaps or overlap."""
     files, found = list(checkpoint.file_bytes), defaultdict[str, Archives](dict)
-    faults = []
+    faults, is_bare = [], checkpoint.backend == ZARR
     for name, tensor in checkpoint.tensors.items():
         try:
             chunks = checkpoint.chunks(name)
             columns = (column.tolist() for column in chunks)
             for offset, shape, file, *span in zip(*columns, strict=True):
-                _add(found[files[file]], Span(*span), Piece((name,), tuple(offset), tuple(shape), tensor.dtype))
+                _add(
+                    found[files[file]], Span(*span), Piece((name,), tuple(offset), tuple(shape), tensor.dtype, is_bare)
+                )
             require_tiling(chunks.offsets, chunks.shapes, tensor.stored_shape, f"the chunks in {METADATA_FILE}")
         except (FormatError, PlanError) as error:
             faults.append(Fault(Piece((name,)), str(error)))
@@ -96,6 +103,10 @@ def _parts(files: SourceFiles, locator: TensorLocator, span: Span, piece: Piece,
     """The records of one archive, which must hold what the metadata says and not begin before ``begin``."""
     if span.position < begin:
         raise FormatError(f"its archive at byte {span.position} overlaps the one before, which ends at {begin}")
+    if piece.is_bare and files.size_bytes(0) != span.num_bytes:
+        raise FormatError(f"its file has {files.size_bytes(0)} bytes: expected {span.num_bytes}")
+    if piece.is_bare:
+        return [Part(span, None, piece)]
     if piece.dtype in dtypes.KNOWN_DTYPES:
         [*locator.locate(piece.names[0], piece.dtype, piece.shape, span.num_bytes, [(0, span.position)])]
     parts = sorted(_records(files, span, piece), key=lambda part: part.span)

@@ -74,12 +74,16 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredMetadata:
-    """Everything by key. ``file_bytes`` says where the last archive of each file ends; files count in that order."""
+    """Everything by key. ``file_bytes`` says where the last archive of each file ends; files count in that order.
+
+    ``folders`` are the directories beside the metadata that belong to the format.
+    """
 
     file_bytes: Mapping[str, int]
     tensors: Mapping[str, StoredTensor]
     objects: Mapping[str, Entry]
     archives: Archives = field(repr=False)
+    folders: frozenset[str] = frozenset()
 
     def chunks(self, name: str) -> Chunks:
         """All chunks of a tensor. Raises ValueError unless those described are those stored, each once."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
@@ -46,6 +46,19 @@ class Member:
     """
 
     position: int
+    num_bytes: int
+    crc32: int
+
+
+class Listed(NamedTuple):
+    """One record as the central directory lists it, under the archive's own top folder ``root``.
+
+    ``offset`` is that of its local header in the archive.
+    """
+
+    root: str
+    name: str
+    offset: int
     num_bytes: int
     crc32: int
 
@@ -109,9 +122,9 @@ class ArchiveReader:
         edge = min(_EDGE_BYTES, num_bytes)
         self._head = files.read(file, position, edge)
         self._tail = self._head if edge == num_bytes else files.read(file, position + num_bytes - edge, edge)
-        records = [*self._walk()]
-        self._members = dict(records)
-        if len(self._members) < len(records):
+        self.listed = tuple(self._walk())
+        self._members = {record.name: record for record in self.listed}
+        if len(self._members) < len(self.listed):
             raise FormatError(f"{where} is damaged: its directory lists a record twice")
 
     @property
@@ -119,11 +132,16 @@ class ArchiveReader:
         """The records, without the archive's own top folder."""
         return tuple(self._members)
 
+    @property
+    def directory_offset(self) -> int:
+        """Where the central directory begins in the archive."""
+        return self._directory()[2]
+
     def member(self, name: str) -> Member:
         """Where the record ``name`` lies, without the archive's own top folder. Raises FormatError if there is none."""
         if name not in self._members:
             raise FormatError(f"{self._where} is not a torch.save archive: it has no {name}")
-        offset, num_bytes, crc32 = self._members[name]
+        _, _, offset, num_bytes, crc32 = self._members[name]
         header = LOCAL.unpack(self._read(offset, LOCAL.size))
         if header[0] != b"PK\3\4":
             raise FormatError(f"{self._where} is damaged: no local header of {name} at byte {offset}")
@@ -177,8 +195,8 @@ class ArchiveReader:
             return self._tail[offset - tail_start : offset - tail_start + num_bytes]
         return self._files.read(self._file, self._start + offset, num_bytes)
 
-    def _walk(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
-        """Yield (name, (offset of the local header, size in bytes, CRC-32)) of every record."""
+    def _walk(self) -> Iterator[Listed]:
+        """Yield every record."""
         count, directory_bytes, offset = self._directory()
         self._require_small("central directory", directory_bytes)
         directory = self._read(offset, directory_bytes)
@@ -198,7 +216,8 @@ class ArchiveReader:
             size, packed, header = self._zip64_values(extra, (size, packed, header))
             if signature != b"PK\1\2" or method != 0 or size != packed:
                 raise FormatError(f"{self._where} is damaged or compressed: record {short(name)} is not stored plainly")
-            yield name.partition("/")[2], (header, size, crc32)
+            root, _, record = name.partition("/")
+            yield Listed(root, record, header, size, crc32)
 
     def _zip64_values(self, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
         """``values`` with those that are 0xFFFFFFFF taken from the ZIP64 extra field, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
 import struct
 import zlib
 from collections.abc import Iterable
@@ -24,10 +25,15 @@ from dist_ckpt_mistral.formats.torch_archive import (
     LOCATOR64,
     MAX32,
     ZIP64_FIELD,
+    ArchiveReader,
+    Listed,
 )
 from dist_ckpt_mistral.shapes import Shape
 
 _ROOT: Final = "archive"
+_PICKLE: Final = "data.pkl"
+#: How pickles begin whose opcodes do not stand in frames, the lengths of which would change.
+_UNFRAMED: Final = (pickle.PROTO + b"\2", pickle.PROTO + b"\3")
 _FLAGS: Final = 0x808  # names are UTF-8; sizes and checksums stand behind the data
 _PADDING_FIELD: Final = 0x4246  # "FB": what torch pads local headers with
 #: torch aligns storages to 64 bytes; for much data, whole pages make copies cheaper.
@@ -41,16 +47,6 @@ _STORAGE_OF: Final = {dtype: storage for storage, dtype in STORAGES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Listed:
-    """One record as the central directory lists it: ``offset`` is that of its local header in the archive."""
-
-    name: str
-    num_bytes: int
-    crc32: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveLayout:
     """An archive around ``data_bytes`` bytes that are yet to come: what stands before them, and how long it will be.
 
@@ -59,7 +55,7 @@ class ArchiveLayout:
     """
 
     head: bytes
-    listed: tuple[_Listed, ...]
+    listed: tuple[Listed, ...]
     data_bytes: int
     num_bytes: int
 
@@ -90,7 +86,7 @@ class ArchiveLayout:
         descriptor = _descriptor(self.data_bytes, crc32)
         version_at = len(self.head) + self.data_bytes + len(descriptor)
         version = _record("version", _VERSION, padding)
-        listed = [replace(record, crc32=crc32) if record.name == "data/0" else record for record in self.listed]
+        listed = [record._replace(crc32=crc32) if record.name == "data/0" else record for record in self.listed]
         listed.append(_list("version", _VERSION, version_at))
         return descriptor + version + _central_directory(listed, version_at + len(version))
 
@@ -101,7 +97,7 @@ def _tensor_layout(dtype: str, shape: Shape, position: int) -> ArchiveLayout:
     data_bytes = math.prod(shape) * dtypes.itemsize_bytes(dtype)
     alignment = _PAGE_BYTES if data_bytes >= _LARGE_BYTES else _ALIGNMENT
     head, listed = _leading_records(pickle_records.dumps(_tensor_record(dtype, shape)))
-    data = _Listed(name="data/0", num_bytes=data_bytes, crc32=0, offset=len(head))
+    data = Listed(root=_ROOT, name="data/0", offset=len(head), num_bytes=data_bytes, crc32=0)
     unaligned = position + len(head) + len(_local_header("data/0", 0))
     head += _local_header("data/0", -unaligned % alignment)
     bare = ArchiveLayout(head=head, listed=(*listed, data), data_bytes=data_bytes, num_bytes=0)
@@ -123,6 +119,33 @@ def pickled_archive(pickled: bytes) -> bytes:
     return head + _record("version", _VERSION, padding) + _central_directory(listed, bare + padding)
 
 
+def in_list(archive: ArchiveReader, where: str) -> tuple[int, bytes]:
+    """The archive of a list of one, the object that ``archive`` holds: so many bytes as they are, and what follows.
+
+    All records stay where they are. Behind them comes another ``data.pkl``, and a directory that names that one: so the
+    storages of its tensors are not looked at. Raises FormatError unless the pickle is as ``torch.save`` writes it.
+    """
+    pickled, begin = archive.read(_PICKLE), archive.directory_offset
+    opcodes = [(opcode.code, at) for opcode, _, at in _opcodes(pickled, where)]
+    if pickled[:2] not in _UNFRAMED or opcodes[-1] != (".", len(pickled) - 1):
+        raise FormatError(f"{where} is not as torch.save writes it: expected a pickle of protocol 2 or 3, and no more")
+    wrapped = pickled[:2] + pickle.EMPTY_LIST + pickled[2:-1] + pickle.APPEND + pickle.STOP
+    root = archive.listed[0].root
+    record = _record(_PICKLE, wrapped, 0, root)
+    kept = [each for each in archive.listed if each.name != _PICKLE]
+    listed = [_list(_PICKLE, wrapped, begin, root), *kept]
+    return begin, record + _central_directory(listed, begin + len(record))
+
+
+def _opcodes(pickled: bytes, where: str) -> list[Any]:
+    import pickletools  # noqa: PLC0415  (takes milliseconds, and few commands need it)
+
+    try:
+        return [*pickletools.genops(pickled)]
+    except Exception as error:  # whatever a damaged pickle makes of it
+        raise FormatError(f"{where} is not a readable pickle: {error!r:.200}") from error
+
+
 def _tensor_record(dtype: str, shape: Shape) -> Call:
     """What ``torch.save`` pickles for a contiguous tensor that fills its storage."""
     if dtype not in _STORAGE_OF:
@@ -135,24 +158,24 @@ def _tensor_record(dtype: str, shape: Shape) -> Call:
     )
 
 
-def _leading_records(pickled: bytes) -> tuple[bytes, list[_Listed]]:
+def _leading_records(pickled: bytes) -> tuple[bytes, list[Listed]]:
     """The records before the data."""
-    first = _record("data.pkl", pickled, 0)
+    first = _record(_PICKLE, pickled, 0)
     second = _record("byteorder", LITTLE_ENDIAN, 0)
-    return first + second, [_list("data.pkl", pickled, 0), _list("byteorder", LITTLE_ENDIAN, len(first))]
+    return first + second, [_list(_PICKLE, pickled, 0), _list("byteorder", LITTLE_ENDIAN, len(first))]
 
 
-def _list(name: str, content: bytes, offset: int) -> _Listed:
-    return _Listed(name=name, num_bytes=len(content), crc32=zlib.crc32(content), offset=offset)
+def _list(name: str, content: bytes, offset: int, root: str = _ROOT) -> Listed:
+    return Listed(root=root, name=name, offset=offset, num_bytes=len(content), crc32=zlib.crc32(content))
 
 
-def _record(name: str, content: bytes, padding: int) -> bytes:
-    return _local_header(name, padding) + content + _descriptor(len(content), zlib.crc32(content))
+def _record(name: str, content: bytes, padding: int, root: str = _ROOT) -> bytes:
+    return _local_header(name, padding, root) + content + _descriptor(len(content), zlib.crc32(content))
 
 
-def _local_header(name: str, padding: int) -> bytes:
+def _local_header(name: str, padding: int, root: str = _ROOT) -> bytes:
     """A local header that leaves sizes and checksum to the descriptor, with ``padding`` bytes in a field of torch's."""
-    path = f"{_ROOT}/{name}".encode()
+    path = f"{root}/{name}".encode()
     extra = struct.pack("<2H", _PADDING_FIELD, padding) + b"Z" * padding
     return LOCAL.pack(b"PK\3\4", 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(path), len(extra)) + path + extra
 
@@ -161,11 +184,11 @@ def _descriptor(num_bytes: int, crc32: int) -> bytes:
     return struct.pack("<4sI2Q" if num_bytes >= _ZIP64_BYTES else "<4s3I", b"PK\7\10", crc32, num_bytes, num_bytes)
 
 
-def _central_directory(listed: Iterable[_Listed], position: int) -> bytes:
+def _central_directory(listed: Iterable[Listed], position: int) -> bytes:
     """The directory of an archive, at byte ``position`` of it, and the end records."""
     parts = []
     for record in listed:
-        path = f"{_ROOT}/{record.name}".encode()
+        path = f"{record.root}/{record.name}".encode()
         size, size_long = _or_zip64(record.num_bytes)
         offset, offset_long = _or_zip64(record.offset)
         longs = size_long * 2 + offset_long

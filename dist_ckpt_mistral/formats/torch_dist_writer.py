@@ -67,19 +67,26 @@ class NewChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewObject:
-    """The archive of an object that is stored under ``keys``, ``num_bytes`` long.
+    """The archive of an object that is stored under ``keys``, in data file number ``file``.
 
-    Without ``content`` its bytes are to come, like those of chunks: the byte plan knows it by its first key.
+    Its first ``copied_bytes`` bytes are to come, like those of chunks: the byte plan knows them by the first key.
+    ``rest`` follows them.
     """
 
     keys: tuple[str, ...]
-    num_bytes: int
-    content: bytes | None = None
+    copied_bytes: int
+    rest: bytes = b""
+    file: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the archive."""
+        return self.copied_bytes + len(self.rest)
 
     @classmethod
     def empty(cls, keys: Iterable[str]) -> NewObject:
         """Objects that hold nothing, such as absent extra states: one archive serves all keys."""
-        return cls(keys=tuple(keys), num_bytes=len(_EMPTY_OBJECT), content=_EMPTY_OBJECT)
+        return cls(keys=tuple(keys), copied_bytes=0, rest=_EMPTY_OBJECT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +104,7 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointLayout:
-    """Where everything of a new checkpoint lies: chunks in their files; objects, with positions, in the first file."""
+    """Where everything of a new checkpoint lies, in its files: chunks, and objects with their positions."""
 
     file_names: tuple[str, ...]
     file_bytes: tuple[int, ...]
@@ -119,8 +126,9 @@ class CheckpointLayout:
             for key, group in by_key.items()
         }
         for position, each in self.objects:
-            if each.content is None:
-                tensors[each.keys[0]] = object_bytes(each.keys[0], each.num_bytes, file=0, position=position)
+            if each.copied_bytes:
+                key = each.keys[0]
+                tensors[key] = object_bytes(key, each.copied_bytes, file=each.file, position=position)
         return TensorIndex(files=tuple(directory / name for name in self.file_names), tensors=tensors)
 
     def file_sizes(self, directory: Path) -> dict[str, int]:
@@ -140,8 +148,8 @@ class CheckpointLayout:
             target.write(placed.position, placed.archive.head)
             target.write(placed.data_position + placed.archive.data_bytes, placed.archive.tail(crc32))
         for position, each in self.objects:
-            if each.content is not None:
-                targets[0].write(position, each.content)
+            if each.rest:
+                targets[each.file].write(position + each.copied_bytes, each.rest)
 
     def metadata(self) -> bytes:
         """The content of ``.metadata``."""
@@ -175,7 +183,7 @@ class CheckpointLayout:
                 yield Instance(_INDEX, index), info
         for position, each in self.objects:
             for key in each.keys:
-                yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[0], position, each.num_bytes)
+                yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[each.file], position, each.num_bytes)
 
 
 #: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
@@ -219,7 +227,7 @@ def object_bytes(key: str, num_bytes: int, *, file: int, position: int) -> Index
 
 
 def lay_out(chunks: Iterable[NewChunk], objects: Iterable[NewObject], *, num_files: int) -> CheckpointLayout:
-    """Place every chunk behind the one before it in its file, and the objects behind the first file's."""
+    """Place every chunk behind the one before it in its file, and every object behind the chunks."""
     ends = [0] * num_files
     placed = []
     for chunk in chunks:
@@ -228,8 +236,8 @@ def lay_out(chunks: Iterable[NewChunk], objects: Iterable[NewObject], *, num_fil
         ends[chunk.file] += archive.num_bytes
     placed_objects = []
     for each in objects:
-        placed_objects.append((ends[0], each))
-        ends[0] += each.num_bytes
+        placed_objects.append((ends[each.file], each))
+        ends[each.file] += each.num_bytes
     return CheckpointLayout(
         file_names=tuple(f"__{rank}_0.distcp" for rank in range(num_files)),
         file_bytes=tuple(ends),

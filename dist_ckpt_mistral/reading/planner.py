@@ -17,7 +17,8 @@ import numpy as np
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.chunking import SPEC
-from dist_ckpt_mistral.formats import torch_dist
+from dist_ckpt_mistral.formats import backends
+from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
@@ -49,9 +50,10 @@ def plan_reading(
     need no reading. Raises LayoutError where Megatron would refuse the layout, FormatError, TensorMismatchError or
     PlanError where the checkpoint is not whole.
     """
-    opened = torch_dist.open_torch_dist(Path(checkpoint), with_common_state=config is None)
+    opened = backends.open_stored(Path(checkpoint), with_common_state=config is None)
     chosen, config_from = choose_config(opened, given_config(config), read_embedded(opened))
     layout.check(chosen)
+    backends.require_loadable(opened.directory)
     states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(opened)
     shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
     table, where = tensor_table(chosen), str(opened.directory)
@@ -74,7 +76,7 @@ def plan_reading(
     )
 
 
-def _states(checkpoint: torch_dist.TorchDistCheckpoint) -> tuple[tuple[ParamState, ...], str | None]:
+def _states(checkpoint: StoredCheckpoint) -> tuple[tuple[ParamState, ...], str | None]:
     """What there is to read of every parameter, and why there is optimizer state besides that cannot be planned."""
     states = {name: split[0] for name in checkpoint.tensors if (split := split_state_key(name)) is not None}
     flat = sorted({kind for name in (*checkpoint.tensors, *checkpoint.objects) if (kind := flat_state(name))})
@@ -89,7 +91,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part or -1), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _unlocated_index(checkpoint: torch_dist.TorchDistCheckpoint, names: Sequence[str]) -> TensorIndex:
+def _unlocated_index(checkpoint: StoredCheckpoint, names: Sequence[str]) -> TensorIndex:
     """The chunks of ``names``; of each, the position is that of the archive that holds it."""
     stored = {name: checkpoint.chunks(name) for name in names}
     every = tuple(checkpoint.file_bytes)

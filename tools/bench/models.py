@@ -21,7 +21,7 @@ import numpy as np
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.convert import from_hf
-from dist_ckpt_mistral.formats import common_state, hf_directory, torch_dist, torch_dist_writer
+from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_state, hf_directory, torch_dist_writer
 from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -147,8 +147,8 @@ def make_sparse_checkpoint(
         os.truncate(directory / written.file_names[number], written.file_bytes[number])
     args = to_megatron_args(config, dtype="bfloat16", tp=layout.tp, pp=layout.pp)
     (directory / common_state.COMMON_FILE).write_bytes(common_state.write({"args": args, "iteration": 0}))
-    (directory / torch_dist.BACKEND_FILE).write_bytes(torch_dist_writer.BACKEND_JSON)
-    (directory / torch_dist.METADATA_FILE).write_bytes(_as_megatron_pickles(written.metadata()))
+    (directory / checkpoint_directory.BACKEND_FILE).write_bytes(torch_dist_writer.BACKEND_JSON)
+    (directory / checkpoint_directory.METADATA_FILE).write_bytes(_as_megatron_pickles(written.metadata()))
     return len(written.placed)
 
 
@@ -208,7 +208,7 @@ def _chunks(
 
 def fill_holes(directory: Path) -> None:
     """Give the chunks of a sparse checkpoint random bytes; their checksums stay zero."""
-    checkpoint = torch_dist.open_torch_dist(directory)
+    checkpoint = backends.open_stored(directory)
     index = checkpoint.index(checkpoint.tensors)
     for tensor in index.tensors.values():
         chunk_bytes = tensor.shapes.prod(axis=1) * dtypes.itemsize_bytes(tensor.dtype)

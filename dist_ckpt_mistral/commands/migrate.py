@@ -1,0 +1,41 @@
+"""``migrate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.ranks import from_environment
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    summary = "Write a legacy zarr checkpoint as torch_dist, which every later Megatron loads."
+    command = options.declare(commands, "migrate", run, summary, on_all_ranks=True)
+    command.add_argument("checkpoint", metavar="OLD", type=Path, help="zarr checkpoint: root or iteration")
+    command.add_argument("output", metavar="CKPT", type=Path, help="checkpoint to create")
+    options.add_file_size(command)
+    options.add_output(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Migrate, and say what was written."""
+    from dist_ckpt_mistral import migration  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.conversion import conversion_line  # noqa: PLC0415
+
+    ranks = from_environment()
+    with options.effort("migrating", arguments, ranks) as effort:
+        done = migration.migrate(
+            arguments.checkpoint,
+            arguments.output,
+            max_file_bytes=arguments.max_file_size,
+            manifest=not arguments.no_manifest,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            effort=effort,
+            ranks=ranks,
+        )
+    if ranks.is_first:
+        print(conversion_line("wrote", done))
+    return options.EXIT_DONE

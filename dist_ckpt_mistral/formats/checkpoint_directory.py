@@ -1,0 +1,84 @@
+"""The directories of Megatron checkpoints: roots and iterations, and the files that say which is the latest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from dist_ckpt_mistral import storage
+from dist_ckpt_mistral.errors import ConfigError, FormatError
+from dist_ckpt_mistral.formats.train_state import MAX_STEP, TRAIN_STATE_FILE, read_step
+
+#: What every ``torch_dist`` checkpoint has, and what every checkpoint of any backend has.
+METADATA_FILE: Final = ".metadata"
+BACKEND_FILE: Final = "metadata.json"
+TRACKER_FILE: Final = "latest_checkpointed_iteration.txt"
+_RELEASE: Final = "release"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` looks like a checkpoint: an iteration of one, or a root that says which is the latest."""
+    return any((path / name).exists() for name in (METADATA_FILE, BACKEND_FILE, *_TRACKERS))
+
+
+def resolve_directory(path: Path) -> Path:
+    """The directory with ``.metadata`` that ``path`` means: itself, or the latest iteration of a checkpoint root."""
+    if (path / METADATA_FILE).exists() or (path / BACKEND_FILE).exists():
+        return path
+    if not path.is_dir():
+        what = "it is a file" if path.exists() else "there is no such directory"
+        raise FormatError(f"{path} is not a checkpoint: {what}")
+    latest = {name: read(path / name) for name, read in _TRACKERS.items() if (path / name).is_file()}
+    if len(set(latest.values())) > 1:
+        raise FormatError(f"{path} is ambiguous: {', '.join(f'{n} names {d}' for n, d in latest.items())}. Give one.")
+    for tracker, name in latest.items():
+        if not (path / name).is_dir():
+            raise FormatError(f"{path / tracker} names {name}, which is absent")
+        return path / name
+    steps = sorted(entry.name for entry in path.iterdir() if entry.name == _RELEASE or entry.name.startswith("iter_"))
+    hint = f" It holds {', '.join(steps)}: give one of them." if steps else ""
+    raise FormatError(f"{path} is not a Megatron checkpoint: it has neither {TRACKER_FILE} nor {METADATA_FILE}.{hint}")
+
+
+def _tracked(tracker: Path) -> str:
+    """The directory that Megatron-LM's tracker file names."""
+    step = storage.read_bytes(tracker).decode(errors="replace").strip()
+    if step != _RELEASE and not re.fullmatch(r"\d{1,18}", step):
+        raise FormatError(f"{tracker} should hold an iteration or {_RELEASE!r}, got {step[:40]!r}")
+    return _RELEASE if step == _RELEASE else iteration_name(int(step))
+
+
+def require_iteration(iteration: int | None) -> None:
+    """Raise ConfigError for a number that no directory and no tracker can have; None is a release."""
+    if iteration is not None and not (type(iteration) is int and 0 <= iteration < MAX_STEP):
+        raise ConfigError(f"iteration: expected a whole number from 0 to {MAX_STEP - 1}, got {iteration!r}")
+
+
+def iteration_name(iteration: int | None) -> str:
+    """Megatron's directory name of an iteration; None is a release (weights without training state)."""
+    return _RELEASE if iteration is None else f"iter_{iteration:07d}"
+
+
+#: The files in a checkpoint root that say which directory is the latest, and how to read each.
+_TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
+    TRACKER_FILE: _tracked,
+    TRAIN_STATE_FILE: lambda path: iteration_name(read_step(path)),
+}
+
+
+def iteration_of(directory_name: str) -> str | None:
+    """What the tracker says for a directory of this name: ``iter_0000500`` is ``500``; None if it is no iteration.
+
+    That is also ``iter_00000500``, which no tracker can name.
+    """
+    if directory_name == _RELEASE:
+        return _RELEASE
+    match = re.fullmatch(r"iter_(\d{7,18})", directory_name)
+    return str(int(match[1])) if match and iteration_name(int(match[1])) == directory_name else None
+
+
+def tracker_text(iteration: int | None) -> bytes:
+    """The content of the tracker file that names ``iteration`` the latest."""
+    return (_RELEASE if iteration is None else str(iteration)).encode()

@@ -1,0 +1,250 @@
+"""Reading Megatron's legacy ``zarr`` checkpoints (megatron-core to 0.15), without zarr and without tensorstore.
+
+A directory for every key: ``.zarray`` describes an array, and each chunk of it lies bare in a file of its own, named
+after its place in the grid, ``2.0.1``. Or the directory holds objects, each as ``torch.save`` saved it, in
+``shard_2_4.pt``. (mcore dist_checkpointing/strategies/zarr.py and common.py, 0.12 to 0.15; zarr storage specification,
+version 2.) A chunk that has no file would read as zeros in zarr and in tensorstore: here it is an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import lt
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, Final
+
+from dist_ckpt_mistral import dtypes, paths, storage, strict_json
+from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
+from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
+from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
+from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.shapes import Shape
+
+_ARRAY_FILE: Final = ".zarray"
+_ATTRIBUTES_FILE: Final = ".zattrs"
+#: A directory of locks that several writers of one array left behind.
+_LOCKS_SUFFIX: Final = ".sync"
+_CHUNK: Final = re.compile(r"\d+(\.\d+)*")
+#: ``KEY/shard_INDEX_SHAPE.pt``; writers before 0.7 lost the last number of a shape of several axes.
+_OBJECT: Final = re.compile(r"shard_(\d+(?:\.\d+)*)_(\d+(?:\.\d+)*)\.pt")
+_MOST_ELEMS: Final = 1 << 60
+#: More faults of one array than this are not told; no name of a chunk is longer than this.
+_MOST_FAULTS: Final = 1000
+_MOST_LETTERS: Final = 255
+#: What Megatron's arrays always say; another value would change how chunk files are to be read.
+_PLAIN: Final = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "dimension_separator": "."}
+#: numpy's names of dtypes. zarr knows bfloat16 as two bytes of no type, which Megatron wrote over with its name.
+_DTYPES: Final = {
+    "<f8": "float64",
+    "<f4": "float32",
+    "<f2": "float16",
+    "bfloat16": "bfloat16",
+    "<V2": "bfloat16",
+    "|V2": "bfloat16",
+    "<i8": "int64",
+    "<i4": "int32",
+    "<i2": "int16",
+    "|i1": "int8",
+    "|u1": "uint8",
+    "|b1": "bool",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Array:
+    """One ``.zarray``: torch dtype name; shapes in elements. Every chunk file holds a whole ``chunk_shape``."""
+
+    key: str
+    dtype: str
+    shape: Shape
+    chunk_shape: Shape
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of every chunk file."""
+        return math.prod(self.chunk_shape) * dtypes.itemsize_bytes(self.dtype)
+
+    @property
+    def grid(self) -> Shape:
+        """Number of chunks along every axis."""
+        return tuple(-(-size // step) for size, step in zip(self.shape, self.chunk_shape, strict=True))
+
+    def places(self) -> Iterator[Shape]:
+        """All places of the grid, in row-major order, one after the other: there may be more than memory holds."""
+        for number in range(math.prod(self.grid)):
+            place = []
+            for count in reversed(self.grid):
+                number, at = divmod(number, count)  # noqa: PLW2901  (its digits)
+                place.append(at)
+            yield tuple(reversed(place))
+
+    def box(self, place: Shape) -> tuple[Shape, Shape]:
+        """Offset and shape of the chunk at a place, in elements: at the end of an axis it may be cut off."""
+        offset = tuple(i * step for i, step in zip(place, self.chunk_shape, strict=True))
+        rest = (size - at for size, at in zip(self.shape, offset, strict=True))
+        return offset, tuple(map(min, self.chunk_shape, rest))
+
+
+def read_stored(directory: Path) -> StoredMetadata:
+    """What an iteration's directory holds. Reads the descriptions of arrays and lists files; no data file is opened.
+
+    Raises FormatError for descriptions that are damaged, chunks that have no file and files that belong to nothing (all
+    of them); UnsupportedFormatError for arrays of another kind than Megatron's.
+    """
+    folders = {entry.name: _names(entry.path) for entry in os.scandir(directory) if entry.is_dir()}
+    own = [folder for folder, names in sorted(folders.items()) if _is_own(folder, names)]
+    keys = [folder for folder in own if not folder.endswith(_LOCKS_SUFFIX)]
+    for_all(lambda key: _require_key(directory, key), keys)
+    arrays = for_all(
+        lambda key: _array(directory / key, folders[key]), [key for key in keys if _ARRAY_FILE in folders[key]]
+    )
+    if not arrays:
+        raise FormatError(f"{directory} holds no arrays: it was not copied whole")
+    tensors, file_bytes = {}, dict[str, int]()
+    for each in arrays:
+        tensors[each.key] = _tensor(each, first=len(file_bytes))
+        file_bytes |= {f"{each.key}/{_chunk_name(place)}": each.chunk_bytes for place in each.places()}
+    files, sizes = array("q", range(len(file_bytes))), array("q", file_bytes.values())  # every chunk has its own
+    found = for_all(
+        lambda key: _objects(directory / key, folders[key]), [key for key in keys if _ARRAY_FILE not in folders[key]]
+    )
+    objects = {name: entry for entries in found for name, entry in entries.items()}
+    return StoredMetadata(
+        file_bytes=file_bytes | {entry.file: entry.num_bytes for entry in objects.values()},
+        tensors=tensors,
+        objects=objects,
+        archives=Archives(files, array("q", [0]) * len(files), sizes),
+        folders=frozenset(own),
+    )
+
+
+def _names(folder: str) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries}
+
+
+def _is_own(folder: str, names: set[str]) -> bool:
+    """Whether a directory belongs to the format; others are whatever somebody put beside the checkpoint."""
+    return (
+        folder.endswith(_LOCKS_SUFFIX)
+        or _ARRAY_FILE in names
+        or any(_CHUNK.fullmatch(name) or _OBJECT.fullmatch(name) for name in names)
+    )
+
+
+def _require_key(directory: Path, key: str) -> None:
+    if not paths.is_plain_name(key):
+        raise FormatError(f"{directory} has the key {short(key)}: expected a name that can be printed")
+
+
+def _array(folder: Path, names: set[str]) -> _Array:
+    """What ``.zarray`` in ``folder`` says, held against the files beside it."""
+    where = f"{_ARRAY_FILE} in {folder}"
+    said = strict_json.loads_object(storage.read_bytes(folder / _ARRAY_FILE), where)
+    for name, value in _PLAIN.items():
+        if said.get(name, value) != value:
+            raise UnsupportedFormatError(f"{name} for {where}: expected {value!r}, got {short(said[name])}")
+    dtype, shape, chunk_shape = said.get("dtype"), _sizes(said, "shape", where), _sizes(said, "chunks", where)
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise UnsupportedFormatError(f"dtype for {where}: expected one of {', '.join(_DTYPES)}, got {short(dtype)}")
+    if len(shape) != len(chunk_shape) or 0 in chunk_shape:
+        raise FormatError(f"chunks for {where}: expected one for each axis of {list(shape)}, got {list(chunk_shape)}")
+    found = _Array(key=folder.name, dtype=_DTYPES[dtype], shape=shape, chunk_shape=chunk_shape)
+    _require_files(found, folder, names - {_ARRAY_FILE, _ATTRIBUTES_FILE})
+    _require_contiguous(found, where)
+    return found
+
+
+def _sizes(said: Mapping[str, Any], name: str, where: str) -> Shape:
+    sizes = said.get(name)
+    if not isinstance(sizes, list) or len(sizes) > MAX_AXES or not all(type(n) is int and n >= 0 for n in sizes):
+        raise FormatError(f"{name} for {where}: expected a list of sizes, got {short(sizes)}")
+    if math.prod(n or 1 for n in sizes) > _MOST_ELEMS:
+        raise FormatError(f"{name} for {where}: {short(sizes)} is more than any memory holds")
+    return tuple(sizes)
+
+
+def _require_files(found: _Array, folder: Path, names: set[str]) -> None:
+    """Raise FormatError unless there is a file for every chunk, and no other. The grid may be far larger than that."""
+    missing = (name for place in found.places() if (name := _chunk_name(place)) not in names)
+    problems = {
+        "missing": [*itertools.islice(missing, _MOST_FAULTS)],
+        "unknown": sorted(name for name in names if not _is_chunk_of(found, name)),
+    }
+    told = "; ".join(f"{what}: {listed(faults)}" for what, faults in problems.items() if faults)
+    if told:
+        chunks = f"an array {list(found.shape)} in chunks {list(found.chunk_shape)}"
+        raise FormatError(f"files in {folder}, which holds {chunks}, are {told}. Copy the checkpoint again, whole.")
+
+
+def _chunk_name(place: Shape) -> str:
+    """The file of the chunk at a place; an array without axes has one chunk."""
+    return ".".join(map(str, place)) or "0"
+
+
+def _is_chunk_of(found: _Array, name: str) -> bool:
+    if not _CHUNK.fullmatch(name) or len(name) > _MOST_LETTERS:
+        return False
+    place = tuple(map(int, name.split("."))) if found.shape else ()
+    return len(place) == len(found.grid) and all(map(lt, place, found.grid)) and _chunk_name(place) == name
+
+
+def _require_contiguous(found: _Array, where: str) -> None:
+    """Refuse chunks that are cut off so that what is left of them does not lie in one piece.
+
+    Megatron cuts only vocabularies into parts that need not be equal, and those along their first axis.
+    """
+    last, whole = found.box(tuple(count - 1 for count in found.grid))[1], found.chunk_shape
+    first = next((axis for axis, size in enumerate(last) if size != 1), 0)
+    if 0 not in found.grid and last[first + 1 :] != whole[first + 1 :]:
+        raise UnsupportedFormatError(
+            f"shape for {where}: expected a multiple of the chunks {list(whole)} behind axis {first}, "
+            f"got {list(found.shape)}"
+        )
+
+
+def _tensor(found: _Array, *, first: int) -> StoredTensor:
+    """The array as a stored tensor, whose chunks are numbered from ``first`` on."""
+    boxes = [*map(found.box, found.places())]
+    offsets, shapes = (array("q", itertools.chain.from_iterable(box[i] for box in boxes)) for i in range(2))
+    return StoredTensor(
+        name=found.key,
+        dtype=found.dtype,
+        global_shape=found.shape,
+        stored_shape=found.shape,
+        num_chunks=len(boxes),
+        offsets=offsets,
+        shapes=shapes,
+        stored_offsets=offsets,
+        archives=array("q", range(first, first + len(boxes))),
+    )
+
+
+def _objects(folder: Path, names: set[str]) -> dict[str, Entry]:
+    """The objects in ``folder`` by the keys that ``torch_dist`` has for them: ``KEY/shard_2_4``."""
+    matches = {name: _OBJECT.fullmatch(name) for name in sorted(names)}
+    unknown = [name for name, match in matches.items() if match is None]
+    if unknown:
+        raise FormatError(
+            f"{folder} holds {listed(unknown)}: expected {_ARRAY_FILE} and its chunks, or objects (shard_0_1.pt). "
+            "Copy the checkpoint again, whole."
+        )
+    places = {name: tuple(group.split(".") for group in match.groups()) for name, match in matches.items() if match}
+    extent = str(1 + max(int(index[-1]) for index, _ in places.values()))
+    found: dict[str, Entry] = {}
+    for name, (index, shape) in places.items():
+        full = shape if len(shape) == len(index) else [*shape, extent]
+        key = f"{folder.name}/shard_{'.'.join(index)}_{'.'.join(full)}"
+        if len(full) != len(index) or key in found:
+            what = "is stored twice" if key in found else "has an index of another number of axes than its shape"
+            raise FormatError(f"{folder / name}: the object {what}")
+        found[key] = Entry(f"{folder.name}/{name}", 0, (folder / name).stat().st_size)
+    return found

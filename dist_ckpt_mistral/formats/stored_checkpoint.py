@@ -1,0 +1,132 @@
+"""An opened Megatron checkpoint, whatever its backend: what is stored, and where the bytes lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.errors import FormatError, for_all
+from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
+from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
+from dist_ckpt_mistral.formats.torch_archive import TensorLocator
+from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.storage import SourceFiles
+
+if TYPE_CHECKING:
+    from dist_ckpt_mistral.gather.boxes import IntArray
+    from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+
+#: The backends. ``torch_dist`` keeps every chunk and every object in a ``torch.save`` archive, many to a file; objects
+#: are lists of one. ``zarr`` has a file for each: the bare bytes of a chunk, or the archive of an object itself.
+TORCH_DIST: Final = "torch_dist"
+ZARR: Final = "zarr"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StoredCheckpoint:
+    """An opened checkpoint: what its metadata says. Tensor data is located on demand by ``index``."""
+
+    directory: Path
+    backend: str
+    metadata: StoredMetadata
+    common_state: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def file_bytes(self) -> Mapping[str, int]:
+        """The data files and where the last archive in each ends."""
+        return self.metadata.file_bytes
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The tensors by key."""
+        return self.metadata.tensors
+
+    @property
+    def objects(self) -> Mapping[str, Entry]:
+        """Where what is not a tensor lies, by key."""
+        return self.metadata.objects
+
+    def index(self, names: Iterable[str]) -> TensorIndex:
+        """Find the bytes of every chunk of ``names``. Reads some hundred bytes of each archive.
+
+        Raises FormatError for files that are missing or truncated (all of them), and for archives that are damaged or
+        hold something else than the metadata says.
+        """
+        from dist_ckpt_mistral.gather.tensor_index import TensorIndex  # noqa: PLC0415  (inspect must not wait for numpy)
+
+        names = tuple(names)
+        chunks = dict(zip(names, for_all(self.chunks, names), strict=True))
+        files = tuple(self.file_bytes)
+        used = set(chain.from_iterable(each.files.tolist() for each in chunks.values()))
+        self.require_whole(files[number] for number in sorted(used))
+        paths = tuple(self.directory / name for name in files)
+        with SourceFiles(paths) as sources:
+            locator = TensorLocator(sources, paths)
+            tensors = for_all(lambda name: self._locate(self.tensors[name], chunks.pop(name), locator), names)
+        return TensorIndex(files=paths, tensors=dict(zip(names, tensors, strict=True)))
+
+    def chunks(self, name: str) -> Chunks:
+        """The chunks of a tensor and where their archives lie; files have the numbers that they have in ``file_bytes``.
+
+        Raises FormatError unless the chunks that are described are those that are stored.
+        """
+        try:
+            return self.metadata.chunks(name)
+        except ValueError as error:
+            raise FormatError(f"{self.directory / METADATA_FILE} is damaged: {error}") from error
+
+    def require_whole(self, files: Iterable[str]) -> None:
+        """Raise FormatError unless each of ``files`` is there and reaches to its end, ignored entries included."""
+        paths = {name: self.directory / name for name in files}
+        sizes = {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
+        absent = [name for name, size in sizes.items() if size is None]
+        least = "at least " if self.backend == TORCH_DIST else ""
+        told = {
+            name: f"{name} (expected {least}{self.file_bytes[name]} bytes, got {size})" for name, size in sizes.items()
+        }
+        there = [(name, size - self.file_bytes[name]) for name, size in sizes.items() if size is not None]
+        faults = {
+            "missing": absent,
+            "truncated": [told[name] for name, more in there if more < 0],
+            "too long": [told[name] for name, more in there if more > 0 and self.backend == ZARR],
+        }
+        problems = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
+        if problems:
+            raise FormatError(f"files in {self.directory} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
+
+    def _locate(self, tensor: StoredTensor, chunks: Chunks, locator: TensorLocator) -> IndexedTensor:
+        from dist_ckpt_mistral.gather.flat_ranges import in_own_shape  # noqa: PLC0415  (inspect must not wait for numpy)
+        from dist_ckpt_mistral.gather.tensor_index import IndexedTensor  # noqa: PLC0415  (likewise)
+
+        dtype = dtypes.require_known(tensor.dtype, repr(tensor.name))
+        positions = chunks.positions if self.backend == ZARR else _data_positions(tensor.name, dtype, chunks, locator)
+        located = IndexedTensor(
+            name=tensor.name,
+            dtype=dtype,
+            global_shape=tensor.stored_shape,
+            offsets=chunks.offsets,
+            shapes=chunks.shapes,
+            files=chunks.files,
+            positions=positions,
+        )
+        return located if tensor.stored_shape == tensor.global_shape else in_own_shape(located, tensor.global_shape)
+
+
+def _data_positions(name: str, dtype: str, chunks: Chunks, locator: TensorLocator) -> IntArray:
+    """Where the data of chunks begin inside their archives."""
+    import numpy as np  # noqa: PLC0415  (inspect must not wait for it)
+
+    from dist_ckpt_mistral.gather.boxes import equal_rows  # noqa: PLC0415  (likewise)
+
+    kinds = np.column_stack([chunks.shapes, chunks.lengths])
+    positions = np.empty_like(chunks.positions)
+    for rows in equal_rows(kinds):
+        *shape, num_bytes = kinds[rows[0]].tolist()
+        places = zip(chunks.files[rows].tolist(), chunks.positions[rows].tolist(), strict=True)
+        positions[rows] = [*locator.locate(name, dtype, tuple(shape), num_bytes, places)]
+    return positions

@@ -1,0 +1,205 @@
+"""Writing a stored checkpoint again as ``torch_dist``: what is no tensor keeps its bytes, tensors get new chunks."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dist_ckpt_mistral import paths, storage
+from dist_ckpt_mistral.conversion import Conversion
+from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_state, torch_dist_writer
+from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
+from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
+from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DIST, StoredCheckpoint
+from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
+from dist_ckpt_mistral.formats.torch_archive_writer import in_list
+from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject, object_bytes
+from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
+from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.links import Link
+from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.journal import Recipe
+from dist_ckpt_mistral.manifest import NewManifest
+from dist_ckpt_mistral.mapping import Ignored
+from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.stamps import Stamps, stamps
+from dist_ckpt_mistral.storage import SourceFiles, TargetFile
+from dist_ckpt_mistral.writing import Checksums, write_output
+
+_LOG = logging.getLogger(__name__)
+#: Files that were read and understood, wherever links lead.
+_PARSED: Final = (common_state.COMMON_FILE, BACKEND_FILE)
+_DATA_SUFFIX: Final = ".distcp"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rewriting:
+    """A checkpoint, and what to write of it.
+
+    ``tensors`` are those that come along, ``chunks`` how they will be cut; ``objects`` are archives to take along, by
+    where they lie; ``ignored`` is what stays behind. ``options`` are what else the output depends on.
+    """
+
+    stored: StoredCheckpoint
+    config_from: str
+    tensors: TensorIndex
+    chunks: Sequence[NewChunk]
+    objects: Mapping[Entry, NewObject]
+    ignored: Ignored
+    options: Mapping[str, Any]
+
+    @property
+    def step(self) -> Path:
+        """The iteration's directory in the output; the output itself for one that stands alone, whatever its name."""
+        name = self.stored.directory.resolve().name
+        return Path(name) if checkpoint_directory.iteration_of(name) is not None else Path()
+
+    def index(self) -> TensorIndex:
+        """The tensors, and of the objects what is copied, as bytes."""
+        files = [*self.tensors.files]
+        number = {path: i for i, path in enumerate(files)}
+        tensors = dict(self.tensors.tensors)
+        for entry, each in self.objects.items():
+            path = self.stored.directory / entry.file
+            if path not in number:
+                number[path] = len(files)
+                files.append(path)
+            key = each.keys[0]
+            tensors[key] = object_bytes(key, each.copied_bytes, file=number[path], position=entry.offset)
+        return TensorIndex(files=tuple(files), tensors=tensors)
+
+    def layout(self) -> CheckpointLayout:
+        """Where everything will lie."""
+        objects = self.objects.values()
+        files = {*(chunk.file for chunk in self.chunks), *(each.file for each in objects)}
+        return torch_dist_writer.lay_out(self.chunks, objects, num_files=1 + max(files, default=0))
+
+
+def rewrite(
+    checkpoint: Path,
+    output: Path,
+    choose: Callable[[StoredCheckpoint], Rewriting],
+    *,
+    manifest: bool,
+    overwrite: bool,
+    resume: bool,
+    effort: Effort,
+    ranks: Ranks,
+) -> Conversion:
+    """Write what ``choose`` says of ``checkpoint``; on all ranks, if there are several.
+
+    Raises DistCkptMistralError; then nothing is published.
+    """
+
+    def prepare() -> tuple[Stamps, Rewriting, Path | None, CheckpointLayout, BytePlan]:
+        paths.require_apart(checkpoint, output)
+        paths.require_writable(output, overwrite=overwrite)
+        inputs = stamps(checkpoint_directory.resolve_directory(checkpoint).rglob("*"))
+        new = choose(backends.open_stored(checkpoint))
+        train_state = _train_state(new.stored.directory, str(new.step))
+        written = new.layout()
+        target = written.index(new.step)
+        links = [_identity(tensor) for tensor in target.tensors.values()]
+        return inputs, new, train_state, written, plan_gather(new.index(), target, links)
+
+    inputs, new, train_state, written, plan = ranks.each(prepare)
+    beside = [*_beside(new.stored)] if ranks.is_first else []
+
+    def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
+        written.finish(targets, plan, checksums)
+        _copy_beside(new.stored.directory, beside, staging / new.step)
+        if new.stored.backend != TORCH_DIST:
+            storage.write_bytes(staging / new.step / BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+        storage.write_bytes(staging / new.step / METADATA_FILE, written.metadata())
+        _write_root(new.step, train_state, staging)
+
+    sizes = written.file_sizes(new.step)
+    write_output(
+        output,
+        plan,
+        sizes,
+        complete=complete,
+        manifest=NewManifest(folder=new.step) if manifest else None,
+        checksums=True,
+        recipe=Recipe.of(plan, inputs, new.options),
+        beside_bytes=storage.total_bytes(beside),
+        overwrite=overwrite,
+        resume=resume,
+        effort=effort,
+        ranks=ranks,
+    )
+    return Conversion.of(output, plan, sizes, new, num_tensors=len(new.tensors.tensors))
+
+
+def new_objects(stored: StoredCheckpoint, left: Mapping[str, str]) -> dict[Entry, NewObject]:
+    """The objects that come along, by where they lie: several keys may share one archive."""
+    keys: dict[Entry, list[str]] = defaultdict(list)
+    for key, entry in stored.objects.items():
+        if key not in left:
+            keys[entry].append(key)
+    stored.require_whole({entry.file for entry in keys})
+    return {entry: _new_object(stored, entry, tuple(names)) for entry, names in keys.items()}
+
+
+def _new_object(stored: StoredCheckpoint, entry: Entry, keys: tuple[str, ...]) -> NewObject:
+    """An object as ``torch_dist`` has it, which is in a list."""
+    if stored.backend == TORCH_DIST:
+        return NewObject(keys=keys, copied_bytes=entry.num_bytes)
+    path = stored.directory / entry.file
+    with SourceFiles([path]) as files:
+        copied_bytes, rest = in_list(ArchiveReader(files, 0, entry.offset, entry.num_bytes, str(path)), str(path))
+    return NewObject(keys=keys, copied_bytes=copied_bytes, rest=rest)
+
+
+def _identity(tensor: IndexedTensor) -> Link:
+    origin, shape = (0,) * len(tensor.global_shape), tensor.global_shape
+    return Link(source=tensor.name, source_offset=origin, target=tensor.name, target_offset=origin, shape=shape)
+
+
+def _beside(old: StoredCheckpoint) -> Iterator[Path]:
+    """What lies beside the shards and comes along: common state, Hugging Face files, run configuration and the like."""
+    own = {METADATA_FILE, MANIFEST_FILE, *(() if old.backend == TORCH_DIST else (BACKEND_FILE,)), *old.file_bytes}
+    for path in sorted(old.directory.rglob("*")):
+        relative = path.relative_to(old.directory)
+        if relative.parts[0] in old.metadata.folders:
+            continue
+        if path.is_symlink() and path.is_dir():
+            _LOG.warning("%s is a link to a directory: it stays behind", relative)
+        elif path.is_dir() or str(relative) in own:
+            continue
+        elif not path.is_file() or (path.name not in _PARSED and paths.leads_outside(path, old.directory)):
+            _LOG.warning("%s is no file, or a link out of the checkpoint: it stays behind", relative)
+        elif path.suffix == _DATA_SUFFIX:
+            _LOG.warning("%s stays behind: the checkpoint's metadata does not know it", relative)
+        else:
+            yield path
+
+
+def _copy_beside(directory: Path, beside: Sequence[Path], target: Path) -> None:
+    for path in beside:
+        copy = target / path.relative_to(directory)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        storage.copy_file(path, copy)
+
+
+def _write_root(step: Path, train_state: Path | None, root: Path) -> None:
+    """What stands beside the iteration's directory, if there is one: the tracker, and what Megatron-Bridge adds."""
+    iteration = checkpoint_directory.iteration_of(str(step))
+    if iteration is not None:
+        storage.write_bytes(root / checkpoint_directory.TRACKER_FILE, iteration.encode())
+    if train_state is not None:
+        storage.copy_file(train_state, root / TRAIN_STATE_FILE)
+
+
+def _train_state(directory: Path, step: str) -> Path | None:
+    """Megatron-Bridge's own tracker beside the iteration's directory, if there is one, and it names this iteration."""
+    path = directory.resolve().parent / TRAIN_STATE_FILE
+    if checkpoint_directory.iteration_of(step) is None or not path.is_file():
+        return None
+    return path if checkpoint_directory.iteration_name(read_step(path)) == step else None
