@@ -28,7 +28,7 @@ from typing import Any, Final, NoReturn
 
 import tqdm
 
-from dist_ckpt_mistral import cli, commands, convert, report, resharding, staging, storage
+from dist_ckpt_mistral import cli, commands, convert, migration, report, resharding, rewriting, staging, storage
 from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.writing import write_output
@@ -52,7 +52,7 @@ REMOVING: Final = ("unlink", "rmdir")
 READING: Final = ("preadv", "pread")
 #: What is written in two steps: tensors, and not what stands around them.
 _MUCH_BYTES: Final = 900
-_WARM: Final = (commands, convert, report, resharding, tqdm)  # imported before the forks
+_WARM: Final = (commands, convert, migration, report, resharding, tqdm)  # imported before the forks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +176,7 @@ class Driver:
     def run(self) -> list[Outcome]:
         """The outcomes of all faults, until a run ends before it comes to the call."""
         self._set_up()
-        for module in (convert, resharding):
+        for module in (convert, rewriting):
             module.write_output = functools.partial(self._instead, write_output)  # type: ignore[attr-defined]
         try:
             with contextlib.redirect_stdout(io.StringIO()):

@@ -27,7 +27,7 @@ HEAVY = [
     *("numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"),
     "matplotlib",
 ]
-COMMANDS = ["from-hf", "to-hf", "plan", "reshard", "inspect", "verify", "generate", "megatron-args", "demo"]
+COMMANDS = ["from-hf", "to-hf", "plan", "reshard", "migrate", "inspect", "verify", "generate", "megatron-args", "demo"]
 
 #: Runs commands (JSON in the first argument) where the modules of the second cannot be imported; tells each one's code.
 WITHOUT = """

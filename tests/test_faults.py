@@ -6,7 +6,9 @@ How single calls go wrong is in faults.py. Outputs are compared, byte for byte, 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -21,12 +23,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import torch
 from faults import READING, REMOVING, WRITING, Outcome, Scenario, Seen
 from hf_models import contents, random_model, saved
 
 import dist_ckpt_mistral as dcm
 
-COMMANDS: Final = ("from-hf", "to-hf", "reshard")
+COMMANDS: Final = ("from-hf", "to-hf", "reshard", "migrate")
 RENAMING: Final = ("rename", "renameat2", "replace")
 _FAULTS: Final = Path(__file__).with_name("faults.py")
 #: The first two hit every call of a run, with no output there before or an old one; the others are samples.
@@ -53,6 +56,7 @@ def arguments(command: str, work: Path, output: Path, *, old: bool = False) -> l
         "from-hf": ("hf", []),
         "to-hf": ("ckpt", ["--max-file-size", "4000"]),
         "reshard": ("ckpt", ["--tp", "1"]),
+        "migrate": ("zarr", ["--max-file-size", "10000"]),
     }[command]
     return [command, str(work / source), str(output), *options, *(["--overwrite"] if old else [])]
 
@@ -63,10 +67,27 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("faults")
     saved(random_model(num_hidden_layers=1), work / "hf", max_shard_size=4000)
     dcm.from_hf(work / "hf", work / "ckpt", tp=2)
+    make_zarr_checkpoint(work / "zarr")
     for command in COMMANDS:
         process(arguments(command, work, work / command))
     assert contents(work / "to-hf") == contents(work / "hf")
     return work
+
+
+def make_zarr_checkpoint(directory: Path) -> None:
+    """A legacy checkpoint: two arrays, one of several chunks, and an object."""
+    for key, dtype, shape, chunks in (("weight", "bfloat16", (2, 64, 32), (1, 32, 32)), ("bias", "<f4", (64,), (64,))):
+        described = {"zarr_format": 2, "shape": shape, "chunks": chunks, "dtype": dtype, "order": "C"}
+        (directory / key).mkdir(parents=True)
+        (directory / key / ".zarray").write_text(json.dumps(described | {"compressor": None, "filters": None}))
+        grid = (range(size // step) for size, step in zip(shape, chunks, strict=True))
+        for place in itertools.product(*grid):
+            content = random.Random(f"{key}{place}").randbytes(math.prod(chunks) * (2 if len(shape) > 1 else 4))  # noqa: S311
+            (directory / key / ".".join(map(str, place))).write_bytes(content)
+    (directory / "_extra_state").mkdir()
+    torch.save(torch.arange(300.0), directory / "_extra_state" / "shard_0_1.pt")
+    torch.save({"iteration": 7}, directory / "common.pt")
+    (directory / "metadata.json").write_text('{"sharded_backend": "zarr"}')
 
 
 def process(command: list[str]) -> None:
