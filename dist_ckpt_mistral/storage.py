@@ -7,7 +7,6 @@ import errno
 import functools
 import os
 import resource
-import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,7 +62,7 @@ def write_whole(path: Path, data: bytes) -> None:
             path.write_bytes(data)
             return
         target = path.resolve()  # a link stays one
-        staging = target.parent / f".{target.name}.incomplete-{os.getpid()}-{secrets.token_hex(4)}"
+        staging = target.parent / f".{target.name}.incomplete-{os.getpid()}-{os.urandom(4).hex()}"
         try:
             write_bytes(staging, data)
             staging.replace(target)
