@@ -7,6 +7,7 @@ Progress and notes go to stderr, results to stdout.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final
 
+from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.commands import (
     demo,
     from_hf,
@@ -29,14 +31,17 @@ from dist_ckpt_mistral.commands import (
 )
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError, printable
-from dist_ckpt_mistral.package_version import package_version
+from dist_ckpt_mistral.package_version import VERSION
 
 _COMMANDS: Final = (from_hf, to_hf, plan, reshard, migrate, inspect, verify, generate, megatron_args, demo)
 _EXIT_INTERRUPTED: Final = 130
+#: More than imports make. After every 700, Python's default, the cyclic collector would walk them again and again.
+_COLLECT_AFTER_OBJECTS: Final = 100_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    gc.set_threshold(_COLLECT_AFTER_OBJECTS)
     arguments = _parser().parse_args(argv)
     level = logging.INFO if is_first_rank() else logging.ERROR
     handler = logging.StreamHandler(sys.stderr)
@@ -71,6 +76,8 @@ class _Printable(logging.Formatter):
 def _run(arguments: argparse.Namespace) -> int:
     if not (arguments.on_all_ranks or is_first_rank()):
         return EXIT_DONE
+    if arguments.with_numpy:
+        libraries.import_numpy()
     command: Callable[[argparse.Namespace], int] = arguments.command
     code = command(arguments)
     sys.stdout.flush()
@@ -100,16 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Mistral checkpoints between Megatron's distributed format and Hugging Face.",
         epilog="Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, 3 verify found a difference.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    version = f"%(prog)s {VERSION}"
+    parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
     return parser
-
-
-class _Version(argparse.Action):
-    """``--version``, looked up only when it is asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(f"dist-ckpt-mistral {package_version()}")
-        parser.exit()

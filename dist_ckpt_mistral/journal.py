@@ -17,7 +17,7 @@ from zlib_ng import zlib_ng
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.plan import BytePlan, Part
-from dist_ckpt_mistral.package_version import package_version
+from dist_ckpt_mistral.package_version import VERSION
 from dist_ckpt_mistral.staging import Staging
 from dist_ckpt_mistral.stamps import Stamps, stamps
 from dist_ckpt_mistral.storage import TargetFile
@@ -62,7 +62,7 @@ class Recipe:
         for s in plan.segments:
             digest.update(f"{s.tensor} {s.file} {s.position} {s.source_dtype} {s.dtype} {s.num_bytes}\n".encode())
             digest.update(s.copies.tobytes())
-        facts = {"version of dist-ckpt-mistral": package_version()}
+        facts = {"version of dist-ckpt-mistral": VERSION}
         facts |= {option: json.dumps(value, sort_keys=True) for option, value in self.options.items()}
         for path, (num_bytes, mtime_ns) in self.inputs.items():
             facts[str(path.absolute())] = f"{num_bytes} bytes of {np.datetime64(mtime_ns, 'ns')}"

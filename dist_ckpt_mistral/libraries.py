@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Final
@@ -19,6 +20,7 @@ _PACKAGES: Final = {
     "safetensors": "safetensors",
     "mistral_common": "mistral-common",
 }
+_BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
 #: Loggers of libraries that say much which is not about what the user does.
 _TALKATIVE: Final = ("megatron", "torch", "transformers", "mistral_common", "py.warnings")
 
@@ -37,6 +39,19 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent is missing
         return False
+
+
+def import_numpy() -> None:
+    """Import numpy with one thread for linear algebra: nothing here does any, and idle threads begin by spinning.
+
+    Only numpy's copy of OpenBLAS reads the variable meanwhile, not torch's later, nor a child process.
+    """
+    given = os.environ.get(_BLAS_THREADS)
+    os.environ.setdefault(_BLAS_THREADS, "1")
+    import numpy as np  # noqa: F401, PLC0415  (slow, and not every command needs it)
+
+    if given is None:
+        del os.environ[_BLAS_THREADS]
 
 
 @contextlib.contextmanager

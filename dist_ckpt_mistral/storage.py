@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import os
 import resource
-import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, TypeVar
 
 from dist_ckpt_mistral.errors import FormatError, OutputError
 from dist_ckpt_mistral.stamps import Stamp, changed
+
+T = TypeVar("T")
 
 _BLOCK_BYTES: Final = 1 << 20
 #: More than any index, configuration or tracker has: what is larger is not read whole.
@@ -63,7 +63,7 @@ def write_whole(path: Path, data: bytes) -> None:
             path.write_bytes(data)
             return
         target = path.resolve()  # a link stays one
-        staging = target.parent / f".{target.name}.incomplete-{os.getpid()}-{secrets.token_hex(4)}"
+        staging = target.parent / f".{target.name}.incomplete-{os.getpid()}-{os.urandom(4).hex()}"
         try:
             write_bytes(staging, data)
             staging.replace(target)
@@ -139,30 +139,27 @@ class SourceFiles:
         """Size of a file."""
         return os.fstat(self._descriptor(file)).st_size
 
-    def _preadv(self, file: int, buffers: Sequence[memoryview], position: int) -> int:
-        try:
-            return os.preadv(self._descriptor(file), buffers, position)
-        except OSError as error:
-            raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
-
-    def read_into(self, file: int, position: int, buffers: Sequence[memoryview]) -> None:
-        """Fill ``buffers`` one after the other from ``position`` on. Raises FormatError if there are too few bytes."""
+    def read_into(self, file: int, position: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``position`` on. Raises FormatError if there are too few bytes."""
         if file in self._derived:
-            for buffer in buffers:
-                self._derived[file].read_into(self, position, buffer)
-                position += len(buffer)
+            self._derived[file].read_into(self, position, buffer)
             return
-        wanted = sum(map(len, buffers))
-        done = self._preadv(file, buffers, position)
-        while done < wanted:  # a short read: go on behind what came
-            step = self._preadv(file, _behind(buffers, done), position + done)
+        done = 0
+        while done < len(buffer):  # again after a short read, behind what came
+            step = self._preadv(file, buffer[done:], position + done)
             if step == 0:
                 path, size = self._paths[file], self.size_bytes(file)
                 raise FormatError(
-                    f"{path} is truncated: expected at least {position + wanted} bytes, got {size}. "
+                    f"{path} is truncated: expected at least {position + len(buffer)} bytes, got {size}. "
                     "Copy the file again from where it came from."
                 )
             done += step
+
+    def _preadv(self, file: int, buffer: memoryview, position: int) -> int:
+        try:
+            return os.preadv(self._descriptor(file), (buffer,), position)
+        except OSError as error:
+            raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
         """``num_bytes`` bytes from ``position`` on."""
@@ -173,20 +170,8 @@ class SourceFiles:
         if len(data) == num_bytes:
             return data
         buffer = bytearray(num_bytes)  # a short read, or an end
-        self.read_into(file, position, [memoryview(buffer)])
+        self.read_into(file, position, memoryview(buffer))
         return bytes(buffer)
-
-
-def _behind(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What is left of ``buffers`` behind the first ``done`` bytes."""
-    rest: list[memoryview] = []
-    for buffer in buffers:
-        if done >= len(buffer):
-            done -= len(buffer)
-        else:
-            rest.append(buffer[done:])
-            done = 0
-    return rest
 
 
 def allow_open_files(count: int) -> None:
@@ -217,17 +202,15 @@ class TargetFile:
     def write(self, position: int, data: memoryview | bytes) -> None:
         """Write all of ``data`` at ``position``."""
         view = memoryview(data)
-        with self._named_errors():
-            while view:
-                step = os.pwrite(self._descriptor, view, position)
-                if step == 0:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                view, position = view[step:], position + step
+        while view:
+            step = self._call(os.pwrite, view, position)
+            if step == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.path))
+            view, position = view[step:], position + step
 
     def read(self, position: int, num_bytes: int) -> bytes:
         """What stands at ``position``: ``num_bytes`` bytes, or as many as there are."""
-        with self._named_errors():
-            return os.pread(self._descriptor, num_bytes, position)
+        return self._call(os.pread, num_bytes, position)
 
     def start_writeback(self, position: int, num_bytes: int) -> None:
         """Have the kernel begin to write bytes to the disk, without waiting: a later ``sync`` has less to wait for."""
@@ -236,14 +219,12 @@ class TargetFile:
 
     def sync(self) -> None:
         """Make the content durable."""
-        with self._named_errors():
-            os.fsync(self._descriptor)
+        self._call(os.fsync)
 
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Errors of calls that know but the descriptor, with the name of the file."""
+    def _call(self, function: Callable[..., T], *arguments: object) -> T:
+        """A call that knows but the descriptor, and whose errors are to have the name of the file."""
         try:
-            yield
+            return function(self._descriptor, *arguments)
         except OSError as error:
             error.filename = str(self.path)
             raise

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
+import os
+import re
 import resource
 import shutil
 import signal
@@ -21,7 +26,10 @@ from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
+from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.gather.executor import no_progress
+from dist_ckpt_mistral.ranks import Ranks
 
 HEAVY = [
     *("numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"),
@@ -96,6 +104,38 @@ def test_help_is_quick() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(taken) < 0.3
+
+
+def test_numpy_starts_no_threads() -> None:
+    """Commands import numpy without OpenBLAS's threads, and leave the environment as it was; a given number holds."""
+    script = "import os; from dist_ckpt_mistral.libraries import import_numpy; before = dict(os.environ); "
+    script += "import_numpy(); print(len(os.listdir('/proc/self/task')), before == dict(os.environ))"
+    unset = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    threads = {}
+    for given in ({}, {"OPENBLAS_NUM_THREADS": "1"}, {"OPENBLAS_NUM_THREADS": "2"}):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=unset | given, capture_output=True, text=True, check=True, timeout=60
+        )
+        threads[given.get("OPENBLAS_NUM_THREADS")], same = done.stdout.split()
+        assert same == "True"
+    assert threads == {None: "1", "1": "1", "2": str(min(2, len(os.sched_getaffinity(0))))}
+
+
+def test_only_a_terminal_sees_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar is drawn on a terminal; elsewhere stderr has the notes alone, and what draws is not even imported."""
+    ckpt, config = str(folder("td_0192") / "checkpoint"), str(folder("td_0192"))
+    ((code, _, modules),) = without([], [["to-hf", ckpt, str(tmp_path / "hf"), "--config", config]])
+    assert code == 0
+    assert "tqdm" not in modules
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    arguments = argparse.Namespace(workers=1, memory=1 << 20)
+    with options.effort("exporting", arguments, Ranks()) as effort:
+        effort.progress(1)
+    with options.effort("exporting", arguments, Ranks(rank=1, world_size=2)) as effort:
+        assert effort.progress is no_progress
+    assert terminal.getvalue().count("exporting: 0.00B") == 1
 
 
 def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
@@ -305,17 +345,13 @@ def test_sizes_are_told_in_any_unit(size: str, num_bytes: int, tmp_path: Path) -
 
 
 def test_the_version_is_told() -> None:
-    """--version is that of the installed package, which is that of pyproject.toml; --help and it exit with 0."""
-    outcome = run("--version")
-    assert (outcome.code, outcome.err) == (0, [])
-    try:
-        version = metadata.version("dist-ckpt-mistral")
-    except metadata.PackageNotFoundError:
-        assert outcome.out == ["dist-ckpt-mistral, not installed"]
-        return
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert outcome.out == [f"dist-ckpt-mistral {version}"]
-    assert version == project["version"]
+    """--version is the one that pyproject.toml finds in the code, and that of the package where it is installed."""
+    root = Path(__file__).parents[1]
+    source = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["version"]
+    (version,) = re.findall(source["pattern"], (root / source["path"]).read_text())
+    assert run("--version") == Outcome(code=0, out=[f"dist-ckpt-mistral {version}"], err=[])
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        assert metadata.version("dist-ckpt-mistral") == version
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["plan"], ["verify", "ckpt"], ["megatron-args"]])

@@ -62,7 +62,7 @@ def read(index: TensorIndex, cuts: list[int]) -> torch.Tensor:
     ends = [cut * whole.itemsize for cut in (0, *sorted(cuts), whole.numel())]
     with SourceFiles(index.files, index.derived) as files:
         for start, end in itertools.pairwise(ends):
-            files.read_into(int(tensor.files[0]), start, [data[start:end]])
+            files.read_into(int(tensor.files[0]), start, data[start:end])
     return whole
 
 

@@ -93,15 +93,13 @@ class Disk:
         self.stored[file].append((position, position + len(data)))
         return position
 
-    def read_into(self, file: int, position: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, file: int, position: int, buffer: memoryview) -> None:
         """Read as SourceFiles does, but only inside one chunk at a time."""
-        num_bytes = sum(map(len, buffers))
+        num_bytes = len(buffer)
         assert num_bytes > 0
         self.reads.append((file, position, num_bytes))
         assert any(low <= position and position + num_bytes <= high for low, high in self.stored[file])
-        for buffer in buffers:
-            buffer[:] = self.files[file][position : position + len(buffer)]
-            position += len(buffer)
+        buffer[:] = self.files[file][position : position + num_bytes]
 
 
 def elements(shape: tuple[int, ...], itemsize: int, seed: int) -> Array:
@@ -642,10 +640,10 @@ def test_short_reads_and_writes_are_gone_on_with(tmp_path: Path, monkeypatch: py
     target.write(50, memoryview(content))
     target.close()
     assert (tmp_path / "file").read_bytes() == bytes(50) + content + bytes(50)
-    buffers = [bytearray(3), bytearray(0), bytearray(20), bytearray(177)]
+    buffer = bytearray(200)
     with SourceFiles([tmp_path / "file"]) as sources:
-        sources.read_into(0, 50, [memoryview(buffer) for buffer in buffers])
-        assert b"".join(buffers) == content
+        sources.read_into(0, 50, memoryview(buffer))
+        assert buffer == content
         with pytest.raises(FormatError, match="expected at least 301 bytes, got 300"):
             sources.read(0, 101, 200)
 

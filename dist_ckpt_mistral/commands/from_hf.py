@@ -12,7 +12,12 @@ from dist_ckpt_mistral.ranks import from_environment
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     command = options.declare(
-        commands, "from-hf", run, "Import a Hugging Face model into a Megatron checkpoint.", on_all_ranks=True
+        commands,
+        "from-hf",
+        run,
+        "Import a Hugging Face model into a Megatron checkpoint.",
+        on_all_ranks=True,
+        with_numpy=True,
     )
     command.add_argument("hf", metavar="HF", help="Hugging Face directory or hub id")
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint root to create")

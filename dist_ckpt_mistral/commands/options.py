@@ -47,15 +47,16 @@ def declare(
     summary: str,
     *,
     on_all_ranks: bool = False,
+    with_numpy: bool = False,
 ) -> argparse.ArgumentParser:
     """A new command ``name`` that ``run`` carries out; ``run`` returns the exit code.
 
-    Under torchrun the first rank alone runs it, unless ``on_all_ranks``. ``arguments.wrong_usage(message)`` ends the
-    program as argparse does.
+    Under torchrun the first rank alone runs it, unless ``on_all_ranks``. ``with_numpy`` says that it needs numpy, which
+    is then imported first, as cheaply as can be. ``arguments.wrong_usage(message)`` ends the program as argparse does.
     """
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(command=run, on_all_ranks=on_all_ranks, wrong_usage=command.error)
+    command.set_defaults(command=run, on_all_ranks=on_all_ranks, with_numpy=with_numpy, wrong_usage=command.error)
     return command
 
 
@@ -202,14 +203,18 @@ def size(text: str) -> int:
 @contextlib.contextmanager
 def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
     """The effort that was asked for, with a progress bar in bytes on stderr if that is a terminal."""
-    from tqdm import tqdm  # noqa: PLC0415  (--help must not wait for it)
-
     from dist_ckpt_mistral.gather.executor import Effort  # noqa: PLC0415  (--help must not wait for numpy)
 
-    hidden = None if ranks.is_first else True
-    with tqdm(desc=what, unit="B", unit_scale=True, disable=hidden, leave=False, file=sys.stderr) as bar:
-        durable = not getattr(arguments, "no_sync", False)
-        yield Effort(workers=arguments.workers, memory_bytes=arguments.memory, durable=durable, progress=bar.update)
+    asked = Effort(
+        workers=arguments.workers, memory_bytes=arguments.memory, durable=not getattr(arguments, "no_sync", False)
+    )
+    if not (ranks.is_first and sys.stderr.isatty()):
+        yield asked
+        return
+    from tqdm import tqdm  # noqa: PLC0415  (slow, and only a terminal shows it)
+
+    with tqdm(desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+        yield dataclasses.replace(asked, progress=bar.update)
 
 
 def show(content: RenderableType) -> None:

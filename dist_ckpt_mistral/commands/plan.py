@@ -14,7 +14,9 @@ _LOG = logging.getLogger(__name__)
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
-    command = options.declare(commands, "plan", run, "Say what every rank of a layout would read of a checkpoint.")
+    command = options.declare(
+        commands, "plan", run, "Say what every rank of a layout would read of a checkpoint.", with_numpy=True
+    )
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
     options.add_layout(command, "to load with")
     options.add_config(command)

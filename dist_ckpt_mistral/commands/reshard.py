@@ -12,7 +12,7 @@ from dist_ckpt_mistral.ranks import from_environment
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     summary = "Cut a Megatron checkpoint anew, so that every rank of a layout reads only whole chunks."
-    command = options.declare(commands, "reshard", run, summary, on_all_ranks=True)
+    command = options.declare(commands, "reshard", run, summary, on_all_ranks=True, with_numpy=True)
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
     command.add_argument("output", metavar="OUT", type=Path, help="checkpoint to create")
     options.add_layout(command, "to cut for")

@@ -12,7 +12,12 @@ from dist_ckpt_mistral.ranks import from_environment
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     command = options.declare(
-        commands, "to-hf", run, "Export a Megatron checkpoint to a Hugging Face directory.", on_all_ranks=True
+        commands,
+        "to-hf",
+        run,
+        "Export a Megatron checkpoint to a Hugging Face directory.",
+        on_all_ranks=True,
+        with_numpy=True,
     )
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
     command.add_argument("hf", metavar="HF", type=Path, help="directory to create")

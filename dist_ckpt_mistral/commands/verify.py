@@ -14,7 +14,7 @@ from dist_ckpt_mistral.ranks import Ranks
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     summary = "Compare two models, whatever they are stored as; or look for damage in one."
-    command = options.declare(commands, "verify", run, summary, on_all_ranks=True)
+    command = options.declare(commands, "verify", run, summary, on_all_ranks=True, with_numpy=True)
     command.add_argument("a", metavar="A", type=Path, help=options.CKPT_OR_HF)
     help_text = "another, to compare bit for bit; without it, A is held against its own checksums and integrity.json"
     command.add_argument("b", metavar="B", type=Path, nargs="?", help=help_text)

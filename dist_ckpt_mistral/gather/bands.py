@@ -66,11 +66,11 @@ class BandReader:
 
     def _bands(self, segment: Segment, low: int, high: int) -> Iterator[memoryview]:
         copies = _overlapping(segment.copies, low, high)
-        for start in range(low, high, self._band_bytes):
+        buffer, scratch = self._own_buffers()
+        for start in range(low, high, len(buffer)):
             if self._stopped:
                 raise Stopped
-            band, scratch = self._own_buffers()
-            band = band[: min(self._band_bytes, high - start)]
+            band = buffer[: high - start]
             for first, last, copy in copies:
                 if first < start + len(band) and last > start:
                     _gather(copy, start, band, scratch, self._sources)
@@ -106,15 +106,17 @@ def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray
         return
     whole_first = first if start + first * target_stride >= 0 else first + 1
     whole_last = last if start + (last - 1) * target_stride + row_bytes <= len(band) else last - 1
-    for row in {first, last - 1} - set(range(whole_first, whole_last)):  # cut by an edge of the band
-        at = start + row * target_stride
+    for row in {first, last - 1}:
+        if whole_first <= row < whole_last:
+            continue
+        at = start + row * target_stride  # cut by an edge of the band
         skip = max(0, -at)
         piece = band[at + skip : min(at + row_bytes, len(band))]
-        sources.read_into(file, position + row * source_stride + skip, [piece.data])
+        sources.read_into(file, position + row * source_stride + skip, piece.data)
     if whole_first < whole_last:
         source_at, target_at = position + whole_first * source_stride, start + whole_first * target_stride
         count = whole_last - whole_first
-        target = np.lib.stride_tricks.as_strided(band[target_at:], (count, row_bytes), (target_stride, 1))
+        target = np.ndarray((count, row_bytes), np.uint8, band.data, target_at, (target_stride, 1))
         _gather_rows(file, source_at, source_stride, target, scratch, sources)
 
 
@@ -124,16 +126,16 @@ def _gather_rows(
     """Fill ``target`` ``[rows, row_bytes]`` from rows that lie ``source_stride`` bytes apart."""
     rows, row_bytes = target.shape
     if source_stride == row_bytes and target.flags.c_contiguous:
-        sources.read_into(file, position, [target.reshape(-1).data])
+        sources.read_into(file, position, target.reshape(-1).data)
         return
     if source_stride - row_bytes > _LONG_GAP_BYTES or source_stride > len(scratch):
         for row in range(rows):
-            sources.read_into(file, position + row * source_stride, [target[row].data])
+            sources.read_into(file, position + row * source_stride, target[row].data)
         return
     step = len(scratch) // source_stride
     for first in range(0, rows, step):
         count = min(step, rows - first)
         span = scratch[: (count - 1) * source_stride + row_bytes]
-        sources.read_into(file, position + first * source_stride, [span.data])
-        source = np.lib.stride_tricks.as_strided(span, (count, row_bytes), (source_stride, 1))
+        sources.read_into(file, position + first * source_stride, span.data)
+        source = np.ndarray((count, row_bytes), np.uint8, span.data, 0, (source_stride, 1))
         np.copyto(target[first : first + count], source)

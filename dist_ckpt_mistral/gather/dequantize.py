@@ -49,7 +49,7 @@ class DequantizedFile:
         values = np.frombuffer(buffer, dtype=_numpy_dtype(self.dtype))
         first = position // values.itemsize
         stored = np.empty(values.size, dtype=np.uint8)
-        files.read_into(self.file, self.position + first, [stored.data])
+        files.read_into(self.file, self.position + first, stored.data)
         products = _values_of_bytes(self.stored_dtype).take(stored)
         with np.errstate(over="ignore", invalid="ignore"):  # as in torch: too large is infinite, NaN stays NaN
             for offset, extents, at in boxes_of_range(self.shape, first, first + values.size):

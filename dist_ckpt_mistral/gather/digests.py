@@ -42,7 +42,7 @@ def digest(path: Path, spans: Sequence[Span], *, sha256: bool, effort: Effort) -
         size = files.size_bytes(0)
         for start in range(0, size, len(buffer)):
             block = buffer[: min(len(buffer), size - start)]
-            files.read_into(0, start, [block])
+            files.read_into(0, start, block)
             if sha256:
                 whole.update(block)
             while open_span < len(spans) and spans[open_span].position < start + len(block):
