@@ -176,6 +176,20 @@ class SourceFiles:
         self.read_into(file, position, [memoryview(buffer)])
         return bytes(buffer)
 
+    def read_cached(self, file: int, position: int, num_bytes: int) -> bytes | None:
+        """The same without waiting for a disk: None where any of it is not in memory, or the kernel cannot tell."""
+        buffer = bytearray(num_bytes)
+        try:
+            done = os.preadv(self._descriptor(file), [buffer], position, os.RWF_NOWAIT)
+        except OSError:  # whatever it is, reading in the ordinary way tells it
+            return None
+        return bytes(buffer) if done == num_bytes else None
+
+    def ask_for(self, file: int, position: int, num_bytes: int) -> None:
+        """Have the kernel begin to bring bytes into memory, without waiting. A hint: what is amiss, reading tells."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._descriptor(file), position, num_bytes, os.POSIX_FADV_WILLNEED)
+
 
 def _behind(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
     """What is left of ``buffers`` behind the first ``done`` bytes."""
