@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -104,7 +105,10 @@ class DerivedFile(Protocol):
 
 
 class SourceFiles:
-    """Files to read at positions from several threads. Opened on first use, closed together."""
+    """Files to read at positions from several threads. Opened on first use, closed together.
+
+    Where there are more than may be open, the others are opened anew for each read.
+    """
 
     def __init__(self, paths: Sequence[Path], derived: Sequence[DerivedFile] = ()) -> None:
         """Remember them; file ``i`` of the other methods is ``paths[i]``, and ``derived`` are counted on from there."""
@@ -112,7 +116,7 @@ class SourceFiles:
         self._derived = dict(enumerate(derived, len(self._paths)))
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
-        allow_open_files(len(self._paths))
+        self._most_open = allow_open_files(len(self._paths))
 
     def __enter__(self) -> Self:
         """Nothing is opened yet."""
@@ -126,18 +130,25 @@ class SourceFiles:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def _descriptor(self, file: int) -> int:
+    def _call(self, file: int, function: Callable[..., T], *arguments: object) -> T:
+        """A call of the operating system on a file."""
         descriptor = self._descriptors.get(file)
         if descriptor is not None:
-            return descriptor
+            return function(descriptor, *arguments)
         with self._lock:
-            if file not in self._descriptors:
+            if file not in self._descriptors and len(self._descriptors) < self._most_open:
                 self._descriptors[file] = _open_to_read(self._paths[file])
-            return self._descriptors[file]
+        if file in self._descriptors:
+            return function(self._descriptors[file], *arguments)
+        descriptor = _open_to_read(self._paths[file])
+        try:
+            return function(descriptor, *arguments)
+        finally:
+            os.close(descriptor)
 
     def size_bytes(self, file: int) -> int:
         """Size of a file."""
-        return os.fstat(self._descriptor(file)).st_size
+        return self._call(file, os.fstat).st_size
 
     def read_into(self, file: int, position: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``position`` on. Raises FormatError if there are too few bytes."""
@@ -157,14 +168,14 @@ class SourceFiles:
 
     def _preadv(self, file: int, buffer: memoryview, position: int) -> int:
         try:
-            return os.preadv(self._descriptor(file), (buffer,), position)
+            return self._call(file, os.preadv, (buffer,), position)
         except OSError as error:
             raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
         """``num_bytes`` bytes from ``position`` on."""
         try:
-            data = os.pread(self._descriptor(file), num_bytes, position)
+            data = self._call(file, os.pread, num_bytes, position)
         except OSError as error:
             raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
         if len(data) == num_bytes:
@@ -173,12 +184,28 @@ class SourceFiles:
         self.read_into(file, position, memoryview(buffer))
         return bytes(buffer)
 
+    def read_cached(self, file: int, position: int, num_bytes: int) -> bytes | None:
+        """The same without waiting for a disk: None where any of it is not in memory, or the kernel cannot tell."""
+        buffer = bytearray(num_bytes)
+        try:
+            done = self._call(file, os.preadv, (buffer,), position, os.RWF_NOWAIT)
+        except OSError:  # whatever it is, reading in the ordinary way tells it
+            return None
+        return bytes(buffer) if done == num_bytes else None
 
-def allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files to the hard one where ``count`` are much of it: others are open besides."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and count > soft // _SHARE_OF_DESCRIPTORS:
+    def ask_for(self, file: int, position: int, num_bytes: int) -> None:
+        """Have the kernel begin to bring bytes into memory, without waiting. A hint: what is amiss, reading tells."""
+        with contextlib.suppress(OSError):
+            self._call(file, os.posix_fadvise, position, num_bytes, os.POSIX_FADV_WILLNEED)
+
+
+def allow_open_files(count: int) -> int:
+    """How many of ``count`` files may be open: others are open besides. The soft limit is raised where it is near."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit not in {hard, resource.RLIM_INFINITY} and count > limit // _SHARE_OF_DESCRIPTORS:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        limit = hard
+    return count if limit == resource.RLIM_INFINITY else min(count, limit // _SHARE_OF_DESCRIPTORS)
 
 
 class TargetFile:

@@ -151,13 +151,19 @@ def test_genuine_metadata_is_plain(case: str, monkeypatch: pytest.MonkeyPatch) -
     short = pickle_opcodes.ended_before(pickled, "all_local_plans", unless_behind="mcore_data")
     assert short is not None
     for content in (pickled, short):
-        swaps = pickle_opcodes.swaps_for_safety(content)
-        assert swaps
-        for one, other in swaps:
-            assert content[one : one + 1] == pickle.MEMOIZE
-            assert content[other : other + 1] in (pickle.REDUCE, pickle.BUILD)
+        safe = pickle_opcodes.made_safe(content)
+        assert safe is not None
+        before, after = (pickle_opcodes.unframed(each) for each in (content, safe))
+        assert len(before) == len(after)
+        changed = [at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+        assert changed
+        for one, other in zip(changed[::2], changed[1::2], strict=True):
+            assert other == one + 1
+            assert before[one : one + 1] == pickle.MEMOIZE
+            assert before[other : other + 1] in (pickle.REDUCE, pickle.BUILD)
+            assert after[one : other + 1] == before[other : other + 1] + pickle.MEMOIZE
     fast = as_read(pickled)
-    monkeypatch.setattr(pickle_reading, "swaps_for_safety", lambda _: None)
+    monkeypatch.setattr(pickle_reading, "made_safe", lambda _: None)
     assert as_read(pickled) == fast
 
 
@@ -169,7 +175,17 @@ def test_what_the_package_writes_is_plain() -> None:
         for at in range(2)
     ]
     written = lay_out(chunks, [NewObject.empty(["a"])], num_files=2).metadata()
-    assert pickle_opcodes.swaps_for_safety(written) == []
+    safe = pickle_opcodes.made_safe(written)
+    assert safe is not None
+    assert pickle_opcodes.unframed(safe) == pickle_opcodes.unframed(written)
+
+
+@pytest.mark.parametrize("split", range(1, 22))
+def test_frames_hide_nothing(split: int) -> None:
+    """Where a frame ends in the middle of an argument, what was looked at is what is unpickled."""
+    opcodes = b"]\x94(\x8c\x09r~~~\x7ftext\x94J\1\2\3\4e."
+    framed = b"".join(b"\x95" + len(part).to_bytes(8, "little") + part for part in (opcodes[:split], opcodes[split:]))
+    assert pickle_reading.loads(b"\x80\x04" + framed, lambda _, name: name, "it") == ["r~~~\x7ftext", 0x04030201]
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -36,24 +36,26 @@ _TUPLES: Final = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
 _CONSUMERS: Final = (pickle.REDUCE, pickle.BUILD)
 
 
-def swaps_for_safety(pickled: bytes) -> list[tuple[int, int]] | None:
-    """Pairs of positions whose bytes must be swapped before CPython's unpickler may have ``pickled``; None: never.
+def made_safe(pickled: bytes) -> bytes | None:
+    """The same pickle in a form that CPython's unpickler may have: in one frame, some opcodes swapped; None: in none.
 
     Then it takes time and memory in proportion to the length, whatever the pickle says, if no call that it asks for
     makes tuples. In a plain pickle opcodes make tuples of integers, or tuples that the next opcode takes off the stack.
     Where the memo remembers one of the latter, as picklers have it although nobody asks for it again, the opcodes are
-    swapped, so that it remembers what came of the tuple: else tuples could grow without end.
+    swapped, so that it remembers what came of the tuple: else tuples could grow without end. In one frame it is what
+    was looked at: an unpickler takes the head of a frame in the middle of an argument for a part of that.
     """
-    protocol = pickled[1] if pickled[:1] == pickle.PROTO and len(pickled) > 1 else 0
-    opcodes, starts = _unframed(pickled)
-    run = _plain_run(counting=protocol >= _COUNTING_PROTOCOL, is_large=len(pickled) >= 1 << 24)
-    at = _PROTO_BYTES
+    if pickled[:1] != pickle.PROTO or len(pickled) < _PROTO_BYTES:
+        return None
+    opcodes = unframed(pickled)
+    run = _plain_run(counting=pickled[1] >= _COUNTING_PROTOCOL, is_large=len(pickled) >= 1 << 24)
+    at = 0
     found: list[int] = []
     while True:
         at = run.match(opcodes, at).end()  # type: ignore[union-attr]  # may match nothing, but always matches
         opcode, behind = opcodes[at : at + 1], opcodes[at + 1 : at + 3]
         if opcode == pickle.STOP:
-            return [(_original(at, starts), _original(at + 1, starts)) for at in found]
+            return _in_one_frame(pickled[:_PROTO_BYTES], opcodes, found)
         if opcode == pickle.BINUNICODE:  # a long one
             at += 1 + 4 + int.from_bytes(opcodes[at + 1 : at + 5], "little")
         elif opcode and opcode in _TUPLES and behind[:1] == pickle.MEMOIZE and behind[1:] in _CONSUMERS:
@@ -63,6 +65,16 @@ def swaps_for_safety(pickled: bytes) -> list[tuple[int, int]] | None:
             at += 2
         else:
             return None
+
+
+def _in_one_frame(proto: bytes, opcodes: bytes, swapped: list[int]) -> bytes:
+    """A pickle of these opcodes, where each of those at ``swapped`` has changed places with the one behind it."""
+    head = proto + pickle.FRAME + len(opcodes).to_bytes(_FRAME_LENGTH_BYTES, "little")
+    whole = bytearray().join((head, opcodes))
+    for at in swapped:
+        one = len(head) + at
+        whole[one], whole[one + 1] = whole[one + 1], whole[one]
+    return bytes(whole)
 
 
 @functools.cache
@@ -86,24 +98,15 @@ def _plain_run(*, counting: bool, is_large: bool) -> re.Pattern[bytes]:
     return re.compile(rb"(?:%b|%b)*+" % (plain, _GLOBAL), re.DOTALL)
 
 
-def _unframed(pickled: bytes) -> tuple[bytes, list[tuple[int, int]]]:
-    """The opcodes without the frames around them, and for each frame where it begins: there and in ``pickled``."""
+def unframed(pickled: bytes) -> bytes:
+    """The opcodes behind PROTO without the frames around them; where a frame is not there to its end, as they are."""
     ends = _frame_ends(pickled)
-    parts, starts, at = [pickled[:_PROTO_BYTES]], [(0, 0)], _PROTO_BYTES
-    for start, end in itertools.pairwise([_PROTO_BYTES, *ends]):
-        begin = start + 1 + _FRAME_LENGTH_BYTES
-        parts.append(pickled[begin:end])
-        starts.append((at, begin))
-        at += end - begin
-    last = ends[-1] if ends else _PROTO_BYTES
-    starts.append((at, last))
-    return (b"".join([*parts, pickled[last:]]) if ends else pickled), starts
-
-
-def _original(at: int, starts: list[tuple[int, int]]) -> int:
-    """The position in the pickle of position ``at`` of its opcodes without frames."""
-    there, here = starts[bisect_right(starts, at, key=lambda pair: pair[0]) - 1]
-    return here + at - there
+    if not ends or ends[-1] > len(pickled):
+        return pickled[_PROTO_BYTES:]
+    content = memoryview(pickled)
+    frames = itertools.pairwise([_PROTO_BYTES, *ends])
+    parts = (content[start + 1 + _FRAME_LENGTH_BYTES : end] for start, end in frames)
+    return b"".join((*parts, content[ends[-1] :]))
 
 
 def _frame_ends(pickled: bytes) -> list[int]:

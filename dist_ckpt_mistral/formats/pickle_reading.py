@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
-from dist_ckpt_mistral.formats.pickle_opcodes import swaps_for_safety
+from dist_ckpt_mistral.formats.pickle_opcodes import made_safe
 
 #: Names in errors: a pickle may ask for one of a gigabyte.
 _MOST_LETTERS: Final = 200
@@ -194,16 +194,12 @@ def loads(
     """
     if data.count(pickle.EMPTY_DICT) + data.count(pickle.EMPTY_LIST) > _FEW + len(data) // _BYTES_OF_A_CONTAINER:
         raise FormatError(f"{where} is refused: its pickle has more lists and dicts than any genuine one of its length")
-    file, swaps = io.BytesIO(data), swaps_for_safety(data)
-    if swaps is None and not data.rstrip(b"\0").endswith(pickle.STOP):
+    safe = made_safe(data)
+    if safe is None and not data.rstrip(b"\0").endswith(pickle.STOP):
         raise FormatError(f"{where} is not a readable pickle: it has no end")
-    unpickler = _CarefulUnpickler if swaps is None else _FastUnpickler
-    if swaps:
-        with file.getbuffer() as content:
-            for one, other in swaps:
-                content[one], content[other] = content[other], content[one]
+    unpickler, content = (_CarefulUnpickler, data) if safe is None else (_FastUnpickler, safe)
     try:
-        return unpickler(file, find, persistent).load()
+        return unpickler(io.BytesIO(content), find, persistent).load()
     except _RefusedError as error:
         raise UnsafePickleError(
             f"{where} is refused: its pickle asks for {error}, which is outside the allowlist. "

@@ -66,7 +66,9 @@ class StoredCheckpoint:
         self.require_whole(files[number] for number in sorted(used))
         paths = tuple(self.directory / name for name in files)
         with SourceFiles(paths) as sources:
-            locator = TensorLocator(sources, paths)
+            columns = [(each.files, each.positions) for each in chunks.values()]
+            places = chain.from_iterable(zip(at.tolist(), by.tolist(), strict=True) for at, by in columns)
+            locator = TensorLocator(sources, paths, places)
             tensors = for_all(lambda name: self._locate(self.tensors[name], chunks.pop(name), locator), names)
         return TensorIndex(files=paths, tensors=dict(zip(names, tensors, strict=True)))
 

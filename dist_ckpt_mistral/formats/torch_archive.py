@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_reading
+from dist_ckpt_mistral.formats.read_ahead import ReadAhead
 from dist_ckpt_mistral.formats.tensor_pickle import read_tensor
 from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import SourceFiles
@@ -78,9 +79,10 @@ class TensorLocator:
     Archives of equal chunks begin with the same bytes: where a head is known already, comparing it tells all.
     """
 
-    def __init__(self, files: SourceFiles, paths: Sequence[Path]) -> None:
-        """Read from ``files``, which are called ``paths`` in errors."""
+    def __init__(self, files: SourceFiles, paths: Sequence[Path], places: Iterable[tuple[int, int]] = ()) -> None:
+        """Read from ``files``, called ``paths`` in errors; ``places`` are about those that will be asked for."""
         self._files, self._paths = files, paths
+        self._heads = ReadAhead(files, places)
         self._known: dict[tuple[str, Shape, int], bytes] = {}
 
     def locate(
@@ -94,7 +96,7 @@ class TensorLocator:
         kind = (dtype, shape, num_bytes)
         head = self._known.get(kind, b"")
         for file, position in places:
-            if not head or self._files.read(file, position, len(head)) != head:
+            if not head or self._heads.read(file, position, len(head)) != head:
                 try:
                     head = self._known[kind] = self._head(file, position, num_bytes, dtype, shape)
                 except FormatError as error:
