@@ -1,7 +1,7 @@
 """Mistral-shaped models and checkpoints of a given size, with random weights, for the benchmarks.
 
-``python tools/bench/models.py CASE BYTES DIRECTORY`` makes DIRECTORY/hf and the checkpoint DIRECTORY/CASE, unless they
-are there.
+``python tools/bench/models.py CASE BYTES DIRECTORY`` makes DIRECTORY/hf (or hf-2-files, as the case says) and the
+checkpoint DIRECTORY/CASE, unless they are there.
 """
 
 from __future__ import annotations
@@ -41,24 +41,31 @@ OPTIMIZER = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """How a checkpoint is cut and spelled. Imports are made by ``from-hf``; others hold random bytes of their own."""
+    """How a checkpoint is cut and spelled. Imports are made by ``from-hf``; others hold random bytes of their own.
+
+    An import is exported into the files that it came from: at least ``num_files``, in the directory ``hf``.
+    """
 
     tp: int = 2
     pp: int = 2
     style: KeyStyle = KeyStyle.STACKED
     with_optimizer: bool = False
     is_import: bool = True
+    num_files: int = 1
+    hf: str = "hf"
 
 
 CASES = {
     "tp2pp2": Case(),
     "tp8": Case(tp=8, pp=1),
     "tp1": Case(tp=1, pp=1),
+    "2-files": Case(num_files=2, hf="hf-2-files"),
     "per-layer": Case(style=KeyStyle.PER_LAYER, is_import=False),
     "optimizer": Case(with_optimizer=True, is_import=False),
 }
 _LAYER_BYTES = 436_224_000  # one layer of the shape below in bfloat16
 _BLOCK_BYTES = 16 << 20
+_ROOM_IN_FILES = 1.1  # a file is full before it has all that it may, and the last one takes the rest
 
 
 def config_of_size(num_bytes: int) -> MistralConfig:
@@ -85,13 +92,14 @@ def config_of_size(num_bytes: int) -> MistralConfig:
     )
 
 
-def make_hf_model(directory: Path, config: MistralConfig) -> None:
+def make_hf_model(directory: Path, config: MistralConfig, num_files: int) -> None:
     """Write a Hugging Face directory with random bytes for weights."""
     directory.mkdir(parents=True)
     (directory / hf_directory.CONFIG_FILE).write_text(json.dumps(config.to_hf()))
     (directory / "tokenizer.json").write_text("{}")
     tensors = [(name, "bfloat16", tensor.shape) for name, tensor in tensor_table(config).hf_tensors().items()]
-    file_set = hf_directory.plan_files(tensors, max_file_bytes=5_000_000_000)
+    most = min(5_000_000_000, int(model_bytes(config) / num_files * _ROOM_IN_FILES))
+    file_set = hf_directory.plan_files(tensors, max_file_bytes=most)
     for name, file in file_set.files.items():
         with (directory / name).open("wb") as output:
             output.write(file.head)
@@ -228,11 +236,11 @@ def model_bytes(config: MistralConfig) -> int:
 def main() -> None:
     """Make what is missing."""
     case, num_bytes, work = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    config = config_of_size(num_bytes)
-    if not (work / "hf").exists():
-        make_hf_model(work / "hf", config)
+    config, hf = config_of_size(num_bytes), work / CASES[case].hf
+    if not hf.exists():
+        make_hf_model(hf, config, CASES[case].num_files)
     if not (work / case).exists():
-        make_checkpoint(work / case, work / "hf", config, CASES[case])
+        make_checkpoint(work / case, hf, config, CASES[case])
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 Every round runs each command once, ``cp`` before and after, so that a machine whose speed drifts hurts both alike;
 outputs of the round before are deleted first. Printed: seconds and ratio to the mean of the two ``cp``s, as minimum,
-median and maximum, and peak resident memory, libraries included. Every round is appended to a results file, one JSON
-object a line.
+median and maximum, the least processor time, and peak resident memory, libraries included. Every round is appended to a
+results file, one JSON object a line.
 
 "warm" reads sources from the page cache, "cold" from the disk (it drops the page cache before each command, as root);
 both wait for no disk at the end (``--no-sync``), as ``cp`` does. "durable" is warm and waits until the output is on the
 disk, for ``cp`` too (``sync -f``). Like ``cp``, commands write no manifest; "to-hf-manifest" shows what that costs.
+
+A hypervisor takes idle memory back, and to touch it again costs seconds a gigabyte. So before each warm or durable run,
+of ``cp`` too, another process takes twice the memory that the output needs (at most half of what is available), writes
+to it and ends: both find memory at hand. Python finds bytecode in DIR/bytecode, as it would beside installed modules.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from pathlib import Path
 from models import CASES, config_of_size, model_bytes
 
 from dist_ckpt_mistral.commands.options import size
+from dist_ckpt_mistral.storage import total_bytes
 
 HERE = Path(__file__).parent
 TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
@@ -35,13 +40,24 @@ TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
 COMMANDS = ("to-hf", "to-hf-manifest", "from-hf", "verify", "reshard", "to-hf-2-ranks")
 PEERS = ("dcp-full", "model")
+#: Of the bytes of an output. The kernel need not choose the pages that were freed last: 1.2 was measured to be too few.
+ROOM_FOR_OUTPUT = 2.2
+#: Writes one byte into every page of as much memory as its argument says.
+TOUCH_MEMORY = """
+import mmap, sys
+pages = int(sys.argv[1]) // mmap.PAGESIZE
+if pages:
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:: mmap.PAGESIZE] = bytes(pages)
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One timed command."""
+    """One timed command; processor time is its own and its children's."""
 
     seconds: float
+    processor_s: float
     peak_mb: float
 
 
@@ -54,6 +70,7 @@ class Contest:
     source: Path
     output: Path
     baseline: list[str]
+    output_bytes: int
 
 
 def timed(command: list[str], *, sync: Path | None = None) -> Run:
@@ -66,12 +83,16 @@ def timed(command: list[str], *, sync: Path | None = None) -> Run:
         raise SystemExit(f"{' '.join(command)} failed: {errors[-2000:]}")
     if sync is not None:
         subprocess.run(["sync", "-f", str(sync)], check=True)
-    return Run(seconds=time.perf_counter() - start, peak_mb=usage.ru_maxrss / 1024)
+    return Run(
+        seconds=time.perf_counter() - start,
+        processor_s=usage.ru_utime + usage.ru_stime,
+        peak_mb=usage.ru_maxrss / 1024,
+    )
 
 
 def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Iterator[Contest]:
     """What is to be run on the checkpoint ``case``. An export moves the bytes of the weights alone."""
-    hf, checkpoint, copy = work / "hf", work / case, work / "out-cp"
+    hf, checkpoint, copy = work / CASES[case].hf, work / case, work / "out-cp"
     sync = ["--no-sync"] if no_sync else []
     extra = ["--no-manifest", *sync]
     tp, pp = CASES[case].tp, CASES[case].pp
@@ -92,18 +113,32 @@ def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Itera
             command, source = [*TOOL, "to-hf", str(checkpoint), str(output), *sync], checkpoint
         else:
             command, source = [*TOOL, name, str(checkpoint), str(output), *extra], checkpoint
-        baseline = ["cp", "-r", str(checkpoint if name == "reshard" else hf), str(copy)]
+        moved = checkpoint if name == "reshard" else hf
+        baseline, output_bytes = ["cp", "-r", str(moved), str(copy)], total_bytes(files_in(moved))
         if name == "verify":
             baseline = ["sh", "-c", 'for f in "$0"/*.safetensors; do cmp "$f" "$1/${f##*/}" || exit 1; done']
-            baseline += [str(hf), str(twin(work))]
-        yield Contest(name=name, command=command, source=source, output=output, baseline=baseline)
+            baseline, output_bytes = [*baseline, str(hf), str(twin(hf))], 0
+        yield Contest(
+            name=name,
+            command=command,
+            source=source,
+            output=output,
+            baseline=baseline,
+            output_bytes=output_bytes,
+        )
 
 
-def twin(work: Path) -> Path:
+def twin(hf: Path) -> Path:
     """A copy of the Hugging Face files, for ``cmp``."""
-    if not (work / "twin").exists():
-        shutil.copytree(work / "hf", work / "twin")
-    return work / "twin"
+    copy = hf.with_name(f"{hf.name}-twin")
+    if not copy.exists():
+        shutil.copytree(hf, copy)
+    return copy
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files in a folder and below."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
 
 
 def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], results: Path) -> None:
@@ -113,7 +148,7 @@ def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], res
     for number in range(rounds):
         for contest in contests(work, case, names, no_sync=mode != "durable"):
             before = baseline(contest, work, mode)
-            prepare(contest.source, contest.output, mode)
+            prepare([contest.source], contest.output, mode, contest.output_bytes)
             run = timed(contest.command, sync=sync)
             shutil.rmtree(contest.output, ignore_errors=True)
             mean = (before + baseline(contest, work, mode)) / 2
@@ -126,6 +161,7 @@ def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], res
         print(
             f"{case:10}{mode:9}{name:15}{min(seconds):7.2f}{statistics.median(seconds):8.2f} s   ratio "
             f"{min(ratios):5.2f} min {statistics.median(ratios):5.2f} median {max(ratios):5.2f} max   "
+            f"{min(run.processor_s for _, run in done):6.2f} s of processor time "
             f"{max(run.peak_mb for _, run in done):6.0f} MB",
             flush=True,
         )
@@ -134,22 +170,30 @@ def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], res
 def baseline(contest: Contest, work: Path, mode: str) -> float:
     """Seconds of what moves the same bytes."""
     copy = work / "out-cp"
-    for source in (Path(contest.baseline[-2]), *([twin(work)] if contest.name == "verify" else [])):
-        prepare(source, copy, mode)
+    source, other = map(Path, contest.baseline[-2:])
+    prepare([source, other] if contest.name == "verify" else [source], copy, mode, contest.output_bytes)
     run = timed(contest.baseline, sync=work if mode == "durable" else None)
     shutil.rmtree(copy, ignore_errors=True)
     return run.seconds
 
 
-def prepare(source: Path, output: Path, mode: str) -> None:
-    """Remove the old output, and bring the page cache into the state of ``mode``."""
+def prepare(sources: list[Path], output: Path, mode: str, output_bytes: int) -> None:
+    """Remove the old output, and bring the page cache into the state of ``mode``, and free memory within reach."""
     shutil.rmtree(output, ignore_errors=True)
     if mode == "cold":
         subprocess.run(["sync"], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("3")
-    else:
-        files = [str(file) for file in sorted(source.rglob("*")) if file.is_file()]
-        subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+        return
+    files = [str(file) for source in sources for file in files_in(source)]
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+    wanted = min(int(output_bytes * ROOM_FOR_OUTPUT), available_bytes() // 2)
+    subprocess.run([sys.executable, "-c", TOUCH_MEMORY, str(wanted)], check=True)
+
+
+def available_bytes() -> int:
+    """Memory that is free, or can be without swapping."""
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -158,11 +202,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a directory for some five times --size")
     parser.add_argument("--size", type=size, default="4GB", help="of the weights; the case optimizer has 7 times that")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--case", choices=CASES, default="tp2pp2", help="how the checkpoint is cut and spelled")
+    parser.add_argument(
+        "--case",
+        choices=CASES,
+        default="tp2pp2",
+        help="how the checkpoint is cut and spelled, or into how many files it is exported",
+    )
     parser.add_argument("--modes", nargs="+", choices=("warm", "durable", "cold"), default=["warm", "durable"])
     parser.add_argument("--commands", nargs="+", choices=(*COMMANDS, *PEERS), help="peers: see peers.py")
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
     arguments = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(arguments.work.absolute() / "bytecode")
     case = CASES[arguments.case]
     names = arguments.commands or [name for name in COMMANDS if case.is_import or name != "verify"]
     config = config_of_size(arguments.size)
