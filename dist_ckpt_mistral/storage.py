@@ -104,7 +104,10 @@ class DerivedFile(Protocol):
 
 
 class SourceFiles:
-    """Files to read at positions from several threads. Opened on first use, closed together."""
+    """Files to read at positions from several threads. Opened on first use, closed together.
+
+    Where there are more than may be open at once, each thread has but the one open that it reads.
+    """
 
     def __init__(self, paths: Sequence[Path], derived: Sequence[DerivedFile] = ()) -> None:
         """Remember them; file ``i`` of the other methods is ``paths[i]``, and ``derived`` are counted on from there."""
@@ -112,7 +115,8 @@ class SourceFiles:
         self._derived = dict(enumerate(derived, len(self._paths)))
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
-        allow_open_files(len(self._paths))
+        self._stay_open = allow_open_files(len(self._paths))
+        self._of_thread: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         """Nothing is opened yet."""
@@ -122,18 +126,33 @@ class SourceFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close all files."""
-        for descriptor in self._descriptors.values():
+        for descriptor in (*self._descriptors.values(), *(each for _, each in self._of_thread.values())):
             os.close(descriptor)
         self._descriptors.clear()
+        self._of_thread.clear()
 
     def _descriptor(self, file: int) -> int:
         descriptor = self._descriptors.get(file)
         if descriptor is not None:
             return descriptor
+        if not self._stay_open:
+            return self._alone(file)
         with self._lock:
             if file not in self._descriptors:
                 self._descriptors[file] = _open_to_read(self._paths[file])
             return self._descriptors[file]
+
+    def _alone(self, file: int) -> int:
+        """A descriptor that only this thread uses, and until it asks for another file."""
+        thread = threading.get_ident()
+        known, descriptor = self._of_thread.get(thread, (-1, -1))
+        if known == file:
+            return descriptor
+        if self._of_thread.pop(thread, None) is not None:
+            os.close(descriptor)
+        descriptor = _open_to_read(self._paths[file])
+        self._of_thread[thread] = file, descriptor
+        return descriptor
 
     def size_bytes(self, file: int) -> int:
         """Size of a file."""
@@ -189,11 +208,16 @@ def _behind(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
     return rest
 
 
-def allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files to the hard one where ``count`` are much of it: others are open besides."""
+def allow_open_files(count: int) -> bool:
+    """Raise the soft limit of open files to the hard one where ``count`` are much of it: others are open besides.
+
+    Whether that many may be open now.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and count > soft // _SHARE_OF_DESCRIPTORS:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard == resource.RLIM_INFINITY or count <= hard // _SHARE_OF_DESCRIPTORS
+    return True
 
 
 class TargetFile:
