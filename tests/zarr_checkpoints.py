@@ -63,10 +63,10 @@ def write_array(folder: Path, tensor: torch.Tensor, chunks: Shape) -> None:
     store.write(values.view(store.dtype.numpy_dtype)).result()
 
 
-def edit_array(folder: Path, **members: Any) -> None:  # noqa: ANN401  (JSON)
-    """Change what ``.zarray`` says."""
+def edit_array(folder: Path, **members: Any) -> int:  # noqa: ANN401  (JSON)
+    """Change what ``.zarray`` says, and how many letters it has then."""
     said = json.loads((folder / ".zarray").read_bytes())
-    (folder / ".zarray").write_text(json.dumps(said | members))
+    return (folder / ".zarray").write_text(json.dumps(said | members))
 
 
 def read_arrays(directory: Path) -> dict[str, torch.Tensor]:
