@@ -194,19 +194,7 @@ def test_spoiled_directories(name: str, data: st.DataObject, inputs: Path) -> No
 
 
 #: Names of chunks, some of which no grid has, and of what else may lie beside them.
-CHUNK_NAMES: Final = (
-    "0",
-    "0.0",
-    "0.0.0",
-    "0.1",
-    "1.0.1",
-    "9.9.9",
-    "00.0",
-    "0.0.",
-    "1" * 200,
-    ".zattrs",
-    "shard_0_4.pt",
-)
+CHUNK_NAMES: Final = ("0", "0.0", "0.0.0", "1.0.1", "9.9.9", "00.0", "0.0.", "1" * 200, ".zattrs", "shard_0_4.pt")
 
 
 @fuzzed(60)

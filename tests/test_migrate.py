@@ -25,8 +25,10 @@ from hf_models import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_checking import damaged, some
 from test_ranks import on_ranks
 from test_reshard import objects, stored_boxes
+from test_resumed_runs import ALONE, at_write, full
 from torch_reading import described, load_tensors, raw_bytes
 from zarr_checkpoints import (
     DTYPES,
@@ -402,6 +404,30 @@ def test_ranks_write_the_same(case: str, tmp_path: Path) -> None:
         failures = on_ranks(count, work)
         assert failures == [None] * count
         assert tree(to) == tree(tmp_path / "1")
+
+
+def test_a_run_that_failed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --resume, what was copied is not copied again, chunks and objects alike; the result is that of one run."""
+    old = shards("dpzero_zarr_0153")
+    with monkeypatch.context() as patch:
+        at_write(24, full, patch)
+        with pytest.raises(dcm.OutputError, match="No space left on device"):
+            dcm.migrate(old, tmp_path / "new", effort=ALONE)
+    sizes = at_write(0, full, monkeypatch)
+    dcm.migrate(old, tmp_path / "new", resume=True, effort=ALONE)
+    resumed, sizes[:] = sum(sizes), []
+    dcm.migrate(old, tmp_path / "again", effort=ALONE)
+    assert tree(tmp_path / "new") == tree(tmp_path / "again")
+    assert resumed < sum(sizes) - 50_000
+
+
+@pytest.mark.parametrize("case", ["moe_zarr_0153", "dpzero_zarr_0153"])
+def test_any_change_is_found_afterwards(case: str, migrated: dict[str, Path], tmp_path: Path) -> None:
+    """One bit of any byte of what was migrated: of data, objects, metadata or the manifest itself."""
+    new = shutil.copytree(migrated[case], tmp_path / "new")
+    for name, content in tree(new).items():
+        for position in some(range(len(content or b"")), 25):
+            damaged(new, name, position, **OPTIONS[case])
 
 
 def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
