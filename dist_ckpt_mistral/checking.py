@@ -16,7 +16,7 @@ from dist_ckpt_mistral.formats import archive_checksums, backends, checkpoint_di
 from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, read_manifest
-from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
+from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.manifest import tensor_spans
@@ -166,6 +166,7 @@ def _check_megatron(path: Path, config: MistralConfig | None, effort: Effort) ->
         parts_of=lambda name: archive_checksums.read_parts(directory / name, archives.get(name, {})),
         hf_names=_HfNames(links),
         sums_in="its archive",
+        named_in="its directory" if stored.backend == ZARR else checkpoint_directory.METADATA_FILE,
     )
     notes.findings.extend(contents.finding(checkpoint_directory.METADATA_FILE, fault) for fault in faults)
     return notes.check_files(contents, manifest, effort)

@@ -44,7 +44,8 @@ class Contents:
     """What lies in the files of a directory.
 
     ``files`` have parts, which ``parts_of`` finds by name, in ascending order, with what is wrong before any is read.
-    ``hf_names`` are those that a piece holds rows of, and ``sums_in`` says where the checksums of parts stand.
+    ``hf_names`` are those that a piece holds rows of, ``sums_in`` says where the checksums of parts stand, and
+    ``named_in`` where the names of files do.
     """
 
     directory: Path
@@ -52,6 +53,7 @@ class Contents:
     parts_of: Callable[[str], tuple[list[Part], list[Fault]]] = lambda _: ([], [])
     hf_names: Callable[[Piece], tuple[str, ...]] = lambda _: ()
     sums_in: str = MANIFEST_FILE
+    named_in: str = METADATA_FILE
 
     def finding(self, file: str, fault: Fault) -> Finding:
         """What is wrong with a piece in ``file``."""
@@ -85,7 +87,7 @@ def check_files(contents: Contents, manifest: Manifest | None, effort: Effort) -
     expected = sorted({*contents.files, *sums})
     names = [name for name in expected if os.path.isfile(contents.directory / name)]  # noqa: PTH113  (never raises)
     missing = [
-        Finding(file=name, what=f"it is missing, but {MANIFEST_FILE if name in sums else METADATA_FILE} names it")
+        Finding(file=name, what=f"it is missing, but {MANIFEST_FILE if name in sums else contents.named_in} names it")
         for name in sorted({*expected} - {*names})
     ]
     looks = run_all(

@@ -20,7 +20,7 @@ from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.tensor_index import TensorIndex
 from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.rewriting import Rewriting, new_objects, rewrite
+from dist_ckpt_mistral.rewriting import Rewriting, new_objects, own_boxes, rewrite
 
 _DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
@@ -84,7 +84,7 @@ def _as_it_is(stored: StoredCheckpoint, max_file_bytes: int) -> Rewriting:
 def _chunks(tensors: TensorIndex) -> Iterator[NewChunk]:
     """The chunks as they are."""
     for tensor in tensors.tensors.values():
-        for offset, shape in tensor.boxes():
+        for offset, shape in own_boxes(tensor):
             yield NewChunk(
                 mcore_key=tensor.name,
                 dtype=tensor.dtype,

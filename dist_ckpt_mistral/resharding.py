@@ -27,7 +27,7 @@ from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state, model_prefix, split_state_key
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.rewriting import Rewriting, new_objects, rewrite
+from dist_ckpt_mistral.rewriting import Rewriting, new_objects, own_boxes, rewrite
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT_EFFORT: Final = Effort()
@@ -110,7 +110,7 @@ def _chunks(stored: StoredCheckpoint, tensors: TensorIndex, cut: Mapping[str, li
         if name in cut:
             boxes = [(each.offset, each.shape, file_of[each.rank]) for each in cut[name]]
         else:
-            boxes = [(offset, shape, 0) for offset, shape in tensor.boxes()]
+            boxes = [(offset, shape, 0) for offset, shape in own_boxes(tensor)]
         if as_block and len({shape for _, shape, _ in boxes}) > 1:  # only equal blocks can be stored so
             boxes = [((0,) * len(tensor.global_shape), tensor.global_shape, boxes[0][2])]
         for offset, shape, file in boxes:

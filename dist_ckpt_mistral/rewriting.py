@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.conversion import Conversion
+from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_state, torch_dist_writer
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
 from dist_ckpt_mistral.formats.common_state import Entry
@@ -28,6 +29,7 @@ from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest
 from dist_ckpt_mistral.mapping import Ignored
 from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.stamps import Stamps, stamps
 from dist_ckpt_mistral.storage import SourceFiles, TargetFile
 from dist_ckpt_mistral.writing import Checksums, write_output
@@ -137,6 +139,11 @@ def rewrite(
     return Conversion.of(output, plan, sizes, new, num_tensors=len(new.tensors.tensors))
 
 
+def own_boxes(tensor: IndexedTensor) -> list[tuple[Shape, Shape]]:
+    """Offset and shape of each chunk of a tensor as it is cut; one that is empty may have none, and needs one."""
+    return [*tensor.boxes()] or [((0,) * len(tensor.global_shape), tensor.global_shape)]
+
+
 def new_objects(stored: StoredCheckpoint, left: Mapping[str, str]) -> dict[Entry, NewObject]:
     """The objects that come along, by where they lie: several keys may share one archive."""
     keys: dict[Entry, list[str]] = defaultdict(list)
@@ -144,16 +151,21 @@ def new_objects(stored: StoredCheckpoint, left: Mapping[str, str]) -> dict[Entry
         if key not in left:
             keys[entry].append(key)
     stored.require_whole({entry.file for entry in keys})
-    return {entry: _new_object(stored, entry, tuple(names)) for entry, names in keys.items()}
+    return dict(zip(keys, for_all(lambda entry: _new_object(stored, entry, tuple(keys[entry])), keys), strict=True))
 
 
 def _new_object(stored: StoredCheckpoint, entry: Entry, keys: tuple[str, ...]) -> NewObject:
-    """An object as ``torch_dist`` has it, which is in a list."""
+    """An object as ``torch_dist`` has it, which is in a list.
+
+    What becomes a pickle of ours must ask for nothing that whoever loads it would execute: raises UnsafePickleError.
+    """
     if stored.backend == TORCH_DIST:
         return NewObject(keys=keys, copied_bytes=entry.num_bytes)
     path = stored.directory / entry.file
     with SourceFiles([path]) as files:
-        copied_bytes, rest = in_list(ArchiveReader(files, 0, entry.offset, entry.num_bytes, str(path)), str(path))
+        archive = ArchiveReader(files, 0, entry.offset, entry.num_bytes, str(path))
+        archive.object(common_state.allowlist())
+        copied_bytes, rest = in_list(archive, str(path))
     return NewObject(keys=keys, copied_bytes=copied_bytes, rest=rest)
 
 

@@ -32,6 +32,14 @@ GENUINE: Final = {
     "opt_plain_0161": "",
     "opt_fsms_0140": "",
 }
+#: Likewise, in Megatron's legacy zarr format.
+ZARR: Final = {
+    "zarr_ckpt": "",
+    "optzarr_0123": "",
+    "moe_zarr_0153": "iter_0000000",
+    "fsms_zarr_0153": "",
+    "dpzero_zarr_0153": "",
+}
 
 
 def folder(case: str) -> Path:
@@ -40,8 +48,8 @@ def folder(case: str) -> Path:
 
 
 def shards(case: str) -> Path:
-    """The directory with ``.metadata``."""
-    return folder(case) / "checkpoint" / GENUINE[case]
+    """The directory of its iteration."""
+    return folder(case) / "checkpoint" / (GENUINE | ZARR)[case]
 
 
 def truth(case: str) -> dict[str, torch.Tensor]:

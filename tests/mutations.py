@@ -228,10 +228,10 @@ _Way = Callable[[Draw, bytes], bytes]
 _BYTES: Final[_Way] = _bytes
 #: Pattern of a file's name -> what else can be wrong with it.
 _WAYS: Final[dict[str, _Way]] = {
-    r"\.json$": _json,
+    r"\.json$|^\.zarray$": _json,
     r"\.safetensors$": _safetensors,
     r"^\.metadata$": _pickle,
-    r"^(common|latest_train_state)\.pt$": _archive,
+    r"^(common|latest_train_state|shard_.*)\.pt$": _archive,
     r"\.(pt|distcp)$": _zip_field,
     r"\.yaml$": _yaml,
     r"^latest.*txt$": _tracker,

@@ -33,7 +33,8 @@ gather.plan gather.bands gather.executor gather.digests gather.chunk_reads
 formats.pickle_opcodes formats.pickle_reading formats.pickle_records
 formats.tensor_pickle formats.read_ahead formats.torch_archive formats.torch_archive_writer formats.common_state
 formats.train_state formats.checkpoint_directory formats.stored_metadata formats.metadata_pickle
-formats.stored_checkpoint formats.torch_dist formats.legacy_zarr formats.backends formats.torch_dist_writer
+formats.stored_checkpoint formats.torch_dist formats.legacy_objects formats.legacy_zarr formats.backends
+formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
 own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify file_checks checking
 chunking conversion new_hf_directory new_checkpoint convert rewriting resharding migration

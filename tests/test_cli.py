@@ -142,6 +142,7 @@ def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
     """Import, export, conversion, comparison and inspection run where torch, megatron and transformers are absent."""
     ckpt, config = str(folder("td_0192") / "checkpoint"), str(folder("td_0192"))
     hf, again, back, half, cut = (str(tmp_path / name) for name in ("hf", "again", "back", "half", "cut"))
+    zarr, migrated = str(folder("zarr_ckpt") / "checkpoint"), str(tmp_path / "migrated")
     commands = [
         ["to-hf", ckpt, hf, "--config", config],
         ["from-hf", hf, again, "--tp", "2"],
@@ -153,6 +154,9 @@ def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
         ["verify", cut],
         ["verify", back],
         ["inspect", ckpt, "--config", config, "--json"],
+        ["migrate", zarr, migrated],
+        ["verify", zarr, migrated, "--config", config],
+        ["inspect", zarr, "--config", config, "--json"],
         ["inspect", hf, "--html", str(tmp_path / "page.html")],
     ]
     absent = ["torch", "megatron", "transformers", "safetensors", "mistral_common", "tensorstore", "zarr"]

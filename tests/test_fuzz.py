@@ -18,7 +18,7 @@ from typing import Final
 
 import pytest
 from command_line import Outcome, run
-from genuine import folder
+from genuine import folder, shards
 from hf_models import random_model, saved
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -32,8 +32,14 @@ LIMIT_SECONDS: Final = 5
 LIMIT_BYTES: Final = 300 << 20
 #: The content of a file that is none of the tool's business.
 SECRET: Final = b"none of your business"
+#: The genuine checkpoint of arrays in folders.
+ARRAYS: Final = "zarr_ckpt"
 #: What takes no time to be found out is left out of the commands that each example runs.
-COMMANDS: Final = {"hf": ("inspect", "from-hf", "megatron-args"), "ckpt": ("inspect", "to-hf", "plan", "megatron-args")}
+COMMANDS: Final = {
+    "hf": ("inspect", "from-hf", "megatron-args"),
+    "ckpt": ("inspect", "to-hf", "plan", "megatron-args"),
+    "zarr": ("inspect", "to-hf", "migrate"),
+}
 
 
 def fuzzed(examples: int) -> settings:
@@ -55,6 +61,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved(random_model(), where / "hf one" / "it")
     saved(random_model(), where / "hf many" / "it", max_shard_size=4000)
     from_hf(where / "hf many" / "it", where / "ckpt own" / "it", tp=2, pp=2)
+    shutil.copytree(shards(ARRAYS), where / f"zarr {ARRAYS}" / "it")
+    shutil.copy(folder(ARRAYS) / "config.json", where / f"zarr {ARRAYS}")
     for case in ("td_0161", "common_0192", "mlm_0161", "opt_plain_0161"):
         shutil.copytree(folder(case) / "checkpoint", where / f"ckpt {case}" / "it")
         if case != "mlm_0161":
@@ -120,8 +128,8 @@ def run_all(where: Path, name: str) -> None:
     before = names(where)
     config = where / name / "config.json"
     for command in COMMANDS[name.partition(" ")[0]]:
-        outputs = [where / "out"] if command in ("from-hf", "to-hf") else []
-        given_config = ["--config", config] if config.exists() and command != "from-hf" else []
+        outputs = [where / "out"] if command in ("from-hf", "to-hf", "migrate") else []
+        given_config = ["--config", config] if config.exists() and command not in ("from-hf", "migrate") else []
         effort = ["--workers", 1, "--no-sync"] if outputs else []
         start = time.process_time()
         with bounded():
@@ -149,7 +157,7 @@ NAMES: Final = (
     "ckpt mlm_0161",
     "ckpt opt_plain_0161",
 )
-INPUTS: Final = (*NAMES, "ckpt bridge")
+INPUTS: Final = (*NAMES, "ckpt bridge", f"zarr {ARRAYS}")
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -183,3 +191,31 @@ def test_spoiled_directories(name: str, data: st.DataObject, inputs: Path) -> No
         run_all(inputs, name)
     finally:
         restore(path, content)
+
+
+#: Names of chunks, some of which no grid has, and of what else may lie beside them.
+CHUNK_NAMES: Final = ("0", "0.0", "0.0.0", "1.0.1", "9.9.9", "00.0", "0.0.", "1" * 200, ".zattrs", "shard_0_4.pt")
+
+
+@fuzzed(60)
+@given(data=st.data())
+def test_spoiled_arrays(data: st.DataObject, inputs: Path) -> None:
+    """Arrays that say something else of themselves, among files that are renamed, doubled or gone."""
+    name = f"zarr {ARRAYS}"
+    array = data.draw(st.sampled_from(sorted((inputs / name / "it").glob("*/.zarray")))).parent
+    shutil.copytree(array, inputs / "kept")
+    try:
+        described = array / ".zarray"
+        if data.draw(st.booleans()):
+            described.write_bytes(data.draw(spoiled(described)))
+        for _ in range(data.draw(st.integers(0, 3))):
+            path = data.draw(st.sampled_from(sorted(array.iterdir())))
+            to = array / data.draw(st.sampled_from(CHUNK_NAMES))
+            if data.draw(st.booleans()) and to != path:
+                shutil.copyfile(path, to)
+            else:
+                path.replace(to)
+        run_all(inputs, name)
+    finally:
+        shutil.rmtree(array)
+        shutil.move(inputs / "kept", array)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dist_ckpt_mistral.formats import hf_directory
+from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 
@@ -105,6 +106,34 @@ def test_conversions_under_a_hard_limit(large: Path, tmp_path: Path) -> None:
                 beside.truncate(beside_bytes)
     assert (cut / "release" / "beside.bin").stat().st_size == beside_bytes
     assert (back / "model.safetensors").stat().st_size == (large / "model.safetensors").stat().st_size
+
+
+def test_a_migration_under_the_same_limit(tmp_path: Path) -> None:
+    """Legacy zarr: chunks that are larger than the limit, many small ones, and an object with more than it holds."""
+    old = tmp_path / "old"
+    large_bytes = 3 * _LIMIT_BYTES // 2
+    for key, shape, chunks, num_bytes in (
+        ("large", [2, large_bytes], [1, large_bytes], large_bytes),
+        ("small", [64, 8, 1 << 20], [1, 8, 1 << 20], 8 << 20),
+    ):
+        (old / key).mkdir(parents=True)
+        plain = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "fill_value": None}
+        (old / key / ".zarray").write_text(json.dumps({"shape": shape, "chunks": chunks, "dtype": "|u1", **plain}))
+        for number in range(shape[0]):
+            name = ".".join([str(number), *["0"] * (len(shape) - 1)])
+            with (old / key / name).open("wb") as file:
+                file.truncate(num_bytes)
+    (old / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    archive = ArchiveLayout.for_tensor("uint8", (large_bytes,), 0)
+    (old / "state").mkdir()
+    with (old / "state" / "shard_0_1.pt").open("wb") as file:
+        file.write(archive.head)
+        file.seek(large_bytes, os.SEEK_CUR)
+        file.write(archive.tail(0))
+    for command in (("migrate", old, tmp_path / "new", "--workers", 4, "--no-sync"), ("verify", tmp_path / "new")):
+        done = limited(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(path.stat().st_size for path in (tmp_path / "new").iterdir()) > 3 * large_bytes + (512 << 20)
 
 
 def test_fp8_under_the_same_limit(large_fp8: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert list(ours) == their[0, PROMPT.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("case", GENUINE)
+@pytest.mark.parametrize("case", [*GENUINE, "zarr_ckpt", "moe_zarr_0153"])
 def test_genuine_checkpoints_run(case: str, tmp_path: Path, megatron: SimpleNamespace) -> None:
     """What Megatron of any generation saved runs, and says what transformers says with the true tensors."""
     config = AutoConfig.from_pretrained(folder(case))

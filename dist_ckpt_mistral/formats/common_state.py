@@ -40,6 +40,7 @@ _RECORDS: Final = {
     ("pathlib", "PosixPath"),
     ("signal", "Signals"),
     ("io", "BytesIO"),
+    ("_io", "BytesIO"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("numpy.dtypes", "UInt32DType"),
@@ -95,7 +96,7 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
                 f"{path} is truncated: the common state should end at byte {entry.offset + entry.num_bytes}"
             )
         value = ArchiveReader(files, 0, entry.offset, entry.num_bytes, f"the common state in {path}").object(
-            _allowlist()
+            allowlist()
         )
     return _state(value, f"the common state in {path}")
 
@@ -161,8 +162,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  (from a pickle)
     return dict(*value)
 
 
-def _allowlist() -> Callable[[str, str], Any]:
-    """Fresh inert stand-ins, one class per name."""
+def allowlist() -> Callable[[str, str], Any]:
+    """Fresh inert stand-ins for all that Megatron stores beside tensors, one class per name."""
     made: dict[tuple[str, str], Any] = dict(_BUILTINS)
 
     def find(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)

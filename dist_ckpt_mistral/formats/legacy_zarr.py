@@ -1,9 +1,9 @@
 """Reading Megatron's legacy ``zarr`` checkpoints (megatron-core to 0.15), without zarr and without tensorstore.
 
 A directory for every key: ``.zarray`` describes an array, and each chunk of it lies bare in a file of its own, named
-after its place in the grid, ``2.0.1``. Or the directory holds objects, each as ``torch.save`` saved it, in
-``shard_2_4.pt``. (mcore dist_checkpointing/strategies/zarr.py and common.py, 0.12 to 0.15; zarr storage specification,
-version 2.) A chunk that has no file would read as zeros in zarr and in tensorstore: here it is an error.
+after its place in the grid, ``2.0.1``. Or the directory holds objects (``legacy_objects``). (mcore
+dist_checkpointing/strategies/zarr.py, 0.12 to 0.15; zarr storage specification, version 2.) A chunk that has no file
+would read as zeros in zarr and in tensorstore: here it is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import lt
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Final
 from dist_ckpt_mistral import dtypes, paths, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
 from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats.legacy_objects import is_object, read_objects
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
 from dist_ckpt_mistral.name_ranges import listed
@@ -32,15 +33,16 @@ _ARRAY_FILE: Final = ".zarray"
 _ATTRIBUTES_FILE: Final = ".zattrs"
 #: A directory of locks that several writers of one array left behind.
 _LOCKS_SUFFIX: Final = ".sync"
-_CHUNK: Final = re.compile(r"\d+(\.\d+)*")
-#: ``KEY/shard_INDEX_SHAPE.pt``; writers before 0.7 lost the last number of a shape of several axes.
-_OBJECT: Final = re.compile(r"shard_(\d+(?:\.\d+)*)_(\d+(?:\.\d+)*)\.pt")
-_MOST_ELEMS: Final = 1 << 60
+_CHUNK: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
+#: So many that their bytes can still be counted in 63 bits.
+_MOST_ELEMS: Final = 1 << 59
 #: More faults of one array than this are not told; no name of a chunk is longer than this.
 _MOST_FAULTS: Final = 1000
 _MOST_LETTERS: Final = 255
 #: What Megatron's arrays always say; another value would change how chunk files are to be read.
 _PLAIN: Final = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "dimension_separator": "."}
+#: The specification lets this one be left out, with this meaning.
+_LEFT_OUT: Final = {"dimension_separator": "."}
 #: numpy's names of dtypes. zarr knows bfloat16 as two bytes of no type, which Megatron wrote over with its name.
 _DTYPES: Final = {
     "<f8": "float64",
@@ -102,10 +104,8 @@ def read_stored(directory: Path) -> StoredMetadata:
     folders = {entry.name: _names(entry.path) for entry in os.scandir(directory) if entry.is_dir()}
     own = [folder for folder, names in sorted(folders.items()) if _is_own(folder, names)]
     keys = [folder for folder in own if not folder.endswith(_LOCKS_SUFFIX)]
-    for_all(lambda key: _require_key(directory, key), keys)
-    arrays = for_all(
-        lambda key: _array(directory / key, folders[key]), [key for key in keys if _ARRAY_FILE in folders[key]]
-    )
+    found = for_all(lambda key: _read_key(directory, key, folders[key]), keys)
+    arrays = [each for each in found if isinstance(each, _Array)]
     if not arrays:
         raise FormatError(f"{directory} holds no arrays: it was not copied whole")
     tensors, file_bytes = {}, dict[str, int]()
@@ -113,10 +113,7 @@ def read_stored(directory: Path) -> StoredMetadata:
         tensors[each.key] = _tensor(each, first=len(file_bytes))
         file_bytes |= {f"{each.key}/{_chunk_name(place)}": each.chunk_bytes for place in each.places()}
     files, sizes = array("q", range(len(file_bytes))), array("q", file_bytes.values())  # every chunk has its own
-    found = for_all(
-        lambda key: _objects(directory / key, folders[key]), [key for key in keys if _ARRAY_FILE not in folders[key]]
-    )
-    objects = {name: entry for entries in found for name, entry in entries.items()}
+    objects = {name: entry for entries in found if isinstance(entries, dict) for name, entry in entries.items()}
     return StoredMetadata(
         file_bytes=file_bytes | {entry.file: entry.num_bytes for entry in objects.values()},
         tensors=tensors,
@@ -126,31 +123,43 @@ def read_stored(directory: Path) -> StoredMetadata:
     )
 
 
-def _names(folder: str) -> set[str]:
+def _names(folder: str) -> dict[str, bool]:
+    """The names in a directory, and whether each is that of a link."""
     with os.scandir(folder) as entries:
-        return {entry.name for entry in entries}
+        return {entry.name: entry.is_symlink() for entry in entries}
 
 
-def _is_own(folder: str, names: set[str]) -> bool:
+def _is_own(folder: str, names: Iterable[str]) -> bool:
     """Whether a directory belongs to the format; others are whatever somebody put beside the checkpoint."""
-    return (
-        folder.endswith(_LOCKS_SUFFIX)
-        or _ARRAY_FILE in names
-        or any(_CHUNK.fullmatch(name) or _OBJECT.fullmatch(name) for name in names)
+    return folder.endswith(_LOCKS_SUFFIX) or any(
+        name == _ARRAY_FILE or _CHUNK.fullmatch(name) or is_object(name) for name in names
     )
 
 
-def _require_key(directory: Path, key: str) -> None:
+def _read_key(directory: Path, key: str, names: Mapping[str, bool]) -> _Array | dict[str, Entry]:
+    """What is stored under a key: an array, or objects."""
     if not paths.is_plain_name(key):
         raise FormatError(f"{directory} has the key {short(key)}: expected a name that can be printed")
+    folder = directory / key
+    _require_inside(directory, [folder, *(folder / name for name, is_link in names.items() if is_link)])
+    return _array(folder, {*names}) if _ARRAY_FILE in names else read_objects(folder, names)
+
+
+def _require_inside(directory: Path, places: Iterable[Path]) -> None:
+    """Raise FormatError for links to elsewhere: chunks are bare, so any file would be taken for one."""
+    links = [str(path) for path in places if not path.exists() or paths.leads_outside(path, directory)]
+    if links:
+        raise FormatError(f"links lead out of {directory}, or nowhere: {listed(links)}. Copy what they mean instead.")
 
 
 def _array(folder: Path, names: set[str]) -> _Array:
     """What ``.zarray`` in ``folder`` says, held against the files beside it."""
     where = f"{_ARRAY_FILE} in {folder}"
-    said = strict_json.loads_object(storage.read_bytes(folder / _ARRAY_FILE), where)
+    said = _LEFT_OUT | strict_json.loads_object(storage.read_bytes(folder / _ARRAY_FILE), where)
     for name, value in _PLAIN.items():
-        if said.get(name, value) != value:
+        if name not in said:
+            raise FormatError(f"{name} for {where}: expected {value!r}, got nothing")
+        if said[name] != value:
             raise UnsupportedFormatError(f"{name} for {where}: expected {value!r}, got {short(said[name])}")
     dtype, shape, chunk_shape = said.get("dtype"), _sizes(said, "shape", where), _sizes(said, "chunks", where)
     if not isinstance(dtype, str) or dtype not in _DTYPES:
@@ -200,13 +209,14 @@ def _is_chunk_of(found: _Array, name: str) -> bool:
 def _require_contiguous(found: _Array, where: str) -> None:
     """Refuse chunks that are cut off so that what is left of them does not lie in one piece.
 
-    Megatron cuts only vocabularies into parts that need not be equal, and those along their first axis.
+    It does where no chunk has two rows or more before the axis that is cut. Megatron cuts only vocabularies into parts
+    that need not be equal, and those along their first axis.
     """
-    last, whole = found.box(tuple(count - 1 for count in found.grid))[1], found.chunk_shape
-    first = next((axis for axis, size in enumerate(last) if size != 1), 0)
-    if 0 not in found.grid and last[first + 1 :] != whole[first + 1 :]:
+    steps = [*zip(found.shape, found.chunk_shape, strict=True)]
+    cut = [axis for axis, (size, step) in enumerate(steps) if size % step]
+    if cut and any(min(pair) > 1 for pair in steps[: cut[-1]]):
         raise UnsupportedFormatError(
-            f"shape for {where}: expected a multiple of the chunks {list(whole)} behind axis {first}, "
+            f"shape for {where}: expected a multiple of the chunks {list(found.chunk_shape)} along axis {cut[-1]}, "
             f"got {list(found.shape)}"
         )
 
@@ -226,25 +236,3 @@ def _tensor(found: _Array, *, first: int) -> StoredTensor:
         stored_offsets=offsets,
         archives=array("q", range(first, first + len(boxes))),
     )
-
-
-def _objects(folder: Path, names: set[str]) -> dict[str, Entry]:
-    """The objects in ``folder`` by the keys that ``torch_dist`` has for them: ``KEY/shard_2_4``."""
-    matches = {name: _OBJECT.fullmatch(name) for name in sorted(names)}
-    unknown = [name for name, match in matches.items() if match is None]
-    if unknown:
-        raise FormatError(
-            f"{folder} holds {listed(unknown)}: expected {_ARRAY_FILE} and its chunks, or objects (shard_0_1.pt). "
-            "Copy the checkpoint again, whole."
-        )
-    places = {name: tuple(group.split(".") for group in match.groups()) for name, match in matches.items() if match}
-    extent = str(1 + max(int(index[-1]) for index, _ in places.values()))
-    found: dict[str, Entry] = {}
-    for name, (index, shape) in places.items():
-        full = shape if len(shape) == len(index) else [*shape, extent]
-        key = f"{folder.name}/shard_{'.'.join(index)}_{'.'.join(full)}"
-        if len(full) != len(index) or key in found:
-            what = "is stored twice" if key in found else "has an index of another number of axes than its shape"
-            raise FormatError(f"{folder / name}: the object {what}")
-        found[key] = Entry(f"{folder.name}/{name}", 0, (folder / name).stat().st_size)
-    return found
