@@ -452,6 +452,19 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     assert set(json.loads((tmp_path / "new" / "integrity.json").read_bytes())["files"]) == {*contents(tmp_path / "new")}
 
 
+def test_links_of_the_hub_cache_are_followed(migrated: dict[str, Path], tmp_path: Path) -> None:
+    """A checkpoint as the hub's cache holds it, where every file is a link into the blobs beside, is like any other."""
+    snapshot, blobs = (
+        copied("optzarr_0123", tmp_path / "models--x" / "snapshots" / STEP),
+        tmp_path / "models--x" / "blobs",
+    )
+    blobs.mkdir()
+    for number, path in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        path.symlink_to(path.rename(blobs / str(number)))
+    dcm.migrate(snapshot, tmp_path / "new")
+    assert tree(tmp_path / "new") == tree(migrated["optzarr_0123"].parent)
+
+
 def test_only_zarr_is_migrated(tmp_path: Path) -> None:
     """Another format is refused with the command that is meant; so is an output inside the input, which stays."""
     line = refusal(tmp_path, "migrate", shards("td_0192"), tmp_path / "new")
