@@ -113,6 +113,10 @@ DAMAGED: Final[dict[str, tuple[Spoil, list[str]]]] = {
         both(lambda path: in_place_of(path, lambda to: to.symlink_to("/etc/hostname")), f"{FC2}/1.0.1", f"{HEAD}/0.0"),
         [rf"links lead out of \S+, or nowhere: \S+{name}\." for name in (rf"{FC2}/1\.0\.1", rf"{HEAD}/0\.0")],
     ),
+    "a folder elsewhere": (
+        both(lambda path: path.symlink_to(path.rename(path.parents[1] / "elsewhere")), FC2),
+        [rf"links lead out of \S+, or nowhere: \S+{FC2}\."],
+    ),
     "links to nowhere": (
         both(lambda path: in_place_of(path, lambda to: to.symlink_to(to)), f"{FC2}/1.0.1", f"{STATE}/shard_0_4.pt"),
         [rf"links lead out of \S+, or nowhere: \S+{name}\." for name in (rf"{FC2}/1\.0\.1", rf"{STATE}/shard_0_4\.pt")],

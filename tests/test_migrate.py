@@ -57,11 +57,13 @@ STEP: Final = "iter_0000010"
 DENSE: Final = "zarr_ckpt"
 #: What ``verify``, ``to-hf`` and so on are told of a case.
 OPTIONS: Final[dict[str, dict[str, Any]]] = {case: {"config": folder(case) / "config.json"} for case in ZARR}
-#: Cases whose optimizer state Megatron's present optimizers load, and the layouts that load what was migrated.
+#: The layouts at which the installed Megatron loads what was migrated, and of which optimizer state, too.
 LOADS: Final[dict[str, list[dict[str, int]]]] = {
     "optzarr_0123": [{"tp": 4}, {"pp": 4}],
+    "fsms_zarr_0153": [{"tp": 4}, {"tp": 2, "dp": 2}],
     "moe_zarr_0153": [{"dp": 4, "ep": 4}, {"tp": 2, "pp": 2}],
 }
+STATES: Final = ("optzarr_0123", "fsms_zarr_0153")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +200,7 @@ def results(launch_ranks: LaunchRanks, migrated: dict[str, Path]) -> list[dict[s
             same = {"config": config, "layout": layout, "style": "STACKED", "at": str(migrated[case])}
             hf = str(folder(case) / "truth.safetensors")
             jobs[f"{case} {layout}"] = {"task": "load_into_model", "hf": hf, **same}
-            if "opt" in case:
+            if case in STATES:
                 training = {"task": "load_training", "distributed": False, "true": str(migrated[case])}
                 jobs[f"{case} {layout} training"] = training | same
     return launch_ranks(4, jobs)
@@ -210,11 +212,11 @@ def test_megatron_loads_it(case: str, layout: dict[str, int], results: list[dict
     assert [rank[f"{case} {layout}"] for rank in results] == [[]] * 4
 
 
-@pytest.mark.parametrize("layout", LOADS["optzarr_0123"])
-def test_megatron_loads_optimizer_state(layout: dict[str, int], results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("case", "layout"), [(case, layout) for case in STATES for layout in LOADS[case]])
+def test_megatron_loads_optimizer_state(case: str, layout: dict[str, int], results: list[dict[str, Any]]) -> None:
     """A real Float16Optimizer, and the factory's entries, get the tensors that tensorstore read, bit for bit."""
     for rank in results:
-        loaded = rank[f"optzarr_0123 {layout} training"]
+        loaded = rank[f"{case} {layout} training"]
         assert [each["wrong"] for each in loaded.values()] == [[], []]
         assert loaded["real"]["tensors"] == loaded["factory"]["tensors"] > 20
 
@@ -448,6 +450,19 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
         *("common.pt", "metadata.json", ".metadata", "__0_0.distcp", "run_config.yaml", "notes/deep/a.txt")
     }
     assert set(json.loads((tmp_path / "new" / "integrity.json").read_bytes())["files"]) == {*contents(tmp_path / "new")}
+
+
+def test_links_of_the_hub_cache_are_followed(migrated: dict[str, Path], tmp_path: Path) -> None:
+    """A checkpoint as the hub's cache holds it, where every file is a link into the blobs beside, is like any other."""
+    snapshot, blobs = (
+        copied("optzarr_0123", tmp_path / "models--x" / "snapshots" / STEP),
+        tmp_path / "models--x" / "blobs",
+    )
+    blobs.mkdir()
+    for number, path in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        path.symlink_to(path.rename(blobs / str(number)))
+    dcm.migrate(snapshot, tmp_path / "new")
+    assert tree(tmp_path / "new") == tree(migrated["optzarr_0123"].parent)
 
 
 def test_only_zarr_is_migrated(tmp_path: Path) -> None:

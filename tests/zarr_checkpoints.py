@@ -79,12 +79,14 @@ def read_array(folder: Path) -> torch.Tensor:
     """One array as tensorstore reads it."""
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}, "fill_missing_data_reads": False}
     store = tensorstore.open(spec, open=True, read=True).result()
-    values = np.array(store.read().result(), order="C")
-    is_bfloat16 = store.dtype == tensorstore.bfloat16
-    tensor = torch.from_numpy(values.view(np.int16) if is_bfloat16 else values)
+    values: Any = np.array(store.read().result(), order="C")
+    dtype = {name: each for each, name in DTYPES.items()}[store.spec().to_json()["metadata"]["dtype"]]
+    if dtype == torch.bfloat16:
+        values = values.view(np.int16)
+    tensor = torch.from_numpy(values)
     if tensor.numel() == 0:  # numpy gives those other strides than torch
         tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+    return tensor.view(dtype)
 
 
 def chunk_files(directory: Path) -> dict[str, int]:

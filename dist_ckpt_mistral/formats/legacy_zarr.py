@@ -81,12 +81,13 @@ class _Array:
 
     def places(self) -> Iterator[Shape]:
         """All places of the grid, in row-major order, one after the other: there may be more than memory holds."""
-        for number in range(math.prod(self.grid)):
+        counts = self.grid[::-1]
+        for number in range(math.prod(counts)):
             place = []
-            for count in reversed(self.grid):
+            for count in counts:
                 number, at = divmod(number, count)  # noqa: PLW2901  (its digits)
                 place.append(at)
-            yield tuple(reversed(place))
+            yield tuple(place[::-1])
 
     def box(self, place: Shape) -> tuple[Shape, Shape]:
         """Offset and shape of the chunk at a place, in elements: at the end of an axis it may be cut off."""
