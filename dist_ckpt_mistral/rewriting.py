@@ -157,7 +157,7 @@ def new_objects(stored: StoredCheckpoint, left: Mapping[str, str]) -> dict[Entry
 def _new_object(stored: StoredCheckpoint, entry: Entry, keys: tuple[str, ...]) -> NewObject:
     """An object as ``torch_dist`` has it, which is in a list.
 
-    What becomes a pickle of ours must ask for nothing that whoever loads it would execute: raises UnsafePickleError.
+    Whoever loads it unpickles it: raises UnsafePickleError where its pickle asks for anything outside the allowlist.
     """
     if stored.backend == TORCH_DIST:
         return NewObject(keys=keys, copied_bytes=entry.num_bytes)
