@@ -1,4 +1,4 @@
-"""Migration: a legacy ``zarr`` checkpoint again, all of it, as ``torch_dist``, which every later Megatron loads.
+"""Migration: a legacy ``zarr`` checkpoint again, all of it, as ``torch_dist``, the format of every later Megatron.
 
 Megatron removed its zarr backend (megatron-core 0.16). No model needs to be known: whatever Megatron saved keeps its
 key, its shape, its chunks and its bits.

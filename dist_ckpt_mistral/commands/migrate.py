@@ -11,7 +11,7 @@ from dist_ckpt_mistral.ranks import from_environment
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
-    summary = "Write a legacy zarr checkpoint as torch_dist, which every later Megatron loads."
+    summary = "Write a legacy zarr checkpoint as torch_dist, the format of every later Megatron."
     command = options.declare(commands, "migrate", run, summary, on_all_ranks=True, with_numpy=True)
     command.add_argument("checkpoint", metavar="OLD", type=Path, help="zarr checkpoint: root or iteration")
     command.add_argument("output", metavar="CKPT", type=Path, help="checkpoint to create")
