@@ -7,34 +7,20 @@ The records that unpickling makes of a million chunks take a gigabyte: they give
 
 from __future__ import annotations
 
-from array import array
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import chain
-from operator import add, itemgetter
-from reprlib import repr as short
+from collections.abc import Callable
 from typing import Any, Final
 
-from dist_ckpt_mistral import paths
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats import pickle_opcodes, pickle_reading
-from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats.metadata_records import MCORE_DATA, attributes, parse
 from dist_ckpt_mistral.formats.pickle_reading import OpaqueRecord, as_tuple, record_class
-from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
-from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES, torch_dtype_name
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.formats.stored_metadata import StoredMetadata
+from dist_ckpt_mistral.formats.tensor_pickle import torch_dtype_name
 
 #: What Megatron (0.12 to 0.19) adds to torch's Metadata behind all else: the plans of all ranks, which repeat it.
 _PLANS: Final = "all_local_plans"
-#: The attributes of ``_StorageInfo``; torch leaves out the one of transforms where there are none.
-_PLACE: Final = ("relative_path", "offset", "length")
-_TRANSFORMS: Final = "transform_descriptors"
-#: Where Megatron's ``fully_sharded_model_space`` keeps the shapes of tensors that are stored as blocks: an attribute of
-#: Metadata, and the entry for each tensor in it (mcore dist_checkpointing/strategies/torch.py, 0.12 to 0.14).
-MCORE_DATA: Final = "mcore_data"
-OWN_SHAPE: Final = "nd_reformulated_orig_global_shape"
-#: The attributes of a ``StateRecord``.
-_attributes: Final = itemgetter(0)
+#: From so many bytes on, numpy takes less time to import than it saves.
+_LARGE: Final = 4 << 20
 
 
 def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
@@ -43,170 +29,46 @@ def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
     Raises FormatError if it is damaged, UnsafePickleError if it asks for anything outside the allowlist.
     """
     with pickle_reading.paused_collector():
+        found = _in_columns(read, where)
+        if found is not None:
+            return found
         try:
-            return _parse(_unpickled(read, where))  # all records are gone before the collector would look at them
+            return parse(_unpickled(read, where))  # all records are gone before the collector looks at them
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
 
 
+def _in_columns(read: Callable[[], bytes], where: str) -> StoredMetadata | None:
+    """The content, if it is large, where that can be had without a record for every chunk."""
+    pickled = _without_plans(read) or read()
+    if len(pickled) < _LARGE:
+        return None
+    from dist_ckpt_mistral.formats import metadata_columns  # noqa: PLC0415  (inspect must not wait for numpy)
+
+    proto, opcodes = pickled[:2], pickle_opcodes.unframed(pickled)
+    del pickled  # a hundred megabytes
+    return metadata_columns.read(proto, opcodes, _allowlist(), where)
+
+
+def _without_plans(read: Callable[[], bytes]) -> bytes | None:
+    """The pickle ended before Megatron's plans, where they stand last: half of it."""
+    return pickle_opcodes.ended_before(read(), _PLANS, unless_behind=MCORE_DATA)
+
+
 def _unpickled(read: Callable[[], bytes], where: str) -> dict[str, Any]:
-    """The attributes of the metadata. Megatron's plans, where they stand last, are left unread: half of the time."""
-    short = pickle_opcodes.ended_before(read(), _PLANS, unless_behind=MCORE_DATA)
+    """The attributes of the metadata."""
+    short = _without_plans(read)
     if short is not None:
         try:
-            found: dict[str, Any] = _attributes(pickle_reading.loads(short, _allowlist(), where))
+            found: dict[str, Any] = attributes(pickle_reading.loads(short, _allowlist(), where))
             if {"state_dict_metadata", "storage_data"} <= found.keys():
                 return found
         except UnsafePickleError:
             raise
         except (AttributeError, FormatError, LookupError, TypeError):
             pass  # the plans stand elsewhere
-    whole: dict[str, Any] = _attributes(pickle_reading.loads(read(), _allowlist(), where))
+    whole: dict[str, Any] = attributes(pickle_reading.loads(read(), _allowlist(), where))
     return whole
-
-
-def _parse(metadata: dict[str, Any]) -> StoredMetadata:
-    """Whatever is amiss raises what ``read_metadata`` translates."""
-    described, storage_data = metadata["state_dict_metadata"], metadata["storage_data"]
-    indices = [*map(_attributes, storage_data)]
-    file_bytes, archives = _archives([*map(_attributes, storage_data.values())])
-    numbers: dict[str, list[int]] = defaultdict(list)
-    for number, name in enumerate(map(itemgetter("fqn"), indices)):
-        numbers[name].append(number)
-    _require_names([*described, *numbers])
-    _require_bounded(described.values(), len(indices))
-    names, tensors, objects = [*file_bytes], {}, {}
-    own_shapes = _own_shapes(metadata)
-    for name, record in described.items():
-        stored = numbers.pop(name, [])
-        if _is_tensor(record):
-            offsets = [indices[number]["offset"] for number in stored]
-            tensors[name] = _tensor(name, _attributes(record), offsets, stored, own_shapes.get(name))
-        elif type(record).__name__ != "BytesStorageMetadata":
-            raise ValueError(f"{name!r} is a {type(record).__name__}: expected a tensor or an object")
-        elif len(stored) == 1:
-            file, position, num_bytes = (column[stored[0]] for column in archives)
-            objects[name] = Entry(names[file], position, num_bytes)
-        else:
-            raise ValueError(f"{name!r} is listed, but it is not said where it is stored")
-    if numbers:
-        raise ValueError(f"{', '.join(map(repr, numbers))} are stored but not listed")
-    return StoredMetadata(file_bytes=file_bytes, tensors=tensors, objects=objects, archives=archives)
-
-
-def _is_tensor(record: object) -> bool:
-    return type(record).__name__ == "TensorStorageMetadata"
-
-
-def _require_names(names: Sequence[Any]) -> None:
-    """Keys must be strings, and such that can be printed and written: 1 and "1" are not one tensor."""
-    others = [name for name in names if type(name) is not str]
-    if others:
-        raise ValueError(f"it has the key {short(others[0])}: expected a string")
-    "".join(names).encode()  # raises where there are halves of surrogate pairs
-
-
-def _require_bounded(described: Iterable[Any], num_archives: int) -> None:
-    """A pickle may refer to one list of chunks a thousand times; what is stored is as large as the file at most."""
-    num_chunks = sum(len(_attributes(record)["chunks"]) for record in described if _is_tensor(record))
-    if num_chunks > num_archives:
-        raise ValueError(f"{num_chunks} chunks are described, but only {num_archives} archives are stored")
-
-
-def _archives(places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], Archives]:
-    """Where the last archive of each file ends, and all archives."""
-    if {*map(len, places)} - {len(_PLACE)}:
-        _require_untransformed(places)
-    names, positions, lengths = ([*map(itemgetter(key), places)] for key in _PLACE)
-    if not (_are_sizes(positions) and _are_sizes(lengths)):
-        place = next(place for place in zip(positions, lengths, strict=True) if not _are_sizes(place))
-        raise ValueError(f"it places an archive at {short(place[0])}, {short(place[1])} bytes long")
-    numbers = _FileNumbers()
-    files = [*map(numbers.__getitem__, names)]
-    ends = [0] * len(numbers)
-    for file, end in zip(files, map(add, positions, lengths), strict=True):
-        if end > ends[file]:  # noqa: PLR1730  (max takes three times as long, for every chunk)
-            ends[file] = end
-    return dict(zip(numbers, ends, strict=True)), Archives(
-        array("q", files), array("q", positions), array("q", lengths)
-    )
-
-
-def _own_shapes(metadata: Mapping[str, Any]) -> dict[str, Shape]:
-    """The shapes of the tensors that are stored as blocks, by key. Megatron says None where there are none."""
-    about = metadata.get(MCORE_DATA)
-    return {name: _sizes(each[OWN_SHAPE]) for name, each in (about or {}).items() if OWN_SHAPE in each}
-
-
-class _FileNumbers(dict[str, int]):
-    """The numbers of files in the order in which they are met."""
-
-    def __missing__(self, name: object) -> int:
-        """Shards lie beside ``.metadata``; anything but a plain name could point anywhere."""
-        if not isinstance(name, str) or not paths.is_plain_name(name):
-            raise ValueError(f"it names the file {short(name)}: expected the plain name of a file beside it")
-        return self.setdefault(name, len(self))
-
-
-def _require_untransformed(places: Iterable[Mapping[str, Any]]) -> None:
-    for place in places:
-        if place.get(_TRANSFORMS):
-            raise ValueError(f"it describes transformed data ({short(place[_TRANSFORMS])}), which is not supported")
-
-
-def _tensor(
-    name: str,
-    record: Mapping[str, Any],
-    stored_offsets: Sequence[Any],
-    archives: Sequence[int],
-    own_shape: Shape | None,
-) -> StoredTensor:
-    stored_shape, dtype = _sizes(record["size"]), record["properties"].state[0]
-    if type(dtype) is not str:  # what stands in for torch's dtypes
-        raise ValueError(f"{name!r} has the dtype {short(dtype)}")
-    chunks = [*map(_attributes, record["chunks"])]
-    boxes = ([*map(itemgetter(key), chunks)] for key in ("offsets", "sizes"))
-    offsets, shapes, stored = (_column(each, len(stored_shape), name) for each in (*boxes, stored_offsets))
-    return StoredTensor(
-        name=name,
-        dtype=dtype,
-        global_shape=stored_shape if own_shape is None else own_shape,
-        stored_shape=stored_shape,
-        num_chunks=len(chunks),
-        offsets=offsets,
-        shapes=shapes,
-        stored_offsets=stored,
-        archives=array("q", archives),
-    )
-
-
-def _column(boxes: Sequence[Any], ndim: int, name: str) -> array[int]:
-    """Offsets or shapes of chunks, one behind the other: tuples of ``ndim`` non-negative integers each.
-
-    Lengths are looked at before anything is put together: a pickle may refer to one long tuple a thousand times.
-    """
-    if {*map(type, boxes)} - {tuple}:
-        boxes = [*map(_sizes, boxes)]  # raises
-    wrong = {*map(len, boxes)} - {ndim}
-    if wrong:
-        raise ValueError(f"a chunk of {name!r} has {min(wrong)} axes, the tensor has {ndim}")
-    numbers = [*chain.from_iterable(boxes)]
-    if not _are_sizes(numbers):
-        boxes = [*map(_sizes, boxes)]  # raises
-    return array("q", numbers)
-
-
-def _are_sizes(numbers: Collection[Any]) -> bool:
-    return {*map(type, numbers)} <= {int} and min(numbers, default=0) >= 0
-
-
-def _sizes(value: Any) -> Shape:  # noqa: ANN401  (from a pickle)
-    """A tuple of non-negative integers, as offsets and shapes must be, of no more axes than torch's tensors have."""
-    if type(value) is not tuple or not all(type(size) is int and size >= 0 for size in value):
-        raise ValueError(f"expected sizes, got {short(value)}")
-    if len(value) > MAX_AXES:
-        raise ValueError(f"expected sizes of at most {MAX_AXES} axes, got {len(value)} axes")
-    return value
 
 
 def _allowlist() -> Callable[[str, str], Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.formats import pickle_records, torch_archive_writer
-from dist_ckpt_mistral.formats.metadata_pickle import MCORE_DATA, OWN_SHAPE
+from dist_ckpt_mistral.formats.metadata_records import MCORE_DATA, OWN_SHAPE
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
 from dist_ckpt_mistral.gather.flat_ranges import as_range_of_blocks
