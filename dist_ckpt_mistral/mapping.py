@@ -96,11 +96,12 @@ class CheckpointMap:
         for rows_of in self.stored(tensor.rule, index):
             lead = (1,) * min(len(at), len(rows_of.index))
             end = rows_of.first_row + rows_of.rows
+            source = self.stored_name(rows_of.mcore_key)
             for hf_row, mcore_row, rows in tensor.rows:
                 low, high = max(mcore_row, rows_of.first_row), min(mcore_row + rows, end)
                 if low < high:
                     yield Link(
-                        source=self.stored_name(rows_of.mcore_key),
+                        source=source,
                         source_offset=(*rows_of.index, low - rows_of.first_row, *origin),
                         target=tensor.hf_name,
                         target_offset=(*at, hf_row + low - mcore_row, *origin),

@@ -76,8 +76,8 @@ def by_columns(pickled: bytes) -> object:
 def num_cut(pickled: bytes) -> int:
     """How many records and pairs of records are never unpickled."""
     find = allowlist()
-    lists, dicts = getattr(metadata_columns, "_kinds")(find)  # noqa: B009  (its own)
-    remains = record_columns.cut(pickled[:2], pickle_opcodes.unframed(pickled), lists, dicts, find)
+    items = getattr(metadata_columns, "_items")(find)  # noqa: B009  (its own)
+    remains = record_columns.cut(pickled[:2], pickle_opcodes.unframed(pickled), items, find)
     return 0 if remains is None else sum(map(len, remains.batches))
 
 

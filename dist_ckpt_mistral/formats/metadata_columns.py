@@ -18,7 +18,7 @@ from dist_ckpt_mistral.formats import pickle_reading
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.cursors import MOST_AXES, IntArray
 from dist_ckpt_mistral.formats.record_batch import Batch
-from dist_ckpt_mistral.formats.record_columns import Kind, cut
+from dist_ckpt_mistral.formats.record_columns import Items, Kind, cut
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.shapes import Shape
 
@@ -29,7 +29,7 @@ _NONE: Final = np.empty(0, dtype=np.int64)
 def read(proto: bytes, opcodes: bytes, find: Callable[[str, str], Any], where: str) -> StoredMetadata | None:
     """What the opcodes of ``.metadata`` say, behind PROTO; None where that must be found out record by record."""
     try:
-        remains = cut(proto, opcodes, *_kinds(find), find)
+        remains = cut(proto, opcodes, _items(find), find)
         if remains is None:
             return None
         metadata = records_of.attributes(pickle_reading.loads(remains.pickled, remains.find, where))
@@ -38,26 +38,19 @@ def read(proto: bytes, opcodes: bytes, find: Callable[[str, str], Any], where: s
         return None
 
 
-def _kinds(find: Callable[[str, str], Any]) -> tuple[list[Kind], list[Kind]]:
-    """How chunks are written, and where they are stored."""
+def _items(find: Callable[[str, str], Any]) -> tuple[Items, Items]:
+    """How chunks are written, and where they and objects are stored."""
     chunk, index = (find(f"{_CHECKPOINT}.metadata", name) for name in ("ChunkStorageMetadata", "MetadataIndex"))
     info, size = find(f"{_CHECKPOINT}.filesystem", "_StorageInfo"), find("torch", "Size")
-    place, announced = (info, "relative_path", "offset", "length"), "MetadataIndex"
-    chunks = Kind(
-        announced="ChunkStorageMetadata",
-        constants=("gogg", "cgg", "cu"),
-        slots="ss",
-        referred=(chunk, "offsets", size, "sizes", size),
-    )
-    places = (
+    place = (info, "relative_path", "offset", "length")
+    kinds = (
         (("gog", "gg", "cugog", "g", "g", "u"), "tstii", (index, "fqn", "offset", size, *place)),
         (("gog", "gNgg", "cugog", "g", "g", "u"), "tstii", (index, "fqn", "index", "offset", size, *place)),
         (("gog", "gNugog", "g", "g", "u"), "ttii", (index, "fqn", "index", *place)),
     )
-    return [chunks], [
-        Kind(announced=announced, constants=constants, slots=slots, referred=referred)
-        for constants, slots, referred in places
-    ]
+    places = (Kind(constants=constants, slots=slots, referred=referred) for constants, slots, referred in kinds)
+    boxes = Kind(constants=("gogg", "cgg", "cu"), slots="ss", referred=(chunk, "offsets", size, "sizes", size))
+    return Items.of_lists("ChunkStorageMetadata", boxes), Items.of_dicts("MetadataIndex", *places)
 
 
 class _Stored(NamedTuple):

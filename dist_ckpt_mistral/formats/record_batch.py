@@ -10,15 +10,13 @@ import numpy as np
 
 from dist_ckpt_mistral.formats.cursors import IntArray
 
-#: The module of what stands in for what is cut out.
-MODULE: Final = "dist_ckpt_mistral.cut"
-
 
 class Nothing:
-    """Fills the slots of the memo that the records would. It fits nowhere, not even as a key."""
+    """Fills the slots of the memo that the records would. It fits nowhere: it is no key, and takes no state."""
 
-    NAME: Final = "nothing"
-    __hash__ = None  # type: ignore[assignment]  # some records have none either
+    NAME: Final = b"nothing"
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]  # some of the records have none either
 
 
 class Records(NamedTuple):
@@ -67,26 +65,20 @@ class Batch:
         """Which of ``strings`` each record has in a text slot."""
         return self._which.reshape(self.records.texts.shape)[:, column]
 
-    def opcodes(self, opcodes: bytes, number: int, constants: bytes) -> Iterator[bytes]:
-        """What is unpickled in place of the batch. ``constants`` are the opcodes that push what is expected."""
-        yield _push(str(number)) + pickle.MARK + constants
+    def opcodes(self, opcodes: bytes, push: bytes, number: int, constants: bytes) -> Iterator[bytes]:
+        """What is unpickled in place of the batch, which is global ``number`` of those that ``push % name`` pushes.
+
+        ``constants`` are the opcodes that push what is expected.
+        """
+        yield push % str(number).encode() + pickle.MARK + constants
         memos = self.records.memos
         ranks = ((memos.cumsum() - memos)[:, None] + self.records.ranks).ravel()[self._first].tolist()
-        filled = 0
+        filled, nothing = 0, push % Nothing.NAME
         for text, rank in zip(self._used.tolist(), ranks, strict=True):
             if text >= 0:
                 yield pickle.LONG_BINGET + text.to_bytes(4, "little")
             else:
-                yield _filling(rank - filled) + opcodes[~text : ~text + 2 + opcodes[~text + 1]] + pickle.MEMOIZE
+                yield nothing + pickle.MEMOIZE * (rank - filled)
+                yield opcodes[~text : ~text + 2 + opcodes[~text + 1]] + pickle.MEMOIZE
                 filled = rank + 1
-        yield _filling(int(memos.sum()) - filled) + pickle.TUPLE + pickle.REDUCE
-
-
-def _push(name: str) -> bytes:
-    """The opcode that pushes what stands in under this name."""
-    return f"c{MODULE}\n{name}\n".encode()
-
-
-def _filling(slots: int) -> bytes:
-    """Fill slots of the memo with something that fits nowhere."""
-    return _push(Nothing.NAME) + pickle.MEMOIZE * slots if slots else b""
+        yield nothing + pickle.MEMOIZE * (int(memos.sum()) - filled) + pickle.TUPLE + pickle.REDUCE

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_ckpt_mistral.formats.cursors import MOST_AXES, MOST_BYTES, Cursors, IntArray, begins_with
-from dist_ckpt_mistral.formats.record_batch import MODULE, Batch, Nothing, Records
+from dist_ckpt_mistral.formats.record_batch import Batch, Nothing, Records
 
 #: From this protocol on, pickles are as they are taken to be here.
 _COUNTING: Final = pickle.PROTO + b"\4"
@@ -53,22 +54,42 @@ _PARTS: Final = {"g": _GET, "o": rb"\)\x81\x94}\x94\(", "c": rb"\x94\x85\x94R\x9
 class Kind:
     """Records, or pairs of such, that are written alike: ``constants``, and a slot behind each but the last.
 
-    Slots: ``t`` for text, ``i`` for an integer, ``s`` for sizes. ``referred`` is what the constants must refer to. The
-    name of the class, ``announced``, stands in the pickle before the first one.
+    Slots: ``t`` for text, ``i`` for an integer, ``s`` for sizes. ``referred`` is what the constants must refer to.
     """
 
-    announced: str
     constants: tuple[str, ...]
     slots: str
     referred: tuple[Any, ...]
 
-    def form(self, opcodes: bytes) -> tuple[bytes, ...]:
-        """The constants of a record that stands near the first one; none if there is none."""
+    def form(self, opcodes: bytes, start: int) -> tuple[bytes, ...]:
+        """The constants of a record that stands soon behind ``start``; none if there is none."""
         constants = [b"(%b)" % b"".join(map(_PARTS.__getitem__, each)) for each in self.constants]
         pattern = b"".join(map(bytes.__add__, constants, [*map(_SLOTS.__getitem__, self.slots), b""]))
-        start = max(0, opcodes.find(self.announced.encode()))
         found = re.compile(pattern, re.DOTALL).search(opcodes, start, start + _NEAR)
         return found.groups() if found else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """What the items of some lists, or the pairs of a dict, are: behind the name of their class, one of these kinds.
+
+    A batch of them is ended by the opcode ``end``, and what takes its place goes where it should by ``instead``.
+    """
+
+    announced: str
+    kinds: tuple[Kind, ...]
+    end: bytes
+    instead: bytes
+
+    @classmethod
+    def of_lists(cls, announced: str, *kinds: Kind) -> Items:
+        """Items of lists."""
+        return cls(announced=announced, kinds=kinds, end=pickle.APPENDS, instead=pickle.APPEND)
+
+    @classmethod
+    def of_dicts(cls, announced: str, *kinds: Kind) -> Items:
+        """Pairs of dicts; what takes the place of a batch becomes a key."""
+        return cls(announced=announced, kinds=kinds, end=pickle.SETITEMS, instead=pickle.NONE + pickle.SETITEM)
 
 
 class Cut(NamedTuple):
@@ -80,57 +101,54 @@ class Cut(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a batch stands, without MARK and the last opcode, and what takes its place before and behind."""
+    """Where a batch stands, without MARK and the last opcode, and with what it is replaced."""
 
     begin: int
     end: int
+    batch: Batch
     constants: bytes
     instead: bytes
-    batch: Batch
 
 
-def cut(
-    proto: bytes, opcodes: bytes, lists: Sequence[Kind], dicts: Sequence[Kind], find: Callable[[str, str], Any]
-) -> Cut | None:
-    """Cut records in ``lists`` and pairs in ``dicts`` out of the opcodes of a pickle, which stand behind PROTO.
+def cut(proto: bytes, opcodes: bytes, items: Iterable[Items], find: Callable[[str, str], Any]) -> Cut | None:
+    """Cut items out of the opcodes of a pickle, which stand behind PROTO. None where nothing can be cut out.
 
-    ``find`` says what the names in it mean. None where nothing can be cut out.
+    ``find`` says what the names in the pickle mean.
     """
     if proto < _COUNTING:
         return None
     padded = opcodes + bytes(MOST_BYTES)
     news = _places_of(pickle.NEWOBJ, padded)
-    places = [
-        *_found(padded, news, lists, pickle.APPENDS, pickle.APPEND),
-        *_found(padded, news, dicts, pickle.SETITEMS, pickle.NONE + pickle.SETITEM),
-    ]
-    places.sort()
-    if not places or MODULE.encode() in opcodes or any(one.end >= other.begin - 1 for one, other in pairwise(places)):
+    places = sorted((place for each in items for place in _found(padded, news, each)), key=lambda place: place.begin)
+    if not places or any(one.end >= other.begin - 1 for one, other in pairwise(places)):
         return None
+    module = f"cut {secrets.token_hex(16)}"  # a name that nobody who made the pickle could guess
     parts, at = [proto], 0
-    for number, (begin, end, constants, instead, batch) in enumerate(places):
-        parts += [opcodes[at : begin - 1], *batch.opcodes(opcodes, number, constants), instead]
+    for number, (begin, end, batch, constants, instead) in enumerate(places):
+        push = b"c%b\n%%b\n" % module.encode()
+        parts += [opcodes[at : begin - 1], *batch.opcodes(opcodes, push, number, constants), instead]
         at = end + 1
     batches = tuple(place.batch for place in places)
-    stand_ins = {Nothing.NAME: Nothing(), **{str(number): batch for number, batch in enumerate(batches)}}
+    stand_ins = {Nothing.NAME.decode(): Nothing(), **{str(number): batch for number, batch in enumerate(batches)}}
     return Cut(
         pickled=b"".join([*parts, opcodes[at:]]),
-        find=lambda module, name: stand_ins[name] if module == MODULE else find(module, name),
+        find=lambda asked, name: stand_ins[name] if asked == module else find(asked, name),
         batches=batches,
     )
 
 
-def _found(content: bytes, news: IntArray, kinds: Iterable[Kind], end: bytes, instead: bytes) -> Iterator[_Place]:
-    """The batches of records of these kinds that are ended by the opcode ``end``."""
-    forms = [(kind, form) for kind in kinds if (form := kind.form(content))]
+def _found(content: bytes, news: IntArray, items: Items) -> Iterator[_Place]:
+    """The batches of items."""
+    start = content.find(items.announced.encode())
+    forms = [(kind, form) for kind in items.kinds if (form := kind.form(content, start))] if start >= 0 else []
     if forms:
         references = [each for _, form in forms for part in form for each in re.findall(_GET, part, re.DOTALL)]
         expected = tuple(each for kind, _ in forms for each in kind.referred)
         records = _joined([_read(content, news, kind, form) for kind, form in forms])
-        for begin, stop in _runs(content, records, end[0]):
+        for begin, stop in _runs(content, records, items.end[0]):
             batch = Batch(_taken(records, slice(begin, stop)), expected)
-            at = int(records.begin[begin]), int(records.end[stop - 1])
-            yield _Place(*at, b"".join(references), instead, batch)
+            first, last = int(records.begin[begin]), int(records.end[stop - 1])
+            yield _Place(first, last, batch, b"".join(references), items.instead)
 
 
 def _places_of(opcode: bytes, content: bytes) -> IntArray:

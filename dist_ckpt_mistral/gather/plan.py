@@ -117,8 +117,7 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
 
 
 def _require_whole(tensor: IndexedTensor) -> None:
-    what = f"the stored chunks of {tensor.name!r} are not whole"
-    require_tiling(tensor.offsets, tensor.shapes, tensor.global_shape, what)
+    tensor.require_whole(f"the stored chunks of {tensor.name!r} are not whole")
 
 
 def _fill(source: TensorIndex, target: IndexedTensor, links: list[Link]) -> list[Segment]:
@@ -172,8 +171,7 @@ def _require_total(target: IndexedTensor, links: list[Link]) -> None:
     shapes = np.array([(1,) * (ndim - len(link.shape)) + link.shape for link in links], dtype=np.int64)
     what = f"the source does not fill {target.name!r} exactly"
     require_tiling(offsets, shapes.reshape(len(links), ndim), target.global_shape, what)
-    what = f"the chunks of {target.name!r} are not whole"
-    require_tiling(target.offsets, target.shapes, target.global_shape, what)
+    target.require_whole(f"the chunks of {target.name!r} are not whole")
 
 
 def _copies(source: IndexedTensor, target: IndexedTensor, links: list[Link]) -> tuple[IntArray, CopyArray]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import PlanError
-from dist_ckpt_mistral.gather.boxes import IntArray, Meets, grid_cuts, grid_meets, intersect
+from dist_ckpt_mistral.gather.boxes import IntArray, Meets, grid_cuts, grid_meets, intersect, require_tiling
 from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import DerivedFile
 
@@ -73,6 +73,11 @@ class IndexedTensor:
     @functools.cached_property
     def _cuts(self) -> tuple[IntArray, ...] | None:
         return grid_cuts(self.offsets, self.shapes, self.global_shape)
+
+    def require_whole(self, what: str) -> None:
+        """Raise PlanError, which begins with ``what``, unless the chunks cover every element exactly once."""
+        if self._cuts is None:  # the cells of a grid do
+            require_tiling(self.offsets, self.shapes, self.global_shape, what)
 
     def meeting(self, lows: IntArray, highs: IntArray) -> Meets:
         """The chunks that meet the boxes ``[lows, highs)`` (in elements, ``[boxes, ndim]``), and where."""
