@@ -12,6 +12,7 @@ from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
 from dist_ckpt_mistral.formats import hf_directory, torch_dist
 from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link
@@ -174,6 +175,8 @@ def open_megatron(
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     found = match_checkpoint(table, shapes, checkpoint.objects, where, state)
     tensors = _described(found.table, remembered)
+    with paused_collector():  # of a hundred thousand links each lives
+        links = {tensor.hf_name: found.links(tensor) for tensor in tensors}
     folder = checkpoint.directory / embedded.ASSETS_FOLDER
     return ModelSource(
         path=checkpoint.directory,
@@ -183,7 +186,7 @@ def open_megatron(
         table=table,
         index=checkpoint.index(found.names()),
         tensors=tensors,
-        links={tensor.hf_name: found.links(tensor) for tensor in tensors},
+        links=links,
         ignored=(*found.ignored, *_padding(table, found, shapes)),
         hf_files=remembered.hf_files if remembered else None,
         assets=folder if folder.is_dir() else None,
