@@ -36,8 +36,8 @@ _COUNTING: Final = pickle.PROTO + b"\4"
 _LEAST: Final = 8
 #: So many bytes are looked through for a record of each form.
 _NEAR: Final = 1 << 18
-#: So many records at once: their columns stay in the cache.
-_BLOCK: Final = 1 << 15
+#: Records of so many bytes at once: their columns stay in the cache.
+_BLOCK_BYTES: Final = 1 << 20
 
 _GET: Final = rb"(?:h.|j.{4})"
 _INT: Final = rb"(?:K.|M..|J.{4}|\x8a\x05.{5}|\x8a\x06.{6})"
@@ -118,8 +118,7 @@ def cut(proto: bytes, opcodes: bytes, items: Iterable[Items], find: Callable[[st
     if proto < _COUNTING:
         return None
     padded = opcodes + bytes(MOST_BYTES)
-    news = _places_of(pickle.NEWOBJ, padded)
-    places = sorted((place for each in items for place in _found(padded, news, each)), key=lambda place: place.begin)
+    places = sorted((place for each in items for place in _found(padded, each)), key=lambda place: place.begin)
     if not places or any(one.end >= other.begin - 1 for one, other in pairwise(places)):
         return None
     module = f"cut {secrets.token_hex(16)}"  # a name that nobody who made the pickle could guess
@@ -137,37 +136,33 @@ def cut(proto: bytes, opcodes: bytes, items: Iterable[Items], find: Callable[[st
     )
 
 
-def _found(content: bytes, news: IntArray, items: Items) -> Iterator[_Place]:
+def _found(content: bytes, items: Items) -> Iterator[_Place]:
     """The batches of items."""
     start = content.find(items.announced.encode())
     forms = [(kind, form) for kind in items.kinds if (form := kind.form(content, start))] if start >= 0 else []
     if forms:
         references = [each for _, form in forms for part in form for each in re.findall(_GET, part, re.DOTALL)]
         expected = tuple(each for kind, _ in forms for each in kind.referred)
-        records = _joined([_read(content, news, kind, form) for kind, form in forms])
+        records = _read(content, start, forms)
         for begin, stop in _runs(content, records, items.end[0]):
             batch = Batch(_taken(records, slice(begin, stop)), expected)
             first, last = int(records.begin[begin]), int(records.end[stop - 1])
             yield _Place(first, last, batch, b"".join(references), items.instead)
 
 
-def _places_of(opcode: bytes, content: bytes) -> IntArray:
-    """Where a byte stands."""
-    every, step = np.frombuffer(content, dtype=np.uint8), 1 << 20
-    found = [np.flatnonzero(every[at : at + step] == opcode[0]) + at for at in range(0, len(every), step)]
-    return np.concatenate(found)
+def _read(content: bytes, start: int, forms: Sequence[tuple[Kind, tuple[bytes, ...]]]) -> Records:
+    """The records of these forms behind ``start``."""
+    every, parts = np.frombuffer(content, dtype=np.uint8), []
+    for at in range(start, len(every), _BLOCK_BYTES):
+        news = np.flatnonzero(every[at : at + _BLOCK_BYTES] == pickle.NEWOBJ[0]) + at
+        parts += [_block(content, news, kind, form) for kind, form in forms]
+    return _joined(parts)
 
 
-def _read(content: bytes, news: IntArray, kind: Kind, form: tuple[bytes, ...]) -> Records:
-    """The records of one form, whose first NEWOBJ opcodes are among ``news``."""
+def _block(content: bytes, news: IntArray, kind: Kind, form: tuple[bytes, ...]) -> Records:
+    """The records of one form whose first NEWOBJ opcodes are among ``news``."""
     begin = news - len(pickle.EMPTY_TUPLE) - (5 if form[0].startswith(pickle.LONG_BINGET) else 2)
     begin = begin[begin > 0]
-    starts = range(0, max(1, len(begin)), _BLOCK)
-    return _joined([_block(content, begin[at : at + _BLOCK], kind, form) for at in starts])
-
-
-def _block(content: bytes, begin: IntArray, kind: Kind, form: tuple[bytes, ...]) -> Records:
-    """Those of the records of one form that begin at ``begin``."""
     begin = begin[begins_with(content, begin, form[0])]  # most are of another form
     cursors = Cursors(content, begin)
     texts, ranks, integers, sizes = [], [], [], []
