@@ -48,6 +48,7 @@ from zarr_checkpoints import (
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.backends import open_stored
+from dist_ckpt_mistral.formats.torch_archive import CENTRAL, END
 from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -268,6 +269,29 @@ def test_framed_pickles_are_refused(protocol: int, tmp_path: Path) -> None:
     save_objects(old, {f"odd/shard_{i}_3": {"x": 1} for i in range(3)}, pickle_protocol=protocol)
     line = refusal(tmp_path, "migrate", old, tmp_path / "new")
     assert all(f"odd/shard_{i}_3.pt is not as torch.save writes it" in line for i in range(3))
+
+
+def directory_first(path: Path) -> None:
+    """Put the directory of an archive before the records."""
+    archive = path.read_bytes()
+    *fixed, num_bytes, begin, _ = END.unpack(archive[-END.size :])
+    directory, at = bytearray(archive[begin : begin + num_bytes]), 0
+    while at < num_bytes:
+        entry = CENTRAL.unpack_from(directory, at)
+        CENTRAL.pack_into(directory, at, *entry[:-1], entry[-1] + num_bytes)
+        at += CENTRAL.size + sum(entry[10:13])
+    path.write_bytes(directory + archive[:begin] + END.pack(*fixed, num_bytes, 0, 0))
+
+
+def test_objects_behind_their_directory_are_refused(tmp_path: Path) -> None:
+    """What would follow the directory would be left behind, so such archives, which torch does not read, are named."""
+    old = new_checkpoint(tmp_path / "old")
+    write_array(old / "a", numbered([4]), (2,))
+    save_objects(old, {f"odd/shard_{i}_3": {"x": numbered([8])} for i in range(3)})
+    for path in (old / "odd").iterdir():
+        directory_first(path)
+    line = refusal(tmp_path, "migrate", old, tmp_path / "new")
+    assert all(f"odd/shard_{i}_3.pt is damaged: data.pkl does not end before its directory" in line for i in range(3))
 
 
 class Hostile:

@@ -123,7 +123,8 @@ def in_list(archive: ArchiveReader, where: str) -> tuple[int, bytes]:
     """The archive of a list of one, the object that ``archive`` holds: so many bytes as they are, and what follows.
 
     All records stay where they are. Behind them comes another ``data.pkl``, and a directory that names that one: so the
-    storages of its tensors are not looked at. Raises FormatError unless the pickle is as ``torch.save`` writes it.
+    contents of its storages are not looked at. Raises FormatError unless the pickle is as ``torch.save`` writes it and
+    all records stand before the directory.
     """
     pickled, begin = archive.read(_PICKLE), archive.directory_offset
     opcodes = [(opcode.code, at) for opcode, _, at in _opcodes(pickled, where)]
@@ -133,6 +134,8 @@ def in_list(archive: ArchiveReader, where: str) -> tuple[int, bytes]:
     root = archive.listed[0].root
     record = _record(_PICKLE, wrapped, 0, root)
     kept = [each for each in archive.listed if each.name != _PICKLE]
+    for each in kept:
+        archive.member(each.name)  # raises where it is not among the bytes that stay
     listed = [_list(_PICKLE, wrapped, begin, root), *kept]
     return begin, record + _central_directory(listed, begin + len(record))
 
