@@ -140,8 +140,10 @@ def rewrite(
 
 
 def own_boxes(tensor: IndexedTensor) -> list[tuple[Shape, Shape]]:
-    """Offset and shape of each chunk of a tensor as it is cut; one that is empty may have none, and needs one."""
-    return [*tensor.boxes()] or [((0,) * len(tensor.global_shape), tensor.global_shape)]
+    """Offset and shape in elements of each chunk as a tensor is cut; an empty one may have none, and needs one."""
+    boxes = zip(tensor.offsets.tolist(), tensor.shapes.tolist(), strict=True)
+    whole = (0,) * len(tensor.global_shape), tensor.global_shape
+    return [(tuple(offset), tuple(shape)) for offset, shape in boxes] or [whole]
 
 
 def new_objects(stored: StoredCheckpoint, left: Mapping[str, str]) -> dict[Entry, NewObject]:
