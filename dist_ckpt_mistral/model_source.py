@@ -162,7 +162,7 @@ def _identity(tensor: HfTensor) -> Link:
 def open_megatron(
     path: Path, *, config: MistralConfig | None = None, state: ParamState = ParamState.WEIGHTS
 ) -> ModelSource:
-    """Open a torch_dist checkpoint (root or iteration).
+    """Open a Megatron checkpoint (root or iteration).
 
     The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``. ``state`` may
     pick another tensor than the weights that training kept for every parameter, such as the master weights.
