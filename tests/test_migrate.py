@@ -10,9 +10,11 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -292,6 +294,16 @@ def test_objects_behind_their_directory_are_refused(tmp_path: Path) -> None:
         directory_first(path)
     line = refusal(tmp_path, "migrate", old, tmp_path / "new")
     assert all(f"odd/shard_{i}_3.pt is damaged: data.pkl does not end before its directory" in line for i in range(3))
+
+
+def test_programs_are_refused(tmp_path: Path) -> None:
+    """An archive that torch would take for TorchScript, and run, is no object, whatever else is in it."""
+    old = new_checkpoint(tmp_path / "old")
+    write_array(old / "a", numbered([4]), (2,))
+    save_objects(old, {"odd/shard_0_1": {"x": 1}})
+    with zipfile.ZipFile(old / "odd" / "shard_0_1.pt", "a") as archive:
+        archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/constants.pkl", pickle.dumps((), 2))
+    assert "odd/shard_0_1.pt holds a program, TorchScript" in refusal(tmp_path, "migrate", old, tmp_path / "new")
 
 
 class Hostile:
