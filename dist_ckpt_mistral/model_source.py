@@ -15,7 +15,7 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
-from dist_ckpt_mistral.gather.links import Link
+from dist_ckpt_mistral.gather.links import Link, whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
@@ -114,7 +114,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
         table=table,
         index=index,
         tensors=tuple(tensors),
-        links={tensor.hf_name: [_identity(tensor)] for tensor in tensors},
+        links={tensor.hf_name: [whole(tensor.hf_name, tensor.shape)] for tensor in tensors},
         ignored=(*quantized.ignored, *ignored),
         hf_files=None if ignored or quantized.weights else files,
         assets=path,
@@ -149,13 +149,6 @@ def _open_own(path: Path, config: MistralConfig, config_from: str, table: Tensor
         hf_files=None,
         assets=path,
         carried_from=path if table.carried else None,
-    )
-
-
-def _identity(tensor: HfTensor) -> Link:
-    origin = (0,) * len(tensor.shape)
-    return Link(
-        source=tensor.hf_name, source_offset=origin, target=tensor.hf_name, target_offset=origin, shape=tensor.shape
     )
 
 
