@@ -15,7 +15,7 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
-from dist_ckpt_mistral.gather.links import Link
+from dist_ckpt_mistral.gather.links import Link, whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
@@ -114,7 +114,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
         table=table,
         index=index,
         tensors=tuple(tensors),
-        links={tensor.hf_name: [_identity(tensor)] for tensor in tensors},
+        links={tensor.hf_name: [whole(tensor.hf_name, tensor.shape)] for tensor in tensors},
         ignored=(*quantized.ignored, *ignored),
         hf_files=None if ignored or quantized.weights else files,
         assets=path,
@@ -152,17 +152,10 @@ def _open_own(path: Path, config: MistralConfig, config_from: str, table: Tensor
     )
 
 
-def _identity(tensor: HfTensor) -> Link:
-    origin = (0,) * len(tensor.shape)
-    return Link(
-        source=tensor.hf_name, source_offset=origin, target=tensor.hf_name, target_offset=origin, shape=tensor.shape
-    )
-
-
 def open_megatron(
     path: Path, *, config: MistralConfig | None = None, state: ParamState = ParamState.WEIGHTS
 ) -> ModelSource:
-    """Open a torch_dist checkpoint (root or iteration).
+    """Open a Megatron checkpoint (root or iteration).
 
     The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``. ``state`` may
     pick another tensor than the weights that training kept for every parameter, such as the master weights.

@@ -22,7 +22,7 @@ from dist_ckpt_mistral.formats.torch_archive_writer import in_list
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject, object_bytes
 from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.gather.links import Link
+from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.journal import Recipe
@@ -107,7 +107,7 @@ def rewrite(
         train_state = _train_state(new.stored.directory, str(new.step))
         written = new.layout()
         target = written.index(new.step)
-        links = [_identity(tensor) for tensor in target.tensors.values()]
+        links = [whole(tensor.name, tensor.global_shape) for tensor in target.tensors.values()]
         return inputs, new, train_state, written, plan_gather(new.index(), target, links)
 
     inputs, new, train_state, written, plan = ranks.each(prepare)
@@ -140,8 +140,10 @@ def rewrite(
 
 
 def own_boxes(tensor: IndexedTensor) -> list[tuple[Shape, Shape]]:
-    """Offset and shape of each chunk of a tensor as it is cut; one that is empty may have none, and needs one."""
-    return [*tensor.boxes()] or [((0,) * len(tensor.global_shape), tensor.global_shape)]
+    """Offset and shape in elements of each chunk as a tensor is cut; an empty one may have none, and needs one."""
+    boxes = zip(tensor.offsets.tolist(), tensor.shapes.tolist(), strict=True)
+    empty = (0,) * len(tensor.global_shape), tensor.global_shape
+    return [(tuple(offset), tuple(shape)) for offset, shape in boxes] or [empty]
 
 
 def new_objects(stored: StoredCheckpoint, left: Mapping[str, str]) -> dict[Entry, NewObject]:
@@ -167,11 +169,6 @@ def _new_object(stored: StoredCheckpoint, entry: Entry, keys: tuple[str, ...]) -
         archive.object(common_state.allowlist())
         copied_bytes, rest = in_list(archive, str(path))
     return NewObject(keys=keys, copied_bytes=copied_bytes, rest=rest)
-
-
-def _identity(tensor: IndexedTensor) -> Link:
-    origin, shape = (0,) * len(tensor.global_shape), tensor.global_shape
-    return Link(source=tensor.name, source_offset=origin, target=tensor.name, target_offset=origin, shape=shape)
 
 
 def _beside(old: StoredCheckpoint) -> Iterator[Path]:

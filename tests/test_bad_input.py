@@ -95,7 +95,7 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     ("files", "expected"),
     [
         (None, "there is no such directory"),
-        ({}, "it has neither latest_checkpointed_iteration.txt nor .metadata"),
+        ({}, "it has neither latest_checkpointed_iteration.txt nor metadata.json"),
         ({"iter_0000001/x": "", "release/x": ""}, "It holds iter_0000001, release: give one of them"),
         ({"latest_checkpointed_iteration.txt": "12"}, "names iter_0000012, which is absent"),
         ({"latest_checkpointed_iteration.txt": "../../etc"}, "should hold an iteration or 'release', got '../../etc'"),

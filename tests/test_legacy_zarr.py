@@ -64,6 +64,13 @@ def remove(folder: Path) -> Path:
     return folder
 
 
+def only_locks(folder: Path) -> None:
+    """A folder is gone; the one in which its writers locked chunks is still there."""
+    locks = remove(folder).with_name(f"{folder.name}.sync")
+    locks.mkdir()
+    (locks / ".zarray").touch()
+
+
 def arrays(**members: Any) -> Spoil:  # noqa: ANN401  (JSON)
     """Both arrays say something else of themselves."""
     return lambda path: [edit_array(path / key, **members) for key in KEYS]
@@ -125,6 +132,7 @@ DAMAGED: Final[dict[str, tuple[Spoil, list[str]]]] = {
         lambda path: [(path / FC2).rename(path / "a\x1b[31m"), (path / HEAD).rename(path / os.fsdecode(b"caf\xe9"))],
         [r"the key 'a\\x1b\[31m': expected a name that can be printed", r"the key 'caf\\udce9': expected"],
     ),
+    "locks of no array": (both(only_locks, *KEYS), [rf"invalid JSON in \.zarray in \S+{key}\.sync: " for key in KEYS]),
     "no JSON": (written("{"), [rf"invalid JSON in \.zarray in \S+{key}: " for key in KEYS]),
     "no object": (written("[]"), [rf"\.zarray in \S+{key}: expected an object, got list" for key in KEYS]),
     "a member twice": (

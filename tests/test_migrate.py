@@ -10,9 +10,11 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -48,6 +50,7 @@ from zarr_checkpoints import (
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.backends import open_stored
+from dist_ckpt_mistral.formats.torch_archive import CENTRAL, END
 from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -270,6 +273,39 @@ def test_framed_pickles_are_refused(protocol: int, tmp_path: Path) -> None:
     assert all(f"odd/shard_{i}_3.pt is not as torch.save writes it" in line for i in range(3))
 
 
+def directory_first(path: Path) -> None:
+    """Put the directory of an archive before the records."""
+    archive = path.read_bytes()
+    *fixed, num_bytes, begin, _ = END.unpack(archive[-END.size :])
+    directory, at = bytearray(archive[begin : begin + num_bytes]), 0
+    while at < num_bytes:
+        entry = CENTRAL.unpack_from(directory, at)
+        CENTRAL.pack_into(directory, at, *entry[:-1], entry[-1] + num_bytes)
+        at += CENTRAL.size + sum(entry[10:13])
+    path.write_bytes(directory + archive[:begin] + END.pack(*fixed, num_bytes, 0, 0))
+
+
+def test_objects_behind_their_directory_are_refused(tmp_path: Path) -> None:
+    """What would follow the directory would be left behind, so such archives, which torch does not read, are named."""
+    old = new_checkpoint(tmp_path / "old")
+    write_array(old / "a", numbered([4]), (2,))
+    save_objects(old, {f"odd/shard_{i}_3": {"x": numbered([8])} for i in range(3)})
+    for path in (old / "odd").iterdir():
+        directory_first(path)
+    line = refusal(tmp_path, "migrate", old, tmp_path / "new")
+    assert all(f"odd/shard_{i}_3.pt is damaged: data.pkl does not end before its directory" in line for i in range(3))
+
+
+def test_programs_are_refused(tmp_path: Path) -> None:
+    """An archive that torch would take for TorchScript, and run, is no object, whatever else is in it."""
+    old = new_checkpoint(tmp_path / "old")
+    write_array(old / "a", numbered([4]), (2,))
+    save_objects(old, {"odd/shard_0_1": {"x": 1}})
+    with zipfile.ZipFile(old / "odd" / "shard_0_1.pt", "a") as archive:
+        archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/constants.pkl", pickle.dumps((), 2))
+    assert "odd/shard_0_1.pt holds a program, TorchScript" in refusal(tmp_path, "migrate", old, tmp_path / "new")
+
+
 class Hostile:
     """Unpickled, it makes a directory."""
 
@@ -438,8 +474,8 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     (old / "notes" / "deep").mkdir(parents=True)
     (old / "notes" / "deep" / "a.txt").write_text("kept")
     (old / "run_config.yaml").write_text("kept: too")
-    (old / "some.key.sync").mkdir()
-    (old / "some.key.sync" / "0.0").touch()
+    (old / "output_layer.weight.sync").mkdir()
+    (old / "output_layer.weight.sync" / "0.0").touch()
     (tmp_path / "secret").write_text("none of your business")
     (old / "link").symlink_to(tmp_path / "secret")
     (old / "integrity.json").write_text('{"algorithm": "sha256", "files": {}}')

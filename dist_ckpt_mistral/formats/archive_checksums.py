@@ -1,7 +1,7 @@
-"""The checksums that data files of ``torch_dist`` checkpoints bring along: the CRC-32 of every record of every archive.
+"""The checksums that data files of checkpoints bring along: the CRC-32 of every record of every archive.
 
 torch writes them into the central directory of each archive, unless ``torch.serialization.set_crc32_options(False)``
-was called: then they are 0 (torch 2.6 to 2.15).
+was called: then they are 0 (torch 2.6 to 2.15). The bare chunks of legacy ``zarr`` checkpoints have none.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def resolve_directory(path: Path) -> Path:
-    """The directory with ``.metadata`` that ``path`` means: itself, or the latest iteration of a checkpoint root."""
+    """The iteration's directory that ``path`` means: itself, or the latest iteration of a checkpoint root."""
     if (path / METADATA_FILE).exists() or (path / BACKEND_FILE).exists():
         return path
     if not path.is_dir():
@@ -39,7 +39,7 @@ def resolve_directory(path: Path) -> Path:
         return path / name
     steps = sorted(entry.name for entry in path.iterdir() if entry.name == _RELEASE or entry.name.startswith("iter_"))
     hint = f" It holds {', '.join(steps)}: give one of them." if steps else ""
-    raise FormatError(f"{path} is not a Megatron checkpoint: it has neither {TRACKER_FILE} nor {METADATA_FILE}.{hint}")
+    raise FormatError(f"{path} is not a Megatron checkpoint: it has neither {TRACKER_FILE} nor {BACKEND_FILE}.{hint}")
 
 
 def _tracked(tracker: Path) -> str:

@@ -68,7 +68,7 @@ _BUILTINS: Final = {("collections", "OrderedDict"): empty_dict}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one archive lies: the plain name of its file, and its bytes there."""
+    """Where one archive lies: its file, relative to the checkpoint's directory, and its bytes there."""
 
     file: str
     offset: int

@@ -31,7 +31,7 @@ from dist_ckpt_mistral.shapes import Shape
 
 _ARRAY_FILE: Final = ".zarray"
 _ATTRIBUTES_FILE: Final = ".zattrs"
-#: A directory of locks that several writers of one array left behind.
+#: A directory of locks that several writers of one array left behind, beside that of the array.
 _LOCKS_SUFFIX: Final = ".sync"
 _CHUNK: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
 #: So many that their bytes can still be counted in 63 bits.
@@ -103,8 +103,9 @@ def read_stored(directory: Path) -> StoredMetadata:
     of them); UnsupportedFormatError for arrays of another kind than Megatron's.
     """
     folders = {entry.name: _names(entry.path) for entry in os.scandir(directory) if entry.is_dir()}
-    own = [folder for folder, names in sorted(folders.items()) if _is_own(folder, names)]
-    keys = [folder for folder in own if not folder.endswith(_LOCKS_SUFFIX)]
+    locks = {folder + _LOCKS_SUFFIX for folder in folders}
+    own = [folder for folder, names in sorted(folders.items()) if folder in locks or _is_key(names)]
+    keys = [folder for folder in own if folder not in locks]
     found = for_all(lambda key: _read_key(directory, key, folders[key]), keys)
     arrays = [each for each in found if isinstance(each, _Array)]
     if not arrays:
@@ -130,11 +131,9 @@ def _names(folder: str) -> dict[str, bool]:
         return {entry.name: entry.is_symlink() for entry in entries}
 
 
-def _is_own(folder: str, names: Iterable[str]) -> bool:
-    """Whether a directory belongs to the format; others are whatever somebody put beside the checkpoint."""
-    return folder.endswith(_LOCKS_SUFFIX) or any(
-        name == _ARRAY_FILE or _CHUNK.fullmatch(name) or is_object(name) for name in names
-    )
+def _is_key(names: Iterable[str]) -> bool:
+    """Whether a directory with these names is that of a key; others are whatever somebody put beside the checkpoint."""
+    return any(name == _ARRAY_FILE or _CHUNK.fullmatch(name) or is_object(name) for name in names)
 
 
 def _read_key(directory: Path, key: str, names: Mapping[str, bool]) -> _Array | dict[str, Entry]:

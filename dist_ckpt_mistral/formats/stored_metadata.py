@@ -1,4 +1,4 @@
-"""The chunks of a ``torch_dist`` checkpoint as columns of numbers: what is described, and which archive holds what.
+"""The chunks of a checkpoint as columns of numbers: what is described, and which archive or bare file holds what.
 
 There may be millions of chunks, most of them of optimizer state: they are never objects of their own, and only the
 tensors that are asked for are looked at more closely.

@@ -148,8 +148,8 @@ class ArchiveReader:
         if header[0] != b"PK\3\4":
             raise FormatError(f"{self._where} is damaged: no local header of {name} at byte {offset}")
         begin = offset + LOCAL.size + header[9] + header[10]
-        if begin + num_bytes > self._size:
-            raise FormatError(f"{self._where} is damaged: {name} reaches beyond its end")
+        if begin + num_bytes > self.directory_offset:
+            raise FormatError(f"{self._where} is damaged: {name} does not end before its directory")
         return Member(position=self._start + begin, num_bytes=num_bytes, crc32=crc32)
 
     def read(self, name: str) -> bytes:

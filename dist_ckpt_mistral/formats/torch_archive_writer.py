@@ -32,6 +32,8 @@ from dist_ckpt_mistral.shapes import Shape
 
 _ROOT: Final = "archive"
 _PICKLE: Final = "data.pkl"
+#: By this record torch tells a program from an object (torch/serialization.py, ``_is_torchscript_zip``, 2.13 and 2.14).
+_SCRIPT: Final = "constants.pkl"
 #: How pickles begin whose opcodes do not stand in frames, the lengths of which would change.
 _UNFRAMED: Final = (pickle.PROTO + b"\2", pickle.PROTO + b"\3")
 _FLAGS: Final = 0x808  # names are UTF-8; sizes and checksums stand behind the data
@@ -123,8 +125,11 @@ def in_list(archive: ArchiveReader, where: str) -> tuple[int, bytes]:
     """The archive of a list of one, the object that ``archive`` holds: so many bytes as they are, and what follows.
 
     All records stay where they are. Behind them comes another ``data.pkl``, and a directory that names that one: so the
-    storages of its tensors are not looked at. Raises FormatError unless the pickle is as ``torch.save`` writes it.
+    contents of its storages are not looked at. Raises FormatError for a program, and unless the pickle is as
+    ``torch.save`` writes it and all records stand before the directory.
     """
+    if _SCRIPT in archive.names:
+        raise FormatError(f"{where} holds a program, TorchScript, which torch.load would run: expected a plain object")
     pickled, begin = archive.read(_PICKLE), archive.directory_offset
     opcodes = [(opcode.code, at) for opcode, _, at in _opcodes(pickled, where)]
     if pickled[:2] not in _UNFRAMED or opcodes[-1] != (".", len(pickled) - 1):
@@ -133,6 +138,8 @@ def in_list(archive: ArchiveReader, where: str) -> tuple[int, bytes]:
     root = archive.listed[0].root
     record = _record(_PICKLE, wrapped, 0, root)
     kept = [each for each in archive.listed if each.name != _PICKLE]
+    for each in kept:
+        archive.member(each.name)  # raises where it is not among the bytes that stay
     listed = [_list(_PICKLE, wrapped, begin, root), *kept]
     return begin, record + _central_directory(listed, begin + len(record))
 

@@ -23,6 +23,12 @@ class Link:
     shape: Shape
 
 
+def whole(name: str, shape: Shape) -> Link:
+    """All of a tensor, which has the same name on both sides."""
+    origin = (0,) * len(shape)
+    return Link(source=name, source_offset=origin, target=name, target_offset=origin, shape=shape)
+
+
 def reverse(link: Link) -> Link:
     """The same boxes, read the other way."""
     return Link(

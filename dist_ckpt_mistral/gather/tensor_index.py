@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,11 +69,6 @@ class IndexedTensor:
     def num_chunks(self) -> int:
         """Number of stored chunks."""
         return len(self.files)
-
-    def boxes(self) -> Iterator[tuple[Shape, Shape]]:
-        """Yield offset and shape of every chunk, in elements."""
-        for offset, shape in zip(self.offsets.tolist(), self.shapes.tolist(), strict=True):
-            yield tuple(offset), tuple(shape)
 
     @functools.cached_property
     def _cuts(self) -> tuple[IntArray, ...] | None:
