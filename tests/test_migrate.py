@@ -452,6 +452,27 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     assert set(json.loads((tmp_path / "new" / "integrity.json").read_bytes())["files"]) == {*contents(tmp_path / "new")}
 
 
+def test_keys_that_are_named_like_locks(tmp_path: Path) -> None:
+    """An array and an object whose keys end as the names of lock directories do come along; locks stay behind."""
+    old = new_checkpoint(tmp_path / "old")
+    write_array(old / "a", numbered([4]), (2,))
+    write_array(old / "a.sync", numbered([6]), (3,))
+    save_objects(old, {"b.sync/shard_0_1": {"x": 1}})
+    (old / "c.sync").mkdir()
+    (old / "d.sync").mkdir()
+    (old / "d.sync" / ".zarray").touch()
+    dcm.migrate(old, tmp_path / "new")
+    assert described(load_tensors(tmp_path / "new")) == described({"a": numbered([4]), "a.sync": numbered([6])})
+    assert unlisted(objects(tmp_path / "new")) == {"b.sync/shard_0_1": {"x": 1}}
+
+
+def test_common_state_must_be_there(tmp_path: Path) -> None:
+    """Without common.pt no Megatron would load the new checkpoint: the old one was not copied whole."""
+    old = copied(DENSE, tmp_path / "old")
+    (old / "common.pt").unlink()
+    assert "has no common.pt, without which no Megatron loads it" in refusal(tmp_path, "migrate", old, tmp_path / "new")
+
+
 def test_links_of_the_hub_cache_are_followed(migrated: dict[str, Path], tmp_path: Path) -> None:
     """A checkpoint as the hub's cache holds it, where every file is a link into the blobs beside, is like any other."""
     snapshot, blobs = (

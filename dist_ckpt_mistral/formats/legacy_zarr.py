@@ -99,12 +99,15 @@ class _Array:
 def read_stored(directory: Path) -> StoredMetadata:
     """What an iteration's directory holds. Reads the descriptions of arrays and lists files; no data file is opened.
 
-    Raises FormatError for descriptions that are damaged, chunks that have no file and files that belong to nothing (all
-    of them); UnsupportedFormatError for arrays of another kind than Megatron's.
+    Raises FormatError for descriptions that are damaged, chunks that have no file, empty directories and files that
+    belong to nothing (all of them); UnsupportedFormatError for arrays of another kind than Megatron's.
     """
     folders = {entry.name: _names(entry.path) for entry in os.scandir(directory) if entry.is_dir()}
-    own = [folder for folder, names in sorted(folders.items()) if _is_own(folder, names)]
-    keys = [folder for folder in own if not folder.endswith(_LOCKS_SUFFIX)]
+    locks = {folder for folder in folders if _is_locks(directory / folder)}
+    empty = sorted(folder for folder, names in folders.items() if not names and folder not in locks)
+    if empty:  # what a copy that was interrupted has of a key
+        raise FormatError(f"directories in {directory} are empty: {listed(empty)}. Copy the checkpoint again, whole.")
+    keys = [folder for folder, names in sorted(folders.items()) if folder not in locks and _is_key(names)]
     found = for_all(lambda key: _read_key(directory, key, folders[key]), keys)
     arrays = [each for each in found if isinstance(each, _Array)]
     if not arrays:
@@ -120,7 +123,7 @@ def read_stored(directory: Path) -> StoredMetadata:
         tensors=tensors,
         objects=objects,
         archives=Archives(files, array("q", [0]) * len(files), sizes),
-        folders=frozenset(own),
+        folders=frozenset({*locks, *keys}),
     )
 
 
@@ -130,11 +133,17 @@ def _names(folder: str) -> dict[str, bool]:
         return {entry.name: entry.is_symlink() for entry in entries}
 
 
-def _is_own(folder: str, names: Iterable[str]) -> bool:
+def _is_locks(folder: Path) -> bool:
+    """Whether a directory holds the locks of an array's writers: empty files. A key's own files never all are."""
+    if not folder.name.endswith(_LOCKS_SUFFIX):
+        return False
+    with os.scandir(folder) as entries:
+        return all(entry.is_file() and entry.stat().st_size == 0 for entry in entries)
+
+
+def _is_key(names: Iterable[str]) -> bool:
     """Whether a directory belongs to the format; others are whatever somebody put beside the checkpoint."""
-    return folder.endswith(_LOCKS_SUFFIX) or any(
-        name == _ARRAY_FILE or _CHUNK.fullmatch(name) or is_object(name) for name in names
-    )
+    return any(name == _ARRAY_FILE or _CHUNK.fullmatch(name) or is_object(name) for name in names)
 
 
 def _read_key(directory: Path, key: str, names: Mapping[str, bool]) -> _Array | dict[str, Entry]:
