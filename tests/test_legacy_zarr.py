@@ -110,7 +110,7 @@ DAMAGED: Final[dict[str, tuple[Spoil, list[str]]]] = {
         [rf"cannot read \S+{key}/\.zarray: it is no regular file" for key in KEYS],
     ),
     "empty directories": (
-        both(lambda path: [remove(path), path.mkdir()], FC2, HEAD),
+        both(lambda path: remove(path).mkdir(), FC2, HEAD),
         [rf"directories in \S+ are empty: {FC2}, {HEAD}\. Copy the checkpoint again"],
     ),
     "links to elsewhere": (

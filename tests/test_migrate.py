@@ -473,6 +473,22 @@ def test_common_state_must_be_there(tmp_path: Path) -> None:
     assert "has no common.pt, without which no Megatron loads it" in refusal(tmp_path, "migrate", old, tmp_path / "new")
 
 
+def test_a_comparison_says_what_it_leaves_out(migrated: dict[str, Path], tmp_path: Path) -> None:
+    """Who deletes the old checkpoint because the new one is equal is told that optimizer state was not compared."""
+    case = "optzarr_0123"
+    old = copied(case, tmp_path / "old")
+    path = old / "optimizer.state.exp_avg.decoder.final_layernorm.weight" / "0"
+    path.write_bytes(path.read_bytes()[::-1])
+    outcome = run("verify", old, migrated[case], "--config", folder(case))
+    assert outcome.code == 0
+    assert "not compared: optimizer state: 27 entries in A, 27 in B" in outcome.out
+    said = json.loads("\n".join(run("verify", old, migrated[case], "--config", folder(case), "--json").out))
+    assert said["not_compared"] == [line.removeprefix("not compared: ") for line in outcome.out[:-1]]
+    exported = tmp_path / "hf"
+    dcm.to_hf(old, exported, config=folder(case))
+    assert len(run("verify", exported, old).out) == 1
+
+
 def test_links_of_the_hub_cache_are_followed(migrated: dict[str, Path], tmp_path: Path) -> None:
     """A checkpoint as the hub's cache holds it, where every file is a link into the blobs beside, is like any other."""
     snapshot, blobs = (
