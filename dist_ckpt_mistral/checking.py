@@ -14,6 +14,7 @@ from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, Unsuppor
 from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
 from dist_ckpt_mistral.formats import archive_checksums, backends, checkpoint_directory, common_state, hf_directory
 from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
+from dist_ckpt_mistral.formats.common_state import COMMON_FILE, SHARDED_KEY
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, read_manifest
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
@@ -153,6 +154,8 @@ def _check_megatron(path: Path, config: MistralConfig | None, effort: Effort) ->
     stored = notes.attempt(lambda: backends.open_stored(directory, with_common_state=False))
     if stored is None:
         return notes.check_files(Contents(directory=directory), manifest, effort)
+    if not (directory / COMMON_FILE).exists() and SHARDED_KEY not in stored.objects:  # so saves torch by itself
+        notes.not_checked.append(f"the common state: there is no {COMMON_FILE}, and Megatron loads nothing without")
     found = notes.attempt(lambda: _match(stored, config))
     links: list[list[Link]] = []
     if found is not None:

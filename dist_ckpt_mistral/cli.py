@@ -92,8 +92,16 @@ def _fail(error: Exception, *, debug: bool) -> int:
     if debug:
         raise error
     if is_first_rank() or isinstance(error, LostRankError):  # the ranks of a job fail together, with one voice
-        print("error:", printable(f"{error} {_notes(error)}".rstrip()), file=sys.stderr)
+        notes = _notes(error)
+        print("error:", printable(f"{_said(error).rstrip('.')}. {notes}" if notes else _said(error)), file=sys.stderr)
     return EXIT_DATA
+
+
+def _said(error: Exception) -> str:
+    """The message; those of Python's own for the operating system begin with a number, which tells nobody anything."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot use {error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _notes(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from typing import Final
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError, FormatError
+from dist_ckpt_mistral.formats.common_state import COMMON_FILE
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.gather.executor import Effort
@@ -63,6 +64,11 @@ def _as_it_is(stored: StoredCheckpoint, max_file_bytes: int) -> Rewriting:
         raise FormatError(
             f"{stored.directory} is a {stored.backend} checkpoint: expected a legacy zarr one. "
             "What is to be cut anew is for reshard."
+        )
+    if not (stored.directory / COMMON_FILE).exists():
+        raise FormatError(
+            f"{stored.directory} has no {COMMON_FILE}, without which no Megatron loads it. "
+            "Copy the checkpoint again, whole."
         )
     if max_file_bytes < 1:
         raise ConfigError(f"max_file_bytes: expected at least 1, got {max_file_bytes}")

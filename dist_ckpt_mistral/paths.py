@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +11,8 @@ from dist_ckpt_mistral.errors import OutputError
 
 #: Of a file name, on the file systems of Linux (linux/limits.h).
 _MAX_NAME_BYTES: Final = 255
+#: How URLs begin, as ``Path`` has them: ``s3://bucket/ckpt`` is ``s3:/bucket/ckpt``.
+_SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]+:")
 
 
 def is_plain_name(name: str) -> bool:
@@ -43,6 +46,8 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
 
     A checkpoint root with several iterations is never replaced: no command writes more than one, so it is a training's.
     """
+    if len(target.parts) > 1 and _SCHEME.fullmatch(target.parts[0]) and not Path(target.parts[0]).exists():
+        raise OutputError(f"the output {target} is an URL, which cannot be written yet. Choose a local directory.")
     if target.is_mount():
         raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
     if not (overwrite or is_absent(target)):

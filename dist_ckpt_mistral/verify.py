@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
+from dist_ckpt_mistral.formats.checkpoint_directory import is_checkpoint
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.gather.executor import Effort, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
@@ -30,11 +32,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The outcome of a comparison; sizes in bytes."""
+    """The outcome of a comparison; sizes in bytes. ``not_compared`` says what checkpoints hold besides the model."""
 
     num_tensors: int
     num_bytes: int
     differences: tuple[Difference, ...]
+    not_compared: tuple[str, ...]
 
     @property
     def is_equal(self) -> bool:
@@ -109,7 +112,16 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
         num_tensors=len(common),
         num_bytes=a.plan_of(common).num_bytes,
         differences=tuple(sorted(differences, key=lambda difference: difference.hf_name)),
+        not_compared=_not_compared(a, b),
     )
+
+
+def _not_compared(a: ModelSource, b: ModelSource) -> tuple[str, ...]:
+    """What two checkpoints hold besides the model: who deletes one because both are equal must know of it."""
+    if not (is_checkpoint(a.path) and is_checkpoint(b.path)):
+        return ()
+    in_a, in_b = (Counter(reason for _, reason in source.ignored) for source in (a, b))
+    return tuple(f"{reason}: {in_a[reason]} entries in A, {in_b[reason]} in B" for reason in sorted({*in_a, *in_b}))
 
 
 def _compare_bits(a: ModelSource, b: ModelSource, names: list[str], effort: Effort) -> Iterator[Difference]:

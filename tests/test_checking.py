@@ -387,6 +387,16 @@ def test_tensors_that_are_not_there(tmp_path: Path) -> None:
     assert "nothing is stored for" in by_key[qkv]
 
 
+@pytest.mark.parametrize("case", ["td_0161", "zarr_ckpt"])
+def test_common_state_that_is_not_there(case: str, tmp_path: Path) -> None:
+    """Of what Megatron itself saved no manifest tells that common.pt is missing, without which it loads nothing."""
+    directory = shutil.copytree(shards(case), tmp_path / "copy")
+    (directory / "common.pt").unlink()
+    outcome = run("verify", directory, "--config", folder(case))
+    line = "not checked: the common state: there is no common.pt, and Megatron loads nothing without"
+    assert (outcome.code, outcome.out.count(line)) == (0, 1)
+
+
 def test_what_cannot_be_told_is_no_damage(tmp_path: Path) -> None:
     """Without a configuration the checksums are still checked, and it is said what was not."""
     outcome = run("verify", folder("td_0161") / "checkpoint")

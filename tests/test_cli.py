@@ -26,8 +26,10 @@ from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
+from dist_ckpt_mistral import migration
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.gather.executor import no_progress
 from dist_ckpt_mistral.ranks import Ranks
 
@@ -346,6 +348,34 @@ def test_sizes_are_told_in_any_unit(size: str, num_bytes: int, tmp_path: Path) -
     assert run(*arguments, "--workers", 3, "--memory", "1MiB", "--no-sync").code == 0
     expected = saved(random_model(), tmp_path / "expected", max_shard_size=num_bytes)
     assert contents(tmp_path / "hf") == contents(expected)
+
+
+def test_what_the_operating_system_refuses_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path and reason, not Python's numbers; what was added on the way is a sentence of its own."""
+    line = run("inspect", "x" * 300).err[-1]
+    assert re.fullmatch(r"error: cannot use x{300}\S*: File name too long", line)
+
+    def fail(*_: object, **__: object) -> None:
+        error = FormatError("cannot open it: Permission denied")
+        error.add_note("Nothing was published.")
+        raise error
+
+    monkeypatch.setattr(migration, "migrate", fail)
+    line = run("migrate", tmp_path, tmp_path / "new").err[-1]
+    assert line == "error: cannot open it: Permission denied. Nothing was published."
+
+
+def test_urls_are_not_taken_for_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output behind an URL is refused, rather than written into a new local directory that is called ``s3:``."""
+    monkeypatch.chdir(tmp_path)
+    zarr = shards("zarr_ckpt")
+    for command in (("migrate", zarr), ("to-hf", zarr, "--config", folder("zarr_ckpt"))):
+        outcome = run(*command[:2], "s3://bucket/out", *command[2:])
+        assert outcome.code == 1
+        assert "the output s3:/bucket/out is an URL, which cannot be written yet" in outcome.err[-1]
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / "s3:").mkdir()
+    assert run("migrate", zarr, "s3:/out").code == 0
 
 
 def test_the_version_is_told() -> None:

@@ -116,6 +116,10 @@ DAMAGED: Final[dict[str, tuple[Spoil, list[str]]]] = {
         both(lambda path: in_place_of(path, os.mkfifo), f"{FC2}/.zarray", f"{HEAD}/.zarray"),
         [rf"cannot read \S+{key}/\.zarray: it is no regular file" for key in KEYS],
     ),
+    "empty directories": (
+        both(lambda path: remove(path).mkdir(), FC2, HEAD),
+        [rf"directories in \S+ are empty: {FC2}, {HEAD}\. Copy the checkpoint again"],
+    ),
     "links to elsewhere": (
         both(lambda path: in_place_of(path, lambda to: to.symlink_to("/etc/hostname")), f"{FC2}/1.0.1", f"{HEAD}/0.0"),
         [rf"links lead out of \S+, or nowhere: \S+{name}\." for name in (rf"{FC2}/1\.0\.1", rf"{HEAD}/0\.0")],

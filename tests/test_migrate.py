@@ -488,6 +488,43 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     assert set(json.loads((tmp_path / "new" / "integrity.json").read_bytes())["files"]) == {*contents(tmp_path / "new")}
 
 
+def test_keys_that_are_named_like_locks(tmp_path: Path) -> None:
+    """An array and an object whose keys end as the names of lock directories do come along; locks stay behind."""
+    old = new_checkpoint(tmp_path / "old")
+    write_array(old / "a", numbered([4]), (2,))
+    write_array(old / "a.sync", numbered([6]), (3,))
+    save_objects(old, {"b.sync/shard_0_1": {"x": 1}})
+    (old / "c.sync").mkdir()
+    (old / "d.sync").mkdir()
+    (old / "d.sync" / ".zarray").touch()
+    dcm.migrate(old, tmp_path / "new")
+    assert described(load_tensors(tmp_path / "new")) == described({"a": numbered([4]), "a.sync": numbered([6])})
+    assert unlisted(objects(tmp_path / "new")) == {"b.sync/shard_0_1": {"x": 1}}
+
+
+def test_common_state_must_be_there(tmp_path: Path) -> None:
+    """Without common.pt no Megatron would load the new checkpoint: the old one was not copied whole."""
+    old = copied(DENSE, tmp_path / "old")
+    (old / "common.pt").unlink()
+    assert "has no common.pt, without which no Megatron loads it" in refusal(tmp_path, "migrate", old, tmp_path / "new")
+
+
+def test_a_comparison_says_what_it_leaves_out(migrated: dict[str, Path], tmp_path: Path) -> None:
+    """Who deletes the old checkpoint because the new one is equal is told that optimizer state was not compared."""
+    case = "optzarr_0123"
+    old = copied(case, tmp_path / "old")
+    path = old / "optimizer.state.exp_avg.decoder.final_layernorm.weight" / "0"
+    path.write_bytes(path.read_bytes()[::-1])
+    outcome = run("verify", old, migrated[case], "--config", folder(case))
+    assert outcome.code == 0
+    assert "not compared: optimizer state: 27 entries in A, 27 in B" in outcome.out
+    said = json.loads("\n".join(run("verify", old, migrated[case], "--config", folder(case), "--json").out))
+    assert said["not_compared"] == [line.removeprefix("not compared: ") for line in outcome.out[:-1]]
+    exported = tmp_path / "hf"
+    dcm.to_hf(old, exported, config=folder(case))
+    assert len(run("verify", exported, old).out) == 1
+
+
 def test_links_of_the_hub_cache_are_followed(migrated: dict[str, Path], tmp_path: Path) -> None:
     """A checkpoint as the hub's cache holds it, where every file is a link into the blobs beside, is like any other."""
     snapshot, blobs = (

@@ -74,6 +74,8 @@ def _compare_bits(arguments: argparse.Namespace) -> int:
     else:
         for difference in outcome.differences:
             print(f"{difference.hf_name}: {difference.what}")
+        for note in outcome.not_compared:
+            print(f"not compared: {note}")
         verdict = "equal" if outcome.is_equal else f"DIFFERENT in {len(outcome.differences)} tensors"
         print(f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit")
     return options.EXIT_DONE if outcome.is_equal else options.EXIT_DIFFERENT

@@ -99,13 +99,16 @@ class _Array:
 def read_stored(directory: Path) -> StoredMetadata:
     """What an iteration's directory holds. Reads the descriptions of arrays and lists files; no data file is opened.
 
-    Raises FormatError for descriptions that are damaged, chunks that have no file and files that belong to nothing (all
-    of them); UnsupportedFormatError for arrays of another kind than Megatron's.
+    Raises FormatError for descriptions that are damaged, chunks that have no file, empty directories and files that
+    belong to nothing (all of them); UnsupportedFormatError for arrays of another kind than Megatron's.
     """
     folders = {entry.name: _names(entry.path) for entry in os.scandir(directory) if entry.is_dir()}
-    locks = {folder + _LOCKS_SUFFIX for folder in folders}
-    own = [folder for folder, names in sorted(folders.items()) if folder in locks or _is_key(names)]
-    keys = [folder for folder in own if folder not in locks]
+    beside = {folder + _LOCKS_SUFFIX for folder in folders}
+    locks = {folder for folder in folders if folder in beside and _is_locks(directory / folder)}
+    empty = sorted(folder for folder, names in folders.items() if not names and folder not in locks)
+    if empty:  # what a copy that was interrupted has of a key
+        raise FormatError(f"directories in {directory} are empty: {listed(empty)}. Copy the checkpoint again, whole.")
+    keys = [folder for folder, names in sorted(folders.items()) if folder not in locks and _is_key(names)]
     found = for_all(lambda key: _read_key(directory, key, folders[key]), keys)
     arrays = [each for each in found if isinstance(each, _Array)]
     if not arrays:
@@ -121,7 +124,7 @@ def read_stored(directory: Path) -> StoredMetadata:
         tensors=tensors,
         objects=objects,
         archives=Archives(files, array("q", [0]) * len(files), sizes),
-        folders=frozenset(own),
+        folders=frozenset({*locks, *keys}),
     )
 
 
@@ -131,8 +134,14 @@ def _names(folder: str) -> dict[str, bool]:
         return {entry.name: entry.is_symlink() for entry in entries}
 
 
+def _is_locks(folder: Path) -> bool:
+    """Whether a directory beside an array's holds the locks of its writers: empty files. A key's own never all are."""
+    with os.scandir(folder) as entries:
+        return all(entry.is_file() and entry.stat().st_size == 0 for entry in entries)
+
+
 def _is_key(names: Iterable[str]) -> bool:
-    """Whether a directory with these names is that of a key; others are whatever somebody put beside the checkpoint."""
+    """Whether a directory belongs to the format; others are whatever somebody put beside the checkpoint."""
     return any(name == _ARRAY_FILE or _CHUNK.fullmatch(name) or is_object(name) for name in names)
 
 
