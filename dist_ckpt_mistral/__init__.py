@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.reading.planner import plan_reading
     from dist_ckpt_mistral.report import Report, inspect
     from dist_ckpt_mistral.resharding import reshard
+    from dist_ckpt_mistral.stored_comparison import compare_stored
     from dist_ckpt_mistral.verify import Comparison, compare
 
 _HOME = {
@@ -81,6 +82,7 @@ _HOME = {
     "build_model": "megatron.build_model",
     "check": "checking",
     "compare": "verify",
+    "compare_stored": "stored_comparison",
     "from_hf": "convert",
     "initialize_megatron": "megatron.runtime",
     "inspect": "report",
@@ -122,6 +124,7 @@ __all__ = [
     "build_model",
     "check",
     "compare",
+    "compare_stored",
     "from_hf",
     "initialize_megatron",
     "inspect",

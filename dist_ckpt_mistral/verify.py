@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -24,7 +24,7 @@ _DEFAULT_EFFORT: Final = Effort()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One tensor that differs between A and B, and how."""
+    """One tensor that differs between A and B, and how; of stored entries, ``hf_name`` is the key."""
 
     hf_name: str
     what: str
@@ -107,7 +107,7 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
             common.append(name)
         else:
             differences.append(Difference(hf_name=name, what=f"{described[0]} in A, {described[1]} in B"))
-    differences += _compare_bits(a, b, common, effort)
+    differences += compare_bits(a, b, common, effort)
     return Comparison(
         num_tensors=len(common),
         num_bytes=a.plan_of(common).num_bytes,
@@ -124,7 +124,15 @@ def _not_compared(a: ModelSource, b: ModelSource) -> tuple[str, ...]:
     return tuple(f"{reason}: {in_a[reason]} entries in A, {in_b[reason]} in B" for reason in sorted({*in_a, *in_b}))
 
 
-def _compare_bits(a: ModelSource, b: ModelSource, names: list[str], effort: Effort) -> Iterator[Difference]:
+class Readable(Protocol):
+    """What tensors can be read from, by their names."""
+
+    def plan_of(self, names: list[str]) -> BytePlan:
+        """A plan for reading: one segment for each of ``names``, in this order."""
+
+
+def compare_bits(a: Readable, b: Readable, names: list[str], effort: Effort) -> Iterator[Difference]:
+    """Compare tensors of the same dtypes and shapes, and yield those that differ."""
     plan_a, plan_b = a.plan_of(names), b.plan_of(names)
     with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
         reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))

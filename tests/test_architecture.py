@@ -37,7 +37,8 @@ formats.record_batch formats.record_columns formats.metadata_columns formats.met
 formats.stored_checkpoint formats.torch_dist formats.legacy_objects formats.legacy_zarr formats.backends
 formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
-own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify file_checks checking
+own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify stored_comparison
+file_checks checking
 chunking conversion new_hf_directory new_checkpoint convert rewriting resharding migration
 pretrain_command report report_page lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture

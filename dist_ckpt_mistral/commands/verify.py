@@ -21,6 +21,8 @@ def add(commands: options.Commands) -> None:
     options.add_config(command)
     options.add_effort(command)
     command.add_argument("--json", action="store_true", help="print JSON")
+    help_text = "compare all that two Megatron checkpoints store, by its keys, of any model: optimizer state, objects"
+    command.add_argument("--stored", action="store_true", help=help_text)
     help_text = "compare what they compute instead of their bits: transformers runs the one, Megatron the other"
     command.add_argument("--logits", action="store_true", help=help_text)
     help_text = "with --logits: compare on this text; may be given repeatedly (default: two random prompts)"
@@ -36,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, and list the differences. Under torchrun all ranks take part in running models, one reads bits."""
     if arguments.logits and arguments.b is None:
         arguments.wrong_usage("--logits compares two models: give B")
+    if arguments.stored and (arguments.b is None or arguments.logits or arguments.config):
+        arguments.wrong_usage("--stored compares two checkpoints: give B, and neither --logits nor --config")
     if arguments.logits:
         return _compare_logits(arguments)
     if arguments.prompt or arguments.tokenizer:
@@ -64,11 +68,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _compare_bits(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral import verify  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral import stored_comparison, verify  # noqa: PLC0415  (--help must not wait for numpy)
     from dist_ckpt_mistral.amounts import human_bytes  # noqa: PLC0415
 
     with options.effort("comparing", arguments, Ranks()) as effort:
-        outcome = verify.compare(arguments.a, arguments.b, config=arguments.config, effort=effort)
+        if arguments.stored:
+            outcome = stored_comparison.compare_stored(arguments.a, arguments.b, effort=effort)
+        else:
+            outcome = verify.compare(arguments.a, arguments.b, config=arguments.config, effort=effort)
     if arguments.json:
         print(json.dumps(outcome.to_json(), indent=2))
     else:
@@ -76,7 +83,8 @@ def _compare_bits(arguments: argparse.Namespace) -> int:
             print(f"{difference.hf_name}: {difference.what}")
         for note in outcome.not_compared:
             print(f"not compared: {note}")
-        verdict = "equal" if outcome.is_equal else f"DIFFERENT in {len(outcome.differences)} tensors"
+        what = "entries" if arguments.stored else "tensors"
+        verdict = "equal" if outcome.is_equal else f"DIFFERENT in {len(outcome.differences)} {what}"
         print(f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit")
     return options.EXIT_DONE if outcome.is_equal else options.EXIT_DIFFERENT
 

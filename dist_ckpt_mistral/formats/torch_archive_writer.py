@@ -31,7 +31,7 @@ from dist_ckpt_mistral.formats.torch_archive import (
 from dist_ckpt_mistral.shapes import Shape
 
 _ROOT: Final = "archive"
-_PICKLE: Final = "data.pkl"
+PICKLE: Final = "data.pkl"
 #: By this record torch tells a program from an object (torch/serialization.py, ``_is_torchscript_zip``, 2.13 and 2.14).
 _SCRIPT: Final = "constants.pkl"
 #: How pickles begin whose opcodes do not stand in frames, the lengths of which would change.
@@ -130,18 +130,22 @@ def in_list(archive: ArchiveReader, where: str) -> tuple[int, bytes]:
     """
     if _SCRIPT in archive.names:
         raise FormatError(f"{where} holds a program, TorchScript, which torch.load would run: expected a plain object")
-    pickled, begin = archive.read(_PICKLE), archive.directory_offset
+    wrapped, begin = pickle_in_list(archive.read(PICKLE), where), archive.directory_offset
+    root = archive.listed[0].root
+    record = _record(PICKLE, wrapped, 0, root)
+    kept = [each for each in archive.listed if each.name != PICKLE]
+    for each in kept:
+        archive.member(each.name)  # raises where it is not among the bytes that stay
+    listed = [_list(PICKLE, wrapped, begin, root), *kept]
+    return begin, record + _central_directory(listed, begin + len(record))
+
+
+def pickle_in_list(pickled: bytes, where: str) -> bytes:
+    """The pickle of a list of one, the object that is ``pickled``. Raises FormatError as ``in_list`` does."""
     opcodes = [(opcode.code, at) for opcode, _, at in _opcodes(pickled, where)]
     if pickled[:2] not in _UNFRAMED or opcodes[-1] != (".", len(pickled) - 1):
         raise FormatError(f"{where} is not as torch.save writes it: expected a pickle of protocol 2 or 3, and no more")
-    wrapped = pickled[:2] + pickle.EMPTY_LIST + pickled[2:-1] + pickle.APPEND + pickle.STOP
-    root = archive.listed[0].root
-    record = _record(_PICKLE, wrapped, 0, root)
-    kept = [each for each in archive.listed if each.name != _PICKLE]
-    for each in kept:
-        archive.member(each.name)  # raises where it is not among the bytes that stay
-    listed = [_list(_PICKLE, wrapped, begin, root), *kept]
-    return begin, record + _central_directory(listed, begin + len(record))
+    return pickled[:2] + pickle.EMPTY_LIST + pickled[2:-1] + pickle.APPEND + pickle.STOP
 
 
 def _opcodes(pickled: bytes, where: str) -> list[Any]:
@@ -167,9 +171,9 @@ def _tensor_record(dtype: str, shape: Shape) -> Call:
 
 def _leading_records(pickled: bytes) -> tuple[bytes, list[Listed]]:
     """The records before the data."""
-    first = _record(_PICKLE, pickled, 0)
+    first = _record(PICKLE, pickled, 0)
     second = _record("byteorder", LITTLE_ENDIAN, 0)
-    return first + second, [_list(_PICKLE, pickled, 0), _list("byteorder", LITTLE_ENDIAN, len(first))]
+    return first + second, [_list(PICKLE, pickled, 0), _list("byteorder", LITTLE_ENDIAN, len(first))]
 
 
 def _list(name: str, content: bytes, offset: int, root: str = _ROOT) -> Listed:
