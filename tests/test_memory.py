@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dist_ckpt_mistral.formats import hf_directory
-from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
+from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 
@@ -124,6 +124,7 @@ def test_a_migration_under_the_same_limit(tmp_path: Path) -> None:
             with (old / key / name).open("wb") as file:
                 file.truncate(num_bytes)
     (old / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    (old / "common.pt").write_bytes(object_archive({"iteration": 7}))
     archive = ArchiveLayout.for_tensor("uint8", (large_bytes,), 0)
     (old / "state").mkdir()
     with (old / "state" / "shard_0_1.pt").open("wb") as file:

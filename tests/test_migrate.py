@@ -494,11 +494,14 @@ def test_keys_that_are_named_like_locks(tmp_path: Path) -> None:
     write_array(old / "a", numbered([4]), (2,))
     write_array(old / "a.sync", numbered([6]), (3,))
     save_objects(old, {"b.sync/shard_0_1": {"x": 1}})
+    for key in ("c", "d"):
+        write_array(old / key, numbered([4]), (2,))
     (old / "c.sync").mkdir()
     (old / "d.sync").mkdir()
     (old / "d.sync" / ".zarray").touch()
     dcm.migrate(old, tmp_path / "new")
-    assert described(load_tensors(tmp_path / "new")) == described({"a": numbered([4]), "a.sync": numbered([6])})
+    arrays = {"a": numbered([4]), "a.sync": numbered([6]), "c": numbered([4]), "d": numbered([4])}
+    assert described(load_tensors(tmp_path / "new")) == described(arrays)
     assert unlisted(objects(tmp_path / "new")) == {"b.sync/shard_0_1": {"x": 1}}
 
 
