@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounded import bounded
 from command_line import run
 from genuine import folder, shards
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
 
 OLD = ("zarr_ckpt", "optzarr_0123", "moe_zarr_0153", "fsms_zarr_0153", "dpzero_zarr_0153")
 RESHARDED = ("opt_plain_0161", "opt_fr_0192", "opt_fsms_0140", "moe_grouped_0161", "common_0192")
@@ -97,6 +99,16 @@ def test_shapes_dtypes_and_keys() -> None:
     assert by_name["decoder.final_layernorm.weight"] == "float32 [64] in A, bfloat16 [64] in B"
     assert by_name["optimizer.state.exp_avg.output_layer.weight"] == "only in B"
     assert told["not_compared"] == ["files beside the shards"]
+
+
+def test_a_long_pickle_takes_no_memory(tmp_path: Path) -> None:
+    """Of a legacy object's pickle, however many opcodes it has, one at a time is looked at."""
+    old = shutil.copytree(shards("zarr_ckpt"), tmp_path / "old")
+    pickled = b"\x80\x02" + b"N0" * 1_500_000 + b"N."
+    (old / "long").mkdir()
+    (old / "long" / "shard_0_1.pt").write_bytes(pickled_archive(pickled))
+    outcome = bounded("verify", old, old, "--stored")
+    assert (outcome.returncode, outcome.stdout.splitlines()[-1].partition(":")[0]) == (0, "equal"), outcome
 
 
 def test_usage(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import pickle
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -142,19 +143,20 @@ def in_list(archive: ArchiveReader, where: str) -> tuple[int, bytes]:
 
 def pickle_in_list(pickled: bytes, where: str) -> bytes:
     """The pickle of a list of one, the object that is ``pickled``. Raises FormatError as ``in_list`` does."""
-    opcodes = [(opcode.code, at) for opcode, _, at in _opcodes(pickled, where)]
-    if pickled[:2] not in _UNFRAMED or opcodes[-1] != (".", len(pickled) - 1):
+    if pickled[:2] not in _UNFRAMED or _stop(pickled, where) != len(pickled) - 1:
         raise FormatError(f"{where} is not as torch.save writes it: expected a pickle of protocol 2 or 3, and no more")
     return pickled[:2] + pickle.EMPTY_LIST + pickled[2:-1] + pickle.APPEND + pickle.STOP
 
 
-def _opcodes(pickled: bytes, where: str) -> list[Any]:
+def _stop(pickled: bytes, where: str) -> int:
+    """Where the opcode stands that ends a pickle. One opcode at a time: there may be as many as bytes."""
     import pickletools  # noqa: PLC0415  (takes milliseconds, and few commands need it)
 
     try:
-        return [*pickletools.genops(pickled)]
+        (last,) = deque(pickletools.genops(pickled), maxlen=1)
     except Exception as error:  # whatever a damaged pickle makes of it
         raise FormatError(f"{where} is not a readable pickle: {error!r:.200}") from error
+    return int(last[2] or 0)
 
 
 def _tensor_record(dtype: str, shape: Shape) -> Call:
