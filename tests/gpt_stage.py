@@ -18,6 +18,7 @@ from megatron.core.transformer.moe import experts as moe_experts
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from dist_ckpt_mistral.megatron.local_layers import layer_spec
+from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
@@ -33,7 +34,7 @@ _STYLE_METADATA: Final = {
 
 def set_parallel_state(layout: ParallelLayout, **options: object) -> None:
     """Have Megatron lay out the ranks of the process group."""
-    parallel_state.destroy_model_parallel()
+    destroy_parallel_state()
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from gpt_stage import Stage
-from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from dist_ckpt_mistral.cli import main
 from dist_ckpt_mistral.megatron.build_model import as_chunks
 from dist_ckpt_mistral.megatron.inference import forward, generate
 from dist_ckpt_mistral.megatron.load_model import load_model
+from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 
@@ -26,7 +26,7 @@ def run_model(
 
     ``logits`` is None before the last stage.
     """
-    parallel_state.destroy_model_parallel()
+    destroy_parallel_state()
     uneven = layout.get("pp_layers")
     # Replicas are not told: they follow from the number of ranks.
     parallel = ParallelLayout(**layout | {"dp": None, "pp_layers": uneven and tuple(uneven)})
@@ -45,7 +45,7 @@ def run_model(
 
 def run_command(*, layout: dict[str, Any], arguments: list[str]) -> dict[str, Any]:  # noqa: ARG001  (the job's)
     """Run a command of the command line; tell its exit code and what it prints."""
-    parallel_state.destroy_model_parallel()
+    destroy_parallel_state()
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main(arguments)
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}

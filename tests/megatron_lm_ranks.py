@@ -37,6 +37,7 @@ from megatron.training.global_vars import set_args
 from megatron.training.models.gpt import GPTModelBuilder
 from megatron_ranks import _hf_tensors, _pretend_cuda
 
+from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state
 from dist_ckpt_mistral.model.config import MistralConfig
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _arguments(flags: list[str], more: Mapping[str, Any]) -> Namespace:
 def _stage(args: Namespace, config: MistralConfig) -> Trained:
     """What pretrain_gpt.py sets up before it loads, and the model."""
     set_args(args)
-    parallel_state.destroy_model_parallel()
+    destroy_parallel_state()
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,

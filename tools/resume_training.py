@@ -25,7 +25,7 @@ from resume_runs import LEARNING_RATE, MICROBATCHES, SEQUENCES, STEPS, TOKENS, b
 
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.megatron.build_model import as_chunks, build_model
-from dist_ckpt_mistral.megatron.runtime import initialize_megatron
+from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -265,5 +265,5 @@ def _loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def change_layout(layout: ParallelLayout) -> None:
     """Set up Megatron's parallel state for ``layout``, in the place of another one's."""
-    parallel_state.destroy_model_parallel()
+    destroy_parallel_state()
     initialize_megatron(layout, device="cpu")

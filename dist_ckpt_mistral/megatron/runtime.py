@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from dist_ckpt_mistral import ranks
@@ -103,6 +104,21 @@ def _initialize_parallel_state(layout: ParallelLayout) -> None:
     )
 
 
+def destroy_parallel_state() -> None:
+    """Take down Megatron's parallel state, and every process group but that of all ranks; all ranks call it.
+
+    ``parallel_state.destroy_model_parallel`` forgets the groups without closing them: each keeps its threads and
+    sockets, some hundred for every layout that a process goes through (megatron-core 0.16 to 0.19).
+    """
+    parallel_state.destroy_model_parallel()
+    if not dist.is_initialized():
+        return
+    dist.barrier()  # no rank closes a group that another one still talks in
+    for group in list(distributed_c10d._world.pg_map):  # noqa: SLF001  (torch has no list of groups that is public)
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def _require_same(layout: ParallelLayout) -> None:
     """Refuse a layout that is not that of the parallel state: other sizes, or ranks that count in another order.
 
@@ -119,7 +135,7 @@ def _require_same(layout: ParallelLayout) -> None:
     if different:
         raise LayoutError(
             f"Megatron's parallel state is not that of the layout: {', '.join(different)}. Give the layout that it "
-            "has, with its order of ranks, or call parallel_state.destroy_model_parallel() first."
+            "has, with its order of ranks, or call destroy_parallel_state() of dist_ckpt_mistral.megatron.runtime first."
         )
 
 
