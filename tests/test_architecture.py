@@ -32,8 +32,8 @@ gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges g
 gather.plan gather.bands gather.executor gather.digests gather.chunk_reads
 formats.pickle_opcodes formats.pickle_reading formats.pickle_records
 formats.tensor_pickle formats.read_ahead formats.torch_archive formats.torch_archive_writer formats.common_state
-formats.train_state formats.checkpoint_directory formats.stored_metadata formats.metadata_records formats.cursors
-formats.record_batch formats.record_columns formats.metadata_columns formats.metadata_pickle
+formats.train_state formats.checkpoint_directory formats.stored_metadata formats.metadata_records
+formats.metadata_pickle
 formats.stored_checkpoint formats.torch_dist formats.legacy_objects formats.legacy_zarr formats.backends
 formats.torch_dist_writer
 formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
@@ -55,10 +55,7 @@ DOWNWARDS: Final = tuple(_MODULES.split())
 #: Where ``read_bytes`` is an amount, and not Path's method.
 AMOUNTS: Final = ("gather.chunk_reads", *(name for name in DOWNWARDS if name.startswith("reading.")))
 #: What works on columns of numbers outside gather/: imported at the top only by each other, else at use.
-IN_COLUMNS: Final = (
-    *("verify", "journal", "reading.plan", "reading.planner"),
-    *("formats.cursors", "formats.record_batch", "formats.record_columns", "formats.metadata_columns"),
-)
+IN_COLUMNS: Final = ("verify", "journal", "reading.plan", "reading.planner")
 #: Where names of tensors stand: the tables, and what tells its keys from other entries of a checkpoint.
 NAMING: Final = ("model.vision_table", "model.layer_table", "model.tensor_table", "model.stored_entries")
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.

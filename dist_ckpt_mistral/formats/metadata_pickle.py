@@ -19,8 +19,6 @@ from dist_ckpt_mistral.formats.tensor_pickle import torch_dtype_name
 
 #: What Megatron (0.12 to 0.19) adds to torch's Metadata behind all else: the plans of all ranks, which repeat it.
 _PLANS: Final = "all_local_plans"
-#: From so many bytes on, numpy takes less time to import than it saves.
-_LARGE: Final = 4 << 20
 
 
 def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
@@ -29,25 +27,10 @@ def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
     Raises FormatError if it is damaged, UnsafePickleError if it asks for anything outside the allowlist.
     """
     with pickle_reading.paused_collector():
-        found = _in_columns(read, where)
-        if found is not None:
-            return found
         try:
             return parse(_unpickled(read, where))  # all records are gone before the collector looks at them
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
-
-
-def _in_columns(read: Callable[[], bytes], where: str) -> StoredMetadata | None:
-    """The content, if it is large, where that can be had without a record for every chunk."""
-    pickled = _without_plans(read) or read()
-    if len(pickled) < _LARGE:
-        return None
-    from dist_ckpt_mistral.formats import metadata_columns  # noqa: PLC0415  (inspect must not wait for numpy)
-
-    proto, opcodes = pickled[:2], pickle_opcodes.unframed(pickled)
-    del pickled  # a hundred megabytes
-    return metadata_columns.read(proto, opcodes, _allowlist(), where)
 
 
 def _without_plans(read: Callable[[], bytes]) -> bytes | None:
