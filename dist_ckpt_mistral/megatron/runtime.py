@@ -135,7 +135,7 @@ def _require_same(layout: ParallelLayout) -> None:
     if different:
         raise LayoutError(
             f"Megatron's parallel state is not that of the layout: {', '.join(different)}. Give the layout that it "
-            "has, with its order of ranks, or call destroy_parallel_state() of dist_ckpt_mistral.megatron.runtime first."
+            "has, with its order of ranks, or call dist_ckpt_mistral.megatron.runtime.destroy_parallel_state() first."
         )
 
 
