@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.megatron.runtime import initialize_megatron
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
     from dist_ckpt_mistral.migration import migrate
-    from dist_ckpt_mistral.model.config import MistralConfig
+    from dist_ckpt_mistral.model.config import ConfigOverride, MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
     from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec
     from dist_ckpt_mistral.pretrain_command import PretrainCommand, megatron_args
@@ -59,6 +59,7 @@ _HOME = {
     "Check": "checking",
     "Comparison": "verify",
     "ConfigError": "errors",
+    "ConfigOverride": "model.config",
     "Conversion": "conversion",
     "DistCkptMistralError": "errors",
     "FormatError": "errors",
@@ -101,6 +102,7 @@ __all__ = [
     "Check",
     "Comparison",
     "ConfigError",
+    "ConfigOverride",
     "Conversion",
     "DistCkptMistralError",
     "FormatError",

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedFormatError, printable
 from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
 from dist_ckpt_mistral.formats import archive_checksums, backends, checkpoint_directory, common_state, hf_directory
@@ -22,10 +22,8 @@ from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.manifest import tensor_spans
 from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.matching import match_checkpoint
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
+from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.stored_entries import split_state_key
-from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.model_source import open_hf
 from dist_ckpt_mistral.name_ranges import listed
 
@@ -59,7 +57,7 @@ def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort
     archive; and all tensors of the model must be there. ``config`` is for checkpoints that do not tell theirs. Raises
     DistCkptMistralError if ``path`` is neither or of a format that is not read; what is wrong in it becomes a finding.
     """
-    path, known = Path(path), given_config(config)
+    path, known = Path(path), chosen_config(config)
     if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
         return _check_hf(path, known, effort)
     if not checkpoint_directory.is_checkpoint(path):
@@ -114,7 +112,7 @@ class _Notes:
         )
 
 
-def _check_hf(directory: Path, config: MistralConfig | None, effort: Effort) -> Check:
+def _check_hf(directory: Path, config: ChosenConfig | None, effort: Effort) -> Check:
     notes = _Notes()
     manifest = notes.attempt(lambda: read_manifest(directory))
     file_set = notes.attempt(lambda: hf_directory.read_directory(directory))
@@ -145,7 +143,7 @@ def _tensor_parts(file_set: FileSet, crc32: Mapping[str, str], notes: _Notes) ->
     }
 
 
-def _check_megatron(path: Path, config: MistralConfig | None, effort: Effort) -> Check:
+def _check_megatron(path: Path, config: ChosenConfig | None, effort: Effort) -> Check:
     notes = _Notes()
     directory = notes.attempt(lambda: checkpoint_directory.resolve_directory(path))
     if directory is None:
@@ -175,12 +173,10 @@ def _check_megatron(path: Path, config: MistralConfig | None, effort: Effort) ->
     return notes.check_files(contents, manifest, effort)
 
 
-def _match(stored: StoredCheckpoint, config: MistralConfig | None) -> CheckpointMap:
+def _match(stored: StoredCheckpoint, config: ChosenConfig | None) -> CheckpointMap:
     state = common_state.read(stored.directory, stored.objects.get(common_state.SHARDED_KEY))
     stored = replace(stored, common_state=state)
-    known, _ = choose_config(stored, config, read_embedded(stored))
-    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
-    return match_checkpoint(tensor_table(known), shapes, stored.objects, str(stored.directory))
+    return matched(stored, checkpoint_config(stored, config)).found
 
 
 class _HfNames:

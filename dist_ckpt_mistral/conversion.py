@@ -9,7 +9,7 @@ from typing import Protocol
 
 from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.mapping import Ignored
+from dist_ckpt_mistral.mapping import PADDING, Ignored
 
 
 class Origin(Protocol):
@@ -52,6 +52,9 @@ class Conversion:
 
 def conversion_line(verb: str, done: Conversion) -> str:
     """What a conversion did, in one line."""
-    ignored = f"; {len(done.ignored)} stored entries are not weights and stayed behind" if done.ignored else ""
+    padding = [name for name, reason in done.ignored if reason == PADDING]
+    others = len(done.ignored) - len(padding)
+    ignored = f"; {others} stored entries are not weights and stayed behind" if others else ""
+    ignored += f"; dropped {', '.join(padding)}: {PADDING}" if padding else ""
     size = human_bytes(done.num_bytes)
     return f"{verb} {done.num_tensors} tensors ({size}) in {len(done.files)} files to {done.output}{ignored}"

@@ -17,7 +17,7 @@ from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
-from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
+from dist_ckpt_mistral.model.config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
@@ -70,7 +70,7 @@ def to_hf(
         given = given_directory(config)
         directory = checkpoint_directory.resolve_directory(checkpoint)
         inputs = stamps([*directory.rglob("*"), *(given.iterdir() if given else ())])
-        opened = open_megatron(checkpoint, config=given_config(config), state=state)
+        opened = open_megatron(checkpoint, config=chosen_config(config), state=state)
         source = completed(opened, given)
         file_set = hf_files(source, dtype, max_file_bytes)
         plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))

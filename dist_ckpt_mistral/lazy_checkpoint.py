@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dist_ckpt_mistral.gather.bands import BandReader
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -81,5 +81,5 @@ def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> L
     ``config`` is for checkpoints that do not tell theirs; a directory also gives the vision tower and projector that
     they lack. Raises DistCkptMistralError if it cannot be read.
     """
-    source, directory = open_source(Path(path), config=given_config(config)), given_directory(config)
+    source, directory = open_source(Path(path), config=chosen_config(config)), given_directory(config)
     return LazyCheckpoint(source if directory is None else completed(source, directory))

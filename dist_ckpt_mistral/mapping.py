@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.model.stored_entries import state_key
@@ -14,6 +15,8 @@ from dist_ckpt_mistral.shapes import Shape
 
 #: Stored entries that are not used: the name of each, and why.
 Ignored = tuple[tuple[str, str], ...]
+#: Why rows of a vocabulary are not used, which are named as ``NAME[first row:last row + 1]``.
+PADDING: Final = "rows that pad the vocabulary"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist_ckpt_mistral import embedded
-from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
 from dist_ckpt_mistral.formats import backends, hf_directory
 from dist_ckpt_mistral.formats.hf_directory import FileSet
@@ -18,9 +18,9 @@ from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link, whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
-from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
-from dist_ckpt_mistral.model.config import MistralConfig, config_file
+from dist_ckpt_mistral.mapping import PADDING, CheckpointMap, Ignored
+from dist_ckpt_mistral.matching import match_hf, match_own
+from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig
 from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
 from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
 from dist_ckpt_mistral.name_ranges import listed
@@ -41,8 +41,7 @@ class ModelSource:
 
     path: Path
     kind: str
-    config: MistralConfig
-    config_from: str
+    agreed: Agreed
     table: TensorTable
     index: TensorIndex
     tensors: tuple[HfTensor, ...]
@@ -52,6 +51,16 @@ class ModelSource:
     assets: Path | None
     carried_from: Path | None
     quantized: Quantized = field(default_factory=Quantized)
+
+    @property
+    def config(self) -> MistralConfig:
+        """The configuration that the model goes by."""
+        return self.agreed.config
+
+    @property
+    def config_from(self) -> str:
+        """Where the configuration is from, in words."""
+        return self.agreed.source
 
     def dtype_of(self, tensor: HfTensor) -> str:
         """The torch dtype name in which a tensor is stored."""
@@ -76,8 +85,8 @@ class ModelSource:
         return self.plan_into(TensorIndex(files=tuple(Path(name) for name in names), tensors=tensors))
 
 
-def open_source(path: Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
-    """Open whatever ``path`` is. ``config`` overrides the configuration that a checkpoint brings along.
+def open_source(path: Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
+    """Open whatever ``path`` is. ``config`` comes before the configurations that the model brings along.
 
     ``dtype`` is what the values of quantized weights are rounded to, else as ``open_hf`` says.
     """
@@ -86,20 +95,19 @@ def open_source(path: Path, *, config: MistralConfig | None = None, dtype: str |
     return open_megatron(path, config=config)
 
 
-def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
+def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
     """Open a Hugging Face directory, or one in Mistral AI's own rendering.
 
     Its configuration must be there unless ``config`` is given. FP8 weights have values of ``dtype``, else of the dtype
     that the configuration names, else of bfloat16.
     """
     hf_directory.require_directory(path)
-    config_from = "the given configuration" if config else str(config_file(path))
-    config = config or MistralConfig.from_hf(path)
+    agreed = directory_config(path, config)
     files = hf_directory.read_directory(path)
-    table = tensor_table(config)
+    table = tensor_table(agreed.config)
     if hf_directory.is_own_directory(path):
-        return _open_own(path, config, config_from, table, files)
-    quantized = match_quantized(files.tensors(table.usual_name), config, str(path), dtype)
+        return _open_own(path, agreed, table, files)
+    quantized = match_quantized(files.tensors(table.usual_name), agreed.config, str(path), dtype)
     scales = dict(quantized.ignored)
     shapes = {each.name: each.shape for each in files.tensors(table.usual_name) if each.name not in scales}
     tensors, ignored = match_hf(table, shapes, str(path))
@@ -109,8 +117,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
     return ModelSource(
         path=path,
         kind="Hugging Face directory",
-        config=config,
-        config_from=config_from,
+        agreed=agreed,
         table=table,
         index=index,
         tensors=tuple(tensors),
@@ -123,7 +130,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
     )
 
 
-def _open_own(path: Path, config: MistralConfig, config_from: str, table: TensorTable, files: FileSet) -> ModelSource:
+def _open_own(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) -> ModelSource:
     """A model in Mistral AI's own rendering, seen as Hugging Face's."""
     index = files.tensor_index(path)
     shapes = {name: tensor.global_shape for name, tensor in index.tensors.items()}
@@ -139,8 +146,7 @@ def _open_own(path: Path, config: MistralConfig, config_from: str, table: Tensor
     return ModelSource(
         path=path,
         kind="directory of Mistral AI's own files",
-        config=config,
-        config_from=config_from,
+        agreed=agreed,
         table=table,
         index=TensorIndex(files=index.files, tensors=seen),
         tensors=tuple(tensors),
@@ -153,20 +159,19 @@ def _open_own(path: Path, config: MistralConfig, config_from: str, table: Tensor
 
 
 def open_megatron(
-    path: Path, *, config: MistralConfig | None = None, state: ParamState = ParamState.WEIGHTS
+    path: Path, *, config: ChosenConfig | None = None, state: ParamState = ParamState.WEIGHTS
 ) -> ModelSource:
     """Open a Megatron checkpoint (root or iteration).
 
-    The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``. ``state`` may
-    pick another tensor than the weights that training kept for every parameter, such as the master weights.
+    The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``, else its
+    run_config.yaml; all of these must agree. ``state`` may pick another tensor than the weights that training kept for
+    every parameter, such as the master weights.
     """
     checkpoint = backends.open_stored(path)
-    where = str(checkpoint.directory)
+    known = matched(checkpoint, checkpoint_config(checkpoint, config), state)
+    table, found = known.table, known.found
     remembered = read_embedded(checkpoint)
-    config, config_from = choose_config(checkpoint, config, remembered)
-    table = tensor_table(config)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
-    found = match_checkpoint(table, shapes, checkpoint.objects, where, state)
     tensors = _described(found.table, remembered)
     with paused_collector():  # of a hundred thousand links each lives
         links = {tensor.hf_name: found.links(tensor) for tensor in tensors}
@@ -174,8 +179,7 @@ def open_megatron(
     return ModelSource(
         path=checkpoint.directory,
         kind=f"Megatron {checkpoint.backend} checkpoint",
-        config=config,
-        config_from=config_from,
+        agreed=known.agreed,
         table=table,
         index=checkpoint.index(found.names()),
         tensors=tensors,
@@ -234,5 +238,5 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
             name = found.stored_name(stored.mcore_key)
             rows = shapes[name][0]
             if rows > rule.shape[0]:
-                padded.append((f"{name}[{rule.shape[0]}:{rows}]", "rows that pad the vocabulary"))
+                padded.append((f"{name}[{rule.shape[0]}:{rows}]", PADDING))
     return tuple(padded)

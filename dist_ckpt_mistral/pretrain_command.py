@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.checkpoint_config import directory_config
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import backends, checkpoint_directory, hf_directory
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
+from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state
@@ -62,7 +63,7 @@ def megatron_args(
     Hugging Face directory, of which config.json is enough if it says its dtype. ``config`` overrides the configuration
     that a checkpoint brings along; ``layout`` is the one to train with. Raises DistCkptMistralError.
     """
-    path, known = Path(path), given_config(config)
+    path, known = Path(path), chosen_config(config)
     if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
         return _for_hf(path, known, layout)
     source = open_megatron(path, config=known)
@@ -77,13 +78,13 @@ def megatron_args(
     return _command(source.config_from, args, groups)
 
 
-def _for_hf(path: Path, config: MistralConfig | None, layout: ParallelLayout) -> PretrainCommand:
-    config_from = "the given configuration" if config else str(config_file(path))
-    config = config or MistralConfig.from_hf(path)
-    args, groups = pretrain_flags(config, dtype=config.dtype or open_hf(path).main_dtype, layout=layout)
+def _for_hf(path: Path, config: ChosenConfig | None, layout: ParallelLayout) -> PretrainCommand:
+    known = directory_config(path, config)
+    dtype = known.config.dtype or open_hf(path, config=config).main_dtype
+    args, groups = pretrain_flags(known.config, dtype=dtype, layout=layout)
     groups["checkpoint"] = ["--ckpt-format", "torch_dist"]
     groups["tokenizer"] = _tokenizer(path)
-    return _command(config_from, args, groups)
+    return _command(known.source, args, groups)
 
 
 def _command(config_from: str, args: Mapping[str, Any], groups: Mapping[str, list[str]]) -> PretrainCommand:

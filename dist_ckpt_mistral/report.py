@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import backends, common_state, hf_directory
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
+from dist_ckpt_mistral.matching import match_hf, match_own
+from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
 from dist_ckpt_mistral.model.tensor_table import TensorTable, tensor_table
 from dist_ckpt_mistral.own_links import own_shapes
@@ -63,26 +63,26 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
     What is wrong with it becomes a problem of the report. Raises FormatError only if ``path`` is neither.
     """
-    path, known = Path(path), given_config(config)
+    path, known = Path(path), chosen_config(config)
     is_hf = hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path)
     return _inspect_hf(path, known) if is_hf else _inspect_megatron(path, known)
 
 
-def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
+def _inspect_hf(path: Path, config: ChosenConfig | None) -> Report:
     file_set, where = hf_directory.read_directory(path), str(path)
     is_own = hf_directory.is_own_directory(path)
     hf_names = {} if is_own else {tensor.name: tensor.name for tensor in file_set.tensors()}
     problems: list[str] = []
     ignored: dict[str, str] = {}
-    quantized = Quantized()
+    quantized, known = Quantized(), None
     try:
-        config = config or MistralConfig.from_hf(path)
-        table = tensor_table(config)
+        known = directory_config(path, config)
+        table = tensor_table(known.config)
         if is_own:
             hf_names = _names_of_own(table, file_set, where)
         else:
             by_name = {name: tensor for name, (_, _, tensor) in file_set.by_name(where, table.usual_name).items()}
-            quantized = match_quantized(file_set.tensors(table.usual_name), config, where)
+            quantized = match_quantized(file_set.tensors(table.usual_name), known.config, where)
             ignored = _ignored_of_hf(table, by_name, quantized, where)
     except DistCkptMistralError as error:
         problems.append(str(error))
@@ -90,8 +90,8 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
         path=where,
         kind="directory of Mistral AI's own files" if is_own else "Hugging Face directory",
         format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
-        config_from=str(config_file(path)) if config else None,
-        config=_config_values(config),
+        config_from=known.source if known else None,
+        config=_config_values(known or config),
         tensors=tuple(_hf_tensor_report(tensor, hf_names, ignored) for tensor in file_set.tensors()),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
@@ -128,17 +128,16 @@ def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: 
     )
 
 
-def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
+def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
     checkpoint = backends.open_stored(path)
     problems: list[str] = []
-    config_from, found = None, None
-    shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
+    known, found = None, None
     try:
-        config, config_from = choose_config(checkpoint, config, read_embedded(checkpoint))
-        found = match_checkpoint(tensor_table(config), shapes, checkpoint.objects, str(checkpoint.directory))
+        known = checkpoint_config(checkpoint, config)
+        found = matched(checkpoint, known).found
     except DistCkptMistralError as error:
         problems.append(str(error))
-    prefix = model_prefix(shapes)
+    prefix = model_prefix(checkpoint.tensors)
     files = _file_sizes(checkpoint)
     try:
         checkpoint.require_whole(files)
@@ -148,8 +147,8 @@ def _inspect_megatron(path: Path, config: MistralConfig | None) -> Report:
         path=str(checkpoint.directory),
         kind=f"Megatron {checkpoint.backend} checkpoint",
         format=_generation(checkpoint),
-        config_from=config_from,
-        config=_config_values(config),
+        config_from=known.source if known else None,
+        config=_config_values(known or config),
         tensors=_tensor_reports(checkpoint, found),
         objects=tuple((name, why_ignored(name, prefix) or "not a tensor") for name in checkpoint.objects),
         files=files,
@@ -195,5 +194,5 @@ def _generation(checkpoint: StoredCheckpoint) -> str:
     return "torch_dist without common state"
 
 
-def _config_values(config: MistralConfig | None) -> dict[str, Any] | None:
-    return None if config is None else {name: value for name, value in asdict(config).items() if name != "hf_config"}
+def _config_values(known: Agreed | ChosenConfig | None) -> dict[str, Any] | None:
+    return None if known is None else {n: value for n, value in asdict(known.config).items() if n != "hf_config"}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
 from dist_ckpt_mistral.chunking import Cut, cuts
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import TensorMismatchError
@@ -21,11 +21,10 @@ from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.tensor_index import TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE, match_checkpoint
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config
+from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
+from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state, model_prefix, split_state_key
-from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.rewriting import Rewriting, new_objects, own_boxes, rewrite
 
@@ -58,7 +57,7 @@ def reshard(
     return rewrite(
         Path(checkpoint),
         Path(output),
-        lambda stored: _cut_for(stored, layout, given_config(config), weights_only=weights_only),
+        lambda stored: _cut_for(stored, layout, chosen_config(config), weights_only=weights_only),
         manifest=manifest,
         overwrite=overwrite,
         resume=resume,
@@ -68,14 +67,13 @@ def reshard(
 
 
 def _cut_for(
-    stored: StoredCheckpoint, layout: ParallelLayout, config: MistralConfig | None, *, weights_only: bool
+    stored: StoredCheckpoint, layout: ParallelLayout, config: ChosenConfig | None, *, weights_only: bool
 ) -> Rewriting:
     where = str(stored.directory)
-    known, config_from = choose_config(stored, config, read_embedded(stored))
-    _LOG.info("configuration: %s", config_from)
-    layout.check(known)
+    known = matched(stored, checkpoint_config(stored, config))
+    _LOG.info("configuration: %s", known.agreed.source)
+    layout.check(known.agreed.config)
     shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
-    found = match_checkpoint(tensor_table(known), shapes, stored.objects, where)
     names = [*stored.tensors, *stored.objects]
     if weights_only:
         left = {name: "optimizer state, which was not asked for" for name in names if is_optimizer_state(name)}
@@ -84,10 +82,10 @@ def _cut_for(
         _require_no_flat_state(names, where)
     kept = [name for name in stored.tensors if name not in left]
     tensors = stored.index(kept)
-    cut = _cuts(found, {name: shapes[name] for name in kept}, layout, where)
+    cut = _cuts(known.found, {name: shapes[name] for name in kept}, layout, where)
     return Rewriting(
         stored=stored,
-        config_from=config_from,
+        config_from=known.agreed.source,
         tensors=tensors,
         chunks=[*_chunks(stored, tensors, cut)],
         objects=new_objects(stored, left),
@@ -96,7 +94,7 @@ def _cut_for(
             "command": "reshard",
             "layout": repr(layout),
             "--weights-only": weights_only,
-            "configuration": known.to_hf(),
+            "configuration": known.agreed.config.to_hf(),
         },
     )
 

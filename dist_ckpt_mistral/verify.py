@@ -15,7 +15,8 @@ from dist_ckpt_mistral.formats.checkpoint_directory import is_checkpoint
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.gather.executor import Effort, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
+from dist_ckpt_mistral.model.agreement import Disagreement
+from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -32,24 +33,28 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The outcome of a comparison; sizes in bytes. ``not_compared`` says what checkpoints hold besides the model."""
+    """The outcome of a comparison; sizes in bytes. ``not_compared`` says what checkpoints hold besides the model.
+
+    ``configurations`` are the values that the configurations of A and B give differently.
+    """
 
     num_tensors: int
     num_bytes: int
     differences: tuple[Difference, ...]
     not_compared: tuple[str, ...]
+    configurations: tuple[Disagreement, ...] = ()
 
     @property
     def is_equal(self) -> bool:
-        """Whether both hold the same tensors, bit for bit."""
-        return not self.differences
+        """Whether both hold the same tensors, bit for bit, and read them in the same way."""
+        return not self.differences and not any(each.of_weights for each in self.configurations)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"equal": self.is_equal, **asdict(self)}
 
 
-def open_pair(a: Path, b: Path, *, config: MistralConfig | None = None) -> tuple[ModelSource, ModelSource]:
+def open_pair(a: Path, b: Path, *, config: ChosenConfig | None = None) -> tuple[ModelSource, ModelSource]:
     """Open both sides. A checkpoint that tells no configuration goes by ``config``, else by the other side's."""
     if config is not None:
         return open_source(a, config=config), open_source(b, config=config)
@@ -57,11 +62,11 @@ def open_pair(a: Path, b: Path, *, config: MistralConfig | None = None) -> tuple
         source_a = open_source(a)
     except ConfigError:
         source_b = open_source(b)
-        return open_source(a, config=source_b.config), source_b
+        return open_source(a, config=_of_other(source_b)), source_b
     try:
         source_b = open_source(b)
     except ConfigError:
-        return source_a, open_source(b, config=source_a.config)
+        return source_a, open_source(b, config=_of_other(source_a))
     return _as_part_of(source_b, source_a), _as_part_of(source_a, source_b)
 
 
@@ -69,7 +74,12 @@ def _as_part_of(whole: ModelSource, source: ModelSource) -> ModelSource:
     """``source``, but the language model of ``whole`` if that is multimodal and training saved ``source`` without."""
     if not whole.table.carried or source.table.carried or source.assets is not None:
         return source
-    return open_source(source.path, config=whole.config)
+    return open_source(source.path, config=_of_other(whole))
+
+
+def _of_other(source: ModelSource) -> ChosenConfig:
+    """The configuration of one side, for the other one to go by."""
+    return ChosenConfig(config=source.config, source=f"{source.config_from} of {source.path}")
 
 
 def compare(
@@ -85,7 +95,7 @@ def compare(
     ``config`` also completes one that holds only the language model of a multimodal model. Raises DistCkptMistralError
     if either cannot be read.
     """
-    source_a, source_b = open_pair(Path(a), Path(b), config=given_config(config))
+    source_a, source_b = open_pair(Path(a), Path(b), config=chosen_config(config))
     directory = given_directory(config)
     if directory is not None:
         source_a, source_b = completed(source_a, directory), completed(source_b, directory)
@@ -113,6 +123,7 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
         num_bytes=a.plan_of(common).num_bytes,
         differences=tuple(sorted(differences, key=lambda difference: difference.hf_name)),
         not_compared=_not_compared(a, b),
+        configurations=tuple(a.agreed.disagreements(b.agreed)),
     )
 
 

@@ -248,7 +248,8 @@ def test_a_config_is_given_in_any_way(kind: str, tmp_path: Path) -> None:
         dcm.inspect(at, config=config).config_from,
         dcm.megatron_args(tmp_path / "hf", config=config).config_from,
     ]
-    assert found == ["the given configuration"] * len(found)
+    source = "the given configuration"
+    assert found == [source if kind == "record" else f"{source} {case / 'config.json'}"] * len(found)
     assert dcm.compare(at, at, config=config).is_equal
     with dcm.open_checkpoint(at, config=config) as tensors:
         assert tensors.config == record

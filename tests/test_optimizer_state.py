@@ -24,6 +24,7 @@ from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchErr
 from dist_ckpt_mistral.formats.backends import open_stored
 from dist_ckpt_mistral.gather.flat_ranges import boxes_of_range, in_own_shape
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor
+from dist_ckpt_mistral.model.config import chosen_config
 from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model_source import open_megatron
 
@@ -90,7 +91,7 @@ def test_master_weights_round_to_the_weights(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("state", "name"), [(ParamState.EXP_AVG, "exp_avg"), (ParamState.EXP_AVG_SQ, "exp_avg_sq")])
 def test_moments_are_what_dcp_loads(case: str, state: ParamState, name: str) -> None:
     """The moments are found by the same rules as the weights, whatever the format, in float32."""
-    source = open_megatron(folder(case) / "checkpoint", config=dcm.MistralConfig.from_hf(folder(case)), state=state)
+    source = open_megatron(folder(case) / "checkpoint", config=chosen_config(folder(case)), state=state)
     with dcm.LazyCheckpoint(source) as moments:
         read = as_megatron_stores(dict(moments), case)
     assert described(read) == described(real_rows(full_state(case, name)))
@@ -235,7 +236,7 @@ def test_unknown_tensors_are_refused(state: ParamState, tmp_path: Path) -> None:
         (at,) = [index for index in stored if index.fqn == known]
         metadata.state_dict_metadata = listed | dict.fromkeys(foreign, listed[known])
         metadata.storage_data = stored | {type(at)(name, at.offset): stored[at] for name in foreign}
-    config = dcm.MistralConfig.from_hf(case)
+    config = chosen_config(case)
     with pytest.raises(TensorMismatchError, match="2 tensors are unknown to the table: ") as refused:
         open_megatron(directory, config=config, state=state)
     assert all(f"{name} [64]" in str(refused.value) for name in foreign)

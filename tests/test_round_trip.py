@@ -513,7 +513,7 @@ def test_a_given_config_wins_over_the_remembered_one(tmp_path: Path) -> None:
     given = json.loads((original / "config.json").read_bytes()) | {"rms_norm_eps": 0.125}
     (tmp_path / "given.json").write_text(json.dumps(given))
     done = to_hf(tmp_path / "ckpt", tmp_path / "exported", config=tmp_path / "given.json")
-    assert done.config_from == "the given configuration"
+    assert done.config_from == f"the given configuration {tmp_path / 'given.json'}"
     assert json.loads((tmp_path / "exported" / "config.json").read_bytes()) == given
     assert {name: content for name, content in contents(tmp_path / "exported").items() if name != "config.json"} == {
         name: content for name, content in contents(original).items() if name != "config.json"

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
                 layout=ParallelLayout(tp=arguments.tp, pp=arguments.pp),
                 max_new_tokens=arguments.max_new_tokens,
                 sampling=_sampling(arguments),
-                config=arguments.config,
+                config=options.given_config(arguments),
                 tokenizer=arguments.tokenizer,
                 dtype=arguments.dtype,
             )

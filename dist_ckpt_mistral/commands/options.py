@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from dist_ckpt_mistral.gather.executor import Effort
-    from dist_ckpt_mistral.model.config import MistralConfig
+    from dist_ckpt_mistral.model.config import GivenConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 
 EXIT_DONE: Final = 0
@@ -97,6 +97,8 @@ def add_config(command: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_JSON",
         help="config.json, or a Hugging Face directory whose small files come along too",
     )
+    help_text = "go by --config even where the model's own descriptions contradict it; what differs is listed"
+    command.add_argument("--override-config", action="store_true", help=help_text)
 
 
 def add_tokenizer(command: argparse.ArgumentParser) -> None:
@@ -138,11 +140,15 @@ def given_layout(arguments: argparse.Namespace) -> ParallelLayout:
     return ParallelLayout(**{name: value for name, value in given.items() if value is not None})
 
 
-def given_config(arguments: argparse.Namespace) -> MistralConfig | None:
-    """The configuration that ``--config`` names, if it was given."""
-    from dist_ckpt_mistral.model import config  # noqa: PLC0415  (--help must not wait)
+def given_config(arguments: argparse.Namespace) -> GivenConfig | None:
+    """What ``--config`` names, if it was given, as an override where that was asked for."""
+    if not arguments.override_config:
+        return arguments.config  # type: ignore[no-any-return]  # a text, or None
+    if arguments.config is None:
+        arguments.wrong_usage("--override-config goes with --config")
+    from dist_ckpt_mistral.model.config import ConfigOverride  # noqa: PLC0415  (--help must not wait)
 
-    return config.given_config(arguments.config)
+    return ConfigOverride(arguments.config)
 
 
 def is_first_rank() -> bool:

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = planner.plan_reading(
         arguments.checkpoint,
         options.given_layout(arguments),
-        config=arguments.config,
+        config=options.given_config(arguments),
         weights_only=arguments.weights_only,
     )
     if arguments.svg is not None:

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.checkpoint,
             arguments.output,
             options.given_layout(arguments),
-            config=arguments.config,
+            config=options.given_config(arguments),
             weights_only=arguments.weights_only,
             manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,

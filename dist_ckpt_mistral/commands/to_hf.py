@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         done = convert.to_hf(
             arguments.checkpoint,
             arguments.hf,
-            config=arguments.config,
+            config=options.given_config(arguments),
             weights=arguments.weights,
             dtype=arguments.dtype,
             max_file_bytes=arguments.max_file_size,

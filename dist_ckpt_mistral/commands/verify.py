@@ -53,7 +53,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral import checking  # noqa: PLC0415  (--help must not wait for numpy)
 
     with options.effort("checking", arguments, Ranks()) as effort:
-        outcome = checking.check(arguments.a, config=arguments.config, effort=effort)
+        outcome = checking.check(arguments.a, config=options.given_config(arguments), effort=effort)
     if arguments.json:
         print(json.dumps(outcome.to_json(), indent=2))
     else:
@@ -75,16 +75,20 @@ def _compare_bits(arguments: argparse.Namespace) -> int:
         if arguments.stored:
             outcome = stored_comparison.compare_stored(arguments.a, arguments.b, effort=effort)
         else:
-            outcome = verify.compare(arguments.a, arguments.b, config=arguments.config, effort=effort)
+            outcome = verify.compare(arguments.a, arguments.b, config=options.given_config(arguments), effort=effort)
     if arguments.json:
         print(json.dumps(outcome.to_json(), indent=2))
     else:
         for difference in outcome.differences:
             print(f"{difference.hf_name}: {difference.what}")
+        for disagreement in outcome.configurations:
+            print(f"the configurations of A and B differ in {disagreement}")
         for note in outcome.not_compared:
             print(f"not compared: {note}")
         what = "entries" if arguments.stored else "tensors"
         verdict = "equal" if outcome.is_equal else f"DIFFERENT in {len(outcome.differences)} {what}"
+        if not (outcome.is_equal or outcome.differences):
+            verdict = "DIFFERENT in configuration, which reads the same bits as other weights"
         print(f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit")
     return options.EXIT_DONE if outcome.is_equal else options.EXIT_DIFFERENT
 
@@ -97,7 +101,7 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
         outcome = compare_logits(
             arguments.a,
             arguments.b,
-            config=arguments.config,
+            config=options.given_config(arguments),
             prompts=arguments.prompt,
             tokenizer=arguments.tokenizer,
             seed=arguments.seed,

@@ -12,7 +12,7 @@ from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens
 from dist_ckpt_mistral.megatron.inference import generate, greedy
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
-from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_directory
+from dist_ckpt_mistral.model.config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 
@@ -59,7 +59,7 @@ def complete(
     layout = initialize_megatron(layout, device=device)
 
     def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
-        source = open_source(hub.local_directory(str(path)), config=given_config(config))
+        source = open_source(hub.local_directory(str(path)), config=chosen_config(config))
         words = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), source.assets))
         return source, words, stop_tokens(source, words, [*map(given_directory, (tokenizer, config)), source.assets])
 

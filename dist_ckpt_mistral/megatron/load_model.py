@@ -21,7 +21,7 @@ from dist_ckpt_mistral.gather.executor import Effort, execute
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
-from dist_ckpt_mistral.model.config import GivenConfig, given_config
+from dist_ckpt_mistral.model.config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.held_tensors import HeldTensor
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model_source import ModelSource, open_source
@@ -69,7 +69,7 @@ def load_model(
 
     def opened() -> ModelSource:
         name = None if dtype is None else str(torch_dtype(dtype)).removeprefix("torch.")
-        return open_source(hub.local_directory(str(path)), config=given_config(config), dtype=name)
+        return open_source(hub.local_directory(str(path)), config=chosen_config(config), dtype=name)
 
     return load_source(
         ranks.from_environment().each(opened),

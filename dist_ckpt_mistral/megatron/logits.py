@@ -14,7 +14,7 @@ from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
 from dist_ckpt_mistral.megatron.inference import forward, require_tokens
 from dist_ckpt_mistral.megatron.load_model import load_source
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, given_config, given_directory
+from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model_source import ModelSource, completed
 from dist_ckpt_mistral.verify import open_pair
@@ -83,7 +83,7 @@ def compare_logits(
     Megatron runs the other. Without ``prompts`` the prompts are random tokens drawn from ``seed``. Raises
     DistCkptMistralError if either cannot be read or run, or if their vocabularies differ.
     """
-    source_a, source_b = open_pair(Path(a), Path(b), config=given_config(config))
+    source_a, source_b = open_pair(Path(a), Path(b), config=chosen_config(config))
     if source_a.config.vocab_size != source_b.config.vocab_size:
         sizes = f"{source_a.config.vocab_size} in {a}, {source_b.config.vocab_size} in {b}"
         raise TensorMismatchError(f"the vocabularies differ: {sizes}. Their logits cannot be compared.")

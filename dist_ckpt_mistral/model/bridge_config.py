@@ -45,6 +45,19 @@ def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
 
     Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
     """
+    return from_megatron_args(args_of_run_config(run_config, where), model_fields(where))
+
+
+def model_fields(where: str) -> str:
+    """What errors call the part of a ``run_config.yaml`` that describes the model."""
+    return f"the model fields of {where}"
+
+
+def args_of_run_config(run_config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Megatron-LM's args that say what a ``run_config.yaml`` says of the model; ``where`` names it in errors.
+
+    Raises ConfigError where it lacks what no default may stand in for.
+    """
     model = run_config.get("model")
     if not isinstance(model, Mapping):
         raise ConfigError(f"{where} has no section model. Give the model's config.json with --config.")
@@ -52,7 +65,7 @@ def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
     missing = [name for name in _REQUIRED if values.get(name) is None]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}. Give the model's config.json with --config.")
-    return from_megatron_args(_as_args(values), f"the model fields of {where}")
+    return _as_args(values)
 
 
 def _model_fields(model: Mapping[str, Any], where: str) -> dict[str, object]:

@@ -19,8 +19,8 @@ from dist_ckpt_mistral.model.quantization import unquantized
 from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import YarnScaling
 
-#: How callers give a configuration: itself, a config.json, or a directory with one.
-GivenConfig: TypeAlias = "str | Path | MistralConfig"
+#: How callers give a configuration: itself, a config.json, a directory with one, or any of these as an override.
+GivenConfig: TypeAlias = "str | Path | MistralConfig | ConfigOverride"
 
 #: What a layer's attention is, in Hugging Face's words.
 SLIDING: Final = "sliding_attention"
@@ -174,16 +174,43 @@ def config_file(path: Path) -> Path:
     return own if own.is_file() and not (path / "config.json").is_file() else path / "config.json"
 
 
-def given_config(config: GivenConfig | None) -> MistralConfig | None:
+@dataclass(frozen=True, slots=True)
+class ConfigOverride:
+    """A configuration to go by even where the model's own descriptions contradict it; the differences are logged."""
+
+    config: str | Path | MistralConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenConfig:
+    """A configuration that a caller chose: where it is from, in words, and whether it overrides all others."""
+
+    config: MistralConfig
+    source: str
+    overrides: bool = False
+
+
+def chosen_config(given: GivenConfig | None) -> ChosenConfig | None:
     """The configuration that a caller gave, whichever way, or None if none was. Raises as ``from_hf``."""
-    return config if config is None or isinstance(config, MistralConfig) else MistralConfig.from_hf(config)
-
-
-def given_directory(config: GivenConfig | None) -> Path | None:
-    """The directory that a caller gave for its configuration, whose other small files may be wanted; else None."""
-    if config is None or isinstance(config, MistralConfig):
+    overrides, content = isinstance(given, ConfigOverride), _content(given)
+    if content is None:
         return None
-    return Path(config) if Path(config).is_dir() else None
+    if isinstance(content, MistralConfig):
+        return ChosenConfig(config=content, source="the given configuration", overrides=overrides)
+    source = f"the given configuration {config_file(Path(content))}"
+    return ChosenConfig(config=MistralConfig.from_hf(content), source=source, overrides=overrides)
+
+
+def given_directory(given: GivenConfig | None) -> Path | None:
+    """The directory that a caller gave for its configuration, whose other small files may be wanted; else None."""
+    content = _content(given)
+    if content is None or isinstance(content, MistralConfig):
+        return None
+    return Path(content) if Path(content).is_dir() else None
+
+
+def _content(given: GivenConfig | None) -> str | Path | MistralConfig | None:
+    return given.config if isinstance(given, ConfigOverride) else given
 
 
 def _from_hf_mapping(raw: Mapping[str, Any], where: str) -> MistralConfig:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.model.agreement import Disagreement, disagreements
 from dist_ckpt_mistral.model.attention_args import (
     attention_args,
     attention_of,
@@ -22,12 +23,13 @@ from dist_ckpt_mistral.model.megatron_fields import (
     ARCHITECTURE,
     COMPUTED,
     DTYPE_FLAGS,
+    FIELDS,
     SAME_VALUE,
     UNCHANGED,
     Field,
     unmet,
 )
-from dist_ckpt_mistral.model.megatron_vocabulary import vocab_size_of
+from dist_ckpt_mistral.model.megatron_vocabulary import other_vocab_size, vocab_size_of
 from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, padded_vocab_size
 
 _LOG = logging.getLogger(__name__)
@@ -77,19 +79,55 @@ def from_megatron_args(args: Mapping[str, Any], where: str = "the checkpoint's a
 
     Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
     """
-    found = _found(args, where)
-    model_type = _model_type(found)
-    _refuse_other_architectures(args, found, model_type, where)
-    if model_type == "mistral4" and found["llama_4_scaling_beta"] is None:
+    config = _parsed(args, where, vocab_size_of(args, where))
+    if config.model_type == "mistral4" and config.llama_4_scaling_beta is None:
         _LOG.warning(
             "%s do not tell llama_4_scaling_beta, which Megatron has not: it is taken for 0. "
             "Give config.json with --config for a model that has it.",
             where,
         )
+    return config
+
+
+def args_disagreements(config: MistralConfig, args: Mapping[str, Any], where: str) -> list[Disagreement]:
+    """Every value that a configuration and a checkpoint's ``args`` give differently.
+
+    What the args leave open is taken from ``config``. Both are compared in the form in which the args say them, so that
+    only what they can say counts. Raises UnsupportedModelError where the args are those of another architecture, or
+    Megatron cannot express ``config``; ConfigError where the args hold values that do not fit.
+    """
+    expected = to_megatron_args(config, dtype=config.dtype or "bfloat16", tp=1, pp=1)
+    same, other = (_parsed(each, where, config.vocab_size) for each in (expected, _completed(args, expected)))
+    found = disagreements(same, other)
+    rows = other_vocab_size(args, config.vocab_size, where)
+    if rows is not None:
+        found.append(Disagreement(name="vocab_size", first=config.vocab_size, second=rows, of_weights=True))
+    return found
+
+
+def _completed(args: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """``args`` with the values of ``expected`` for every field that they give under none of its names."""
+    given = {name: value for name, value in args.items() if value is not None or name not in _NEVER_NONE}
+    elsewhere = {name for field in FIELDS if not given.keys().isdisjoint(field.names) for name in field.names}
+    return {name: value for name, value in expected.items() if name not in elsewhere} | given
+
+
+#: Fields of which None says nothing: no model is without them.
+_NEVER_NONE: Final = frozenset(
+    name
+    for field in (*SAME_VALUE.values(), COMPUTED["kv_channels"], COMPUTED["position_embedding_type"])
+    for name in field.names
+)
+
+
+def _parsed(args: Mapping[str, Any], where: str, vocab_size: int) -> MistralConfig:
+    found = _found(args, where)
+    model_type = _model_type(found)
+    _refuse_other_architectures(args, found, model_type, where)
     return MistralConfig(
         **found,
         model_type=model_type,
-        vocab_size=vocab_size_of(args, where),
+        vocab_size=vocab_size,
         tie_word_embeddings=not COMPUTED["untie_embeddings_and_output_weights"].of(args),
         dtype=next((dtype for flag, dtype in DTYPE_FLAGS.items() if args.get(flag)), None),
     )

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from dist_ckpt_mistral.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
@@ -33,8 +35,15 @@ class Field:
         return self.names[0]
 
     def of(self, args: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever the args hold)
-        """The value in ``args``; the default where the args are older than the field, or do not say."""
-        return next((args[name] for name in reversed(self.names) if args.get(name) is not None), self.default)
+        """The value in ``args``; the default where the args are older than the field, or do not say.
+
+        Raises ConfigError where they say it under two names, and differently.
+        """
+        found = {name: args[name] for name in reversed(self.names) if args.get(name) is not None}
+        first, *others = found.values() or (self.default,)
+        if any(each != first for each in others):
+            raise ConfigError(f"the args say {' but '.join(f'{name}={value!r:.200}' for name, value in found.items())}")
+        return first
 
 
 #: Fields, each with the only value of it that a model may have.

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
+from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
 from dist_ckpt_mistral.chunking import SPEC
 from dist_ckpt_mistral.formats import backends
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
@@ -24,13 +24,12 @@ from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_lis
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE, match_checkpoint
-from dist_ckpt_mistral.model.config import GivenConfig, given_config
+from dist_ckpt_mistral.model.config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
 from dist_ckpt_mistral.model.rank_grid import RankCoordinates
 from dist_ckpt_mistral.model.stored_entries import flat_state, kind_of, split_state_key
 from dist_ckpt_mistral.model.tensor_rules import ParamState
-from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
 
 #: Why the optimizer state of megatron-core 0.12 to 0.14 is left out: what their loading reads of it is not known here.
@@ -50,22 +49,23 @@ def plan_reading(
     need no reading. Raises LayoutError where Megatron would refuse the layout, FormatError, TensorMismatchError or
     PlanError where the checkpoint is not whole.
     """
-    opened = backends.open_stored(Path(checkpoint), with_common_state=config is None)
-    chosen, config_from = choose_config(opened, given_config(config), read_embedded(opened))
-    layout.check(chosen)
+    opened = backends.open_stored(Path(checkpoint))
+    known = matched(opened, checkpoint_config(opened, chosen_config(config)))
+    layout.check(known.agreed.config)
     backends.require_loadable(opened.directory)
     states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(opened)
     shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
-    table, where = tensor_table(chosen), str(opened.directory)
-    matched = [match_checkpoint(table, shapes, opened.objects, where, state) for state in states]
-    found = [replace(each, table=each.table.without_carried()) for each in matched]  # the rest is not read
+    others = [
+        match_checkpoint(known.table, shapes, opened.objects, str(opened.directory), state) for state in states[1:]
+    ]
+    found = [replace(each, table=each.table.without_carried()) for each in (known.found, *others)]  # the rest: unread
     index = _unlocated_index(opened, [name for each in found for name in each.names()])
     chunks = chunk_list(index)
     kinds = {name: kind for each in found for name, kind in _kinds(each).items()}
     weights = set(found[0].names())
     return ReadingPlan(
         path=opened.directory,
-        config_from=config_from,
+        config_from=known.agreed.source,
         layout=layout,
         files=tuple(path.name for path in index.files),
         chunks=chunks,
