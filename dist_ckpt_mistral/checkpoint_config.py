@@ -11,6 +11,7 @@ from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.model.bridge_config import from_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import from_megatron_args
+from dist_ckpt_mistral.model.tensor_table import config_as_stored
 
 #: Megatron-Bridge's configuration of a run, beside the shards (training/utils/checkpoint_utils.py, 0.1 to 0.7).
 RUN_CONFIG_FILE: Final = "run_config.yaml"
@@ -29,9 +30,10 @@ def choose_config(
     That is what was given, what an import embedded, Megatron-LM's own args, or Megatron-Bridge's run_config.yaml.
     """
     if given is not None:
-        return given, "the given configuration"
+        return config_as_stored(given, checkpoint.tensors), "the given configuration"
     if remembered is not None:
-        return remembered.config, "the Hugging Face configuration inside the checkpoint"
+        known = config_as_stored(remembered.config, checkpoint.tensors)
+        return known, "the Hugging Face configuration inside the checkpoint"
     args = checkpoint.common_state.get("args")
     if isinstance(args, Mapping):
         return from_megatron_args(args), "the args inside the checkpoint"

@@ -22,7 +22,7 @@ from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
 from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import MistralConfig, config_file
 from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
-from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
+from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, config_as_stored, tensor_table
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 
@@ -96,6 +96,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
     config_from = "the given configuration" if config else str(config_file(path))
     config = config or MistralConfig.from_hf(path)
     files = hf_directory.read_directory(path)
+    config = config_as_stored(config, (tensor.name for tensor in files.tensors()))
     table = tensor_table(config)
     if hf_directory.is_own_directory(path):
         return _open_own(path, config, config_from, table, files)

@@ -17,7 +17,7 @@ from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
-from dist_ckpt_mistral.model.tensor_table import TensorTable, tensor_table
+from dist_ckpt_mistral.model.tensor_table import TensorTable, config_as_stored, tensor_table
 from dist_ckpt_mistral.own_links import own_shapes
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
@@ -77,6 +77,7 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
     quantized = Quantized()
     try:
         config = config or MistralConfig.from_hf(path)
+        config = config_as_stored(config, (tensor.name for tensor in file_set.tensors()))
         table = tensor_table(config)
         if is_own:
             hf_names = _names_of_own(table, file_set, where)
