@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from dist_ckpt_mistral import embedded, paths, strict_yaml
-from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError, UnsupportedModelError
+from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
 from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_checkpoint
 from dist_ckpt_mistral.model.agreement import Disagreement, disagreements, listed_disagreements
-from dist_ckpt_mistral.model.bridge_config import args_of_run_config, model_fields
+from dist_ckpt_mistral.model.bridge_config import args_of_run_config, from_run_config, model_fields
 from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig, config_file
 from dist_ckpt_mistral.model.megatron_args import args_disagreements, from_megatron_args
 from dist_ckpt_mistral.model.megatron_vocabulary import is_padding
 from dist_ckpt_mistral.model.params_json import PARAMS_FILE
 from dist_ckpt_mistral.model.tensor_rules import ParamState
-from dist_ckpt_mistral.model.tensor_table import TensorTable, tensor_table
+from dist_ckpt_mistral.model.tensor_table import TensorTable, config_as_stored, tensor_table
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class Description(Protocol):
     def config(self) -> MistralConfig:
         """The configuration as this description alone gives it. Raises ConfigError if it does not give all of it."""
 
-    def disagreements(self, config: MistralConfig) -> list[Disagreement]:
-        """Every value that it gives differently than ``config`` does."""
+    def disagreements(self, config: MistralConfig, names: Collection[str] | None) -> list[Disagreement]:
+        """Every value that it gives differently than ``config`` does, beside the stored tensors of these ``names``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,27 +56,26 @@ class HfDescription:
     source: str
     config: Callable[[], MistralConfig]
 
-    def disagreements(self, config: MistralConfig) -> list[Disagreement]:
-        """Every value that differs."""
-        return disagreements(config, self.config())
+    def disagreements(self, config: MistralConfig, names: Collection[str] | None) -> list[Disagreement]:
+        """Every value that differs; what it leaves open is as the stored tensors have it."""
+        told = self.config()
+        return disagreements(config, told if names is None else config_as_stored(told, names))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArgsDescription:
     """Megatron-LM's args, or Megatron-Bridge's configuration in their terms; ``where`` names them in errors.
 
-    ``read`` gives them. It raises FormatError or ConfigError for a file that does not hold them.
+    ``config`` is the configuration that they give, with Megatron-LM's defaults for what they leave out; ``read`` gives
+    themselves. Both raise FormatError or ConfigError for a file that does not hold them.
     """
 
     source: str
     where: str
+    config: Callable[[], MistralConfig]
     read: Callable[[], Mapping[str, Any]]
 
-    def config(self) -> MistralConfig:
-        """The configuration that the args give, with Megatron-LM's defaults for what they leave out."""
-        return from_megatron_args(self.read(), self.where)
-
-    def disagreements(self, config: MistralConfig) -> list[Disagreement]:
+    def disagreements(self, config: MistralConfig, names: Collection[str] | None = None) -> list[Disagreement]:  # noqa: ARG002
         """Every value that the args give differently; what they leave open agrees."""
         return args_disagreements(config, self.read(), self.where)
 
@@ -99,28 +98,47 @@ class Agreed:
         if isinstance(self.description, ArgsDescription):
             found = self.description.disagreements(other.config)
             return [Disagreement(name=d.name, first=d.second, second=d.first, of_weights=d.of_weights) for d in found]
-        return other.description.disagreements(self.config)
+        if isinstance(other.description, ArgsDescription):
+            return other.description.disagreements(self.config)
+        return disagreements(self.config, other.config)
 
 
-def agreed(where: str, descriptions: Sequence[Description], *, override: bool) -> Agreed:
-    """The configuration that the first of ``descriptions`` gives, once all others are compared with it.
+def agreed(
+    where: str, chosen: ChosenConfig | None, described: Iterable[Description], names: Collection[str] | None
+) -> Agreed:
+    """The configuration that was chosen, else the first that is ``described``, once all others are compared with it.
 
-    Raises ConfigError where another one says otherwise about how the stored weights are read, unless ``override``. What
-    else differs, and what cannot be compared, is logged as a warning.
+    What config.json leaves open, the stored tensors of these ``names`` decide; None where they are not known.
+
+    Raises ConfigError where another one says otherwise about how the stored weights are read, unless ``chosen``
+    overrides it. What else differs, and what cannot be compared, is logged as a warning.
     """
-    first, *others = descriptions
-    config = first.config()
+    before: list[Description] = []
+    if chosen is not None:
+        before.append(HfDescription(source=chosen.source, config=lambda: chosen.config))
+    override = chosen is not None and chosen.overrides
+    first, *others = [*before, *described]
+    given = first.config()
+    config = given if names is None else config_as_stored(given, names)
+    if config is not given:
+        _LOG.info(
+            "tie_word_embeddings of %s leaves open whether embeddings are tied. The stored tensors have %s head of "
+            "their own: it is read and written as %s",
+            *(first.source, *(("no", "true") if config.tie_word_embeddings else ("a", "false"))),
+        )
+    differing: dict[str, list[str]] = {}
     for other in others:
         try:
-            found = other.disagreements(config)
-        except UnsupportedModelError as error:
+            found = other.disagreements(config, names)
+        except ConfigError as error:
             if not override:
+                told = str(error).rstrip(".")
                 raise ConfigError(
-                    f"{first.source} and {other.source} describe different models: {error}. {_WAY_OUT}"
+                    f"{first.source} and {other.source} do not describe the same model: {told}. {_WAY_OUT}"
                 ) from error
             _LOG.warning("%s is not what %s describes: %s", where, other.source, error)
             continue
-        except (ConfigError, FormatError) as error:
+        except FormatError as error:
             _LOG.warning("%s is not compared with %s: %s", other.source, first.source, error)
             continue
         severe = [each for each in found if each.of_weights]
@@ -130,8 +148,9 @@ def agreed(where: str, descriptions: Sequence[Description], *, override: bool) -
                 f"{listed_disagreements(severe)}. {_WAY_OUT}"
             )
         if found:
-            listing = listed_disagreements(found)
-            _LOG.warning("%s counts, though %s differs: %s", first.source, other.source, listing)
+            differing.setdefault(listed_disagreements(found), []).append(other.source)
+    for listing, sources in differing.items():
+        _LOG.warning("%s counts, and %s differs from it: %s", first.source, " as well as ".join(sources), listing)
     return Agreed(config=config, description=first, overrides=override)
 
 
@@ -141,19 +160,18 @@ _WAY_OUT: Final = (
 )
 
 
-def _given(chosen: ChosenConfig | None) -> list[Description]:
-    return [] if chosen is None else [HfDescription(source=chosen.source, config=lambda: chosen.config)]
-
-
-def directory_config(directory: Path, chosen: ChosenConfig | None = None) -> Agreed:
+def directory_config(
+    directory: Path, chosen: ChosenConfig | None = None, names: Collection[str] | None = None
+) -> Agreed:
     """The configuration of a Hugging Face directory, or of one of Mistral AI's own files: ``chosen``, else its own.
+
+    ``names`` are those of its tensors; None where they are not known.
 
     Raises ConfigError where there is none, or where two contradict each other, UnsupportedModelError for another model.
     """
     own = dict.fromkeys([config_file(directory), *_params_files(directory)])
     files = [path for path in own if path.is_file()] if chosen else [*own]
-    described = map(_hf_file, files)
-    return agreed(str(directory), [*_given(chosen), *described], override=chosen is not None and chosen.overrides)
+    return agreed(str(directory), chosen, map(_hf_file, files), names)
 
 
 def _hf_file(path: Path) -> Description:
@@ -176,13 +194,13 @@ def checkpoint_config(checkpoint: StoredCheckpoint, chosen: ChosenConfig | None 
 
     Raises ConfigError where there is none, or where two contradict each other, UnsupportedModelError for another model.
     """
-    described = [*_given(chosen), *_descriptions(checkpoint)]
-    if not described:
+    described = [*_descriptions(checkpoint)]
+    if chosen is None and not described:
         raise ConfigError(
             f"{checkpoint.directory} holds neither a Hugging Face configuration nor Megatron's args nor "
             f"{RUN_CONFIG_FILE}. Give the model's config.json with --config."
         )
-    return agreed(str(checkpoint.directory), described, override=chosen is not None and chosen.overrides)
+    return agreed(str(checkpoint.directory), chosen, described, checkpoint.tensors)
 
 
 def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
@@ -196,12 +214,18 @@ def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
         yield _hf_file(hf_file)
     args = checkpoint.common_state.get("args")
     if isinstance(args, Mapping):
-        yield ArgsDescription(source="the args inside the checkpoint", where="the checkpoint's args", read=lambda: args)
+        yield ArgsDescription(
+            source="the args inside the checkpoint",
+            where="the checkpoint's args",
+            config=lambda: from_megatron_args(args),
+            read=lambda: args,
+        )
     path = checkpoint.directory / RUN_CONFIG_FILE
     if path.is_file():
         yield ArgsDescription(
             source=f"{RUN_CONFIG_FILE} inside the checkpoint",
             where=model_fields(str(path)),
+            config=lambda: from_run_config(strict_yaml.read_object(path), str(path)),
             read=lambda: args_of_run_config(strict_yaml.read_object(path), str(path)),
         )
 

@@ -232,6 +232,8 @@ def test_two_names_of_one_field_must_agree() -> None:
     args = to_megatron_args(TRUE, dtype="bfloat16", tp=1, pp=1) | {"apply_layernorm_1p": True}
     with pytest.raises(ConfigError, match="layernorm_zero_centered_gamma=False but apply_layernorm_1p=True"):
         from_megatron_args(args)
+    with pytest.raises(ConfigError, match="layernorm_zero_centered_gamma=False but apply_layernorm_1p=True"):
+        args_disagreements(TRUE, args, "the args")
 
 
 def test_descriptions_inside_a_checkpoint_are_compared(tmp_path: Path) -> None:

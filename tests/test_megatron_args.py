@@ -127,7 +127,7 @@ def test_names_of_megatron_0_16_and_newer() -> None:
         ({"swiglu": False, "quick_geglu": True}, "swiglu=False, quick_geglu=True"),
         ({"add_bias_linear": True}, "add_bias_linear=True"),
         ({"add_qkv_bias": True}, "add_qkv_bias=True"),
-        ({"layernorm_zero_centered_gamma": True}, "apply_layernorm_1p=True"),
+        ({"apply_layernorm_1p": True, "layernorm_zero_centered_gamma": True}, "apply_layernorm_1p=True"),
         ({"rotary_percent": 0.5}, "rotary_percent=0.5"),
         ({"use_rope_scaling": True}, "use_rope_scaling=True"),
         ({"rotary_seq_len_interpolation_factor": 4}, "rotary_seq_len_interpolation_factor=4"),

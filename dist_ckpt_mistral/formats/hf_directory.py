@@ -165,6 +165,11 @@ def is_own_directory(path: Path) -> bool:
     return any((path / name).is_file() for name in (OWN_SINGLE_FILE, OWN_INDEX_FILE))
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether weights lie in a directory of either rendering, for ``read_directory`` to read."""
+    return any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, OWN_SINGLE_FILE, OWN_INDEX_FILE))
+
+
 def read_directory(directory: Path) -> FileSet:
     """Read the headers of the model files of a Hugging Face directory, or of one in Mistral AI's own rendering.
 

@@ -45,7 +45,11 @@ def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
 
     Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
     """
-    return from_megatron_args(args_of_run_config(run_config, where), model_fields(where))
+    values = _model_fields(run_config, where)
+    missing = [name for name in _REQUIRED if values.get(name) is None]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}. Give the model's config.json with --config.")
+    return from_megatron_args(_as_args(values), model_fields(where))
 
 
 def model_fields(where: str) -> str:
@@ -56,20 +60,16 @@ def model_fields(where: str) -> str:
 def args_of_run_config(run_config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Megatron-LM's args that say what a ``run_config.yaml`` says of the model; ``where`` names it in errors.
 
-    Raises ConfigError where it lacks what no default may stand in for.
+    What it leaves out, they leave out. Raises ConfigError where it does not describe a model.
     """
+    return _as_args(_model_fields(run_config, where))
+
+
+def _model_fields(run_config: Mapping[str, Any], where: str) -> dict[str, object]:
+    """The fields of the section ``model`` and of its ``transformer``. Raises ConfigError where these differ on one."""
     model = run_config.get("model")
     if not isinstance(model, Mapping):
         raise ConfigError(f"{where} has no section model. Give the model's config.json with --config.")
-    values = _model_fields(model, where)
-    missing = [name for name in _REQUIRED if values.get(name) is None]
-    if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}. Give the model's config.json with --config.")
-    return _as_args(values)
-
-
-def _model_fields(model: Mapping[str, Any], where: str) -> dict[str, object]:
-    """The fields of a section ``model`` and of its ``transformer``. Raises ConfigError where these differ on one."""
     inner, outer = (_fields(section) for section in (model.get("transformer"), model))
     if inner.get("multi_latent_attention"):
         outer = {name: value for name, value in outer.items() if name not in _HANDED_ON}
@@ -91,20 +91,23 @@ def _fields(section: object) -> dict[str, object]:
 
 def _as_args(values: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron-LM's names for Bridge's fields, and what Megatron-LM says in another way."""
-    heads = values["num_attention_heads"]
+    heads, hidden, tied = (values.get(name) for name in _SIZES_AND_TIE)
     without = _ONLY_WITHOUT_MLA if values.get("multi_latent_attention") else ()
     args = {_RENAMED.get(name, name): value for name, value in values.items() if name not in without}
-    if args.get("kv_channels") is None and is_positive_int(heads) and is_positive_int(values["hidden_size"]):
-        args["kv_channels"] = values["hidden_size"] // heads  # TransformerConfig.__post_init__, all versions
+    if args.get("kv_channels") is None and is_positive_int(heads) and is_positive_int(hidden):
+        args["kv_channels"] = hidden // heads  # TransformerConfig.__post_init__, all versions
     groups = values.get("num_query_groups")
-    return {
-        **args,
-        "swiglu": values["gated_linear_unit"] is True and values["activation_func"] in _SILU,
-        "group_query_attention": True,
+    gated, function = values.get("gated_linear_unit"), values.get("activation_func")
+    derived = {
+        "swiglu": None if gated is None or function is None else gated is True and function in _SILU,
         "num_query_groups": heads if groups is None else groups,
-        "untie_embeddings_and_output_weights": not values["share_embeddings_and_output_weights"],
-        "padded_vocab_size": None,
+        "untie_embeddings_and_output_weights": None if tied is None else not tied,
     }
+    told = {name: value for name, value in derived.items() if value is not None}
+    return {**args, **told, "group_query_attention": True, "padded_vocab_size": None}
+
+
+_SIZES_AND_TIE: Final = ("num_attention_heads", "hidden_size", "share_embeddings_and_output_weights")
 
 
 #: A function as Bridge writes it: the target of a mapping, or its name (models/gpt/model_config.py, 0.7).

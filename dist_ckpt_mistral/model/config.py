@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -11,11 +11,11 @@ from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number, not_a_size
 from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
+from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json, tie_is_open, with_tie
 from dist_ckpt_mistral.model.hf_families import FAMILIES, MULTIMODAL_ARCHITECTURE
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.params_json import PARAMS_FILE, config_of_params
-from dist_ckpt_mistral.model.quantization import unquantized
+from dist_ckpt_mistral.model.quantization import described_method, is_readable, unquantized
 from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import YarnScaling
 
@@ -137,16 +137,36 @@ class MistralConfig:
         """
         return None if self.sliding_window is None else (self.sliding_window - 1, 0)
 
+    @property
+    def left_open(self) -> str:
+        """What config.json alone does not tell for sure, and stored tensors do; empty for nothing."""
+        raw = self.hf_config or {}
+        method = "" if is_readable(raw) else f"whether weights are quantized ({described_method(raw)})"
+        return " and ".join(filter(None, ("whether embeddings are tied" if tie_is_open(raw) else "", method)))
+
+    def as_stored(self, *, has_head: bool) -> MistralConfig:
+        """This configuration beside stored tensors, which have a head of their own or not.
+
+        They decide whether embeddings are tied where config.json leaves it open. A config.json that another reader
+        could take for the opposite then says so.
+        """
+        if self.hf_config is None or self.tie_word_embeddings is not has_head or not tie_is_open(self.hf_config):
+            return self
+        return replace(self, tie_word_embeddings=not has_head, hf_config=with_tie(self.hf_config, tied=not has_head))
+
     @classmethod
-    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> MistralConfig:
+    def from_hf(
+        cls, source: str | Path | Mapping[str, Any], *, where: str = "the given configuration"
+    ) -> MistralConfig:
         """Read a Hugging Face configuration: a model directory, a config.json, or its parsed content.
 
-        Mistral AI's own params.json is read too, and counts as the config.json that says the same.
+        Mistral AI's own params.json is read too, and counts as the config.json that says the same. ``where`` names
+        parsed content in errors and warnings.
 
         Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
         """
         if isinstance(source, Mapping):
-            return _from_hf_mapping(source, "the given configuration")
+            return _from_hf_mapping(source, where)
         path = config_file(Path(source))
         if not path.is_file():
             raise ConfigError(f"no model configuration: {path} does not exist. Give config.json or its directory.")
