@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -27,7 +27,7 @@ from dist_ckpt_mistral.model.megatron_args import args_disagreements, from_megat
 from dist_ckpt_mistral.model.megatron_vocabulary import is_padding
 from dist_ckpt_mistral.model.params_json import PARAMS_FILE
 from dist_ckpt_mistral.model.tensor_rules import ParamState
-from dist_ckpt_mistral.model.tensor_table import TensorTable, tensor_table
+from dist_ckpt_mistral.model.tensor_table import TensorTable, config_as_stored, tensor_table
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,10 +51,18 @@ class Description(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfDescription:
-    """A configuration in Hugging Face's terms. ``config`` reads it, and raises ConfigError if it is none."""
+    """A configuration in Hugging Face's terms. ``read`` gives it, and raises ConfigError if it is none.
+
+    ``names`` are those of all stored tensors, which decide what it leaves open; None where no tensors are stored.
+    """
 
     source: str
-    config: Callable[[], MistralConfig]
+    read: Callable[[], MistralConfig]
+    names: Collection[str] | None
+
+    def config(self) -> MistralConfig:
+        """The configuration beside the stored tensors."""
+        return self.read() if self.names is None else config_as_stored(self.read(), self.names)
 
     def disagreements(self, config: MistralConfig) -> list[Disagreement]:
         """Every value that differs."""
@@ -141,23 +149,27 @@ _WAY_OUT: Final = (
 )
 
 
-def _given(chosen: ChosenConfig | None) -> list[Description]:
-    return [] if chosen is None else [HfDescription(source=chosen.source, config=lambda: chosen.config)]
+def _given(chosen: ChosenConfig | None, names: Collection[str] | None) -> list[Description]:
+    return [] if chosen is None else [HfDescription(source=chosen.source, read=lambda: chosen.config, names=names)]
 
 
-def directory_config(directory: Path, chosen: ChosenConfig | None = None) -> Agreed:
+def directory_config(
+    directory: Path, chosen: ChosenConfig | None = None, *, names: Collection[str] | None = None
+) -> Agreed:
     """The configuration of a Hugging Face directory, or of one of Mistral AI's own files: ``chosen``, else its own.
+
+    ``names`` are those of all tensors in its files, which decide what a configuration leaves open; None is not to look.
 
     Raises ConfigError where there is none, or where two contradict each other, UnsupportedModelError for another model.
     """
     own = dict.fromkeys([config_file(directory), *_params_files(directory)])
     files = [path for path in own if path.is_file()] if chosen else [*own]
-    described = map(_hf_file, files)
-    return agreed(str(directory), [*_given(chosen), *described], override=chosen is not None and chosen.overrides)
+    described = [_hf_file(path, names) for path in files]
+    return agreed(str(directory), [*_given(chosen, names), *described], override=chosen is not None and chosen.overrides)
 
 
-def _hf_file(path: Path) -> Description:
-    return HfDescription(source=str(path), config=lambda: MistralConfig.from_hf(path))
+def _hf_file(path: Path, names: Collection[str] | None) -> Description:
+    return HfDescription(source=str(path), read=lambda: MistralConfig.from_hf(path), names=names)
 
 
 def _params_files(directory: Path) -> list[Path]:
@@ -176,7 +188,7 @@ def checkpoint_config(checkpoint: StoredCheckpoint, chosen: ChosenConfig | None 
 
     Raises ConfigError where there is none, or where two contradict each other, UnsupportedModelError for another model.
     """
-    described = [*_given(chosen), *_descriptions(checkpoint)]
+    described = [*_given(chosen, checkpoint.tensors), *_descriptions(checkpoint)]
     if not described:
         raise ConfigError(
             f"{checkpoint.directory} holds neither a Hugging Face configuration nor Megatron's args nor "
@@ -190,10 +202,10 @@ def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
     remembered = read_embedded(checkpoint)
     if remembered is not None:
         source = "the Hugging Face configuration inside the checkpoint"
-        yield HfDescription(source=source, config=lambda: remembered.config)
+        yield HfDescription(source=source, read=lambda: remembered.config, names=checkpoint.tensors)
     hf_file = checkpoint.directory / embedded.ASSETS_FOLDER / hf_directory.CONFIG_FILE
     if hf_file.is_file() and not paths.leads_outside(hf_file, checkpoint.directory):
-        yield _hf_file(hf_file)
+        yield _hf_file(hf_file, checkpoint.tensors)
     args = checkpoint.common_state.get("args")
     if isinstance(args, Mapping):
         yield ArgsDescription(source="the args inside the checkpoint", where="the checkpoint's args", read=lambda: args)

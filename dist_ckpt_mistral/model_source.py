@@ -102,8 +102,8 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     that the configuration names, else of bfloat16.
     """
     hf_directory.require_directory(path)
-    agreed = directory_config(path, config)
     files = hf_directory.read_directory(path)
+    agreed = directory_config(path, config, names=files.names())
     table = tensor_table(agreed.config)
     if hf_directory.is_own_directory(path):
         return _open_own(path, agreed, table, files)

@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.model.quantization import described_method
 from dist_ckpt_mistral.model_source import ModelSource
 
 _LOG = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> 
             sizes[tensor.dtype] += tensor.end - tensor.begin
     dtype = sizes.most_common(1)[0][0]
     content = source.config.to_hf()
+    if method := described_method(source.config.hf_config or {}):
+        _LOG.info("config.json describes quantized weights (%s): that is left out, these are not quantized", method)
     if source.config.dtype != dtype:
         content["dtype" if "dtype" in content else "torch_dtype"] = dtype
     return hf_directory.config_json(content, original)

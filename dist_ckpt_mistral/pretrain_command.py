@@ -60,8 +60,9 @@ def megatron_args(
     """The flags with which ``pretrain_gpt.py`` builds the model at ``path`` and, if it is a checkpoint, loads it.
 
     ``path`` is a Megatron checkpoint (its root or one iteration), a directory in Mistral AI's own rendering, or a
-    Hugging Face directory, of which config.json is enough if it says its dtype. ``config`` overrides the configuration
-    that a checkpoint brings along; ``layout`` is the one to train with. Raises DistCkptMistralError.
+    Hugging Face directory, of which config.json is enough if it says its dtype; weights are looked at for what it
+    leaves open. ``config`` overrides the configuration that a checkpoint brings along; ``layout`` is the one to train
+    with. Raises DistCkptMistralError.
     """
     path, known = Path(path), chosen_config(config)
     if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
@@ -80,8 +81,14 @@ def megatron_args(
 
 def _for_hf(path: Path, config: ChosenConfig | None, layout: ParallelLayout) -> PretrainCommand:
     known = directory_config(path, config)
-    dtype = known.config.dtype or open_hf(path, config=config).main_dtype
-    args, groups = pretrain_flags(known.config, dtype=dtype, layout=layout)
+    found, dtype = known.config, known.config.dtype
+    if dtype is None or (found.left_open and hf_directory.holds_weights(path)):
+        source = open_hf(path, config=config)
+        found, dtype = source.config, dtype or source.main_dtype
+    elif found.left_open:
+        tie = "tied" if found.tie_word_embeddings else "not tied"
+        _LOG.warning("%s leaves open %s: taken as not quantized, %s", known.source, found.left_open, tie)
+    args, groups = pretrain_flags(found, dtype=dtype, layout=layout)
     groups["checkpoint"] = ["--ckpt-format", "torch_dist"]
     groups["tokenizer"] = _tokenizer(path)
     return _command(known.source, args, groups)

@@ -76,7 +76,7 @@ def _inspect_hf(path: Path, config: ChosenConfig | None) -> Report:
     ignored: dict[str, str] = {}
     quantized, known = Quantized(), None
     try:
-        known = directory_config(path, config)
+        known = directory_config(path, config, names=file_set.names())
         table = tensor_table(known.config)
         if is_own:
             hf_names = _names_of_own(table, file_set, where)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,30 +272,99 @@ def test_a_head_that_is_stored_though_tied(trip: Trip, tmp_path: Path) -> None:
     assert "but the configuration ties them" in line
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("text", [True, False, None])
-def test_the_outer_word_on_tying_counts(*, tied: bool, text: bool | None) -> None:
-    """Where config.json says at the top whether embeddings are tied, that decides, as in transformers 5."""
-    case = MULTIMODAL["ministral 3"].model().config.to_dict() | {"tie_word_embeddings": tied}
-    case["text_config"] = case["text_config"] | ({} if text is None else {"tie_word_embeddings": text})
-    with torch.device("meta"):
-        model = Mistral3ForConditionalGeneration(Mistral3Config(**case))
-    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) is tied
-    assert dcm.MistralConfig.from_hf(case).tie_word_embeddings is tied
+UNSAID = "unsaid"
+TIES = (True, False, UNSAID)
+
+
+def save_saying(folder: Path, case: str, outer: object, inner: object, *, has_head: bool) -> Path:
+    """A model of a case, with or without a head of its own, whose config.json says this of its ties on both levels."""
+    replace(MULTIMODAL[case], tied=not has_head, unsaid=()).save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for level, said in ((config, outer), (config["text_config"], inner)):
+        level["tie_word_embeddings"] = said
+        if said is UNSAID:
+            del level["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("case", MULTIMODAL)
+@pytest.mark.parametrize("outer", TIES)
+@pytest.mark.parametrize("inner", TIES)
+@pytest.mark.parametrize("has_head", [True, False])
+def test_embeddings_are_tied_as_transformers_runs_them(
+    case: str, outer: object, inner: object, *, has_head: bool, tmp_path: Path
+) -> None:
+    """Whatever both levels say of ties: import, flags and export give the model that transformers runs, or refuse.
+
+    Refused are a head that config.json asks for and that is not there, and one that it says twice is none.
+    """
+    hf = save_saying(tmp_path / "hf", case, outer, inner, has_head=has_head)
+    model, info = Mistral3ForConditionalGeneration.from_pretrained(hf, output_loading_info=True)
+    is_tied = model.lm_head.weight.data_ptr() == model.model.language_model.embed_tokens.weight.data_ptr()
+    if info["missing_keys"]:
+        assert (outer, has_head) == (False, False)
+        assert "tensors are missing: language_model.lm_head.weight" in refusal(tmp_path, "from-hf", hf, tmp_path / "ck")
+        return
+    if has_head and outer is not False and inner is True:
+        line = refusal(tmp_path, "from-hf", hf, tmp_path / "ck")
+        assert "'language_model.lm_head.weight'" in line
+        assert "differs from 'language_model.model.embed_tokens.weight', but the configuration ties them" in line
+        return
+    assert is_tied is not has_head
+    dcm.from_hf(hf, tmp_path / "ck")
+    for path in (hf, tmp_path / "ck"):
+        flags = dcm.megatron_args(path).flags
+        assert ("--untie-embeddings-and-output-weights" in flags) is has_head
+        assert dcm.inspect(path).problems == ()
+    for number, options in enumerate(({}, {"config": hf}, {"config": hf / "config.json"})):
+        dcm.to_hf(tmp_path / "ck", tmp_path / f"out{number}", **options)
+        assert torch.equal(logits(tmp_path / f"out{number}"), logits(hf))
+    written = json.loads((tmp_path / "out0" / "config.json").read_text())
+    if written != json.loads((hf / "config.json").read_text()):
+        assert [level["tie_word_embeddings"] for level in (written, written["text_config"])] == [is_tied, is_tied]
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "tied"),
+    [
+        *((False, inner, False) for inner in TIES),
+        *((outer, inner, inner) for outer in (True, UNSAID) for inner in (True, False)),
+        (True, UNSAID, True),
+        (UNSAID, UNSAID, False),
+    ],
+)
+def test_what_config_json_alone_says_of_ties(*, outer: object, inner: object, tied: bool, tmp_path: Path) -> None:
+    """Without weights the text model's own value counts beside an outer true, which transformers 5 writes by itself."""
+    hf = save_saying(tmp_path / "hf", "ministral 3", outer, inner, has_head=True)
+    (hf / "model.safetensors").unlink()
+    assert dcm.MistralConfig.from_hf(hf).tie_word_embeddings is tied
+    assert ("--untie-embeddings-and-output-weights" in dcm.megatron_args(hf).flags) is not tied
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantization_left_over_inside(key: str, tmp_path: Path) -> None:
+    """What text_config of a merged model still says of quantization goes, and the weights are read as they are."""
+    hf = MULTIMODAL[DENSE].save(tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    inside = config | {"text_config": config["text_config"] | {key: {"quant_method": "bitsandbytes"}}}
+    (hf / "config.json").write_text(json.dumps(inside))
+    dcm.from_hf(hf, tmp_path / "ckpt")
+    dcm.to_hf(tmp_path / "ckpt", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
 
 
 def test_ties_that_transformers_5_only_claims(tmp_path: Path) -> None:
-    """Resaved by transformers 5, Mistral Small 3.1 claims ties that its files do not have: an error says what to do."""
+    """Resaved by transformers 5, Mistral Small 3.1 claims ties that its files do not have: it is what it was."""
     original = MULTIMODAL[DENSE].save(tmp_path / "original")
     Mistral3ForConditionalGeneration.from_pretrained(original).save_pretrained(tmp_path / "resaved")
-    path = tmp_path / "resaved" / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads((tmp_path / "resaved" / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
-    line = refusal(tmp_path, "from-hf", tmp_path / "resaved", tmp_path / "ckpt")
-    assert "Set tie_word_embeddings to false in config.json" in line
-    path.write_text(json.dumps(config | {"tie_word_embeddings": False}))
     dcm.from_hf(tmp_path / "resaved", tmp_path / "ckpt")
     assert dcm.compare(tmp_path / "ckpt", original).is_equal
+    dcm.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "resaved")
 
 
 BAD_TENSORS: dict[str, tuple[dict[str, tuple[int, ...] | None], str]] = {

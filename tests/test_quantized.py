@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.errors import UnsupportedModelError
-from dist_ckpt_mistral.model.quantization import require_readable, unquantized, weight_block_size
+from dist_ckpt_mistral.model.quantization import described_method, is_readable, unquantized, weight_block_size
 from dist_ckpt_mistral.model_source import open_hf
 from dist_ckpt_mistral.verify import first_difference
 
@@ -236,11 +235,11 @@ def test_the_config_of_a_release_serves_an_export(tmp_path: Path) -> None:
 def test_a_multimodal_config_may_say_it_inside() -> None:
     """What text_config says of quantization counts, and goes; ``null`` says nothing and stays as it is."""
     raw = {"text_config": {"hidden_size": 8, "quantization_config": PER_BLOCK}, "quantization_config": None}
-    require_readable(raw, "config.json")
+    assert is_readable(raw)
     assert weight_block_size(raw, "config.json") == (4, 4)
     assert unquantized(raw) == {"text_config": {"hidden_size": 8}, "quantization_config": None}
-    with pytest.raises(UnsupportedModelError, match="quant_method 'awq'"):
-        require_readable({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "config.json")
+    awq = {"text_config": {"quantization_config": {"quant_method": "awq"}}}
+    assert (is_readable(awq), described_method(awq)) == (False, "quant_method 'awq'")
 
 
 def missing(tensors: Tensors) -> None:
@@ -320,33 +319,34 @@ def test_a_scale_of_zero_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # Everything else
 
 
-@pytest.mark.parametrize(
-    ("told", "expected"),
-    [
-        *(
-            ({"quant_method": method}, f"quant_method {method!r}")
-            for method in (
-                *("awq", "gptq", "bitsandbytes", "eetq", "fbgemm_fp8", "mxfp4", "torchao", "hqq", "quanto", "aqlm"),
-                *("modelopt", "auto-round", "fp_quant"),
-            )
-        ),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format 'pack-quantized'"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'"),
-        ({"quant_method": "compressed-tensors"}, "quant_method 'compressed-tensors'"),
-        ({"load_in_4bit": True}, "quant_method None"),
-        ({"quant_method": ["fp8"]}, "quant_method ['fp8']"),
-        ("int4", "quant_method 'int4'"),
-    ],
-)
+OTHER_METHODS: list[tuple[object, str]] = [
+    *(
+        ({"quant_method": method}, f"quant_method {method!r}")
+        for method in (
+            *("awq", "gptq", "bitsandbytes", "eetq", "fbgemm_fp8", "mxfp4", "torchao", "hqq", "quanto", "aqlm"),
+            *("modelopt", "auto-round", "fp_quant"),
+        )
+    ),
+    ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format 'pack-quantized'"),
+    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'"),
+    ({"quant_method": "compressed-tensors"}, "quant_method 'compressed-tensors'"),
+    ({"load_in_4bit": True}, "quant_method None"),
+    ({"quant_method": ["fp8"]}, "quant_method ['fp8']"),
+    ("int4", "quant_method 'int4'"),
+]
+
+
+@pytest.mark.parametrize(("told", "expected"), OTHER_METHODS)
 def test_other_methods_are_refused_by_name(told: object, expected: str, tmp_path: Path) -> None:
-    """What config.json says that cannot be read is named, with what to do, before any weight is looked at."""
-    hf = saved(random_model(), tmp_path / "hf")
+    """Where tensors are quantized, what config.json says of it and cannot be read is named, with what to do."""
+    hf = save_fp8(tmp_path / "hf", PER_TENSOR)
     tell(hf, quantization_config=told)
     line = refusal(tmp_path, "from-hf", hf, tmp_path / "out")
-    assert f"{hf / 'config.json'} describes quantized weights (quant_method " in line
-    assert expected in line
+    assert f"{hf} holds weights that are quantized (quant_method " in line
+    assert f"{expected} in config.json), which cannot be read: only FP8" in line
     assert line.endswith("Start from the unquantized release.")
     assert len(dcm.inspect(hf).problems) == 1
+    assert refusal(tmp_path, "megatron-args", hf) == line
     tell(hf, quantization_config=None, compression_config=told)  # as compressed-tensors called it once
     assert refusal(tmp_path, "from-hf", hf, tmp_path / "out") == line
     tell(hf, _name_or_path="mistralai/Mistral-7B-v0.3")
@@ -356,6 +356,37 @@ def test_other_methods_are_refused_by_name(told: object, expected: str, tmp_path
     )
     tell(hf, _name_or_path="/home/somebody/model")
     assert refusal(tmp_path, "from-hf", hf, tmp_path / "out").endswith("Start from the unquantized release.")
+
+
+@pytest.mark.parametrize(("told", "expected"), [*OTHER_METHODS, (PER_TENSOR, "quant_method 'fp8'")])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_what_was_left_over_in_config_json(told: object, expected: str, key: str, tmp_path: Path) -> None:
+    """A merged model, no tensor of which is quantized, is read as it is; the key goes, and one line says so."""
+    hf = saved(random_model(), tmp_path / "hf")
+    original = json.loads((hf / "config.json").read_bytes())
+    tell(hf, **{key: told})
+    done = run("from-hf", hf, tmp_path / "ckpt")
+    assert done.code == 0
+    (line,) = [line for line in done.err if "quantiz" in line]
+    assert line.startswith(f"{hf}: config.json describes quantized weights (")
+    assert f"{expected}), but no tensor is quantized: " in line
+    assert run("inspect", hf).code == run("megatron-args", hf).code == 0
+    dcm.to_hf(tmp_path / "ckpt", tmp_path / "out")
+    dcm.to_hf(tmp_path / "ckpt", tmp_path / "again", config=hf)
+    for out in (tmp_path / "out", tmp_path / "again"):
+        assert json.loads((out / "config.json").read_bytes()) == original
+        assert (out / WEIGHTS).read_bytes() == (hf / WEIGHTS).read_bytes()
+
+
+def test_flags_for_a_config_json_alone(tmp_path: Path) -> None:
+    """Without weights nobody knows whether they are quantized: the flags are the model's, and a line says so."""
+    hf = saved(random_model(), tmp_path / "hf")
+    expected = run("megatron-args", hf)
+    (hf / WEIGHTS).unlink()
+    tell(hf, quantization_config={"quant_method": "awq"})
+    alone = run("megatron-args", hf)
+    assert (alone.code, alone.out) == (0, expected.out)
+    assert "leaves open whether weights are quantized (quant_method 'awq'): taken as not quantized" in str(alone.err)
 
 
 MODULE = Q.removesuffix(".weight")

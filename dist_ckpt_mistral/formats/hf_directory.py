@@ -104,6 +104,10 @@ class FileSet:
         }
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
+    def names(self) -> list[str]:
+        """The names of the tensors of all files."""
+        return [tensor.name for tensor in self.tensors()]
+
     @property
     def num_tensors(self) -> int:
         """Of all files."""
@@ -163,6 +167,11 @@ def is_own_directory(path: Path) -> bool:
     if not path.is_dir() or any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         return False
     return any((path / name).is_file() for name in (OWN_SINGLE_FILE, OWN_INDEX_FILE))
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether weights lie in a directory of either rendering, for ``read_directory`` to read."""
+    return any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, OWN_SINGLE_FILE, OWN_INDEX_FILE))
 
 
 def read_directory(directory: Path) -> FileSet:

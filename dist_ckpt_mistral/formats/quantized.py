@@ -7,22 +7,35 @@ them a value is the number times its scale, ``inv`` or not. Scales of activation
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.gather.scales import ScaledTensor, scaled_tensor
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.quantization import BlockShape, next_step, weight_block_size
+from dist_ckpt_mistral.model.quantization import (
+    BlockShape,
+    described_method,
+    is_readable,
+    next_step,
+    weight_block_size,
+)
 from dist_ckpt_mistral.name_ranges import listed
+
+_LOG = logging.getLogger(__name__)
 
 FP8: Final = "float8_e4m3fn"
 _SUFFIXES: Final = ("_scale_inv", "_scale")
 _OF_ACTIVATIONS: Final = re.compile(r"(.*[._])?((activation|input|output)_scale|[qkv]_scale|kv_scale)$")
+_LEFT_OVER: Final = (
+    "%s: config.json describes quantized weights (%s), but no tensor is quantized: they are read as they are, and "
+    "quantization_config is left out of what is written"
+)
 _WHY_SCALES: Final = "scales of FP8 weights, multiplied into them"
 _WHY_ACTIVATIONS: Final = "scales of activations, which only FP8 kernels use"
 
@@ -69,18 +82,21 @@ def match_quantized(
 ) -> Quantized:
     """Find the FP8 weights among ``tensors``, and the scales of each; there may be none.
 
-    Their values are to be of ``dtype``, else of the one that ``config`` names, else bfloat16. Raises
+    Their values are to be of ``dtype``, else of the one that ``config`` names, else bfloat16. What config.json says of
+    quantization counts only where a tensor is quantized: else it was left over, as where an adapter was merged. Raises
     UnsupportedModelError for weights that are quantized in another way, and TensorMismatchError that lists every scale
     that is missing, left over or does not fit.
     """
     told = config.hf_config or {}
     by_name = {tensor.name: tensor for tensor in tensors}
-    _refuse_others(by_name.values(), where, next_step(told))
     numbers = [tensor for tensor in by_name.values() if tensor.dtype == FP8]
+    scales = {name: by_name[name] for name in by_name if name.endswith(_SUFFIXES)}
+    _refuse_others(by_name.values(), told, where, is_quantized=bool(numbers or scales))
     if not numbers:
+        if not scales and (method := described_method(told)):
+            _LOG.warning(_LEFT_OVER, where, method)
         return Quantized()
     of_activations = [name for name in by_name if _OF_ACTIVATIONS.match(name)]
-    scales = {name: by_name[name] for name in by_name if name.endswith(_SUFFIXES)}
     held = _pairs(numbers, scales.keys() - set(of_activations), where)
     weights = _scaled(held, scales, weight_block_size(told, where), where)
     ignored = dict.fromkeys(held.values(), _WHY_SCALES) | dict.fromkeys(of_activations, _WHY_ACTIVATIONS)
@@ -88,17 +104,28 @@ def match_quantized(
     return Quantized(weights=weights, dtype=dtype, ignored=tuple(sorted(ignored.items())))
 
 
-def _refuse_others(tensors: Iterable[FileTensor], where: str, what_next: str) -> None:
-    """Raise UnsupportedModelError at the first sign of another method."""
-    for tensor in tensors:
-        how = next((how for pattern, how in _OTHERS if pattern.match(tensor.name)), None)
-        if how is None and tensor.dtype in _OTHER_DTYPES and not tensor.name.endswith(_SUFFIXES):
-            how = f"to {tensor.dtype}"
-        if how is not None:
-            raise UnsupportedModelError(
-                f"{where} holds weights that are quantized {how} ({tensor.name!r}), which cannot be read: only FP8 "
-                f"({FP8}, with scales) can. {what_next}"
-            )
+def _refuse_others(tensors: Iterable[FileTensor], raw: Mapping[str, Any], where: str, *, is_quantized: bool) -> None:
+    """Raise UnsupportedModelError at the first sign of another method, in tensors or in what config.json says of them.
+
+    ``is_quantized`` says that there are FP8 numbers or scales.
+    """
+    signs = ((how, tensor.name) for tensor in tensors if (how := _other_method(tensor)))
+    how, name = next(signs, ("", ""))
+    if how or (is_quantized and not is_readable(raw)):
+        said = f"{described_method(raw)} in config.json" if described_method(raw) else ""
+        named = ", ".join(filter(None, (repr(name) if name else "", said)))
+        raise UnsupportedModelError(
+            f"{where} holds weights that are quantized{f' {how}' if how else ''} ({named}), which cannot be read: "
+            f"only FP8 ({FP8}, with scales) can. {next_step(raw)}"
+        )
+
+
+def _other_method(tensor: FileTensor) -> str:
+    """By what a tensor's name or dtype says that it is quantized, if not to FP8; empty if it says nothing."""
+    how = next((how for pattern, how in _OTHERS if pattern.match(tensor.name)), "")
+    if not how and tensor.dtype in _OTHER_DTYPES and not tensor.name.endswith(_SUFFIXES):
+        how = f"to {tensor.dtype}"
+    return how
 
 
 def _pairs(numbers: list[FileTensor], scales: set[str], where: str) -> dict[FileTensor, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -11,13 +12,15 @@ from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number, not_a_size
 from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json
+from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json, tie_is_open, with_tie
 from dist_ckpt_mistral.model.hf_families import FAMILIES, MULTIMODAL_ARCHITECTURE
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.params_json import PARAMS_FILE, config_of_params
-from dist_ckpt_mistral.model.quantization import unquantized
+from dist_ckpt_mistral.model.quantization import described_method, is_readable, unquantized
 from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import YarnScaling
+
+_LOG = logging.getLogger(__name__)
 
 #: How callers give a configuration: itself, a config.json, a directory with one, or any of these as an override.
 GivenConfig: TypeAlias = "str | Path | MistralConfig | ConfigOverride"
@@ -136,6 +139,28 @@ class MistralConfig:
         Hugging Face's W counts the token itself, Megatron's does not (proved by logits on megatron-core 0.16 and 0.19).
         """
         return None if self.sliding_window is None else (self.sliding_window - 1, 0)
+
+    @property
+    def left_open(self) -> str:
+        """What config.json alone does not tell for sure, and stored tensors do; empty for nothing."""
+        raw = self.hf_config or {}
+        method = "" if is_readable(raw) else f"whether weights are quantized ({described_method(raw)})"
+        return " and ".join(filter(None, ("whether embeddings are tied" if tie_is_open(raw) else "", method)))
+
+    def as_stored(self, *, has_head: bool) -> MistralConfig:
+        """This configuration beside stored tensors, which have a head of their own or not.
+
+        They decide whether embeddings are tied where config.json leaves it open. A config.json that another reader
+        could take for the opposite then says so.
+        """
+        if self.hf_config is None or self.tie_word_embeddings is not has_head or not tie_is_open(self.hf_config):
+            return self
+        _LOG.info(
+            "tie_word_embeddings in config.json leaves open whether embeddings are tied. The stored tensors have %s "
+            "head of their own: it is read and written as %s",
+            *(("a", "false") if has_head else ("no", "true")),
+        )
+        return replace(self, tie_word_embeddings=not has_head, hf_config=with_tie(self.hf_config, tied=not has_head))
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> MistralConfig:

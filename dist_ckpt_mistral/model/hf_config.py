@@ -21,7 +21,6 @@ from dist_ckpt_mistral.model.hf_families import (
     require_supported,
 )
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
-from dist_ckpt_mistral.model.quantization import require_readable
 from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import rope_parameters, yarn_of
 
@@ -32,23 +31,42 @@ REQUIRED_SIZES: Final = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+_TIED: Final = "tie_word_embeddings"
 
 
 def language_model(raw: Raw, where: str) -> dict[str, Any]:
     """The part of a config.json that describes the language model: all of it, or a multimodal model's text_config.
 
-    What both levels may say, the outer one decides.
+    The dtype of a multimodal model is the outer one, if there is one. ``tie_is_open`` says what counts of its ties.
     """
     if require_supported(raw, where) != MULTIMODAL:
         return dict(raw)
     text = raw.get("text_config")
     if not isinstance(text, Mapping):
         raise ConfigError(f"{where} has no text_config. Check that it is the model's own config.json.")
-    outer = {name: raw[name] for name in ("dtype", "torch_dtype", "tie_word_embeddings") if raw.get(name) is not None}
-    merged = {"model_type": "mistral", **text, **outer}
+    outer, inner = raw.get(_TIED), text.get(_TIED)
+    tied = inner if inner is not None and (outer is None or outer is True) else outer
+    outermost = {"dtype": _dtype(raw) or _dtype(text), **({} if tied is None else {_TIED: tied})}
+    merged = {"model_type": "mistral", **text, **outermost}
     if require_supported(merged, f"text_config of {where}") == MULTIMODAL:
         raise UnsupportedModelError(f"text_config of {where} is that of a multimodal model again")
     return merged
+
+
+def tie_is_open(raw: Raw) -> bool:
+    """Whether a config.json leaves it to the stored tensors whether embeddings are tied.
+
+    transformers goes by the outer word of a multimodal config.json, true where it is missing, and unties wherever the
+    files hold another head (5.24, modeling_utils.py, ``tie_weights``). It writes that ``true`` beside every text_config
+    (configuration_mistral3.py): so the outer word alone is none, except ``false``.
+    """
+    text = raw.get("text_config") if raw.get("model_type") == MULTIMODAL else None
+    return isinstance(text, Mapping) and raw.get(_TIED) is not False and text.get(_TIED) is not True
+
+
+def with_tie(raw: Raw, *, tied: bool) -> dict[str, Any]:
+    """A config.json of a multimodal model that says on both levels whether embeddings are tied."""
+    return {**raw, _TIED: tied, "text_config": {**raw["text_config"], _TIED: tied}}
 
 
 def config_fields(raw: Raw, where: str) -> dict[str, Any]:
@@ -57,7 +75,6 @@ def config_fields(raw: Raw, where: str) -> dict[str, Any]:
     Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
     """
     text = language_model(raw, where)
-    require_readable(raw, where)
     family = FAMILIES[text["model_type"]]
     missing = [name for name in (*REQUIRED_SIZES, *family.required) if text.get(name) is None]
     if missing:
@@ -136,8 +153,8 @@ def _head_dim(values: Raw) -> Any:  # noqa: ANN401  (whatever it is, MistralConf
 
 
 def _dtype(raw: Raw) -> str | None:
-    """Transformers 5 renamed ``torch_dtype`` to ``dtype``."""
-    dtype = raw.get("dtype", raw.get("torch_dtype"))
+    """Transformers 5 renamed ``torch_dtype`` to ``dtype``; it reads the old name where the new one is missing or null."""
+    dtype = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
 
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says of quantized weights: which of them can be read, and which are refused by name.
+"""What a Hugging Face config.json says of quantized weights, and which of them can be read. The tensors tell more.
 
 Sources: ``quantization_config`` of transformers 5.23 (utils/quantization_config.py), which Mistral's FP8 releases have
 too, and the ``compression_config`` of older compressed-tensors.
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
-from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.model.checks import is_positive_int
 
 BlockShape: TypeAlias = tuple[int, int]
@@ -41,17 +41,20 @@ def unquantized(raw: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def require_readable(raw: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedModelError if a config.json describes quantized weights that cannot be read."""
-    told = quantization_of(raw)
-    method, layout = told.get("quant_method"), told.get("format")
-    if not told or method == "fp8" or (method == "compressed-tensors" and layout in _FLOAT_FORMATS):
-        return
+def described_method(raw: Mapping[str, Any]) -> str:
+    """How a config.json calls the quantization that it describes, in an error or a note; empty if it describes none."""
+    described = quantization_of(raw)
+    layout = described.get("format")
     form = f", format {layout!r}" if layout is not None else ""
-    raise UnsupportedModelError(
-        f"{where} describes quantized weights (quant_method {method!r}{form}), which cannot be read: "
-        f"only FP8 can (quant_method 'fp8', or 'compressed-tensors' with format 'float-quantized'). {next_step(raw)}"
-    )
+    return f"quant_method {described.get('quant_method')!r}{form}" if described else ""
+
+
+def is_readable(raw: Mapping[str, Any]) -> bool:
+    """Whether weights can be read that are quantized as a config.json describes, which may say nothing of it."""
+    described = quantization_of(raw)
+    method = described.get("quant_method")
+    compressed = method == "compressed-tensors" and described.get("format") in _FLOAT_FORMATS
+    return not described or method == "fp8" or compressed
 
 
 def next_step(raw: Mapping[str, Any]) -> str:

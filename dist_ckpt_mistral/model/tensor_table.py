@@ -10,7 +10,7 @@ in tables with ``{layer}`` and ``{expert}`` in it; ``KeyStyle`` says how a check
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -33,6 +33,8 @@ from dist_ckpt_mistral.shapes import Shape
 
 #: The name under which a last pipeline stage holds its copy of tied embeddings.
 TIED_OUTPUT_NAME: Final = "output_layer.weight"
+#: The head of a model that does not tie it: in Megatron, in Hugging Face files, in Mistral AI's own.
+_HEAD: Final = (TIED_OUTPUT_NAME, "lm_head.weight", "output.weight")
 
 #: Objects that only models of Transformer Engine up to megatron-core 0.14 look for.
 OLD_EXTRA_STATES: Final = ("decoder.layers.self_attention.core_attention._extra_state",)
@@ -197,7 +199,7 @@ def _vocabulary_rule(
 
 
 def _embedding(config: MistralConfig) -> TensorRule:
-    aliases = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    aliases = (_HEAD[1],) if config.tie_word_embeddings else ()
     key = "embedding.word_embeddings.weight"
     names = ("model.embed_tokens.weight", "tok_embeddings.weight")
     return _vocabulary_rule(key, *names, config, Place.EMBEDDING, *aliases)
@@ -215,4 +217,10 @@ def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
     )
     if config.tie_word_embeddings:
         return (norm,)
-    return (norm, _vocabulary_rule(TIED_OUTPUT_NAME, "lm_head.weight", "output.weight", config, Place.OUTPUT))
+    return (norm, _vocabulary_rule(*_HEAD, config, Place.OUTPUT))
+
+
+def config_as_stored(config: MistralConfig, names: Iterable[str]) -> MistralConfig:
+    """``config`` beside the stored tensors of these ``names``, of any rendering: see ``MistralConfig.as_stored``."""
+    heads = tuple(f".{head}" for head in _HEAD)
+    return config.as_stored(has_head=any(f".{name}".endswith(heads) for name in names))
