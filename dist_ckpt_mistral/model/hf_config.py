@@ -153,7 +153,7 @@ def _head_dim(values: Raw) -> Any:  # noqa: ANN401  (whatever it is, MistralConf
 
 
 def _dtype(raw: Raw) -> str | None:
-    """Transformers 5 renamed ``torch_dtype`` to ``dtype``; it reads the old name where the new one is missing or null."""
+    """Transformers 5 renamed ``torch_dtype`` to ``dtype``, and reads the old name where the new one is null."""
     dtype = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
 
