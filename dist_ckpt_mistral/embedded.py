@@ -59,6 +59,6 @@ def from_common_state(common_state: Mapping[str, Any], where: str) -> Embedded |
         raise FormatError(f"{where} has no hf_config")
     files = record.get("hf_files")
     return Embedded(
-        config=MistralConfig.from_hf(record["hf_config"]),
+        config=MistralConfig.from_hf(record["hf_config"], where=f"hf_config in {where}"),
         hf_files=None if files is None else FileSet.from_record(files, where),
     )

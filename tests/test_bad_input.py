@@ -152,13 +152,13 @@ def test_mixed_up_directions(hf: Path, ckpt: Path, tmp_path: Path) -> None:
         (LlamaConfig().to_dict(), "model_type 'llama'"),
         ({"model_type": ["mistral"]}, "model_type ['mistral']"),
         ({"model_type": None}, "model_type None"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
-        ({"quantization_config": "int4"}, "quant_method 'int4'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"architectures": ["MistralForSequenceClassification"]}, "'MistralForSequenceClassification'"),
+        ({"is_causal": False}, "is_causal=False"),
     ],
 )
 def test_another_architecture(config: dict[str, Any], expected: str, hf: Path, genuine: Path, tmp_path: Path) -> None:
-    """Another model type, activation or quantized weights are refused by name, from files and as --config."""
+    """Another model type, activation, head or attention is refused by name, from files and as --config."""
     edit_json(hf / "config.json", **config)
     for arguments in (("from-hf", hf, "out"), ("to-hf", genuine, tmp_path / "out", "--config", hf)):
         line = refusal(tmp_path, *arguments)

@@ -163,15 +163,18 @@ class MistralConfig:
         return replace(self, tie_word_embeddings=not has_head, hf_config=with_tie(self.hf_config, tied=not has_head))
 
     @classmethod
-    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> MistralConfig:
+    def from_hf(
+        cls, source: str | Path | Mapping[str, Any], *, where: str = "the given configuration"
+    ) -> MistralConfig:
         """Read a Hugging Face configuration: a model directory, a config.json, or its parsed content.
 
-        Mistral AI's own params.json is read too, and counts as the config.json that says the same.
+        Mistral AI's own params.json is read too, and counts as the config.json that says the same. ``where`` names
+        parsed content in errors and warnings.
 
         Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
         """
         if isinstance(source, Mapping):
-            return _from_hf_mapping(source, "the given configuration")
+            return _from_hf_mapping(source, where)
         path = config_file(Path(source))
         if not path.is_file():
             raise ConfigError(f"no model configuration: {path} does not exist. Give config.json or its directory.")

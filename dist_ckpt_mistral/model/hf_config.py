@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -10,19 +11,22 @@ from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.hf_families import (
     COMMON_DEFAULTS,
+    COMMON_FIXED,
     FAMILIES,
     LATENT_SIZES,
     MULTIMODAL,
     VISION_DEFAULTS,
     VISION_TYPE,
-    WITH_LAYER_TYPES,
     Family,
     Raw,
+    require_language_model,
     require_supported,
 )
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import rope_parameters, yarn_of
+
+_LOG = logging.getLogger(__name__)
 
 REQUIRED_SIZES: Final = (
     "vocab_size",
@@ -74,29 +78,33 @@ def config_fields(raw: Raw, where: str) -> dict[str, Any]:
 
     Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
     """
-    text = language_model(raw, where)
-    family = FAMILIES[text["model_type"]]
+    said = language_model(raw, where)
+    require_language_model(raw, where)
+    family = FAMILIES[said["model_type"]]
+    text = said | {usual: said[name] for name, usual in family.renamed.items() if said.get(name) is not None}
     missing = [name for name in (*REQUIRED_SIZES, *family.required) if text.get(name) is None]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}. Check that it is the model's own config.json.")
     _refuse_what_megatron_lacks(text, family, where)
     values = {**COMMON_DEFAULTS, **family.defaults, **text}
-    if not (text.get("rope_parameters") or text.get("rope_scaling")):
+    if text.get("rope_parameters") is None:
         values["rope_parameters"] = family.defaults.get("rope_parameters")
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
     latent = LatentAttention(**{name: values[name] for name in LATENT_SIZES}) if family.has_latent_attention else None
     rotated = 1.0 if latent is None else latent.qk_rope_head_dim / latent.qk_head_dim
     rope = rope_parameters(values, partial_rotary_factor=rotated)
-    beta = rope.get("llama_4_scaling_beta")
+    for line in _not_as_said({"auto_map": raw.get("auto_map"), **said}, rope, family):
+        _LOG.warning("%s: %s", where, line)
+    beta = rope.get("llama_4_scaling_beta") if _scales_queries(family) else None
     return {
         **{name: values[name] for name in (*REQUIRED_SIZES, "num_key_value_heads", "rms_norm_eps")},
         "model_type": text["model_type"],
-        "head_dim": _head_dim(values) if latent is None else latent.qk_head_dim,
+        "head_dim": _head_dim(values, latent),
         "rope_theta": rope.get("rope_theta", values["rope_theta"]),
         "max_position_embeddings": values["max_position_embeddings"],
-        "sliding_window": text.get("sliding_window") if latent is None else None,
-        "layer_types": _layer_types(text) if text["model_type"] in WITH_LAYER_TYPES else None,
+        "sliding_window": None if "sliding_window" in family.ignored else values.get("sliding_window"),
+        "layer_types": None if "layer_types" in family.ignored else _layer_types(text),
         "tie_word_embeddings": values["tie_word_embeddings"],
         "yarn": yarn_of(values, rope, values["max_position_embeddings"]),
         "llama_4_scaling_beta": None if beta == 0 else beta,
@@ -127,11 +135,53 @@ def _vision(raw: Raw, where: str) -> Vision:
 
 
 def _refuse_what_megatron_lacks(text: Raw, family: Family, where: str) -> None:
-    if text.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(f"hidden_act {text['hidden_act']!r} in {where}: Mistral models use 'silu'.")
-    for name, value in family.fixed.items():
+    for name, value in {**COMMON_FIXED, **family.fixed}.items():
         if text.get(name, value) not in (value, None):
             raise UnsupportedModelError(f"{name}={text[name]!r} in {where} is not supported: expected {value!r}.")
+
+
+def _scales_queries(family: Family) -> bool:
+    """Whether the family scales queries by position: those do to which transformers gives rotary embeddings that do."""
+    return "rope_parameters" in family.defaults
+
+
+def _not_as_said(text: Raw, rope: Raw, family: Family) -> Iterator[str]:
+    """What a config.json says that is not read so, a line each: transformers ignores it, or would fill in a value.
+
+    ``rope`` are the rotary embeddings that count. See configuration_utils.py and modeling_rope_utils.py of 5.24.
+    """
+    model_type = text["model_type"]
+    if text.get("auto_map"):
+        yield f"auto_map names code of its own, which is not run: the model is read as {family.architecture}"
+    if "sliding_window" not in {**family.defaults, **text}:
+        yield (
+            "sliding_window is missing and read as null, full attention, where transformers takes 4096. "
+            "Say null or a number in config.json"
+        )
+    ignored = {name: text.get(name) for name in family.ignored}
+    if not _scales_queries(family):
+        ignored["llama_4_scaling_beta"] = rope.get("llama_4_scaling_beta")
+    yield from (
+        f"{name} is ignored, as transformers does for model_type {model_type!r}: got {value!r:.200}"
+        for name, value in ignored.items()
+        if value is not None
+    )
+    original, inside = (
+        "original_max_position_embeddings",
+        "rope_scaling" if text.get("rope_scaling") else "rope_parameters",
+    )
+    twice = [
+        *((name, text.get(name), usual, text.get(usual)) for name, usual in family.renamed.items()),
+        ("dtype", text.get("dtype"), "torch_dtype", text.get("torch_dtype")),
+        ("rope_scaling", text.get("rope_scaling") or None, "rope_parameters", text.get("rope_parameters") or None),
+        (f"rope_theta of {inside}", rope.get("rope_theta"), "rope_theta", text.get("rope_theta")),
+        (original, text.get(original), f"{original} of {inside}", rope.get(original)),
+    ]
+    yield from (
+        f"{other} is ignored beside {name}, as transformers 5 does: got {ignored_value!r:.200} beside {value!r:.200}"
+        for name, value, other, ignored_value in twice
+        if None not in (value, ignored_value) and value != ignored_value
+    )
 
 
 def _layer_types(text: Raw) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
@@ -139,7 +189,14 @@ def _layer_types(text: Raw) -> Any:  # noqa: ANN401  (whatever it is, MistralCon
     return tuple(types) if isinstance(types, list) else types
 
 
-def _head_dim(values: Raw) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
+def _head_dim(values: Raw, latent: LatentAttention | None) -> Any:  # noqa: ANN401  (MistralConfig checks it)
+    if latent is not None:
+        if values.get("head_dim") not in (None, latent.qk_head_dim):
+            raise ConfigError(
+                f"head_dim: expected {latent.qk_head_dim} (qk_nope_head_dim + qk_rope_head_dim), "
+                f"got {values['head_dim']!r}"
+            )
+        return latent.qk_head_dim
     if values.get("head_dim") is not None:
         return values["head_dim"]
     hidden, heads = values["hidden_size"], values["num_attention_heads"]

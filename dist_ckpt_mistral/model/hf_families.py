@@ -71,14 +71,18 @@ def _mistral4_keys(experts: Experts) -> dict[str, Any]:
 class Family:
     """Models of one ``model_type``: the class that runs them, what config.json must say, and what it may leave out.
 
-    ``fixed`` are keys with the only value of them that Megatron's layers can express. ``experts`` reads a config.json,
-    and ``expert_keys`` are what it says of them.
+    ``fixed`` are keys with the only value of them that Megatron's layers can express. ``ignored`` are keys that other
+    families have, and that transformers ignores in this one. ``renamed`` are other names of keys: they count before
+    those (transformers' ``attribute_map``). ``experts`` reads a config.json, and ``expert_keys`` are what it says of
+    them.
     """
 
     architecture: str
     required: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ("layer_types",)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     experts: Callable[[Raw], Experts] | None = None
     expert_keys: Callable[[Experts], dict[str, Any]] = lambda _: {}
     has_latent_attention: bool = False
@@ -91,24 +95,30 @@ COMMON_DEFAULTS: Final[Mapping[str, Any]] = {
     "max_position_embeddings": 4096 * 32,
     "tie_word_embeddings": False,
 }
-#: With one exception these are transformers': that also invents ``sliding_window=4096`` for ``mistral`` and
-#: ``ministral``, the value of Mistral 7B v0.1 and of no model since.
+#: Keys with the only value of them that Megatron's layers can express, in all families: an activation, attention to
+#: later tokens (``create_causal_mask``, masking_utils.py, 5.24), and layers that differ (integrations/heterogeneity).
+COMMON_FIXED: Final[Mapping[str, Any]] = {"hidden_act": "silu", "is_causal": True, "per_layer_config": None}
+#: What transformers fills in is filled in here, with one exception: it takes a missing ``sliding_window`` of
+#: ``mistral`` and ``ministral`` for 4096, the value of Mistral 7B v0.1 and of no model since. Writers that leave out
+#: null make it missing in models without a window. So it is none here, and a warning says so.
 FAMILIES: Final[Mapping[str, Family]] = {
     "mistral": Family(architecture="MistralForCausalLM"),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
         required=("num_local_experts", "num_experts_per_tok"),
-        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "sliding_window": None},
+        renamed={"num_experts": "num_local_experts"},
         experts=_mixtral_experts,
         expert_keys=_mixtral_keys,
     ),
-    "ministral": Family(architecture="MinistralForCausalLM"),
+    "ministral": Family(architecture="MinistralForCausalLM", ignored=()),
     "ministral3": Family(
         architecture="Ministral3ForCausalLM",
         defaults={
             "rms_norm_eps": 1e-5,
             "head_dim": 128,
             "max_position_embeddings": 262_144,
+            "sliding_window": None,
             "rope_parameters": _yarn(1_000_000.0, 16.0, 16_384),
         },
     ),
@@ -121,6 +131,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
         defaults={
             "q_lora_rank": 1024,
             "num_key_value_heads": None,
+            "sliding_window": None,
             "max_position_embeddings": 1_048_576,
             "norm_topk_prob": True,
             "routed_scaling_factor": 1.0,
@@ -129,13 +140,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
             "rope_parameters": _yarn(10_000.0, 128.0, 8192),
         },
         fixed={"first_k_dense_replace": 0, "attention_bias": False, "rope_interleave": True},
+        ignored=("layer_types", "sliding_window"),
+        renamed={"num_local_experts": "n_routed_experts"},
         experts=_mistral4_experts,
         expert_keys=_mistral4_keys,
         has_latent_attention=True,
     ),
 }
-#: Models whose layers differ in what they attend to; in all others transformers ignores ``layer_types``.
-WITH_LAYER_TYPES: Final = ("ministral",)
+#: Models whose layers differ in what they attend to.
+WITH_LAYER_TYPES: Final = tuple(name for name, family in FAMILIES.items() if "layer_types" not in family.ignored)
 #: A language model of one of the families, with a vision tower: its own config stands under ``text_config``.
 MULTIMODAL: Final = "mistral3"
 MULTIMODAL_ARCHITECTURE: Final = "Mistral3ForConditionalGeneration"
@@ -151,6 +164,11 @@ VISION_DEFAULTS: Final[Mapping[str, Any]] = {
 }
 #: HF ``model_type`` values that the tensor table knows.
 MODEL_TYPES: Final = (*FAMILIES, MULTIMODAL)
+#: The classes whose tensors the table knows. Which of them a config.json names makes no difference: transformers goes
+#: by ``model_type``, and so does the table.
+_ARCHITECTURES: Final = (*(family.architecture for family in FAMILIES.values()), MULTIMODAL_ARCHITECTURE)
+#: What FSDP puts before the name of a class, and transformers takes off again (modeling_utils.py, 5.24).
+_FSDP: Final = "FSDP"
 
 #: What is known of other models of Mistral AI, and why they are not supported.
 _REFUSED: Final[Mapping[str, str]] = {
@@ -174,3 +192,17 @@ def require_supported(raw: Raw, where: str) -> str:
         f"model_type {model_type!r} in {where} is not supported{f' ({reason})' if reason else ''}: "
         f"the tensor table knows {', '.join(MODEL_TYPES)}."
     )
+
+
+def require_language_model(raw: Raw, where: str) -> None:
+    """Raise UnsupportedModelError if ``architectures`` of a config.json names a class with another head, or none."""
+    named = raw.get("architectures") or []
+    names = named if isinstance(named, list) else [named]
+    others = [name for name in names if str(name).removeprefix(_FSDP) not in _ARCHITECTURES]
+    if others:
+        family = FAMILIES.get(raw["model_type"])
+        expected = family.architecture if family else MULTIMODAL_ARCHITECTURE
+        raise UnsupportedModelError(
+            f"architectures in {where}: expected {expected} (Megatron's GPTModel has no head but that of a language "
+            f"model), got {', '.join(map(repr, others)):.200}. Give the language model that it was made from."
+        )
