@@ -317,8 +317,8 @@ def test_embeddings_are_tied_as_transformers_runs_them(
         flags = dcm.megatron_args(path).flags
         assert ("--untie-embeddings-and-output-weights" in flags) is has_head
         assert dcm.inspect(path).problems == ()
-    for number, options in enumerate(({}, {"config": hf}, {"config": hf / "config.json"})):
-        dcm.to_hf(tmp_path / "ck", tmp_path / f"out{number}", **options)
+    for number, config in enumerate((None, hf, hf / "config.json")):
+        dcm.to_hf(tmp_path / "ck", tmp_path / f"out{number}", config=config)
         assert torch.equal(logits(tmp_path / f"out{number}"), logits(hf))
     written = json.loads((tmp_path / "out0" / "config.json").read_text())
     if written != json.loads((hf / "config.json").read_text()):
