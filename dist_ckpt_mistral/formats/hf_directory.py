@@ -104,6 +104,10 @@ class FileSet:
         }
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
+    def names(self) -> list[str]:
+        """The names of the tensors of all files."""
+        return [tensor.name for tensor in self.tensors()]
+
     @property
     def num_tensors(self) -> int:
         """Of all files."""
