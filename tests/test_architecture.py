@@ -46,7 +46,8 @@ megatron.hf_metadata megatron.sharded_state_dict megatron.optimizer_state megatr
 megatron.runtime megatron.local_layers megatron.model_config megatron.build_model megatron.load_model
 megatron.inference megatron.generate megatron.logits
 demo
-commands.output commands.options commands.from_hf commands.to_hf commands.plan commands.reshard commands.migrate commands.inspect
+commands.output
+commands.options commands.from_hf commands.to_hf commands.plan commands.reshard commands.migrate commands.inspect
 commands.verify commands.generate commands.megatron_args commands.demo
 cli __main__
 """

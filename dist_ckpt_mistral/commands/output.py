@@ -54,7 +54,7 @@ def say_text(text: str) -> None:
 
 def say_json(content: object, *, letters: bool = False) -> None:
     """Print JSON in ASCII, or with the ``letters`` of all scripts where the terminal has them. Raises OutputError."""
-    has_letters = letters and (sys.stdout.encoding or "utf-8") == "utf-8"
+    has_letters = letters and (sys.stdout.encoding or "utf-8").lower() == "utf-8"
     text = json.dumps(content, indent=2, ensure_ascii=not has_letters)
     _print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text) if has_letters else text)
 
