@@ -85,7 +85,9 @@ def _run(arguments: argparse.Namespace) -> int:
     level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(format="%(message)s", handlers=[_Notes()], level=max(level, logging.WARNING))
     logging.getLogger("dist_ckpt_mistral").setLevel(level)  # what other libraries note is not about what the user does
-    signal.signal(signal.SIGTERM, _interrupt)  # so that an unpublished output is removed
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that an unpublished output is removed, or can be resumed
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     if arguments.with_numpy:
         libraries.import_numpy()
     command: Callable[[argparse.Namespace], int] = arguments.command

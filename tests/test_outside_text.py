@@ -15,13 +15,13 @@ from typing import Final
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from command_line import Outcome, run
 from genuine import folder, shards
 from hf_models import random_model, saved
 from safetensors.torch import load_file, save_file
 from test_cli import Page
 from test_reading_picture import Picture
+from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from dist_ckpt_mistral.commands import output
 from dist_ckpt_mistral.shell import command_line
@@ -146,7 +146,7 @@ def test_tensors(tmp_path: Path) -> None:
             "a\nequal: 1 tensors": torch.ones(2),
         }
         with warnings.catch_warnings(action="ignore"):  # that there is one process
-            dcp.save(state, checkpoint_id=tmp_path / f"dcp{value}", no_dist=True)
+            save_dcp(state, checkpoint_id=tmp_path / f"dcp{value}", no_dist=True)
         shutil.copy(shards("td_0161") / "metadata.json", tmp_path / f"dcp{value}")
     for command in (
         ("inspect", hf),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
@@ -132,3 +134,40 @@ def test_advice_that_the_command_can_follow(command: str, advice: str, places: P
         cwd=places, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, f"error: out of memory. {advice}\n")
+
+
+@pytest.mark.parametrize("wait_s", [0.02, 0.05, 0.1, 0.2, 0.4])
+def test_interrupts_at_any_time(wait_s: float, places: Path) -> None:
+    """From its first line on, also while it imports, the program ends with 130 and one line, or is done before that."""
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from dist_ckpt_mistral.__main__ import run; print('started', flush=True); sys.exit(run())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "verify", "hf", "ckpt"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=places,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    codes = (130, -signal.SIGINT)  # a shell says 130 of both; Python ends by the signal where it was evaluating text
+    is_interrupted = process.returncode in codes and (out, err) == ("", "interrupted: Nothing was published.\n")
+    assert is_interrupted or (process.returncode, err) == (0, ""), (process.returncode, out, err)
+
+
+def test_interrupts_are_ignored_where_the_shell_says_so(places: Path, tmp_path: Path) -> None:
+    """A process that ignores interrupts, as one in the background of a script does, is not interrupted."""
+    script = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from dist_ckpt_mistral import storage; write = storage.TargetFile.write\n"
+        "def writing(*arguments): os.kill(os.getpid(), signal.SIGINT); write(*arguments)\n"
+        "storage.TargetFile.write = writing\n"
+        "from dist_ckpt_mistral.__main__ import run; sys.exit(run())"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, "to-hf", "ckpt", tmp_path / "out"], check=True, cwd=places, timeout=60
+    )
+    assert contents(tmp_path / "out") == contents(places / "expected")

@@ -57,7 +57,7 @@ def _check(arguments: argparse.Namespace) -> int:
         output.say_json(outcome.to_json())
     else:
         for finding in outcome.findings:
-            output.say(finding)
+            output.say(str(finding))
         for what, notes in (("checked", outcome.checked), ("not checked", outcome.not_checked)):
             for note in notes:
                 output.say(f"{what}: {note}")
