@@ -8,6 +8,7 @@ import pickle
 import shlex
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,8 +164,11 @@ def test_tensors(tmp_path: Path) -> None:
         assert not any(line.startswith("equal:") for line in outcome.out)
 
 
-def test_texts_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """A text keeps its lines, tabs and scripts, also joined letters; what steers a terminal is escaped."""
+def test_texts_of_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file gets a text exactly; on a terminal it keeps its lines, tabs and scripts, and what steers is escaped."""
+    output.say_text("a\x1b[2J")
+    assert capsys.readouterr().out == "a\x1b[2J\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     output.say_text("a\tb\nनमस्ते می‌خواهم 👩‍🚀 \xa0\u200fx" + STEERING)
     told = capsys.readouterr().out
     assert told.startswith("a\tb\nनमस्ते می‌خواهم 👩‍🚀 \xa0\u200fx\\x1b[2J\\x1b]0;t\\x07")

@@ -48,8 +48,15 @@ def say(line: str) -> None:
 
 
 def say_text(text: str) -> None:
-    """Print a text of any number of lines, in any script: only control characters are escaped. Raises OutputError."""
-    _print(escaped(text, is_harmless=lambda c: c in "\n\t" or unicodedata.category(c) not in _STEERING))
+    """Print a text of any number of lines, in any script: exactly, or on a terminal with control characters escaped.
+
+    Raises OutputError.
+    """
+    _print(escaped(text, is_harmless=_is_of_a_text) if sys.stdout.isatty() else text)
+
+
+def _is_of_a_text(character: str) -> bool:
+    return character in "\n\t" or unicodedata.category(character) not in _STEERING
 
 
 def say_json(content: object, *, letters: bool = False) -> None:
