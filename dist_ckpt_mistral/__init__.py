@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         FormatError,
         LayoutError,
         LostRankError,
+        MissingLibraryError,
         OutputError,
         PlanError,
         TensorMismatchError,
@@ -68,6 +69,7 @@ _HOME = {
     "LayoutError": "errors",
     "LazyCheckpoint": "lazy_checkpoint",
     "LostRankError": "errors",
+    "MissingLibraryError": "errors",
     "MistralConfig": "model.config",
     "OutputError": "errors",
     "ParallelLayout": "model.parallel_layout",
@@ -111,6 +113,7 @@ __all__ = [
     "LayoutError",
     "LazyCheckpoint",
     "LostRankError",
+    "MissingLibraryError",
     "MistralConfig",
     "OutputError",
     "ParallelLayout",
@@ -145,7 +148,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (a module attribute of any kind)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    from dist_ckpt_mistral import libraries  # noqa: PLC0415  (who imports the package may never need it)
+
+    home = _HOME[name]
+    needs = ("torch", "megatron.core") if home.startswith("megatron.") else ()
+    with libraries.needed(f"{__name__}.{name}", *needs, extra="megatron"):
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.commands import (
@@ -24,6 +23,7 @@ from dist_ckpt_mistral.commands import (
     inspect,
     megatron_args,
     migrate,
+    output,
     plan,
     reshard,
     to_hf,
@@ -42,45 +42,57 @@ _COLLECT_AFTER_OBJECTS: Final = 100_000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     gc.set_threshold(_COLLECT_AFTER_OBJECTS)
-    arguments = _parser().parse_args(argv)
-    level = logging.INFO if is_first_rank() else logging.ERROR
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable("%(message)s"))
-    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
-    logging.getLogger("dist_ckpt_mistral").setLevel(level)  # what other libraries note is not about what the user does
-    signal.signal(signal.SIGTERM, _interrupt)  # so that an unpublished output is removed
+    output.open_standard_streams()
+    arguments = argparse.Namespace(words=tuple(sys.argv[1:] if argv is None else argv), debug=False)
     try:
+        _parser().parse_args(arguments.words, arguments)
         return _run(arguments)
-    except DistCkptMistralError as error:
-        return _fail(error, debug=arguments.debug)
-    except BrokenPipeError:  # whoever reads has seen enough, as in "inspect ... | head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
-    except OSError as error:
-        return _fail(error, debug=arguments.debug)
-    except MemoryError as error:
-        error.args = (f"out of memory ({error}): lower --workers or --memory.",)
-        return _fail(error, debug=arguments.debug)
     except KeyboardInterrupt as error:
-        print("interrupted:", _notes(error) or "Nothing was published.", file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # whoever sends another wants no more clearing up
+        output.complain(f"interrupted: {_notes(error) or 'Nothing was published.'}")
         return _EXIT_INTERRUPTED
+    except (DistCkptMistralError, ImportError, OSError, MemoryError) as error:
+        return _fail(error, arguments)
 
 
-class _Printable(logging.Formatter):
+class _Parser(argparse.ArgumentParser):
+    """Also tells of wrong usage in one printable line, on streams as they are."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the usage and what is wrong with it."""
+        super().error(printable(message))
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End, after --help and --version too."""
+        if message:
+            output.complain(message.rstrip("\n"))
+        output.finish()
+        sys.exit(status)
+
+
+class _Notes(logging.Handler):
     """Notes may hold names that files gave."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        output.complain(self.format(record))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if not (arguments.on_all_ranks or is_first_rank()):
         return EXIT_DONE
+    level = logging.INFO if is_first_rank() else logging.ERROR
+    logging.basicConfig(format="%(message)s", handlers=[_Notes()], level=max(level, logging.WARNING))
+    logging.getLogger("dist_ckpt_mistral").setLevel(level)  # what other libraries note is not about what the user does
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that an unpublished output is removed, or can be resumed
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     if arguments.with_numpy:
         libraries.import_numpy()
     command: Callable[[argparse.Namespace], int] = arguments.command
     code = command(arguments)
-    sys.stdout.flush()
+    output.finish()
     return code
 
 
@@ -88,19 +100,22 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (
     raise KeyboardInterrupt
 
 
-def _fail(error: Exception, *, debug: bool) -> int:
-    if debug:
+def _fail(error: Exception, arguments: argparse.Namespace) -> int:
+    if arguments.debug:
         raise error
     if is_first_rank() or isinstance(error, LostRankError):  # the ranks of a job fail together, with one voice
-        notes = _notes(error)
-        print("error:", printable(f"{_said(error).rstrip('.')}. {notes}" if notes else _said(error)), file=sys.stderr)
+        said, notes = _said(error, arguments), _notes(error)
+        output.complain(f"error: {said.rstrip('.')}. {notes}" if notes else f"error: {said}")
     return EXIT_DATA
 
 
-def _said(error: Exception) -> str:
+def _said(error: Exception, arguments: argparse.Namespace) -> str:
     """The message; those of Python's own for the operating system begin with a number, which tells nobody anything."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot use {error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror if error.filename is None else f"cannot use {error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        remedy = "Lower --workers or --memory." if "workers" in arguments else "Run it where more memory is allowed."
+        return f"out of memory ({error}). {remedy}" if str(error) else f"out of memory. {remedy}"
     return str(error)
 
 
@@ -110,7 +125,7 @@ def _notes(error: BaseException) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dist-ckpt-mistral",
         description="Mistral checkpoints between Megatron's distributed format and Hugging Face.",
         epilog="Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, 3 verify found a difference.",

@@ -10,7 +10,8 @@
     ├── TensorMismatchError          tensors missing, unknown, or of another shape or dtype than the model's
     ├── PlanError                    boxes that leave a gap, overlap, or reach outside their tensor
     ├── OutputError                  the destination cannot be written as asked
-    └── LostRankError                another process of the job is gone
+    ├── LostRankError                another process of the job is gone
+    └── MissingLibraryError          a library that only some uses need is not installed; an ImportError, too
 
 The command line turns each into one line on stderr and exit code 1. Messages follow one template:
 ``{what} for {tensor} in {file}: expected {value} ({why}), got {value}. {next step}``.
@@ -34,8 +35,12 @@ def printable(text: str) -> str:
 
     Names in files may hold escape sequences, halves of surrogate pairs, or letters that turn the writing round.
     """
-    line = text.replace("\n", " ")
-    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return escaped(text.replace("\n", " "), is_harmless=str.isprintable)
+
+
+def escaped(text: str, *, is_harmless: Callable[[str], bool]) -> str:
+    """``text`` with all other characters than harmless ones written as Python's ``ascii`` writes them."""
+    return text if text.isprintable() else "".join(c if is_harmless(c) else ascii(c)[1:-1] for c in text)
 
 
 class DistCkptMistralError(Exception):
@@ -81,6 +86,10 @@ class PlanError(DistCkptMistralError):
 
 class OutputError(DistCkptMistralError):
     """The destination cannot be written as asked."""
+
+
+class MissingLibraryError(DistCkptMistralError, ImportError):
+    """A library that only some uses of this package need is not installed. The message says how to install it."""
 
 
 class LostRankError(DistCkptMistralError):

@@ -116,7 +116,10 @@ def stop_tokens(
         if told is not None:
             found = told if isinstance(told, list) else [told]
             if not all(isinstance(token, int) for token in found):
-                raise ConfigError(f"eos_token_id of {source.path}: expected numbers, got {json.dumps(told)}")
+                raise ConfigError(
+                    f"eos_token_id of {source.path}: expected numbers, got {json.dumps(told)}. "
+                    f"Correct it in {_GENERATION_FILE}, else in config.json."
+                )
             return frozenset(found)
     return frozenset()
 
@@ -141,7 +144,12 @@ def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is
     told = dict(source.config.to_hf())
     config = transformers.AutoConfig.for_model(told.pop("model_type"), **told)
     model, found = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
-    wrong = {what: names for what, names in found.items() if names}
+    wrong = [
+        f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, names)))}" for what, names in found.items() if names
+    ]
     if wrong:
-        raise DistCkptMistralError(f"transformers did not take the weights of {source.path}: {wrong}")
+        raise DistCkptMistralError(
+            f"transformers {transformers.__version__} did not take the weights of {source.path}: {'; '.join(wrong)}. "
+            "Update transformers."
+        )
     return model.eval()

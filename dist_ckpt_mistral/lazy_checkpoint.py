@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from dist_ckpt_mistral import libraries
+from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
@@ -20,7 +22,8 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
     """The tensors of a Megatron checkpoint or Hugging Face directory by Hugging Face name, read when asked for.
 
     Every access gathers the tensor anew from the stored chunks, in its stored dtype, on the CPU. Safe to use from
-    several threads.
+    several threads, and in forked processes. A copy, also a pickled one, opens the same files anew, on first use. Equal
+    is only the object itself: ``compare`` compares what checkpoints hold.
     """
 
     def __init__(self, source: ModelSource) -> None:
@@ -29,6 +32,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         self._tensors = {tensor.hf_name: tensor for tensor in source.tensors}
         self._files = SourceFiles(source.index.files, source.index.derived)
         self._reader = BandReader(self._files)
+        self._is_closed = False
 
     @property
     def config(self) -> MistralConfig:
@@ -36,9 +40,15 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         return self._source.config
 
     def __getitem__(self, hf_name: str) -> torch.Tensor:
-        """Read one whole tensor. Raises KeyError for an unknown name, FormatError for a damaged file."""
-        import torch  # noqa: PLC0415  (only who wants tensors needs torch)
+        """Read one whole tensor.
 
+        Raises KeyError for an unknown name, FormatError for a damaged file, MissingLibraryError without torch, and
+        DistCkptMistralError after ``close``.
+        """
+        with libraries.needed("reading a tensor", "torch", extra="megatron"):
+            import torch  # noqa: PLC0415  (only who wants tensors needs torch)
+
+        self._require_open()
         tensor = self._tensors[hf_name]
         value = torch.empty(tensor.shape, dtype=getattr(torch, self._source.dtype_of(tensor)))
         target = value.reshape(-1).view(torch.uint8).numpy().data
@@ -47,6 +57,10 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
             target[at : at + len(band)] = band
             at += len(band)
         return value
+
+    def __contains__(self, hf_name: object) -> bool:
+        """Whether there is a tensor of this name, without reading it."""
+        return hf_name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names in state-dict order."""
@@ -64,15 +78,42 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         """Torch dtype name of a tensor, without reading it."""
         return self._source.dtype_of(self._tensors[hf_name])
 
+    def close(self) -> None:
+        """Close the files: names, shapes and dtypes are still known, but no tensor can be read any more."""
+        self._is_closed = True
+        self._files.__exit__(None, None, None)
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise DistCkptMistralError(f"{self._source.path} was closed. Read its tensors before, or open it again.")
+
     def __enter__(self) -> Self:
         """Files are opened on first use."""
+        self._require_open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the files."""
-        self._files.__exit__(kind, error, trace)
+        self.close()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same object: a mapping's own comparison would read all tensors, to compare them singly."""
+        return self is other
+
+    def __hash__(self) -> int:
+        """Hash as an object that equals only itself."""
+        return object.__hash__(self)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[ModelSource]]:
+        """What a copy is made from: the plan, which any process can carry out, but no open file."""
+        self._require_open()
+        return type(self), (self._source,)
+
+    def __repr__(self) -> str:
+        """Say which model it is."""
+        return f"<LazyCheckpoint of {len(self)} tensors in {self._source.path}>"
 
 
 def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> LazyCheckpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state
 from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
+from dist_ckpt_mistral.shell import command_line
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class PretrainCommand:
     @property
     def text(self) -> str:
         """What can be pasted into a shell behind ``pretrain_gpt.py``: one group a line."""
-        return " \\\n".join(shlex.join(group) for group in self.groups.values())
+        return " \\\n".join(command_line(group) for group in self.groups.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, stable within ``JSON_VERSION``."""

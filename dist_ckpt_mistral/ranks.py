@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
-from dist_ckpt_mistral.errors import DistCkptMistralError
+from dist_ckpt_mistral.errors import DistCkptMistralError, LayoutError
 
 T = TypeVar("T")
 
@@ -84,13 +84,26 @@ def from_environment() -> Ranks:
     Where torch's process group is there already, or some ranks are on other machines, they exchange over that group
     (gloo, if it is made here). Ranks of one machine need no torch, which takes seconds to import.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1 or "RANK" not in os.environ:
+    size = world_size()
+    if size == 1 or "RANK" not in os.environ:
         return Ranks()
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and "MASTER_PORT" in os.environ
     if one_machine and not _has_process_group():
-        return _on_one_machine(int(os.environ["RANK"]), world_size)
+        return _on_one_machine(_number("RANK", least=0), size)
     return _in_process_group()
+
+
+def world_size() -> int:
+    """How many ranks the environment announces: 1 without torchrun. Raises LayoutError if that is no such number."""
+    return _number("WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
+
+
+def _number(name: str, *, least: int) -> int:
+    text = os.environ[name]
+    if not (text.isdecimal() and int(text) >= least):
+        wanted = f"expected a whole number of at least {least}, as torchrun sets it"
+        raise LayoutError(f"the environment variable {name}: {wanted}, got {text!r}. Unset it, or start with torchrun.")
+    return int(text)
 
 
 def _has_process_group() -> bool:

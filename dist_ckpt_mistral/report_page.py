@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.amounts import human_bytes
-from dist_ckpt_mistral.errors import printable
 from dist_ckpt_mistral.model.config import SLIDING
 from dist_ckpt_mistral.name_ranges import grouped
 from dist_ckpt_mistral.report import Report, TensorReport
+from dist_ckpt_mistral.sheet import sheet
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -29,30 +29,24 @@ _TOO_MANY: Final = 100_000
 
 def render(report: Report) -> RenderableType:
     """The report as a rich renderable."""
-    from rich.console import Group  # noqa: PLC0415  (only what is shown needs rich)
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(report):
-        facts.add_row(Text(name, style="bold"), printable(value))
-    table = Table("tensor", "dtype", "shape", "chunks", "size", "Hugging Face names", box=None, padding=(0, 2, 0, 0))
     weights = [tensor for tensor in report.tensors if tensor.ignored is None]
     rows = [*(_rows(weights) if len(weights) <= _TOO_MANY else weights)]
-    for tensor in rows[:_END_OF_TABLE]:
-        shape = " x ".join(map(str, tensor.shape))
-        table.add_row(
-            printable(tensor.name),
-            tensor.dtype,
-            shape,
-            str(tensor.num_chunks),
-            human_bytes(tensor.num_bytes),
-            printable(_summary(tensor.hf_names)),
-        )
+    cells = [_cells(tensor) for tensor in rows[:_END_OF_TABLE]]
     if len(rows) > _END_OF_TABLE:
-        table.add_row(f"... and {len(rows) - _END_OF_TABLE} more rows")
-    problems = [Text(f"problem: {problem}", style="red") for problem in report.problems]
-    return Group(Text(printable(report.path), style="bold"), facts, Text(""), table, *problems)
+        cells.append((f"... and {len(rows) - _END_OF_TABLE} more rows",))
+    return sheet(
+        report.path,
+        _facts(report),
+        [(name, "left") for name in ("tensor", "dtype", "shape", "chunks", "size", "Hugging Face names")],
+        cells,
+        notes=[f"problem: {problem}" for problem in report.problems],
+        notes_style="red",
+    )
+
+
+def _cells(tensor: TensorReport) -> tuple[str, ...]:
+    shape, size = " x ".join(map(str, tensor.shape)), human_bytes(tensor.num_bytes)
+    return tensor.name, tensor.dtype, shape, str(tensor.num_chunks), size, _summary(tensor.hf_names)
 
 
 def _rows(tensors: list[TensorReport]) -> Iterable[TensorReport]:

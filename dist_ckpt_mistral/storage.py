@@ -8,7 +8,6 @@ import functools
 import os
 import resource
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -104,6 +103,20 @@ class DerivedFile(Protocol):
         """Fill ``buffer`` from ``position`` on, from any thread."""
 
 
+class _Descriptor:
+    """An open file, closed with the last reference: no other file gets its number while a thread still reads."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        """Own ``number``."""
+        self.number = number
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """Close the file; ``os`` may be gone by then."""
+        close(self.number)
+
+
 class SourceFiles:
     """Files to read at positions from several threads. Opened on first use, closed together.
 
@@ -114,8 +127,7 @@ class SourceFiles:
         """Remember them; file ``i`` of the other methods is ``paths[i]``, and ``derived`` are counted on from there."""
         self._paths = tuple(paths)
         self._derived = dict(enumerate(derived, len(self._paths)))
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._descriptors: dict[int, _Descriptor] = {}
         self._most_open = allow_open_files(len(self._paths))
 
     def __enter__(self) -> Self:
@@ -125,26 +137,17 @@ class SourceFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close all files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        """Close all files, each when the call that uses it is over."""
         self._descriptors.clear()
 
     def _call(self, file: int, function: Callable[..., T], *arguments: object) -> T:
         """A call of the operating system on a file."""
         descriptor = self._descriptors.get(file)
-        if descriptor is not None:
-            return function(descriptor, *arguments)
-        with self._lock:
-            if file not in self._descriptors and len(self._descriptors) < self._most_open:
-                self._descriptors[file] = _open_to_read(self._paths[file])
-        if file in self._descriptors:
-            return function(self._descriptors[file], *arguments)
-        descriptor = _open_to_read(self._paths[file])
-        try:
-            return function(descriptor, *arguments)
-        finally:
-            os.close(descriptor)
+        if descriptor is None:
+            descriptor = _Descriptor(_open_to_read(self._paths[file]))
+            if len(self._descriptors) < self._most_open:
+                descriptor = self._descriptors.setdefault(file, descriptor)  # another thread's, if that was quicker
+        return function(descriptor.number, *arguments)
 
     def size_bytes(self, file: int) -> int:
         """Size of a file."""

@@ -38,14 +38,15 @@ def _fresh_process() -> Iterator[None]:
     """As in a fresh process, where nobody has configured logging; afterwards all is as it was, signal handlers too."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    on_terminate = signal.getsignal(signal.SIGTERM)
+    on_signal = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     root.handlers.clear()
     try:
         yield
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
-        signal.signal(signal.SIGTERM, on_terminate)
+        for number, handler in on_signal.items():
+            signal.signal(number, handler)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

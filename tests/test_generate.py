@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -240,14 +240,15 @@ def test_what_generate_refuses(places: dict[str, Path], tmp_path: Path, monkeypa
     """Ranks that nobody started, sampling from nothing, a broken tokenizer, missing packages: in one line each."""
     start = ["generate", places["tied"], "--prompt", "a b"]
     options = ["--max-new-tokens", 5, "--top-k", 3, "--dtype", "float32", "--config", tmp_path / "a b", "--json"]
-    told = refusal(tmp_path, *start, "--prompt=-c", *options, "--tp", 2, "--pp", 2)
-    (again,) = [shlex.split(told.partition("-m dist_ckpt_mistral ")[2])]
-    for given in (start, ["--prompt=-c"], options[:2], options[2:4], options[4:6], options[6:8], options[8:]):
-        words = list(map(str, given))
-        assert any(again[at : at + len(words)] == words for at in range(len(again)))
-    told = refusal(tmp_path, *start, "--tp", 2, "--pp", 2)
+    words = [*start, "--prompt=-c", "--prompt", "it's\na $b", *options, "--tp", 2, "--pp", 2]
+    told = refusal(tmp_path, *words)
     assert "--tp 2 --pp 2 needs 4 ranks, and there are 1. Start them with: torchrun --nproc-per-node 4 -m " in told
-    assert f"dist_ckpt_mistral generate {places['tied']} --prompt 'a b' --max-new-tokens 64 --tp 2 --pp 2" in told
+    remedy = told.partition("-m dist_ckpt_mistral ")[2]
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {remedy}"], capture_output=True, check=True, timeout=60)
+    assert done.stdout == b"".join(str(word).encode() + b"\0" for word in words)
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert "the environment variable WORLD_SIZE: expected a whole number" in refusal(tmp_path, *words)
+    monkeypatch.delenv("WORLD_SIZE")
     assert [run(*start, *wrong).code for wrong in (("--top-p", 1.5), ("--temperature", 0), ("--seed", -1))] == [2] * 3
     nowhere = tmp_path / "nowhere"
     for command in (start, ["verify", places["tied"], places["tied-ckpt"], "--logits", "--prompt", "a"]):
@@ -257,10 +258,7 @@ def test_what_generate_refuses(places: dict[str, Path], tmp_path: Path, monkeypa
     (broken / "tokenizer.json").write_text("{}")
     assert f"cannot read the tokenizer in {broken}" in refusal(tmp_path, *start, "--tokenizer", broken)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "megatron" in name else object())
-    expected = (
-        "error: generate needs megatron-core, not installed here. Run: pip install 'dist-ckpt-mistral[inference]'"
-    )
-    assert refusal(tmp_path, *start) == expected
+    assert refusal(tmp_path, *start).startswith("error: generate needs megatron-core, not installed here. Run: ")
     assert refusal(tmp_path, "verify", "a", "b", "--logits").startswith("error: verify --logits needs megatron-core")
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.commands import options, output
 
 
 def add(commands: options.Commands) -> None:
@@ -19,5 +18,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Tell the story as it happens: it takes a while, also through a pipe."""
     from dist_ckpt_mistral import demo  # noqa: PLC0415  (--help must not wait for numpy)
 
-    demo.run(arguments.keep, say=functools.partial(print, flush=True))
+    demo.run(arguments.keep, say=output.say_text)
     return options.EXIT_DONE

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral import libraries, ranks
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.commands import options, output
 from dist_ckpt_mistral.errors import LayoutError
+from dist_ckpt_mistral.shell import command_line
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.hf_inference import Sampling
+    from dist_ckpt_mistral.megatron.generate import Completion
 
 
 def add(commands: options.Commands) -> None:
@@ -46,13 +44,24 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate on all ranks, and print the texts on the first."""
-    _require_ranks(arguments)
-    libraries.require("generate", "torch", "megatron.core", "transformers", extra="inference")
+    with libraries.needed("generate", "torch", "megatron.core", "transformers", extra="inference"):
+        _require_ranks(arguments)
+        completions = _completions(arguments)
+    is_first = ranks.from_environment().is_first
+    if is_first and arguments.json:
+        output.say_json([completion.to_json() for completion in completions], letters=True)
+    elif is_first:
+        for completion in completions:
+            output.say_text(completion.text)
+    return options.EXIT_DONE
+
+
+def _completions(arguments: argparse.Namespace) -> list[Completion]:
     with libraries.quiet():
         from dist_ckpt_mistral.megatron.generate import complete  # noqa: PLC0415  (--help must not wait for torch and Megatron)
         from dist_ckpt_mistral.model.parallel_layout import ParallelLayout  # noqa: PLC0415
 
-        completions = list(
+        return list(
             complete(
                 arguments.path,
                 arguments.prompt,
@@ -64,37 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
                 dtype=arguments.dtype,
             )
         )
-    is_first = ranks.from_environment().is_first
-    if is_first and arguments.json:
-        print(json.dumps([completion.to_json() for completion in completions], indent=2, ensure_ascii=False))
-    elif is_first:
-        for completion in completions:
-            print(completion.text)
-    return options.EXIT_DONE
 
 
 def _require_ranks(arguments: argparse.Namespace) -> None:
     """Refuse to start unless torchrun started one process for every rank of the layout."""
-    wanted, found = arguments.tp * arguments.pp, int(os.environ.get("WORLD_SIZE", "1"))
+    wanted, found = arguments.tp * arguments.pp, ranks.world_size()
     if wanted != found:
-        command = ["generate", arguments.path, *_given_options(arguments)]
+        command = ["torchrun", "--nproc-per-node", str(wanted), "-m", "dist_ckpt_mistral", *arguments.words]
         raise LayoutError(
-            f"--tp {arguments.tp} --pp {arguments.pp} needs {wanted} ranks, and there are {found}. Start them with: "
-            f"torchrun --nproc-per-node {wanted} -m dist_ckpt_mistral {shlex.join(command)}"
+            f"--tp {arguments.tp} --pp {arguments.pp} needs {wanted} ranks, and there are {found}. "
+            f"Start them with: {command_line(command)}"
         )
-
-
-def _given_options(arguments: argparse.Namespace) -> Iterator[str]:
-    """Every option as it was given, for another command line."""
-    for name, value in vars(arguments).items():
-        option = "--" + name.replace("_", "-")
-        if name in ("path", "command") or value is None or value is False:
-            continue
-        if value is True:
-            yield option
-            continue
-        for text in map(str, value if isinstance(value, list) else [value]):
-            yield from (f"{option}={text}",) if text.startswith("-") else (option, text)
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.commands import options, output
 
 
 def add(commands: options.Commands) -> None:
@@ -25,9 +24,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = report.inspect(arguments.path, config=options.given_config(arguments))
     if arguments.html is not None:
         report_page.save_html(found, arguments.html)
-        print(f"wrote {arguments.html}")
+        output.say(f"wrote {arguments.html}")
     elif arguments.json:
-        print(json.dumps(found.to_json(), indent=2))
+        output.say_json(found.to_json())
     else:
-        options.show(report_page.render(found))
+        output.show(report_page.render(found))
     return options.EXIT_DATA if found.problems else options.EXIT_DONE

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.commands import options, output
 
 
 def add(commands: options.Commands) -> None:
@@ -28,5 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.path, config=options.given_config(arguments), layout=options.given_layout(arguments)
     )
     logging.getLogger(__name__).info("configuration: %s", command.config_from)
-    print(json.dumps(command.to_json(), indent=2) if arguments.json else command.text)
+    if arguments.json:
+        output.say_json(command.to_json())
+    else:
+        output.say_text(command.text)
     return options.EXIT_DONE

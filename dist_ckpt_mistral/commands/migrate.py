@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.commands import options, output
 from dist_ckpt_mistral.ranks import from_environment
 
 
@@ -37,5 +37,5 @@ def run(arguments: argparse.Namespace) -> int:
             ranks=ranks,
         )
     if ranks.is_first:
-        print(conversion_line("wrote", done))
+        output.say(conversion_line("wrote", done))
     return options.EXIT_DONE

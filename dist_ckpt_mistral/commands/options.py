@@ -15,8 +15,6 @@ from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from dist_ckpt_mistral.gather.executor import Effort
     from dist_ckpt_mistral.model.config import GivenConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -33,9 +31,6 @@ _END_COUNTS: Final = (
     ("--decoder-first-pipeline-num-layers", "num_layers_in_first_pipeline_stage", "first"),
     ("--decoder-last-pipeline-num-layers", "num_layers_in_last_pipeline_stage", "last"),
 )
-#: The width of tables where there is no terminal to fit into.
-_PAGE_COLUMNS: Final = 160
-
 #: What ``add_subparsers`` gives: argparse keeps the type private.
 Commands: TypeAlias = Any
 
@@ -221,15 +216,3 @@ def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[E
 
     with tqdm(desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
         yield dataclasses.replace(asked, progress=bar.update)
-
-
-def show(content: RenderableType) -> None:
-    """Print a table or the like: as wide as the terminal, or as a page where there is none."""
-    from rich.console import Console  # noqa: PLC0415  (only tables need rich)
-
-    width = None if sys.stdout.isatty() else _PAGE_COLUMNS
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    with console.capture() as capture:
-        console.print(content)
-    for line in capture.get().splitlines():  # rich fills the last column with blanks
-        print(line.rstrip())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.commands import options, output
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         picture.save_svg(found, arguments.svg)
         _LOG.info("wrote %s", arguments.svg)
     if arguments.json:
-        print(json.dumps(found.to_json(), indent=2))
+        output.say_json(found.to_json())
     else:
-        options.show(table.render(found))
+        output.show(table.render(found))
     return options.EXIT_DONE

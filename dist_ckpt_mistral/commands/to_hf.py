@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.commands import options, output
 from dist_ckpt_mistral.ranks import from_environment
 
 
@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
             ranks=ranks,
         )
     if ranks.is_first:
-        print(conversion_line("would write" if arguments.dry_run else "wrote", done))
+        output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))
     if ranks.is_first and arguments.dry_run:
         for name, num_bytes in done.files.items():
-            print(f"  {name}  {num_bytes} bytes")
+            output.say(f"  {name}  {num_bytes} bytes")
     return options.EXIT_DONE

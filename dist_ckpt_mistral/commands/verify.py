@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from dist_ckpt_mistral import libraries
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.commands import options, output
 from dist_ckpt_mistral.ranks import Ranks
 
 
@@ -55,15 +54,15 @@ def _check(arguments: argparse.Namespace) -> int:
     with options.effort("checking", arguments, Ranks()) as effort:
         outcome = checking.check(arguments.a, config=options.given_config(arguments), effort=effort)
     if arguments.json:
-        print(json.dumps(outcome.to_json(), indent=2))
+        output.say_json(outcome.to_json())
     else:
         for finding in outcome.findings:
-            print(finding)
+            output.say(str(finding))
         for what, notes in (("checked", outcome.checked), ("not checked", outcome.not_checked)):
             for note in notes:
-                print(f"{what}: {note}")
+                output.say(f"{what}: {note}")
         verdict = "no damage found" if outcome.is_sound else f"DAMAGED, {len(outcome.findings)} findings"
-        print(f"{verdict}: {outcome.directory}")
+        output.say(f"{verdict}: {outcome.directory}")
     return options.EXIT_DONE if outcome.is_sound else options.EXIT_DIFFERENT
 
 
@@ -77,25 +76,25 @@ def _compare_bits(arguments: argparse.Namespace) -> int:
         else:
             outcome = verify.compare(arguments.a, arguments.b, config=options.given_config(arguments), effort=effort)
     if arguments.json:
-        print(json.dumps(outcome.to_json(), indent=2))
+        output.say_json(outcome.to_json())
     else:
         for difference in outcome.differences:
-            print(f"{difference.hf_name}: {difference.what}")
+            output.say(f"{difference.hf_name}: {difference.what}")
         for disagreement in outcome.configurations:
-            print(f"the configurations of A and B differ in {disagreement}")
+            output.say(f"the configurations of A and B differ in {disagreement}")
         for note in outcome.not_compared:
-            print(f"not compared: {note}")
+            output.say(f"not compared: {note}")
         what = "entries" if arguments.stored else "tensors"
         verdict = "equal" if outcome.is_equal else f"DIFFERENT in {len(outcome.differences)} {what}"
         if not (outcome.is_equal or outcome.differences):
             verdict = "DIFFERENT in configuration, which reads the same bits as other weights"
-        print(f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit")
+        output.say(f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit")
     return options.EXIT_DONE if outcome.is_equal else options.EXIT_DIFFERENT
 
 
 def _compare_logits(arguments: argparse.Namespace) -> int:
-    libraries.require("verify --logits", "torch", "megatron.core", "transformers", extra="inference")
-    with libraries.quiet():
+    needs = ("torch", "megatron.core", "transformers")
+    with libraries.needed("verify --logits", *needs, extra="inference"), libraries.quiet():
         from dist_ckpt_mistral.megatron.logits import compare_logits  # noqa: PLC0415  (slow)
 
         outcome = compare_logits(
@@ -111,17 +110,17 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
     if not options.is_first_rank():
         return code
     if arguments.json:
-        print(json.dumps(outcome.to_json(), indent=2, ensure_ascii=False))
+        output.say_json(outcome.to_json(), letters=True)
     else:
         for prompt in outcome.prompts:
             what = "random prompt" if prompt.prompt is None else repr(prompt.prompt)
             same = "the same" if prompt.same_tokens else "OTHER"
-            print(
+            output.say(
                 f"{what}, {prompt.num_tokens} tokens: largest difference {prompt.largest_difference:.2e} "
                 f"of logits up to {prompt.largest_logit:.1f}; {same} tokens are likeliest"
             )
         verdict = "agree" if outcome.agree else "DIFFER"
-        print(
+        output.say(
             f"the logits {verdict}: largest difference {outcome.largest_difference:.2e}, tolerance "
             f"{outcome.tolerance:.2e} (float32; transformers on {outcome.in_transformers}, "
             f"Megatron on {outcome.in_megatron})"

@@ -84,8 +84,8 @@ class BandReader:
 
 
 def aligned_buffer(num_bytes: int) -> ByteArray:
-    """A buffer that begins at a page."""
-    return np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
+    """A buffer that begins at a page. It is private: a forked process gets its own copy, not this one to fill, too."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
 
 
 def _overlapping(copies: CopyArray, low: int, high: int) -> list[tuple[int, int, tuple[int, ...]]]:

@@ -42,8 +42,8 @@ def forward(
     logits of the last of them alone. Dropout is off meanwhile. Raises LayoutError with context parallelism, which
     would cut the prompt.
     """
-    if parallel_state.get_context_parallel_world_size() > 1:
-        raise LayoutError("inference takes whole prompts: expected cp=1. Load the model with another layout.")
+    if (cp := parallel_state.get_context_parallel_world_size()) > 1:
+        raise LayoutError(f"inference takes whole prompts: expected cp=1, got cp={cp}. Load the model with cp=1.")
     chunks = as_chunks(model)
     with _evaluating(chunks):
         return _through(chunks, tokens, vocab_size, context)
@@ -103,7 +103,10 @@ def require_tokens(prompt: Sequence[int], vocab_size: int) -> None:
     """Raise ConfigError if ``prompt`` is empty or has tokens outside the vocabulary."""
     outside = [token for token in prompt if not 0 <= token < vocab_size]
     if not prompt or outside:
-        raise ConfigError(f"a prompt needs tokens of 0 to {vocab_size - 1}, got {outside[:5] or 'none'}")
+        raise ConfigError(
+            f"a prompt needs tokens of 0 to {vocab_size - 1}, got {outside[:5] or 'none'}. "
+            "Give a prompt that is not empty, and the tokenizer of this model."
+        )
 
 
 @contextlib.contextmanager

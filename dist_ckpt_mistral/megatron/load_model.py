@@ -111,7 +111,10 @@ def _only_dtype(source: ModelSource) -> str:
     """The torch name of the dtype in which all weights are stored."""
     names = sorted({source.dtype_of(tensor) for tensor in source.tensors})
     if len(names) > 1:
-        raise ConfigError(f"{source.path} stores its weights in several dtypes: {', '.join(names)}. Give dtype.")
+        raise ConfigError(
+            f"{source.path} stores its weights in several dtypes: {', '.join(names)}. "
+            "Give dtype (--dtype on the command line)."
+        )
     return names[0]
 
 
@@ -133,6 +136,7 @@ def _pairs(
         raise TensorMismatchError(
             "the installed megatron-core makes another model than the tensor table describes: "
             + "; ".join(f"{name}: expected {described.get(name)}, got {found.get(name)}" for name in different)
+            + ". Install a version that this package is tested with: 0.16 or 0.19."
         )
     return [(each, parameters[each.module_name]) for each in held]
 

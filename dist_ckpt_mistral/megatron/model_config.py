@@ -79,7 +79,10 @@ def transformer_config(
     kind = TransformerConfig if latent is None else MLATransformerConfig
     unknown = sorted(told.keys() - {field.name for field in fields(kind)})
     if unknown:
-        raise ConfigError(f"the installed megatron-core's {kind.__name__} has no {', '.join(unknown)}")
+        raise ConfigError(
+            f"the installed megatron-core's {kind.__name__} has no {', '.join(unknown)}. "
+            "Leave out what you gave of it, or install a version that has it."
+        )
     made = kind(**told)
     if config.yarn is not None and latent is None:
         _add_yarn(made, config.yarn)
@@ -88,7 +91,7 @@ def transformer_config(
 
 def _grouped_attention(config: MistralConfig) -> dict[str, Any]:
     if config.head_dim % 2:
-        raise UnsupportedModelError(f"head_dim={config.head_dim}: Megatron rotates pairs of dimensions.")
+        raise UnsupportedModelError(f"head_dim={config.head_dim} is odd: Megatron rotates pairs of dimensions.")
     return {
         "num_query_groups": config.num_key_value_heads,
         "kv_channels": config.head_dim,
@@ -98,7 +101,9 @@ def _grouped_attention(config: MistralConfig) -> dict[str, Any]:
 
 def _latent_attention(config: MistralConfig, latent: LatentAttention) -> dict[str, Any]:
     if latent.qk_rope_head_dim % 2:
-        raise UnsupportedModelError(f"qk_rope_head_dim={latent.qk_rope_head_dim}: Megatron rotates pairs.")
+        raise UnsupportedModelError(
+            f"qk_rope_head_dim={latent.qk_rope_head_dim} is odd: Megatron rotates pairs of dimensions."
+        )
     if latent.q_lora_rank is None:  # mla_qk_norm_config.py, 0.19
         raise UnsupportedModelError("q_lora_rank=None: Megatron then norms what queries are made of.")
     if any(config.window_layers):

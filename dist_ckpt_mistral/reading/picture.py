@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dist_ckpt_mistral import storage
-from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral import libraries, storage
+from dist_ckpt_mistral.errors import printable
 from dist_ckpt_mistral.reading import matrix, ribbons, style
 from dist_ckpt_mistral.reading.plan import ReadingPlan
 from dist_ckpt_mistral.reading.table import counted, layout_text
@@ -29,18 +30,13 @@ _MOST_CHUNKS: Final = 20_000
 
 
 def require_matplotlib() -> None:
-    """Raise OutputError if there is nothing to draw with."""
-    try:
+    """Raise MissingLibraryError if there is nothing to draw with."""
+    with libraries.needed("a picture", "matplotlib", extra="plot"):
         import matplotlib as mpl  # noqa: F401, PLC0415  (only pictures need matplotlib)
-    except ImportError as error:
-        raise OutputError(
-            "pictures are drawn with matplotlib, which is not installed here. "
-            "Run: pip install 'dist-ckpt-mistral[plot]'"
-        ) from error
 
 
 def save_svg(plan: ReadingPlan, path: Path) -> None:
-    """Draw ``plan`` into an SVG file; an old one is replaced. Raises OutputError."""
+    """Draw ``plan`` into an SVG file; an old one is replaced. Raises MissingLibraryError and OutputError."""
     require_matplotlib()
     with _quiet_matplotlib():
         storage.write_whole(path, _svg(plan))
@@ -57,12 +53,14 @@ def _svg(plan: ReadingPlan) -> bytes:
 
 @contextlib.contextmanager
 def _quiet_matplotlib() -> Iterator[None]:
-    """Without what matplotlib tells of its font cache; its logger is the caller's again afterwards."""
+    """Without what matplotlib tells of its fonts, which viewers choose; its logger is the caller's again afterwards."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
 
@@ -85,7 +83,7 @@ def draw(plan: ReadingPlan) -> Figure:
 def _write_title(figure: Figure, plan: ReadingPlan) -> None:
     verdict, _, remedy = plan.verdict().replace("`", "").partition("; ")
     stored = f"{counted(len(plan.files), 'file')}, {counted(len(plan.chunks.files), 'chunk')}"
-    facts = f"{'/'.join(plan.path.parts[-2:])}, {stored}   →   {layout_text(plan)}"
+    facts = f"{printable('/'.join(plan.path.parts[-2:]))}, {stored}   →   {layout_text(plan)}"
     figure.text(0.02, 0.975, verdict, size=15, weight="bold", va="top")
     figure.text(0.02, 0.935, facts, size=11, color=style.FAINT, va="top")
     figure.text(0.02, 0.909, remedy, size=11, color=style.FAINT, va="top")

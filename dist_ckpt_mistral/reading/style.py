@@ -24,12 +24,14 @@ KINDS: Final[Mapping[str, str]] = {
     "output layer": "#5e3c84",
     "optimizer state": "#d7b5c9",
 }
-#: matplotlib's settings, whatever its user has configured: text stays text, and no identifier is random.
+#: matplotlib's settings, whatever its user has configured: text stays text, also with ``$`` in it (elsewhere matplotlib
+#: takes what stands between two of them for a formula), and no identifier is random.
 SETTINGS: Final[Mapping[str, Any]] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
     "xtick.color": INK,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
+from dist_ckpt_mistral.sheet import sheet
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -55,23 +56,16 @@ def _parts(plan: ReadingPlan) -> tuple[str, ...]:
 
 def render(plan: ReadingPlan) -> RenderableType:
     """The plan as a rich renderable."""
-    from rich.console import Group  # noqa: PLC0415  (only what is shown needs rich)
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(plan):
-        facts.add_row(Text(name, style="bold"), value)
-    table = Table("ranks", "layers", box=None, padding=(0, 2, 0, 0))
     needs = [f"{part} needed" for part in _parts(plan)]
-    for name in (*(name for need in needs for name in (need, "read", "times")), "chunks", "files"):
-        table.add_column(name, justify="right")
-    for row in rows(plan):
-        table.add_row(spans(row.ranks), spans(row.layers), *_sizes(row.parts), *_counts(row.amounts))
-    totals = [plan.total_of(part) for part in _parts(plan)]
-    table.add_row("all together", "", *_sizes(totals), *_counts([plan.total]), style="bold")
-    notes = [Text(note) for note in (plan.verdict(), *_notes(plan))]
-    return Group(Text(str(plan.path), style="bold"), facts, Text(""), table, Text(""), *notes)
+    numbers = (*(name for need in needs for name in (need, "read", "times")), "chunks", "files")
+    return sheet(
+        str(plan.path),
+        _facts(plan),
+        [("ranks", "left"), ("layers", "left"), *((name, "right") for name in numbers)],
+        [(spans(row.ranks), spans(row.layers), *_sizes(row.parts), *_counts(row.amounts)) for row in rows(plan)],
+        total=("all together", "", *_sizes([plan.total_of(part) for part in _parts(plan)]), *_counts([plan.total])),
+        notes=(plan.verdict(), *_notes(plan)),
+    )
 
 
 def _sizes(parts: Sequence[Amount]) -> list[str]:
