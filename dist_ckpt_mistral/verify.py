@@ -67,7 +67,7 @@ def open_pair(a: Path, b: Path, *, config: MistralConfig | None = None) -> tuple
 
 def _as_part_of(whole: ModelSource, source: ModelSource) -> ModelSource:
     """``source``, but the language model of ``whole`` if that is multimodal and training saved ``source`` without."""
-    if not whole.table.carried or source.table.carried or source.assets is not None:
+    if not whole.table.carried or source.table.carried or source.config.hf_config is not None:
         return source
     return open_source(source.path, config=whole.config)
 
