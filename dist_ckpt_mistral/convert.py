@@ -23,7 +23,7 @@ from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
-from dist_ckpt_mistral.new_hf_directory import hf_files, write_beside_weights
+from dist_ckpt_mistral.new_hf_directory import hf_files, texts
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.stamps import Stamps, stamps
 from dist_ckpt_mistral.storage import TargetFile
@@ -83,12 +83,13 @@ def to_hf(
         _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
     given = given_directory(config)
     carried = small_files.gathered([*([given] if given else ()), *source.assets])
+    beside = texts(source, file_set, carried)
     inputs = {**stamps(carried.values()), **inputs}
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):
             targets[number].write(0, file.head)
-        write_beside_weights(staging, source, file_set, carried)
+        small_files.write_small_files(staging, carried, beside)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
     if not dry_run:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_ckpt_mistral.formats import hf_directory, small_files
+from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.formats.hf_directory import CONFIG_FILE, INDEX_FILE, FileSet
+from dist_ckpt_mistral.model.quantization import quantization_of
 from dist_ckpt_mistral.model_source import ModelSource
 
 _LOG = logging.getLogger(__name__)
@@ -28,13 +29,17 @@ def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fil
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
 
 
-def write_beside_weights(staging: Path, source: ModelSource, files: FileSet, carried: Mapping[str, Path]) -> None:
-    """Everything of a Hugging Face directory that is not weights; the index last."""
-    texts = {
+def texts(source: ModelSource, files: FileSet, carried: Mapping[str, Path]) -> dict[str, bytes | None]:
+    """What describes the weights in ``files``, by name: the text in ``carried`` where it is true of them; None is none.
+
+    The index comes last, as it makes a model in several files visible.
+    """
+    if quantization_of(source.config.hf_config or {}):
+        _LOG.warning("%s is written without its description of quantized weights: these are none", CONFIG_FILE)
+    return {
         CONFIG_FILE: _config_json(source, files, carried.get(CONFIG_FILE)),
         INDEX_FILE: files.index_json(carried.get(INDEX_FILE)),
     }
-    small_files.write_small_files(staging, carried, texts)
 
 
 def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> bytes:

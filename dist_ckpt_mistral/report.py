@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.checkpoint_config import choose_config, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
-from dist_ckpt_mistral.formats import backends, common_state, hf_directory
+from dist_ckpt_mistral.formats import backends, common_state, hf_directory, small_files
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
@@ -76,6 +76,7 @@ def _inspect_hf(path: Path, config: MistralConfig | None) -> Report:
     ignored: dict[str, str] = {}
     quantized = Quantized()
     try:
+        small_files.require_no_adapter(path)
         config = config or MistralConfig.from_hf(path)
         table = tensor_table(config)
         if is_own:

@@ -47,8 +47,8 @@ OF_OTHER_WEIGHTS = (
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in several files, with a tokenizer that has two chat templates, as transformers saves them."""
     hf = saved(random_model(), tmp_path_factory.mktemp("small") / "hf", max_shard_size=5000)
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1})))
-    words.chat_template = {"default": "plain", "tool_use": "with tools"}  # type: ignore[assignment]
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2}, "?")))
+    words.chat_template = {"default": "plain", "tool_use": "with tools"}
     words.save_pretrained(hf)
     return hf
 
@@ -143,12 +143,12 @@ def test_params_json_may_describe_quantized_weights(is_quantized: bool, tmp_path
 def test_an_adapter_is_refused(hf: Path, tmp_path: Path) -> None:
     """Beside a model transformers would find and apply an adapter: no command takes the weights without it."""
     (hf / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    shutil.copy(hf / "model-00001-of-00008.safetensors", hf / "adapter_model.safetensors")
     assert find_adapter_config_file(str(hf)) is not None
     for command in (("from-hf", hf, tmp_path / "ckpt"), ("verify", hf, hf)):
         line = refusal(tmp_path, *command)
         assert f"{hf} holds an adapter (adapter_config.json)" in line
         assert "merge_and_unload" in line
+    assert "holds an adapter" in dcm.inspect(hf).problems[0]
 
 
 #: Where tokenizers may lie: a name, and the place from the iteration's directory.
@@ -164,7 +164,7 @@ PLACES = {
 @pytest.mark.parametrize("first", PLACES)
 def test_which_tokenizer_counts(first: str, tmp_path: Path) -> None:
     """That of --config, of an import, of Megatron-Bridge, of NeMo 2, in this order; the line says which it is."""
-    step = trained(tmp_path / "weights")
+    step = trained(tmp_path / "iter_0000007")
     names = [*PLACES][[*PLACES].index(first) :]
     for name in names:
         pretended_tokenizer(step / PLACES[name], name)
@@ -179,8 +179,7 @@ def test_which_tokenizer_counts(first: str, tmp_path: Path) -> None:
     for name in ("tokenizer.json", f"{CHAT_TEMPLATE_DIR}/x.jinja"):
         assert (tmp_path / "out" / name).read_text() == first
     if first != "given":
-        (tmp_path / "iter_0000007").symlink_to(step)
-        flags = dcm.megatron_args(tmp_path / "iter_0000007", config=config / CONFIG).flags
+        flags = dcm.megatron_args(step, config=config / CONFIG).flags
         assert Path(flags[flags.index("--tokenizer-model") + 1]).resolve() == found
 
 
@@ -380,6 +379,15 @@ def test_the_config_of_an_export_of_training(tmp_path: Path) -> None:
         written = (tmp_path / f"out{number}" / CONFIG).read_bytes()
         assert (written == text) is (dtype != "float16")
         assert json.loads(written)[key] in {content[key], None}
+
+
+def test_a_config_that_describes_quantized_weights(tmp_path: Path) -> None:
+    """The description of a quantized release in --config does not lie beside trained weights, and a line says so."""
+    content = json.loads((folder("td_0161") / CONFIG).read_bytes())
+    (tmp_path / CONFIG).write_text(json.dumps(content | {"quantization_config": PER_TENSOR}))
+    outcome = run("to-hf", trained(tmp_path / "ckpt"), tmp_path / "out", "--config", tmp_path / CONFIG, "--no-sync")
+    assert json.loads((tmp_path / "out" / CONFIG).read_bytes()) == content
+    assert f"{CONFIG} is written without its description of quantized weights: these are none" in outcome.err
 
 
 def test_an_index_of_one_file_comes_back(tmp_path: Path) -> None:

@@ -162,12 +162,13 @@ def gathered(places: Sequence[Path]) -> dict[str, Path]:
     Of a name that both have the first counts. A line says where the tokenizer is from, or that there is none.
     """
     first = small_files(places[0]) if places else {}
-    place = next((place for place in places if has_tokenizer(place)), None)
-    if place is None:
-        _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
-        return first
-    _LOG.info("tokenizer: %s", place)
-    return first if place == places[0] else small_files(place) | first
+    for place in places:
+        files = first if place == places[0] else small_files(place)
+        if any(map(is_tokenizer_file, files)):
+            _LOG.info("tokenizer: %s", place)
+            return files | first
+    _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
+    return first
 
 
 def write_small_files(directory: Path, files: Mapping[str, Path], texts: Mapping[str, bytes | None]) -> None:
