@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from dist_ckpt_mistral import embedded, paths, strict_yaml
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
-from dist_ckpt_mistral.formats import hf_directory
+from dist_ckpt_mistral.formats import hf_directory, small_files
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_checkpoint
@@ -209,7 +209,7 @@ def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
     if remembered is not None:
         source = "the Hugging Face configuration inside the checkpoint"
         yield HfDescription(source=source, config=lambda: remembered.config)
-    hf_file = checkpoint.directory / embedded.ASSETS_FOLDER / hf_directory.CONFIG_FILE
+    hf_file = checkpoint.directory / small_files.ASSETS_FOLDER / hf_directory.CONFIG_FILE
     if hf_file.is_file() and not paths.leads_outside(hf_file, checkpoint.directory):
         yield _hf_file(hf_file)
     args = checkpoint.common_state.get("args")

@@ -10,7 +10,7 @@ from typing import Final
 from dist_ckpt_mistral import dtypes, hub, paths, storage
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory
+from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout
 from dist_ckpt_mistral.gather.executor import Effort
@@ -21,8 +21,9 @@ from dist_ckpt_mistral.model.config import GivenConfig, chosen_config, given_dir
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
+from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
-from dist_ckpt_mistral.new_hf_directory import hf_files, write_beside_weights
+from dist_ckpt_mistral.new_hf_directory import hf_files, texts
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.stamps import Stamps, stamps
 from dist_ckpt_mistral.storage import TargetFile
@@ -80,13 +81,15 @@ def to_hf(
     _LOG.info("configuration: %s", source.config_from)
     if source.carried_from is not None:
         _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
-    assets = given_directory(config) or source.assets
-    carried = hf_directory.carried_files(assets)[0] if assets is not None else []
+    given = given_directory(config)
+    carried = small_files.gathered([*([given] if given else ()), *source.assets])
+    beside = texts(source, file_set, carried)
+    inputs = {**stamps(carried.values()), **inputs}
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):
             targets[number].write(0, file.head)
-        write_beside_weights(staging, source, file_set, carried)
+        small_files.write_small_files(staging, carried, beside)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
     if not dry_run:
@@ -99,7 +102,7 @@ def to_hf(
             manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)) if manifest else None,
             checksums=False,
             recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
-            beside_bytes=storage.total_bytes(carried),
+            beside_bytes=storage.total_bytes(carried.values()),
             overwrite=overwrite,
             resume=resume,
             effort=effort,
@@ -154,9 +157,10 @@ def from_hf(
         return inputs, source, *plan_import(source, layout, dtype, step)
 
     inputs, source, written, plan = ranks.each(prepare)
-    carried, left = hf_directory.carried_files(source.path)
-    if left:
-        _LOG.warning("too large to travel inside the checkpoint, left behind: %s", ", ".join(left))
+    carried = small_files.small_files(source.path)
+    if folders := small_files.other_folders(source.path):
+        _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
+    inputs = {**stamps(carried.values()), **inputs}
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
@@ -174,7 +178,7 @@ def from_hf(
         manifest=NewManifest(folder=step) if manifest else None,
         checksums=True,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
-        beside_bytes=storage.total_bytes(carried),
+        beside_bytes=storage.total_bytes(carried.values()),
         overwrite=overwrite,
         resume=resume,
         effort=effort,

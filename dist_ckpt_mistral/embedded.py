@@ -11,9 +11,8 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.tensor_table import TensorTable
 
-#: The key in ``content_metadata``, and the folder of small Hugging Face files beside the shards.
+#: The key in ``content_metadata``.
 KEY: Final = "dist_ckpt_mistral"
-ASSETS_FOLDER: Final = "hf"
 #: Raised when an older reader could no longer make sense of the record.
 _VERSION: Final = 1
 

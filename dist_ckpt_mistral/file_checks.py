@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from dist_ckpt_mistral import paths
 from dist_ckpt_mistral.errors import FormatError, printable
 from dist_ckpt_mistral.formats.archive_checksums import Fault, Part, Piece
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
@@ -107,6 +108,8 @@ def check_files(contents: Contents, manifest: Manifest | None, effort: Effort) -
 
 def _look(contents: Contents, name: str, sha256: str | None, effort: Effort) -> _Look:
     path = contents.directory / name
+    if path.parent != contents.directory and paths.leads_outside(path.parent, contents.directory):
+        return _Look(findings=[Finding(file=name, what="it was not read: its folder is a link out of the directory")])
     try:
         parts, faults = contents.parts_of(name)
         found = digest(path, [part.span for part in parts], sha256=sha256 is not None, effort=effort)

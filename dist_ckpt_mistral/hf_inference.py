@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
-from dist_ckpt_mistral.formats import hf_directory
+from dist_ckpt_mistral.formats import hf_directory, small_files
 from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint
 from dist_ckpt_mistral.model_source import ModelSource
 
@@ -90,7 +90,7 @@ def load_tokenizer(directories: Iterable[Path]) -> Any:  # noqa: ANN401  (transf
 
     looked = list(directories)
     for directory in looked:
-        if any(hf_directory.is_tokenizer_file(path.name) for path in directory.iterdir()):
+        if small_files.has_tokenizer(directory):
             try:
                 return AutoTokenizer.from_pretrained(directory, local_files_only=True)
             except (OSError, ValueError, KeyError, ImportError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
-from dist_ckpt_mistral.formats import backends, hf_directory
+from dist_ckpt_mistral.formats import backends, hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
@@ -34,7 +34,8 @@ class ModelSource:
     """A model that can be read: a Megatron checkpoint, a Hugging Face directory, or one of Mistral AI's own files.
 
     ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
-    how Hugging Face files hold or held it, ``assets`` the directory of the small files that belong to it.
+    how Hugging Face files hold or held it, ``assets`` the directories of the small files that belong to it: of a name
+    that several have, the first counts.
     ``quantized`` says which weights are stored as FP8 numbers and scales: the index has their values.
     ``carried_from`` is where the tensors are that Megatron's model does not have: None if there are none, or nowhere.
     """
@@ -48,7 +49,7 @@ class ModelSource:
     links: Mapping[str, list[Link]]
     ignored: Ignored
     hf_files: FileSet | None
-    assets: Path | None
+    assets: tuple[Path, ...]
     carried_from: Path | None
     quantized: Quantized = field(default_factory=Quantized)
 
@@ -102,6 +103,7 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     that the configuration names, else of bfloat16.
     """
     hf_directory.require_directory(path)
+    small_files.require_no_adapter(path)
     files = hf_directory.read_directory(path)
     agreed = directory_config(path, config, [tensor.name for tensor in files.tensors()])
     table = tensor_table(agreed.config)
@@ -124,7 +126,7 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
         links={tensor.hf_name: [whole(tensor.hf_name, tensor.shape)] for tensor in tensors},
         ignored=(*quantized.ignored, *ignored),
         hf_files=None if ignored or quantized.weights else files,
-        assets=path,
+        assets=(path,),
         carried_from=path if table.carried else None,
         quantized=quantized,
     )
@@ -153,7 +155,7 @@ def _open_own(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) ->
         links={tensor.hf_name: own_links(tensor) for tensor in tensors},
         ignored=(),
         hf_files=None,
-        assets=path,
+        assets=(path,),
         carried_from=path if table.carried else None,
     )
 
@@ -175,7 +177,6 @@ def open_megatron(
     tensors = _described(found.table, remembered)
     with paused_collector():  # of a hundred thousand links each lives
         links = {tensor.hf_name: found.links(tensor) for tensor in tensors}
-    folder = checkpoint.directory / embedded.ASSETS_FOLDER
     return ModelSource(
         path=checkpoint.directory,
         kind=f"Megatron {checkpoint.backend} checkpoint",
@@ -186,7 +187,7 @@ def open_megatron(
         links=links,
         ignored=(*found.ignored, *_padding(table, found, shapes)),
         hf_files=remembered.hf_files if remembered else None,
-        assets=folder if folder.is_dir() else None,
+        assets=small_files.folders_beside(checkpoint.directory),
         carried_from=checkpoint.directory if found.table.carried else None,
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_ckpt_mistral import embedded, storage
 from dist_ckpt_mistral.chunking import cuts
-from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, torch_dist_writer
+from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, small_files, torch_dist_writer
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
@@ -74,7 +74,7 @@ def _extra_states(table: TensorTable) -> list[str]:
 def write_beside_shards(
     directory: Path,
     source: ModelSource,
-    carried: Sequence[Path],
+    carried: Mapping[str, Path],
     layout: ParallelLayout,
     dtype: str,
     iteration: int | None,
@@ -92,10 +92,12 @@ def write_beside_shards(
         },
     }
     storage.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
-    (directory / embedded.ASSETS_FOLDER).mkdir()
-    for path in carried:
-        target = directory / embedded.ASSETS_FOLDER / path.name
-        if path.name == hf_directory.CONFIG_FILE:
-            storage.write_bytes(target, hf_directory.config_json(source.config.to_hf(), path))
-        else:
-            storage.copy_file(path, target)
+    texts: dict[str, bytes | None] = {}
+    if hf_directory.CONFIG_FILE in carried:
+        texts[hf_directory.CONFIG_FILE] = hf_directory.config_json(
+            source.config.to_hf(), carried[hf_directory.CONFIG_FILE]
+        )
+    if source.hf_files is None:  # the files are not remembered, and then an index of them tells nothing
+        texts[hf_directory.INDEX_FILE] = None
+    (directory / small_files.ASSETS_FOLDER).mkdir()
+    small_files.write_small_files(directory / small_files.ASSETS_FOLDER, carried, texts)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.formats import hf_directory
-from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.hf_directory import CONFIG_FILE, INDEX_FILE, FileSet
 from dist_ckpt_mistral.model.quantization import described_method
 from dist_ckpt_mistral.model_source import ModelSource
 
@@ -29,32 +29,40 @@ def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fil
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
 
 
-def write_beside_weights(staging: Path, source: ModelSource, files: FileSet, carried: Sequence[Path]) -> None:
-    """Everything of a Hugging Face directory that is not weights; the index last."""
-    content = _config_json(
-        source, files, next((path for path in carried if path.name == hf_directory.CONFIG_FILE), None)
-    )
-    storage.write_bytes(staging / hf_directory.CONFIG_FILE, content)
-    for path in carried:
-        if path.name != hf_directory.CONFIG_FILE:
-            storage.copy_file(path, staging / path.name)
-    if not any(hf_directory.is_tokenizer_file(path.name) for path in carried):
-        _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
-    index_json = files.index_json()
-    if index_json is not None:
-        storage.write_bytes(staging / hf_directory.INDEX_FILE, index_json)
+def texts(source: ModelSource, files: FileSet, carried: Mapping[str, Path]) -> dict[str, bytes | None]:
+    """What describes the weights in ``files``, by name: the text in ``carried`` where it is true of them; None is none.
+
+    The index comes last, as it makes a model in several files visible.
+    """
+    if method := described_method(source.config.hf_config or {}):
+        _LOG.info("%s describes quantized weights (%s): that is left out, these are not quantized", CONFIG_FILE, method)
+    return {
+        CONFIG_FILE: _config_json(source, files, carried.get(CONFIG_FILE)),
+        INDEX_FILE: files.index_json(carried.get(INDEX_FILE)),
+    }
 
 
 def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> bytes:
-    """config.json: the original text where it is still true, else with the dtype that most of the weights have."""
+    """config.json: the original text where it is still true, else with the dtype that most of the weights have.
+
+    A text is true that says no dtype. So is one that says another than the weights have, if it came with these very
+    weights.
+    """
     sizes: Counter[str] = Counter()
     for file in files.files.values():
         for tensor in file.tensors:
             sizes[tensor.dtype] += tensor.end - tensor.begin
     dtype = sizes.most_common(1)[0][0]
     content = source.config.to_hf()
-    if method := described_method(source.config.hf_config or {}):
-        _LOG.info("config.json describes quantized weights (%s): that is left out, these are not quantized", method)
+    text = hf_directory.text_of(original, content)
+    if text is not None and (source.config.dtype in {None, dtype} or _is_imported(source, files, content)):
+        return text
     if source.config.dtype != dtype:
         content["dtype" if "dtype" in content else "torch_dtype"] = dtype
     return hf_directory.config_json(content, original)
+
+
+def _is_imported(source: ModelSource, files: FileSet, content: Mapping[str, Any]) -> bool:
+    """Whether configuration and files are those that an import left in the checkpoint."""
+    left = [folder / CONFIG_FILE for folder in source.assets if (folder / CONFIG_FILE).is_file()]
+    return files is source.hf_files and any(hf_directory.text_of(path, content) for path in left)

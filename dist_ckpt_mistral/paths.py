@@ -22,13 +22,16 @@ def is_plain_name(name: str) -> bool:
 
 
 def leads_outside(path: Path, directory: Path) -> bool:
-    """Whether what seems to lie in ``directory`` is a link to somewhere else; not into the blobs of the hub's cache.
+    """Whether a file or folder that seems to lie in ``directory`` is a link to somewhere else.
 
-    Who copies such a file along might give away something that whoever made the link knew the place of.
+    To copy such a file, or what such a folder holds, might give away something whose place the maker of the link knew.
+    In a snapshot of the hub's cache, links lead to the blobs of the same repository, and from there on to those that
+    repositories share (huggingface_hub 2.4, utils/_shared_blobs.py): they are part of the snapshot.
     """
-    target = path.resolve()
-    is_blob = target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir()
-    return not is_blob and not target.is_relative_to(directory.resolve())
+    target, inside = path.resolve(), directory.resolve()
+    repositories = [place.parent for place in (inside, *inside.parents) if place.name == "snapshots"]
+    blobs = [place / "blobs" for repository in repositories for place in (repository, repository.parent)]
+    return not any(target.is_relative_to(place) for place in (inside, *blobs))
 
 
 def require_apart(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.checkpoint_config import directory_config
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.formats import backends, checkpoint_directory, hf_directory
+from dist_ckpt_mistral.formats import backends, checkpoint_directory, hf_directory, small_files
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -90,7 +90,7 @@ def _for_hf(path: Path, chosen: ChosenConfig | None, layout: ParallelLayout) -> 
         _LOG.warning("%s leaves open %s: taken as not quantized, %s", known.source, config.left_open, tie)
     args, groups = pretrain_flags(config, dtype=str(config.dtype), layout=layout)
     groups["checkpoint"] = ["--ckpt-format", "torch_dist"]
-    groups["tokenizer"] = _tokenizer(path)
+    groups["tokenizer"] = _tokenizer([path])
     return _command(known.source, args, groups)
 
 
@@ -102,12 +102,13 @@ def _command(config_from: str, args: Mapping[str, Any], groups: Mapping[str, lis
     )
 
 
-def _tokenizer(assets: Path | None) -> list[str]:
-    """The tokenizer that lies beside the model, if it is one that transformers loads."""
-    if assets is None or not any(hf_directory.is_tokenizer_file(entry.name) for entry in assets.iterdir()):
+def _tokenizer(assets: Sequence[Path]) -> list[str]:
+    """The first tokenizer that lies beside the model, if it is one that transformers loads."""
+    place = next(filter(small_files.has_tokenizer, assets), None)
+    if place is None:
         _LOG.warning("no tokenizer lies beside the model: add --tokenizer-type and what it needs")
         return []
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(assets)]
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(place)]
 
 
 def _load(path: Path, source: ModelSource) -> list[str]:

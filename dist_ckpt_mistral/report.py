@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
-from dist_ckpt_mistral.formats import backends, common_state, hf_directory
+from dist_ckpt_mistral.formats import backends, common_state, hf_directory, small_files
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
@@ -76,6 +76,7 @@ def _inspect_hf(path: Path, config: ChosenConfig | None) -> Report:
     ignored: dict[str, str] = {}
     quantized, known = Quantized(), None
     try:
+        small_files.require_no_adapter(path)
         known = directory_config(path, config, [tensor.name for tensor in file_set.tensors()])
         table = tensor_table(known.config)
         if is_own:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import for_all
-from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_state, torch_dist_writer
+from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_state, small_files, torch_dist_writer
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
@@ -111,11 +111,11 @@ def rewrite(
         return inputs, new, train_state, written, plan_gather(new.index(), target, links)
 
     inputs, new, train_state, written, plan = ranks.each(prepare)
-    beside = [*_beside(new.stored)] if ranks.is_first else []
+    beside = dict(_beside(new.stored)) if ranks.is_first else {}
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
-        _copy_beside(new.stored.directory, beside, staging / new.step)
+        small_files.copy_files(beside, staging / new.step)
         if new.stored.backend != TORCH_DIST:
             storage.write_bytes(staging / new.step / BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
         storage.write_bytes(staging / new.step / METADATA_FILE, written.metadata())
@@ -130,7 +130,7 @@ def rewrite(
         manifest=NewManifest(folder=new.step) if manifest else None,
         checksums=True,
         recipe=Recipe.of(plan, inputs, new.options),
-        beside_bytes=storage.total_bytes(beside),
+        beside_bytes=storage.total_bytes(beside.values()),
         overwrite=overwrite,
         resume=resume,
         effort=effort,
@@ -171,8 +171,11 @@ def _new_object(stored: StoredCheckpoint, entry: Entry, keys: tuple[str, ...]) -
     return NewObject(keys=keys, copied_bytes=copied_bytes, rest=rest)
 
 
-def _beside(old: StoredCheckpoint) -> Iterator[Path]:
-    """What lies beside the shards and comes along: common state, Hugging Face files, run configuration and the like."""
+def _beside(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
+    """What lies beside the shards and comes along: common state, Hugging Face files, run configuration and the like.
+
+    By name in the checkpoint. Links to directories are not entered.
+    """
     own = {METADATA_FILE, MANIFEST_FILE, *(() if old.backend == TORCH_DIST else (BACKEND_FILE,)), *old.file_bytes}
     for path in sorted(old.directory.rglob("*")):
         relative = path.relative_to(old.directory)
@@ -186,15 +189,10 @@ def _beside(old: StoredCheckpoint) -> Iterator[Path]:
             _LOG.warning("%s is no file, or a link out of the checkpoint: it stays behind", relative)
         elif path.suffix == _DATA_SUFFIX:
             _LOG.warning("%s stays behind: the checkpoint's metadata does not know it", relative)
+        elif small_files.belongs_to_model(relative) and (why := small_files.why_left_behind(path.name)):
+            _LOG.warning("%s %s: it stays behind", relative, why)
         else:
-            yield path
-
-
-def _copy_beside(directory: Path, beside: Sequence[Path], target: Path) -> None:
-    for path in beside:
-        copy = target / path.relative_to(directory)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        storage.copy_file(path, copy)
+            yield relative.as_posix(), path
 
 
 def _write_root(step: Path, train_state: Path | None, root: Path) -> None:

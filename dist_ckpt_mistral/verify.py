@@ -72,7 +72,7 @@ def open_pair(a: Path, b: Path, *, config: ChosenConfig | None = None) -> tuple[
 
 def _as_part_of(whole: ModelSource, source: ModelSource) -> ModelSource:
     """``source``, but the language model of ``whole`` if that is multimodal and training saved ``source`` without."""
-    if not whole.table.carried or source.table.carried or source.assets is not None:
+    if not whole.table.carried or source.table.carried or source.config.hf_config is not None:
         return source
     return open_source(source.path, config=_of_other(whole))
 

@@ -36,7 +36,8 @@ formats.train_state formats.checkpoint_directory formats.stored_metadata formats
 formats.metadata_pickle
 formats.stored_checkpoint formats.torch_dist formats.legacy_objects formats.legacy_zarr formats.backends
 formats.torch_dist_writer
-formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
+formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.small_files
+formats.quantized
 own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify stored_comparison
 file_checks checking
 chunking conversion new_hf_directory new_checkpoint convert rewriting resharding migration

@@ -349,7 +349,7 @@ def rewritten(path: Path, order: list[str], *, pad: int, metadata: dict[str, str
 
 
 def test_files_of_other_writers_come_back_too(tmp_path: Path) -> None:
-    """Data in any order, any spacing, no metadata, mixed dtypes, one file with an index: the same bytes come back."""
+    """Data in any order and spacing, no metadata, mixed dtypes, a wrong index: the same bytes come back."""
     original = saved(random_model(), tmp_path / "original")
     tensors = load_file(original / "model.safetensors")
     floats = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
@@ -365,11 +365,7 @@ def test_files_of_other_writers_come_back_too(tmp_path: Path) -> None:
     (original / "model.safetensors.index.json").write_text(json.dumps(index))
     from_hf(original, tmp_path / "ckpt", tp=2, pp=2)
     to_hf(tmp_path / "ckpt", tmp_path / "exported")
-    before, after = contents(original), contents(tmp_path / "exported")
-    assert before.keys() == after.keys()
-    assert {name for name in before if before[name] != after[name]} == {"model.safetensors.index.json"}
-    index["metadata"]["total_size"] = sum(len(raw_bytes(tensor)) for tensor in floats.values())
-    assert json.loads(after["model.safetensors.index.json"]) == index
+    assert contents(tmp_path / "exported") == contents(original)
 
 
 def test_frequencies_of_old_files_stay_behind(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import storage
+from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.train_state import MAX_STEP, TRAIN_STATE_FILE, read_step
 
@@ -36,6 +36,11 @@ def resolve_directory(path: Path) -> Path:
     for tracker, name in latest.items():
         if not (path / name).is_dir():
             raise FormatError(f"{path / tracker} names {name}, which is absent")
+        if paths.leads_outside(path / name, path):
+            target = (path / name).resolve()
+            raise FormatError(
+                f"{path / tracker} names {name}, a link out of {path}. Give its target if you trust it: {target}"
+            )
         return path / name
     steps = sorted(entry.name for entry in path.iterdir() if entry.name == _RELEASE or entry.name.startswith("iter_"))
     hint = f" It holds {', '.join(steps)}: give one of them." if steps else ""

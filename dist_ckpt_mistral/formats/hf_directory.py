@@ -1,9 +1,8 @@
-"""Hugging Face model directories: which files hold which tensors, and the small files that travel with the weights."""
+"""Hugging Face model directories: which files hold which tensors, and the texts that describe them."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, paths, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.shapes import Shape
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.gather.tensor_index import TensorIndex
-
-_LOG = logging.getLogger(__name__)
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -31,18 +27,6 @@ OWN_INDEX_FILE: Final = "consolidated.safetensors.index.json"
 CONFIG_FILE: Final = "config.json"
 #: Other renderings of weights, which an error names.
 _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-#: Weights and what only describes them: rebuilt on export, never carried.
-_NOT_CARRIED: Final = (
-    *_OTHER_WEIGHTS,
-    ".safetensors.index.json",
-    ".bin.index.json",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".distcp",
-)
-#: A tokenizer is at most some 20 MB; anything much larger is not a small file.
-_MAX_CARRIED_BYTES: Final = 256 << 20
 _TOO_MANY: Final = 1 << 63
 
 
@@ -90,18 +74,25 @@ class FileSet:
         }
         return TensorIndex(files=tuple(directory / name for name in self.files), tensors=tensors)
 
-    def index_json(self) -> bytes | None:
-        """The text of ``model.safetensors.index.json`` as transformers writes it; None for a model in one file.
+    def index_json(self, original: Path | None = None) -> bytes | None:
+        """The text of ``model.safetensors.index.json``: that of ``original`` where it is true of these files.
 
-        ``total_size`` is in bytes of data, whatever an original index said; its other metadata is kept.
+        Else it is as transformers writes it, with the metadata that an index had, but ``total_size`` in bytes of data;
+        None for a model in one file. An original with the metadata of these files is true whatever ``total_size`` says.
         """
+        tensors = [(tensor, name) for name, file in self.files.items() for tensor in file.tensors]
+        weight_map = {tensor.name: name for tensor, name in tensors}
+        metadata = {**self.index_metadata, "total_size": sum(tensor.end - tensor.begin for tensor, _ in tensors)}
+        if original is not None:
+            text = storage.read_bytes(original)
+            said = strict_json.loads_object(text, str(original))
+            about = said["metadata"] if isinstance(said.get("metadata"), dict) else {}
+            is_true = about == self.index_metadata or about.items() <= metadata.items()
+            if is_true and said.get("weight_map") == weight_map:
+                return text
         if list(self.files) == [SINGLE_FILE]:
             return None
-        tensors = [(tensor, name) for name, file in self.files.items() for tensor in file.tensors]
-        content = {
-            "metadata": {**self.index_metadata, "total_size": sum(tensor.end - tensor.begin for tensor, _ in tensors)},
-            "weight_map": {tensor.name: name for tensor, name in tensors},
-        }
+        content = {"metadata": metadata, "weight_map": weight_map}
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
     def names(self) -> list[str]:
@@ -137,11 +128,6 @@ class FileSet:
         if found.num_tensors > len({tensor.name for file in found.files.values() for tensor in file.tensors}):
             raise FormatError(f"the layout of the Hugging Face files in {where} has a tensor in two files")
         return found
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of this name belongs to a tokenizer: transformers' own, SentencePiece's, or Mistral's tekken."""
-    return "tokenizer" in name or name.startswith("tekken")
 
 
 def _is_gguf(name: str) -> bool:
@@ -267,30 +253,12 @@ def plan_files(tensors: Sequence[tuple[str, str, Shape]], *, max_file_bytes: int
     )
 
 
-def carried_files(directory: Path) -> tuple[list[Path], list[str]]:
-    """The small files directly in ``directory``, sorted, and the names of those that are left behind for their size.
-
-    Links out of the directory stay behind, too, with a warning.
-    """
-    carried, left = [], []
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(_NOT_CARRIED) or not path.is_file():
-            continue
-        if path.name == MANIFEST_FILE:  # it tells of the files that lie beside it here, not of any others
-            continue
-        if paths.leads_outside(path, directory):
-            _LOG.warning("%s is a link out of its directory: it stays behind", path)
-        elif path.stat().st_size <= _MAX_CARRIED_BYTES:
-            carried.append(path)
-        else:
-            left.append(path.name)
-    return carried, left
-
-
 def config_json(content: Mapping[str, Any], original: Path | None) -> bytes:
     """The text of a config.json with this ``content``: that of ``original`` where it says the same."""
-    if original is not None:
-        text = storage.read_bytes(original)
-        if strict_json.loads_object(text, str(original)) == content:
-            return text
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return text_of(original, content) or (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def text_of(path: Path | None, content: Mapping[str, Any]) -> bytes | None:
+    """The text of a JSON file if there is one, and it says just this ``content``."""
+    text = None if path is None else storage.read_bytes(path)
+    return text if text is not None and strict_json.loads_object(text, str(path)) == content else None

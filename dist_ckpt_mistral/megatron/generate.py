@@ -60,8 +60,8 @@ def complete(
 
     def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
         source = open_source(hub.local_directory(str(path)), config=chosen_config(config))
-        words = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), source.assets))
-        return source, words, stop_tokens(source, words, [*map(given_directory, (tokenizer, config)), source.assets])
+        words = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), *source.assets))
+        return source, words, stop_tokens(source, words, [*map(given_directory, (tokenizer, config)), *source.assets])
 
     source, words, stop = ranks.from_environment().each(prepare)
     model = load_source(source, layout, dtype=dtype, device=device)

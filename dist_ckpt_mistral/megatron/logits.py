@@ -91,7 +91,7 @@ def compare_logits(
     if hf_directory.is_model_directory(source_b.path) and not hf_directory.is_model_directory(source_a.path):
         theirs, ours = ours, theirs
     if prompts:
-        words = load_tokenizer(tokenizer_directories(tokenizer, source_a.assets, source_b.assets))
+        words = load_tokenizer(tokenizer_directories(tokenizer, *source_a.assets, *source_b.assets))
         tokens = [_tokens(words(prompt)["input_ids"], source_a.config) for prompt in prompts]
     else:
         tokens = _random_tokens(theirs.config, seed)
