@@ -13,6 +13,7 @@ from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
 from dist_ckpt_mistral.formats import backends, hf_directory
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.pickle_reading import paused_collector
+from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link, whole
@@ -76,14 +77,15 @@ class ModelSource:
         return self.plan_into(TensorIndex(files=tuple(Path(name) for name in names), tensors=tensors))
 
 
-def open_source(path: Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
-    """Open whatever ``path`` is. ``config`` overrides the configuration that a checkpoint brings along.
+def open_source(path: str | Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
+    """Open whatever ``path`` is, a hub id included. ``config`` overrides the configuration that a checkpoint has.
 
     ``dtype`` is what the values of quantized weights are rounded to, else as ``open_hf`` says.
     """
-    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
-        return open_hf(path, config=config, dtype=dtype)
-    return open_megatron(path, config=config)
+    place = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT)
+    if place.kind is Kind.CHECKPOINT:
+        return open_megatron(place.path, config=config)
+    return open_hf(place.path, config=config, dtype=dtype)
 
 
 def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
@@ -92,12 +94,13 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
     Its configuration must be there unless ``config`` is given. FP8 weights have values of ``dtype``, else of the dtype
     that the configuration names, else of bfloat16.
     """
-    hf_directory.require_directory(path)
+    kind = locate(path, Kind.HF, Kind.OWN).kind
     config_from = "the given configuration" if config else str(config_file(path))
     config = config or MistralConfig.from_hf(path)
     files = hf_directory.read_directory(path)
+    hf_directory.warn_of_files_not_read(path, files)
     table = tensor_table(config)
-    if hf_directory.is_own_directory(path):
+    if kind is Kind.OWN:
         return _open_own(path, config, config_from, table, files)
     quantized = match_quantized(files.tensors(table.usual_name), config, str(path), dtype)
     scales = dict(quantized.ignored)
@@ -108,7 +111,7 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
         _LOG.info("%s: %s", path, quantized.note)
     return ModelSource(
         path=path,
-        kind="Hugging Face directory",
+        kind=Kind.HF.value,
         config=config,
         config_from=config_from,
         table=table,
@@ -138,7 +141,7 @@ def _open_own(path: Path, config: MistralConfig, config_from: str, table: Tensor
     }
     return ModelSource(
         path=path,
-        kind="directory of Mistral AI's own files",
+        kind=Kind.OWN.value,
         config=config,
         config_from=config_from,
         table=table,

@@ -10,6 +10,7 @@ from typing import Any
 from dist_ckpt_mistral import embedded, storage
 from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, torch_dist_writer
+from dist_ckpt_mistral.formats.places import CONFIG_FILE
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
@@ -95,7 +96,7 @@ def write_beside_shards(
     (directory / embedded.ASSETS_FOLDER).mkdir()
     for path in carried:
         target = directory / embedded.ASSETS_FOLDER / path.name
-        if path.name == hf_directory.CONFIG_FILE:
+        if path.name == CONFIG_FILE:
             storage.write_bytes(target, hf_directory.config_json(source.config.to_hf(), path))
         else:
             storage.copy_file(path, target)

@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
 from dist_ckpt_mistral.model_source import ModelSource
 
 _LOG = logging.getLogger(__name__)
@@ -30,18 +31,16 @@ def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fil
 
 def write_beside_weights(staging: Path, source: ModelSource, files: FileSet, carried: Sequence[Path]) -> None:
     """Everything of a Hugging Face directory that is not weights; the index last."""
-    content = _config_json(
-        source, files, next((path for path in carried if path.name == hf_directory.CONFIG_FILE), None)
-    )
-    storage.write_bytes(staging / hf_directory.CONFIG_FILE, content)
+    content = _config_json(source, files, next((path for path in carried if path.name == CONFIG_FILE), None))
+    storage.write_bytes(staging / CONFIG_FILE, content)
     for path in carried:
-        if path.name != hf_directory.CONFIG_FILE:
+        if path.name != CONFIG_FILE:
             storage.copy_file(path, staging / path.name)
     if not any(hf_directory.is_tokenizer_file(path.name) for path in carried):
         _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
     index_json = files.index_json()
     if index_json is not None:
-        storage.write_bytes(staging / hf_directory.INDEX_FILE, index_json)
+        storage.write_bytes(staging / INDEX_FILE, index_json)
 
 
 def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> bytes:

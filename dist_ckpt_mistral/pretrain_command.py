@@ -11,12 +11,13 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import backends, checkpoint_directory, hf_directory
+from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, config_file, given_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state
-from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
+from dist_ckpt_mistral.model_source import ModelSource, open_megatron, open_source
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,29 +59,31 @@ def megatron_args(
 ) -> PretrainCommand:
     """The flags with which ``pretrain_gpt.py`` builds the model at ``path`` and, if it is a checkpoint, loads it.
 
-    ``path`` is a Megatron checkpoint (its root or one iteration), a directory in Mistral AI's own rendering, or a
-    Hugging Face directory, of which config.json is enough if it says its dtype. ``config`` overrides the configuration
-    that a checkpoint brings along; ``layout`` is the one to train with. Raises DistCkptMistralError.
+    ``path`` is a Megatron checkpoint (its root or one iteration), a directory in Mistral AI's own rendering, a Hugging
+    Face directory or a hub id, of which config.json is enough if it says its dtype. ``config`` overrides the
+    configuration that a checkpoint brings along; ``layout`` is the one to train with. Raises DistCkptMistralError.
     """
-    path, known = Path(path), given_config(config)
-    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
-        return _for_hf(path, known, layout)
-    source = open_megatron(path, config=known)
+    place = locate(path, Kind.HF, Kind.OWN, Kind.WEIGHTLESS, Kind.CHECKPOINT, weights=False)
+    known = given_config(config)
+    if place.kind is not Kind.CHECKPOINT:
+        return _for_hf(path, place.path, known, layout)
+    source = open_megatron(place.path, config=known)
     args, groups = pretrain_flags(
         source.config,
         dtype=source.main_dtype,
         layout=layout,
         vocab_rows=_vocabulary_rows(source),
     )
-    groups["checkpoint"] = [*_load(path, source), *_left_out(source, layout), "--ckpt-format", "torch_dist"]
+    groups["checkpoint"] = [*_load(Path(path), source), *_left_out(source, layout), "--ckpt-format", "torch_dist"]
     groups["tokenizer"] = _tokenizer(source.assets)
     return _command(source.config_from, args, groups)
 
 
-def _for_hf(path: Path, config: MistralConfig | None, layout: ParallelLayout) -> PretrainCommand:
+def _for_hf(name: str | Path, path: Path, config: MistralConfig | None, layout: ParallelLayout) -> PretrainCommand:
+    """For the directory ``path``, which may hold no weights yet where ``name`` is a hub id."""
     config_from = "the given configuration" if config else str(config_file(path))
     config = config or MistralConfig.from_hf(path)
-    args, groups = pretrain_flags(config, dtype=config.dtype or open_hf(path).main_dtype, layout=layout)
+    args, groups = pretrain_flags(config, dtype=config.dtype or open_source(name).main_dtype, layout=layout)
     groups["checkpoint"] = ["--ckpt-format", "torch_dist"]
     groups["tokenizer"] = _tokenizer(path)
     return _command(config_from, args, groups)

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.formats.places import PARAMS_FILE
 from dist_ckpt_mistral.model.checks import is_positive_int
-
-PARAMS_FILE: Final = "params.json"
 
 #: Key there -> key in config.json.
 _RENAMED: Final[Mapping[str, str]] = {
