@@ -22,7 +22,7 @@ _MODULES: Final = """
 errors amounts shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub package_version
 paths stamps storage staging strict_yaml libraries
 formats.pickle_opcodes formats.pickle_reading formats.tensor_pickle formats.read_ahead formats.torch_archive
-formats.train_state formats.checkpoint_directory formats.places
+formats.train_state formats.checkpoint_directory formats.integrity formats.places
 model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families
 model.hf_config
 model.params_json model.config
@@ -36,7 +36,7 @@ formats.pickle_records formats.torch_archive_writer formats.common_state
 formats.stored_metadata formats.metadata_records formats.metadata_pickle
 formats.stored_checkpoint formats.torch_dist formats.legacy_objects formats.legacy_zarr formats.backends
 formats.torch_dist_writer
-formats.archive_checksums formats.integrity formats.safetensors formats.hf_directory formats.quantized
+formats.archive_checksums formats.safetensors formats.hf_directory formats.quantized
 own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify stored_comparison
 file_checks checking
 chunking conversion new_hf_directory new_checkpoint convert rewriting resharding migration

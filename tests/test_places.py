@@ -90,6 +90,10 @@ MISTAKEN = {
         {TRACKER: "5", "model.safetensors": "", "config.json": "{}"},
         (f"it holds a model and a checkpoint ({TRACKER}, model.safetensors)",),
     ),
+    "weights that are gone": (
+        {"integrity.json": "{}", "config.json": "{}"},
+        ("it holds integrity.json, but not the weights", "Copy all files again"),
+    ),
     "no models": ({"a/b": "", "readme.md": ""}, ("it holds no model itself, but a/, readme.md", "None of its folders")),
 }
 
@@ -103,6 +107,9 @@ def test_directories(case: str, command: tuple[str, ...], tmp_path: Path) -> Non
     for name, content in contents.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(content)
+    if command == ("verify", "{}") and what_is(path).kind is Kind.BROKEN:
+        assert run("verify", path).code == 3
+        return
     line = refused(tmp_path / "given", path, command)
     if command[0] == "megatron-args" and what_is(path).kind is Kind.WEIGHTLESS:
         return  # for which a configuration is enough; here it is empty, or absent
@@ -230,7 +237,9 @@ def test_swapped_arguments(tmp_path: Path) -> None:
     for source, command in ((hf, "from-hf"), (CKPT, "to-hf"), (CKPT, "reshard"), (CKPT, "migrate")):
         for more in ((), ("--overwrite",)):
             line = refusal(tmp_path, command, tmp_path / "new", source, *more)
-            assert line.startswith(f"error: {tmp_path / 'new'} does not exist, and the output {source} does: it is a ")
+            assert line.startswith(
+                f"error: there is nothing at {tmp_path / 'new'}, and the output {source} exists: it is a "
+            )
             assert "Give the source first" in line
 
 

@@ -158,7 +158,7 @@ def read_directory(directory: Path) -> FileSet:
     _require_no_others_named(directory, single if index is None else index_file)
     names = sorted(set(weight_map.values())) if index is not None else [single]
     absent = [name for name in names if name not in present]
-    if absent:
+    if absent and index is not None:
         raise FormatError(f"{index_file} in {directory} names files that are absent: {listed(absent)}. Get them first.")
     files = {name: _countable(read_header(directory / name), directory / name) for name in names}
     if index is None:

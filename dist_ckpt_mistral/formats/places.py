@@ -7,12 +7,12 @@ checkpoint root.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from fnmatch import filter as matching
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +20,7 @@ from dist_ckpt_mistral import hub
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRACKER_FILE, TRACKERS
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.name_ranges import listed
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -37,8 +38,8 @@ class Kind(Enum):
     HF = "Hugging Face directory"
     OWN = "directory of Mistral AI's own files"
     CHECKPOINT = "Megatron checkpoint"
-    #: A Megatron checkpoint that is damaged, or whose save has not finished.
-    BROKEN = "unfinished Megatron checkpoint"
+    #: A checkpoint whose save has not finished, or that is damaged, as a model may be.
+    BROKEN = "unfinished checkpoint"
     #: No weights that are read; a configuration may be there.
     WEIGHTLESS = "directory without weights that are read"
     #: A checkpoint root, which ``what_is`` follows to its latest iteration.
@@ -84,17 +85,22 @@ class _Row:
     advice: str = ""
     looked_into: bool = False
 
-    def place(self, path: Path, names: Sequence[str]) -> Place | None:
+    def place(self, path: Path, names: Collection[str]) -> Place | None:
         """The place, if this row recognises it."""
-        if any(matching(names, pattern) for pattern in self.without):
+        if any(_matching(names, pattern) for pattern in self.without):
             return None
         for marks in self.marks:
-            found = [matching(names, pattern) for pattern in marks]
+            found = [_matching(names, pattern) for pattern in marks]
             if all(found):
                 files = listed(sorted({name for group in found for name in group})[:_MOST_NAMES])
                 what, advice = (text.format(files=files, parent=path.parent) for text in (self.what, self.advice))
                 return Place(path=path, kind=self.kind, what=what, advice=advice, looked_into=self.looked_into)
         return None
+
+
+def _matching(names: Collection[str], pattern: str) -> list[str]:
+    """Those of ``names`` that match. Most patterns are names, and a directory may hold a hundred thousand files."""
+    return fnmatch.filter(names, pattern) if set(pattern) & {*"*["} else [pattern] * (pattern in names)
 
 
 _MOST_NAMES: Final = 5
@@ -162,7 +168,7 @@ _DIRECTORIES: Final = (
         marks=[(*hf, *own) for hf in _HF_WEIGHTS for own in _OWN_WEIGHTS],
         without=(CONFIG_FILE,),
         what=f"it holds two renderings of a model ({{files}}) and no {CONFIG_FILE}",
-        advice=f"Get {CONFIG_FILE}, which goes with the first, or move one of the two elsewhere.",
+        advice=f"Get {CONFIG_FILE}, which goes with {SINGLE_FILE}, or move one of the two elsewhere.",
     ),
     # Beside these, Mistral AI's own files are not read: transformers looks for no others (5.24, modeling_utils.py,
     # _get_resolved_checkpoint_files).
@@ -209,6 +215,12 @@ _DIRECTORIES: Final = (
         marks=((METADATA_FILE, "common.pt"),),
         kind=Kind.BROKEN,
         what=f"{BACKEND_FILE} is missing, which Megatron writes last: its save has not finished, or it was not copied",
+    ),
+    _Row(
+        marks=((MANIFEST_FILE,),),
+        kind=Kind.BROKEN,
+        what=f"it holds {MANIFEST_FILE}, but not the weights or the metadata that it belongs to",
+        advice="Copy all files again.",
     ),
     _Row(
         marks=((METADATA_FILE,),),
@@ -311,8 +323,8 @@ def require_not_swapped(source: str | Path, output: Path, *wanted: Kind) -> None
     """Raise FormatError where ``source`` does not exist and ``output`` is what it should be."""
     if not os.path.lexists(source) and (found := what_is(output)).kind in wanted:
         raise FormatError(
-            f"{source} does not exist, and the output {output} does: {found.what}. Give the source first, then the "
-            "output."
+            f"there is nothing at {source}, and the output {output} exists: {found.what}. Give the source first, then "
+            "the output."
         )
 
 
@@ -336,17 +348,20 @@ def _require(place: Place, wanted: Sequence[Kind]) -> Place:
 def _recognised(path: Path, names: Iterable[str]) -> Place:
     """What a directory is that has files and folders of these names; of folders, what comes behind the slash is cut."""
     tops = {top + slash for top, slash, _ in (name.partition("/") for name in names)}
-    return _first(_DIRECTORIES, path, [_ITSELF + path.name, *sorted(tops)])
+    return _first(_DIRECTORIES, path, {_ITSELF + path.name, *tops})
 
 
-def _first(rows: Iterable[_Row], path: Path, names: Sequence[str]) -> Place:
+def _first(rows: Iterable[_Row], path: Path, names: Collection[str]) -> Place:
     return next(place for row in rows if (place := row.place(path, names)) is not None)
 
 
 def _names(directory: Path) -> list[str]:
+    """The names in a directory; those of folders end in a slash, and links that lead nowhere count as absent."""
     try:
         with os.scandir(directory) as entries:
-            return [entry.name + "/" * entry.is_dir() for entry in entries]
+            there = [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry)]  # noqa: PTH110
+            is_folder = [os.path.isdir(each) if each.is_symlink() else each.is_dir() for each in there]  # noqa: PTH112
+            return [entry.name + "/" * folder for entry, folder in zip(there, is_folder, strict=True)]
     except OSError as error:
         raise FormatError(f"cannot read {directory}: {error.strerror}") from error
 
