@@ -203,6 +203,19 @@ def test_iterations_that_are_not_there(tmp_path: Path) -> None:
     assert (outcome.code, outcome.out[-1]) == (3, f"DAMAGED, 1 findings: {root / 'iter_0000300'}")
 
 
+def test_an_iteration_that_is_a_link(tmp_path: Path) -> None:
+    """A tracker whose iteration is a link out of the root is not followed; the error names its target."""
+    shutil.copytree(CKPT, tmp_path / "elsewhere")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "iter_0000005").symlink_to(tmp_path / "elsewhere")
+    (root / TRACKER).write_text("5")
+    line = refused(root, root, ("to-hf", "{}", "{out}"))
+    assert (
+        f"names iter_0000005, a link out of {root}. Give its target if you trust it: {tmp_path / 'elsewhere'}" in line
+    )
+
+
 @pytest.mark.parametrize(
     ("lacking", "expected"),
     [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import storage
+from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.train_state import MAX_STEP, TRAIN_STATE_FILE, read_step
 
@@ -22,7 +22,7 @@ _RELEASE: Final = "release"
 def latest_iteration(root: Path) -> Path:
     """The directory of the iteration that the trackers in ``root``, of which there is one at least, call the latest.
 
-    Raises FormatError where they are damaged, disagree, or name a directory that is absent.
+    Raises FormatError where they are damaged, disagree, or name a directory that is absent or a link out of ``root``.
     """
     latest = {name: read(root / name) for name, read in TRACKERS.items() if os.path.lexists(root / name)}
     if len(set(latest.values())) > 1:
@@ -30,6 +30,11 @@ def latest_iteration(root: Path) -> Path:
     tracker, name = next(iter(latest.items()))
     if not (root / name).is_dir():
         raise FormatError(f"{root / tracker} names {name}, which is absent")
+    if paths.leads_outside(root / name, root):
+        target = (root / name).resolve()
+        raise FormatError(
+            f"{root / tracker} names {name}, a link out of {root}. Give its target if you trust it: {target}"
+        )
     return root / name
 
 

@@ -405,7 +405,7 @@ def _others(place: Place, wanted: Sequence[Kind]) -> str:
 
 
 def _models_in(path: Path, *, most_deep: int) -> Iterator[tuple[str, Place]]:
-    """Yield the folders under ``path`` that are read, each with what it is; nearer ones come first."""
+    """Yield the folders under ``path`` that are read, each with what it is; nearer ones come first, links are left."""
     waiting, looked = deque([(path, 0)]), 0
     while waiting:
         directory, depth = waiting.popleft()
@@ -414,6 +414,8 @@ def _models_in(path: Path, *, most_deep: int) -> Iterator[tuple[str, Place]]:
             if looked > _MOST_DIRECTORIES:
                 return
             child = directory / name
+            if child.is_symlink():
+                continue
             try:
                 place = what_is(child)
             except FormatError:  # it cannot be listed
