@@ -17,6 +17,7 @@ from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
 from dist_ckpt_mistral.formats.common_state import COMMON_FILE, SHARDED_KEY
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, read_manifest
+from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose
@@ -51,18 +52,18 @@ class Check:
 
 
 def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort = _DEFAULT_EFFORT) -> Check:
-    """Look for damage in a Megatron checkpoint (root or iteration) or a Hugging Face directory.
+    """Look for damage in a Megatron checkpoint (root or iteration), a Hugging Face directory or a hub id.
 
     Every file is read once and held against integrity.json, every record of a checkpoint against the CRC-32 in its
     archive; and all tensors of the model must be there. ``config`` is for checkpoints that do not tell theirs. Raises
-    DistCkptMistralError if ``path`` is neither or of a format that is not read; what is wrong in it becomes a finding.
+    DistCkptMistralError if ``path`` is none of them or of a format that is not read; what is wrong becomes a finding.
     """
-    path, known = Path(path), chosen_config(config)
-    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
-        return _check_hf(path, known, effort)
-    if not checkpoint_directory.is_checkpoint(path):
-        checkpoint_directory.resolve_directory(path)  # raises
-    return _check_megatron(path, known, effort)
+    place, known = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT, Kind.BROKEN), chosen_config(config)
+    if place.kind is Kind.BROKEN:
+        return _Notes().sum_up(place.path, Finding(what=place.what))
+    if place.kind is Kind.CHECKPOINT:
+        return _check_megatron(place.path, known, effort)
+    return _check_hf(place.path, known, effort)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,11 +144,8 @@ def _tensor_parts(file_set: FileSet, crc32: Mapping[str, str], notes: _Notes) ->
     }
 
 
-def _check_megatron(path: Path, config: ChosenConfig | None, effort: Effort) -> Check:
+def _check_megatron(directory: Path, config: ChosenConfig | None, effort: Effort) -> Check:
     notes = _Notes()
-    directory = notes.attempt(lambda: checkpoint_directory.resolve_directory(path))
-    if directory is None:
-        return notes.sum_up(path)
     manifest = notes.attempt(lambda: read_manifest(directory))
     stored = notes.attempt(lambda: backends.open_stored(directory, with_common_state=False))
     if stored is None:

@@ -16,7 +16,8 @@ from typing import Any, Final, Protocol
 
 from dist_ckpt_mistral import embedded, paths, strict_yaml
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
-from dist_ckpt_mistral.formats import hf_directory, small_files
+from dist_ckpt_mistral.formats import small_files
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_checkpoint
@@ -25,7 +26,6 @@ from dist_ckpt_mistral.model.bridge_config import args_of_run_config, from_run_c
 from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig, config_file
 from dist_ckpt_mistral.model.megatron_args import args_disagreements, from_megatron_args
 from dist_ckpt_mistral.model.megatron_vocabulary import is_padding
-from dist_ckpt_mistral.model.params_json import PARAMS_FILE
 from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model.tensor_table import TensorTable, config_as_stored, tensor_table
 
@@ -181,7 +181,7 @@ def _hf_file(path: Path) -> Description:
 def _params_files(directory: Path) -> list[Path]:
     """The params.json that describes Mistral AI's own files beside it; beside Hugging Face's it describes others."""
     path = directory / PARAMS_FILE
-    return [path] if hf_directory.is_own_directory(directory) and path.is_file() else []
+    return [path] if what_is(directory).kind is Kind.OWN and path.is_file() else []
 
 
 def read_embedded(checkpoint: StoredCheckpoint) -> embedded.Embedded | None:
@@ -209,7 +209,7 @@ def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
     if remembered is not None:
         source = "the Hugging Face configuration inside the checkpoint"
         yield HfDescription(source=source, config=lambda: remembered.config)
-    hf_file = checkpoint.directory / small_files.ASSETS_FOLDER / hf_directory.CONFIG_FILE
+    hf_file = checkpoint.directory / small_files.ASSETS_FOLDER / CONFIG_FILE
     if hf_file.is_file() and not paths.leads_outside(hf_file, checkpoint.directory):
         yield _hf_file(hf_file)
     args = checkpoint.common_state.get("args")

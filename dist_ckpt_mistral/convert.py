@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import dtypes, hub, paths, storage
+from dist_ckpt_mistral import dtypes, paths, storage
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.places import Kind, locate, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
@@ -66,10 +67,11 @@ def to_hf(
 
     def prepare() -> tuple[Stamps, ModelSource, FileSet, BytePlan]:
         dtypes.require_weight_dtype(dtype)
+        require_not_swapped(checkpoint, output, Kind.CHECKPOINT)
         paths.require_apart(checkpoint, output)
         paths.require_writable(output, overwrite=overwrite or dry_run)
-        given = given_directory(config)
-        directory = checkpoint_directory.resolve_directory(checkpoint)
+        given = given_directory(config, vision=True)
+        directory = resolve_directory(checkpoint)
         inputs = stamps([*directory.rglob("*"), *(given.iterdir() if given else ())])
         opened = open_megatron(checkpoint, config=chosen_config(config), state=state)
         source = completed(opened, given)
@@ -149,8 +151,9 @@ def from_hf(
 
     def prepare() -> tuple[Stamps, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
+        require_not_swapped(hf, output, Kind.HF, Kind.OWN)
         paths.require_writable(output, overwrite=overwrite)
-        directory = hub.local_directory(str(hf))
+        directory = locate(hf, Kind.HF, Kind.OWN).path
         paths.require_apart(directory, output)
         inputs = stamps(directory.glob("*"))
         source = open_hf(directory, dtype=dtype)

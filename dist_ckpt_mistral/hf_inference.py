@@ -1,6 +1,6 @@
 """What Hugging Face knows of inference: tokenizers, where to stop, how to sample, and the forward pass to compare with.
 
-All of it is transformers' own; nothing is fetched from the network.
+All of it is transformers' own; nothing is fetched from the network but a tokenizer that is given by its hub id.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dist_ckpt_mistral import storage, strict_json
+from dist_ckpt_mistral import hub, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
-from dist_ckpt_mistral.formats import hf_directory, small_files
+from dist_ckpt_mistral.formats import small_files
+from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint
 from dist_ckpt_mistral.model_source import ModelSource
 
@@ -79,9 +80,10 @@ def tokenizer_directories(tokenizer: str | Path | None, *others: Path | None) ->
     """
     if tokenizer is None:
         return [each for each in others if each is not None]
-    if not Path(tokenizer).is_dir():
+    directory = hub.local_directory(str(tokenizer), weights=False)
+    if not directory.is_dir():
         raise ConfigError(f"the tokenizer {tokenizer} is not a directory. Give the one that holds its files.")
-    return [Path(tokenizer)]
+    return [directory]
 
 
 def load_tokenizer(directories: Iterable[Path]) -> Any:  # noqa: ANN401  (transformers is untyped)
@@ -137,7 +139,7 @@ def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is
     if kind is None:
         raise ConfigError(f"transformers {transformers.__version__} has no {name}, which runs this model. Update it.")
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if hf_directory.is_model_directory(source.path) and not source.quantized.weights:
+    if what_is(source.path).kind is Kind.HF and not source.quantized.weights:
         return kind.from_pretrained(source.path, local_files_only=True, **options).eval()
     with LazyCheckpoint(source) as stored:
         weights: Mapping[str, torch.Tensor] = {name: stored[name].float() for name in stored}

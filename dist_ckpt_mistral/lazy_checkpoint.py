@@ -117,10 +117,10 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
 
 
 def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> LazyCheckpoint:
-    """Open a Megatron checkpoint or a Hugging Face directory for lazy reading; use it as a context manager.
+    """Open a Megatron checkpoint, Hugging Face directory or hub id for lazy reading; use it as a context manager.
 
     ``config`` is for checkpoints that do not tell theirs; a directory also gives the vision tower and projector that
     they lack. Raises DistCkptMistralError if it cannot be read.
     """
-    source, directory = open_source(Path(path), config=chosen_config(config)), given_directory(config)
+    source, directory = open_source(path, config=chosen_config(config)), given_directory(config, vision=True)
     return LazyCheckpoint(source if directory is None else completed(source, directory))

@@ -13,6 +13,7 @@ from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
 from dist_ckpt_mistral.formats import backends, hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.pickle_reading import paused_collector
+from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link, whole
@@ -86,14 +87,15 @@ class ModelSource:
         return self.plan_into(TensorIndex(files=tuple(Path(name) for name in names), tensors=tensors))
 
 
-def open_source(path: Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
-    """Open whatever ``path`` is. ``config`` comes before the configurations that the model brings along.
+def open_source(path: str | Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
+    """Open whatever ``path`` is, a hub id included. ``config`` comes before the configurations that it brings along.
 
     ``dtype`` is what the values of quantized weights are rounded to, else as ``open_hf`` says.
     """
-    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
-        return open_hf(path, config=config, dtype=dtype)
-    return open_megatron(path, config=config)
+    place = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT)
+    if place.kind is Kind.CHECKPOINT:
+        return open_megatron(place.path, config=config)
+    return open_hf(place.path, config=config, dtype=dtype)
 
 
 def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
@@ -102,12 +104,12 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     Its configuration must be there unless ``config`` is given. FP8 weights have values of ``dtype``, else of the dtype
     that the configuration names, else of bfloat16.
     """
-    hf_directory.require_directory(path)
-    small_files.require_no_adapter(path)
+    kind = locate(path, Kind.HF, Kind.OWN).kind
     files = hf_directory.read_directory(path)
-    agreed = directory_config(path, config, [tensor.name for tensor in files.tensors()])
+    hf_directory.warn_of_files_not_read(path, files)
+    agreed = directory_config(path, config, files.names())
     table = tensor_table(agreed.config)
-    if hf_directory.is_own_directory(path):
+    if kind is Kind.OWN:
         return _open_own(path, agreed, table, files)
     quantized = match_quantized(files.tensors(table.usual_name), agreed.config, str(path), dtype)
     scales = dict(quantized.ignored)
@@ -118,7 +120,7 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
         _LOG.info("%s: %s", path, quantized.note)
     return ModelSource(
         path=path,
-        kind="Hugging Face directory",
+        kind=Kind.HF.value,
         agreed=agreed,
         table=table,
         index=index,
@@ -147,7 +149,7 @@ def _open_own(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) ->
     }
     return ModelSource(
         path=path,
-        kind="directory of Mistral AI's own files",
+        kind=Kind.OWN.value,
         agreed=agreed,
         table=table,
         index=TensorIndex(files=index.files, tensors=seen),

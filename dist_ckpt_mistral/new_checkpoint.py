@@ -10,6 +10,7 @@ from typing import Any
 from dist_ckpt_mistral import embedded, storage
 from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, small_files, torch_dist_writer
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
@@ -93,11 +94,9 @@ def write_beside_shards(
     }
     storage.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
     texts: dict[str, bytes | None] = {}
-    if hf_directory.CONFIG_FILE in carried:
-        texts[hf_directory.CONFIG_FILE] = hf_directory.config_json(
-            source.config.to_hf(), carried[hf_directory.CONFIG_FILE]
-        )
+    if CONFIG_FILE in carried:
+        texts[CONFIG_FILE] = hf_directory.config_json(source.config.to_hf(), carried[CONFIG_FILE])
     if source.hf_files is None:  # the files are not remembered, and then an index of them tells nothing
-        texts[hf_directory.INDEX_FILE] = None
+        texts[INDEX_FILE] = None
     (directory / small_files.ASSETS_FOLDER).mkdir()
     small_files.write_small_files(directory / small_files.ASSETS_FOLDER, carried, texts)

@@ -10,13 +10,14 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.checkpoint_config import directory_config
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.formats import backends, checkpoint_directory, hf_directory, small_files
+from dist_ckpt_mistral.formats import backends, checkpoint_directory, small_files
+from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state
-from dist_ckpt_mistral.model_source import ModelSource, open_hf, open_megatron
+from dist_ckpt_mistral.model_source import ModelSource, open_megatron, open_source
 from dist_ckpt_mistral.shell import command_line
 
 _LOG = logging.getLogger(__name__)
@@ -59,31 +60,33 @@ def megatron_args(
 ) -> PretrainCommand:
     """The flags with which ``pretrain_gpt.py`` builds the model at ``path`` and, if it is a checkpoint, loads it.
 
-    ``path`` is a Megatron checkpoint (its root or one iteration), a directory in Mistral AI's own rendering, or a
-    Hugging Face directory, of which config.json is enough if it says its dtype; weights are looked at for what it
-    leaves open. ``config`` overrides the configuration that a checkpoint brings along; ``layout`` is the one to train
-    with. Raises DistCkptMistralError.
+    ``path`` is a Megatron checkpoint (its root or one iteration), a directory in Mistral AI's own rendering, a Hugging
+    Face directory or a hub id, of which config.json is enough if it says its dtype; weights are looked at for what it
+    leaves open. ``config`` comes before the configurations that a checkpoint brings along; ``layout`` is the one to
+    train with. Raises DistCkptMistralError.
     """
-    path, known = Path(path), chosen_config(config)
-    if hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path):
-        return _for_hf(path, known, layout)
-    source = open_megatron(path, config=known)
+    place = locate(path, Kind.HF, Kind.OWN, Kind.WEIGHTLESS, Kind.CHECKPOINT, weights=False)
+    known = chosen_config(config)
+    if place.kind is not Kind.CHECKPOINT:
+        return _for_hf(path, place, known, layout)
+    source = open_megatron(place.path, config=known)
     args, groups = pretrain_flags(
         source.config,
         dtype=source.main_dtype,
         layout=layout,
         vocab_rows=_vocabulary_rows(source),
     )
-    groups["checkpoint"] = [*_load(path, source), *_left_out(source, layout), "--ckpt-format", "torch_dist"]
+    groups["checkpoint"] = [*_load(Path(path), source), *_left_out(source, layout), "--ckpt-format", "torch_dist"]
     groups["tokenizer"] = _tokenizer(source.assets)
     return _command(source.config_from, args, groups)
 
 
-def _for_hf(path: Path, chosen: ChosenConfig | None, layout: ParallelLayout) -> PretrainCommand:
-    known = directory_config(path, chosen)
+def _for_hf(name: str | Path, place: Place, chosen: ChosenConfig | None, layout: ParallelLayout) -> PretrainCommand:
+    """For a directory that may hold no weights yet where ``name`` is a hub id."""
+    path, known = place.path, directory_config(place.path, chosen)
     config = known.config
-    if config.dtype is None or (config.left_open and hf_directory.holds_weights(path)):
-        source = open_hf(path, config=chosen)
+    if config.dtype is None or (config.left_open and place.kind is not Kind.WEIGHTLESS):
+        source = open_source(name, config=chosen)
         config = replace(source.config, dtype=config.dtype or source.main_dtype)
     elif config.left_open:
         tie = "tied" if config.tie_word_embeddings else "not tied"

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
-from dist_ckpt_mistral.formats import backends, common_state, hf_directory, small_files
+from dist_ckpt_mistral.formats import backends, common_state, hf_directory
+from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
@@ -59,25 +60,24 @@ class Report:
 
 
 def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
-    """Look at a checkpoint or a Hugging Face directory without reading tensor data.
+    """Look at a checkpoint, a Hugging Face directory or a hub id without reading tensor data (the hub's is downloaded).
 
-    What is wrong with it becomes a problem of the report. Raises FormatError only if ``path`` is neither.
+    What is wrong with it becomes a problem of the report. Raises FormatError only if ``path`` is none of them.
     """
-    path, known = Path(path), chosen_config(config)
-    is_hf = hf_directory.is_model_directory(path) or hf_directory.is_own_directory(path)
-    return _inspect_hf(path, known) if is_hf else _inspect_megatron(path, known)
+    place, known = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT), chosen_config(config)
+    return _inspect_megatron(place.path, known) if place.kind is Kind.CHECKPOINT else _inspect_hf(place, known)
 
 
-def _inspect_hf(path: Path, config: ChosenConfig | None) -> Report:
-    file_set, where = hf_directory.read_directory(path), str(path)
-    is_own = hf_directory.is_own_directory(path)
+def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
+    path, where, is_own = place.path, str(place.path), place.kind is Kind.OWN
+    file_set = hf_directory.read_directory(path)
+    hf_directory.warn_of_files_not_read(path, file_set)
     hf_names = {} if is_own else {tensor.name: tensor.name for tensor in file_set.tensors()}
     problems: list[str] = []
     ignored: dict[str, str] = {}
     quantized, known = Quantized(), None
     try:
-        small_files.require_no_adapter(path)
-        known = directory_config(path, config, [tensor.name for tensor in file_set.tensors()])
+        known = directory_config(path, config, file_set.names())
         table = tensor_table(known.config)
         if is_own:
             hf_names = _names_of_own(table, file_set, where)
@@ -89,7 +89,7 @@ def _inspect_hf(path: Path, config: ChosenConfig | None) -> Report:
         problems.append(str(error))
     return Report(
         path=where,
-        kind="directory of Mistral AI's own files" if is_own else "Hugging Face directory",
+        kind=place.kind.value,
         format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
         config_from=known.source if known else None,
         config=_config_values(known or config),

@@ -16,6 +16,7 @@ from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_sta
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
+from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DIST, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_archive_writer import in_list
@@ -100,9 +101,10 @@ def rewrite(
     """
 
     def prepare() -> tuple[Stamps, Rewriting, Path | None, CheckpointLayout, BytePlan]:
+        require_not_swapped(checkpoint, output, Kind.CHECKPOINT)
         paths.require_apart(checkpoint, output)
         paths.require_writable(output, overwrite=overwrite)
-        inputs = stamps(checkpoint_directory.resolve_directory(checkpoint).rglob("*"))
+        inputs = stamps(resolve_directory(checkpoint).rglob("*"))
         new = choose(backends.open_stored(checkpoint))
         train_state = _train_state(new.stored.directory, str(new.step))
         written = new.layout()

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
-from dist_ckpt_mistral.formats.checkpoint_directory import is_checkpoint
+from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.gather.executor import Effort, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
@@ -89,14 +89,14 @@ def compare(
     config: GivenConfig | None = None,
     effort: Effort = _DEFAULT_EFFORT,
 ) -> Comparison:
-    """Compare two models, each a Megatron checkpoint or a Hugging Face directory, tensor by tensor and bit by bit.
+    """Compare two models tensor by tensor and bit by bit: Megatron checkpoints, Hugging Face directories or hub ids.
 
     A checkpoint that tells no configuration goes by ``config``, else by the other side's; a directory given for
     ``config`` also completes one that holds only the language model of a multimodal model. Raises DistCkptMistralError
     if either cannot be read.
     """
     source_a, source_b = open_pair(Path(a), Path(b), config=chosen_config(config))
-    directory = given_directory(config)
+    directory = given_directory(config, vision=True)
     if directory is not None:
         source_a, source_b = completed(source_a, directory), completed(source_b, directory)
     return compare_sources(source_a, source_b, effort)
@@ -129,7 +129,7 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
 
 def _not_compared(a: ModelSource, b: ModelSource) -> tuple[str, ...]:
     """What two checkpoints hold besides the model: who deletes one because both are equal must know of it."""
-    if not (is_checkpoint(a.path) and is_checkpoint(b.path)):
+    if {what_is(source.path).kind for source in (a, b)} != {Kind.CHECKPOINT}:
         return ()
     in_a, in_b = (Counter(reason for _, reason in source.ignored) for source in (a, b))
     return tuple(f"{reason}: {in_a[reason]} entries in A, {in_b[reason]} in B" for reason in sorted({*in_a, *in_b}))

@@ -95,8 +95,11 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     ("files", "expected"),
     [
         (None, "there is no such directory"),
-        ({}, "it has neither latest_checkpointed_iteration.txt nor metadata.json"),
-        ({"iter_0000001/x": "", "release/x": ""}, "It holds iter_0000001, release: give one of them"),
+        ({}, "it is empty"),
+        (
+            {"iter_0000001/metadata.json": "", "iter_0000002/metadata.json": "", "release/x": ""},
+            "nor metadata.json, but iterations. Give one of its folders iter_0000001, iter_0000002",
+        ),
         ({"latest_checkpointed_iteration.txt": "12"}, "names iter_0000012, which is absent"),
         ({"latest_checkpointed_iteration.txt": "../../etc"}, "should hold an iteration or 'release', got '../../etc'"),
         ({"latest_checkpointed_iteration.txt": ""}, "should hold an iteration or 'release', got ''"),
@@ -132,17 +135,21 @@ def test_no_hugging_face_directory(hf: Path, tmp_path: Path) -> None:
     (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
     line = refusal(tmp_path, "from-hf", hf, tmp_path / "out")
     assert "holds neither model.safetensors nor model.safetensors.index.json" in line
-    assert "It holds pytorch_model.bin, which is not supported" in line
+    assert "weights in a format that is not read (pytorch_model.bin)" in line
+    (hf / "pytorch_model.bin").rename(hf / "model.safetensors")
     (hf / "config.json").unlink()
     assert "config.json does not exist" in refusal(tmp_path, "from-hf", hf, tmp_path / "out")
 
 
 def test_mixed_up_directions(hf: Path, ckpt: Path, tmp_path: Path) -> None:
     """A Hugging Face directory is not exported, and a checkpoint is not imported."""
-    assert f"{hf} is not a Megatron checkpoint" in refusal(tmp_path, "to-hf", hf, tmp_path / "out")
+    for command in ("to-hf", "reshard", "migrate"):
+        line = refusal(tmp_path, command, hf, tmp_path / "out")
+        assert f"{hf} is not a Megatron checkpoint" in line
+        assert line.endswith("it is a Hugging Face directory. from-hf makes a checkpoint of it.")
     for path in (ckpt, ckpt / "release"):
         line = refusal(tmp_path, "from-hf", path, tmp_path / "out")
-        assert f"{path / 'config.json'} does not exist" in line
+        assert f"{ckpt / 'release'} is not a Hugging Face model directory: it is a Megatron checkpoint. to-hf " in line
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch_reading import described
 from dist_ckpt_mistral import strict_yaml
 from dist_ckpt_mistral.convert import to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, UnsupportedModelError
-from dist_ckpt_mistral.formats.checkpoint_directory import resolve_directory
+from dist_ckpt_mistral.formats.places import resolve_directory
 from dist_ckpt_mistral.model.bridge_config import from_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
 

@@ -402,7 +402,7 @@ def test_what_cannot_be_told_is_no_damage(tmp_path: Path) -> None:
     outcome = run("verify", folder("td_0161") / "checkpoint")
     assert outcome.code == 0
     assert any("not checked: whether all tensors of the model are there: " in line for line in outcome.out)
-    for path, reason in ((tmp_path / "none", "there is no such directory"), (tmp_path, "is not a Megatron checkpoint")):
+    for path, reason in ((tmp_path / "none", "there is no such directory"), (tmp_path, "it is empty")):
         outcome = run("verify", path)
         assert (outcome.code, outcome.out) == (1, [])
         assert reason in outcome.err[0]

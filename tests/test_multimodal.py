@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from command_line import refusal, run
+from fake_hub import FakeHub
 from hf_models import contents
 from multimodal_models import MULTIMODAL, logits
 from safetensors.torch import save_file
@@ -149,6 +150,15 @@ def test_a_text_only_training_comes_back_complete(trip: Trip, tmp_path: Path) ->
     """With the original directory, an export of what training saved has everything: here all files are the same."""
     done = run("to-hf", trip.trained, tmp_path / "hf", "--config", trip.original)
     assert f"vision tower and projector: unchanged from {trip.original}" in done.err
+    assert contents(tmp_path / "hf") == contents(trip.original)
+
+
+def test_the_original_may_be_on_the_hub(trip: Trip, tmp_path: Path) -> None:
+    """A hub id gives all that its directory does, weights included, and is downloaded once."""
+    with FakeHub(repositories={"org/seeing": {"main": trip.original}}).serving() as hub:
+        done = hub.run(tmp_path / "home", "to-hf", trip.trained, tmp_path / "hf", "--config", "org/seeing")
+        assert done.returncode == 0, done.stderr
+        assert sorted(hub.downloaded) == sorted(contents(trip.original))
     assert contents(tmp_path / "hf") == contents(trip.original)
 
 

@@ -429,11 +429,9 @@ def test_gguf_files_are_known(tmp_path: Path) -> None:
     folder = saved(random_model(), tmp_path / "hf")
     (folder / WEIGHTS).rename(folder / "model-Q4_K_M.gguf")
     line = refusal(tmp_path, "from-hf", folder / "model-Q4_K_M.gguf", tmp_path / "out")
-    assert line.endswith(
-        "model-Q4_K_M.gguf is not a Hugging Face model directory: it is a GGUF file, of quantized weights"
-    )
+    assert "model-Q4_K_M.gguf is not a Hugging Face model directory: it is a GGUF file, of quantized weights." in line
     line = refusal(tmp_path, "from-hf", folder, tmp_path / "out")
-    assert "It holds model-Q4_K_M.gguf, which is not supported. GGUF files hold quantized weights." in line
+    assert "GGUF files, of quantized weights (model-Q4_K_M.gguf). Give the directory of the original release" in line
 
 
 @pytest.mark.parametrize("size", [[128], [0, 128], ["a", 1], 128, [128, 128, 128]])

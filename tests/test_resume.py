@@ -37,7 +37,7 @@ from resume_runs import (
     resumed_without,
 )
 
-from dist_ckpt_mistral.formats.checkpoint_directory import resolve_directory
+from dist_ckpt_mistral.formats.places import resolve_directory
 
 #: Names in ``optimizer.state`` of the moments and of the float32 master weights.
 STATES = {"distributed": ("exp_avg", "exp_avg_sq", "param"), "float16": ("exp_avg", "exp_avg_sq", "fp32_param")}

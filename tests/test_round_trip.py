@@ -517,18 +517,19 @@ def test_a_given_config_wins_over_the_remembered_one(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_goes_through_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no path is asked of huggingface_hub, without renderings of the weights that only cost time."""
+    """What is no path is asked of huggingface_hub: small files first, never weights that only cost time."""
     original = saved(random_model(), tmp_path / "original")
     asked = []
 
-    def download(repo_id: str, *, ignore_patterns: list[str]) -> str:
+    def download(repo_id: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
+        assert revision is None
         asked.append((repo_id, ignore_patterns))
         return str(original)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     from_hf("mistralai/Mistral-7B-v0.3", tmp_path / "ckpt")
-    [(repo_id, ignored)] = asked
-    assert repo_id == "mistralai/Mistral-7B-v0.3"
+    assert [repo_id for repo_id, _ in asked] == ["mistralai/Mistral-7B-v0.3"] * 2
+    small, ignored = (patterns for _, patterns in asked)
     wanted = [
         "model.safetensors",
         "model-00001-of-00003.safetensors",
@@ -536,6 +537,7 @@ def test_a_hub_id_goes_through_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
         "tokenizer.model.v3",
         "tekken.json",
     ]
+    assert [*filter_repo_objects(wanted, ignore_patterns=small)] == wanted[2:]
     left = ["consolidated.safetensors", "pytorch_model-00001-of-00002.bin", "model.gguf"]
     filtered = filter_repo_objects([*wanted, *left], ignore_patterns=ignored)
     assert list(filtered) == wanted
@@ -557,5 +559,5 @@ def test_an_unknown_hub_id_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(FormatError, match="there is no such directory"):
         from_hf("no/such/directory", tmp_path / "ckpt")
-    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+    with pytest.raises(FormatError, match=r"it is empty$"):
         from_hf(tmp_path, tmp_path.parent / "ckpt")

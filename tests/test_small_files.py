@@ -19,6 +19,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, find_adapter_config_file
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.formats.small_files import folders_beside
+from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.hf_inference import load_tokenizer
 from dist_ckpt_mistral.paths import leads_outside
 
@@ -112,7 +113,7 @@ def test_what_describes_other_weights_stays_behind(way: str, hf: Path, imported:
     """Neither a new checkpoint nor an export has files that describe weights which are not there; all are named."""
     ckpt = shutil.copytree(imported, tmp_path / "ckpt")
     place = {"from-hf": hf, "--config": hf}.get(way, ckpt / "release" / "hf")
-    no_adapters = [name for name in OF_OTHER_WEIGHTS if way != "from-hf" or not name.startswith("adapter_config")]
+    no_adapters = [name for name in OF_OTHER_WEIGHTS if way != "from-hf" or not name.startswith("adapter_")]
     for name in no_adapters:
         (place / name).write_text("{}")
     command: dict[str, list[object]] = {
@@ -146,9 +147,10 @@ def test_an_adapter_is_refused(hf: Path, tmp_path: Path) -> None:
     assert find_adapter_config_file(str(hf)) is not None
     for command in (("from-hf", hf, tmp_path / "ckpt"), ("verify", hf, hf)):
         line = refusal(tmp_path, *command)
-        assert f"{hf} holds an adapter (adapter_config.json)" in line
+        assert "it holds an adapter of PEFT, such as LoRA (adapter_config.json)" in line
         assert "merge_and_unload" in line
-    assert "holds an adapter" in dcm.inspect(hf).problems[0]
+    with pytest.raises(FormatError, match="it holds an adapter of PEFT"):
+        dcm.inspect(hf)
 
 
 #: Where tokenizers may lie: a name, and the place from the iteration's directory.

@@ -118,4 +118,4 @@ def test_usage(tmp_path: Path) -> None:
         assert run("verify", ckpt, *more, "--stored").code == 2
     outcome = run("verify", ckpt, tmp_path, "--stored")
     assert (outcome.code, len(outcome.err)) == (1, 1)
-    assert "is not a Megatron checkpoint" in outcome.err[0]
+    assert "is not a Megatron checkpoint that can be read: it is empty" in outcome.err[0]

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from resume_cpu import fused_adam
 from resume_runs import LEARNING_RATE, MICROBATCHES, SEQUENCES, STEPS, TOKENS, batch
 
-from dist_ckpt_mistral.formats import checkpoint_directory
+from dist_ckpt_mistral.formats import checkpoint_directory, places
 from dist_ckpt_mistral.megatron.build_model import as_chunks, build_model
 from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
@@ -192,7 +192,7 @@ class Training:
 
 
 def _latest(checkpoint: str) -> str:
-    return str(checkpoint_directory.resolve_directory(Path(checkpoint)))
+    return str(places.resolve_directory(Path(checkpoint)))
 
 
 def _nested(per_chunk: Sequence[Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def add(commands: options.Commands) -> None:
         on_all_ranks=True,
         with_numpy=True,
     )
-    command.add_argument("hf", metavar="HF", help="Hugging Face directory or hub id")
+    command.add_argument("hf", metavar="HF", help="Hugging Face directory or hub id (org/name[@revision])")
     command.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint root to create")
     for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
         help_text = f"cut the stored chunks for this {what} parallelism; any other loads too (default 1)"

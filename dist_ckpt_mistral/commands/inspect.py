@@ -11,7 +11,7 @@ from dist_ckpt_mistral.commands import options, output
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     command = options.declare(commands, "inspect", run, "Say what is in a checkpoint or a Hugging Face directory.")
-    command.add_argument("path", metavar="CKPT_OR_HF", type=Path, help="what to look at")
+    command.add_argument("path", metavar="CKPT_OR_HF", type=Path, help=options.CKPT_OR_HF)
     options.add_config(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")

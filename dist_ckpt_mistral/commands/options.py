@@ -24,7 +24,7 @@ EXIT_DATA: Final = 1
 EXIT_DIFFERENT: Final = 3
 #: Help texts of arguments that several commands take.
 CKPT: Final = "Megatron checkpoint: its root, or one iter_* or release directory in it"
-CKPT_OR_HF: Final = "checkpoint or Hugging Face directory"
+CKPT_OR_HF: Final = "checkpoint, Hugging Face directory or hub id"
 WEIGHT_DTYPES: Final = dtypes.WEIGHT_DTYPES
 #: Megatron-LM's option for the layers of a stage at either end, the field of a layout that it sets, and which end.
 _END_COUNTS: Final = (
@@ -90,7 +90,7 @@ def add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config",
         metavar="DIR_OR_JSON",
-        help="config.json, or a Hugging Face directory whose small files come along too",
+        help="config.json, or a Hugging Face directory or hub id whose small files come along too",
     )
     help_text = "go by --config even where the model's own descriptions contradict it; what differs is listed"
     command.add_argument("--override-config", action="store_true", help=help_text)
@@ -98,7 +98,7 @@ def add_config(command: argparse.ArgumentParser) -> None:
 
 def add_tokenizer(command: argparse.ArgumentParser) -> None:
     """The option for models that no tokenizer came with."""
-    help_text = "Hugging Face directory that has the tokenizer (default: the one that came with the model)"
+    help_text = "Hugging Face directory or hub id that has the tokenizer (default: the one that came with the model)"
     command.add_argument("--tokenizer", metavar="DIR", help=help_text)
 
 

@@ -8,7 +8,8 @@ from typing import Final
 from dist_ckpt_mistral import storage, strict_json
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import common_state, legacy_zarr, torch_dist
-from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, resolve_directory
+from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE
+from dist_ckpt_mistral.formats.places import resolve_directory
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DIST, ZARR, StoredCheckpoint
 
 #: The names in metadata.json (mcore dist_checkpointing/core.py; ``zarr`` until 0.15), and what reads each.
@@ -41,8 +42,6 @@ def require_loadable(directory: Path) -> None:
 def _backend(directory: Path) -> str:
     """What an iteration's directory says that it was saved with."""
     path = directory / BACKEND_FILE
-    if not path.is_file():
-        raise FormatError(f"{directory} is not a Megatron distributed checkpoint: {BACKEND_FILE} is missing")
     backend = strict_json.loads_object(storage.read_bytes(path), str(path)).get("sharded_backend")
     if backend not in _READERS:
         raise FormatError(f"{path} says sharded_backend {backend!r}: expected {' or '.join(map(repr, _READERS))}")

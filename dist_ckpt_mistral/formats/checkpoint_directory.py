@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,33 +19,23 @@ TRACKER_FILE: Final = "latest_checkpointed_iteration.txt"
 _RELEASE: Final = "release"
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` looks like a checkpoint: an iteration of one, or a root that says which is the latest."""
-    return any((path / name).exists() for name in (METADATA_FILE, BACKEND_FILE, *_TRACKERS))
+def latest_iteration(root: Path) -> Path:
+    """The directory of the iteration that the trackers in ``root``, of which there is one at least, call the latest.
 
-
-def resolve_directory(path: Path) -> Path:
-    """The iteration's directory that ``path`` means: itself, or the latest iteration of a checkpoint root."""
-    if (path / METADATA_FILE).exists() or (path / BACKEND_FILE).exists():
-        return path
-    if not path.is_dir():
-        what = "it is a file" if path.exists() else "there is no such directory"
-        raise FormatError(f"{path} is not a checkpoint: {what}")
-    latest = {name: read(path / name) for name, read in _TRACKERS.items() if (path / name).is_file()}
+    Raises FormatError where they are damaged, disagree, or name a directory that is absent or a link out of ``root``.
+    """
+    latest = {name: read(root / name) for name, read in TRACKERS.items() if os.path.lexists(root / name)}
     if len(set(latest.values())) > 1:
-        raise FormatError(f"{path} is ambiguous: {', '.join(f'{n} names {d}' for n, d in latest.items())}. Give one.")
-    for tracker, name in latest.items():
-        if not (path / name).is_dir():
-            raise FormatError(f"{path / tracker} names {name}, which is absent")
-        if paths.leads_outside(path / name, path):
-            target = (path / name).resolve()
-            raise FormatError(
-                f"{path / tracker} names {name}, a link out of {path}. Give its target if you trust it: {target}"
-            )
-        return path / name
-    steps = sorted(entry.name for entry in path.iterdir() if entry.name == _RELEASE or entry.name.startswith("iter_"))
-    hint = f" It holds {', '.join(steps)}: give one of them." if steps else ""
-    raise FormatError(f"{path} is not a Megatron checkpoint: it has neither {TRACKER_FILE} nor {BACKEND_FILE}.{hint}")
+        raise FormatError(f"{root} is ambiguous: {', '.join(f'{n} names {d}' for n, d in latest.items())}. Give one.")
+    tracker, name = next(iter(latest.items()))
+    if not (root / name).is_dir():
+        raise FormatError(f"{root / tracker} names {name}, which is absent")
+    if paths.leads_outside(root / name, root):
+        target = (root / name).resolve()
+        raise FormatError(
+            f"{root / tracker} names {name}, a link out of {root}. Give its target if you trust it: {target}"
+        )
+    return root / name
 
 
 def _tracked(tracker: Path) -> str:
@@ -67,7 +58,7 @@ def iteration_name(iteration: int | None) -> str:
 
 
 #: The files in a checkpoint root that say which directory is the latest, and how to read each.
-_TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
+TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
     TRACKER_FILE: _tracked,
     TRAIN_STATE_FILE: lambda path: iteration_name(read_step(path)),
 }
@@ -82,6 +73,11 @@ def iteration_of(directory_name: str) -> str | None:
         return _RELEASE
     match = re.fullmatch(r"iter_(\d{7,18})", directory_name)
     return str(int(match[1])) if match and iteration_name(int(match[1])) == directory_name else None
+
+
+def is_iteration_name(directory_name: str) -> bool:
+    """Whether a user means an iteration by this name, be it there or not, and well written or not."""
+    return directory_name == _RELEASE or re.fullmatch(r"iter_\d+", directory_name) is not None
 
 
 def tracker_text(iteration: int | None) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import dtypes, paths, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.formats.places import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    OWN_INDEX_FILE,
+    OWN_SINGLE_FILE,
+    SINGLE_FILE,
+    Kind,
+    locate,
+)
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.shapes import Shape
@@ -19,14 +29,9 @@ from dist_ckpt_mistral.shapes import Shape
 if TYPE_CHECKING:
     from dist_ckpt_mistral.gather.tensor_index import TensorIndex
 
-SINGLE_FILE: Final = "model.safetensors"
-INDEX_FILE: Final = "model.safetensors.index.json"
-#: The same of Mistral AI's own rendering of a release, beside ``params.json``.
-OWN_SINGLE_FILE: Final = "consolidated.safetensors"
-OWN_INDEX_FILE: Final = "consolidated.safetensors.index.json"
-CONFIG_FILE: Final = "config.json"
-#: Other renderings of weights, which an error names.
-_OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_LOG = logging.getLogger(__name__)
+
+_SAFETENSORS: Final = ".safetensors"
 _TOO_MANY: Final = 1 << 63
 
 
@@ -130,49 +135,23 @@ class FileSet:
         return found
 
 
-def _is_gguf(name: str) -> bool:
-    return name.endswith(".gguf")
-
-
-def require_directory(path: Path) -> None:
-    """Raise FormatError, which says what ``path`` is instead, unless it is a directory."""
-    if not path.is_dir():
-        what = "there is no such directory"
-        if path.is_file():
-            what = "it is a GGUF file, of quantized weights" if _is_gguf(path.name) else "it is a file"
-        raise FormatError(f"{path} is not a Hugging Face model directory: {what}")
-
-
-def is_model_directory(path: Path) -> bool:
-    """Whether ``path`` looks like a Hugging Face model directory."""
-    return path.is_dir() and any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, CONFIG_FILE))
-
-
-def is_own_directory(path: Path) -> bool:
-    """Whether ``path`` holds a model in Mistral AI's own rendering ("consolidated") and none in Hugging Face's."""
-    if not path.is_dir() or any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        return False
-    return any((path / name).is_file() for name in (OWN_SINGLE_FILE, OWN_INDEX_FILE))
-
-
-def holds_weights(path: Path) -> bool:
-    """Whether weights lie in a directory of either rendering, for ``read_directory`` to read."""
-    return any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, OWN_SINGLE_FILE, OWN_INDEX_FILE))
-
-
 def read_directory(directory: Path) -> FileSet:
     """Read the headers of the model files of a Hugging Face directory, or of one in Mistral AI's own rendering.
 
-    Raises FormatError for files that the index names and that are absent (all of them), and where index and files
-    disagree about what is where.
+    Raises FormatError where it is none, for files that the index names and that are absent (all of them), where index
+    and files disagree about what is where, and where a single file and the files of an index are two models.
     """
-    single, index_file = (OWN_SINGLE_FILE, OWN_INDEX_FILE) if is_own_directory(directory) else (SINGLE_FILE, INDEX_FILE)
-    index = _read_index(directory, single, index_file)
-    weight_map = index["weight_map"] if index is not None else {}
-    names = sorted(set(weight_map.values())) if index is not None else [single]
+    is_own = locate(directory, Kind.HF, Kind.OWN).kind is Kind.OWN
+    single, index_file = (OWN_SINGLE_FILE, OWN_INDEX_FILE) if is_own else (SINGLE_FILE, INDEX_FILE)
     present = {path.name for path in directory.iterdir() if path.is_file()}
+    index = _read_index(directory / index_file) if index_file in present else None
+    weight_map = index["weight_map"] if index is not None else {}
+    if index is not None and single in present and _counts_alone(directory, single, index_file, {*weight_map.values()}):
+        index = None
+    _require_no_others_named(directory, single if index is None else index_file)
+    names = sorted(set(weight_map.values())) if index is not None else [single]
     absent = [name for name in names if name not in present]
-    if absent:
+    if absent and index is not None:
         raise FormatError(f"{index_file} in {directory} names files that are absent: {listed(absent)}. Get them first.")
     files = {name: _countable(read_header(directory / name), directory / name) for name in names}
     if index is None:
@@ -180,6 +159,44 @@ def read_directory(directory: Path) -> FileSet:
     _require_as_indexed(weight_map, files, directory / index_file)
     metadata = index.get("metadata")
     return FileSet(files=files, index_metadata=metadata if isinstance(metadata, dict) else {})
+
+
+def _counts_alone(directory: Path, single: str, index_file: str, indexed: set[str]) -> bool:
+    """Whether a single file is the model, and not an index beside it that names the files ``indexed``.
+
+    transformers loads the single file without a look at the index (5.24, modeling_utils.py,
+    ``_get_resolved_checkpoint_files``), be it what an older save left. Raises FormatError where the index may be meant.
+    """
+    others = sorted(indexed - {single})
+    if any((directory / name).exists() for name in others):
+        raise FormatError(
+            f"{directory} holds two models: {single}, which transformers loads, and {listed(others)}, which "
+            f"{index_file} names. Remove {single}, or the index and its files."
+        )
+    if others:
+        _LOG.warning("%s names files that are absent: %s is read", directory / index_file, single)
+    return bool(others)
+
+
+def _require_no_others_named(directory: Path, read: str) -> None:
+    """Refuse a config.json whose ``transformers_weights`` names another file: transformers looks there first."""
+    path = directory / CONFIG_FILE
+    config = strict_json.loads_object(storage.read_bytes(path), str(path)) if path.is_file() else {}
+    named = config.get("transformers_weights")
+    if named not in {None, read}:
+        raise FormatError(
+            f"transformers_weights in {path}: expected {read!r} or nothing, got {short(named)}. Remove it, or "
+            f"give a directory in which that file is {read}."
+        )
+
+
+def warn_of_files_not_read(directory: Path, files: FileSet) -> None:
+    """Name the weights in ``directory`` that are not among the ``files`` of the model."""
+    names = {path.name for path in directory.iterdir() if path.name.endswith(_SAFETENSORS)} - files.files.keys()
+    if names:
+        _LOG.warning(
+            "%s holds weights beside those of the model, which are not read: %s", directory, listed(sorted(names))
+        )
 
 
 def _countable(file: SafetensorsFile, path: Path) -> SafetensorsFile:
@@ -190,18 +207,8 @@ def _countable(file: SafetensorsFile, path: Path) -> SafetensorsFile:
     return file
 
 
-def _read_index(directory: Path, single: str, index_file: str) -> dict[str, Any] | None:
-    """The index with a sound ``weight_map``, or None for a model in one file."""
-    path = directory / index_file
-    if not path.is_file():
-        if (directory / single).is_file():
-            return None
-        other = sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(_OTHER_WEIGHTS))
-        hint = f" It holds {', '.join(other[:5])}, which is not supported." if other else ""
-        hint += " GGUF files hold quantized weights." if any(map(_is_gguf, other)) else ""
-        raise FormatError(
-            f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}.{hint} Give a Hugging Face model directory."
-        )
+def _read_index(path: Path) -> dict[str, Any]:
+    """The index, with a sound ``weight_map``."""
     index = strict_json.loads_object(storage.read_bytes(path), str(path))
     if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise FormatError(f"{path} has no weight_map")
@@ -211,7 +218,7 @@ def _read_index(directory: Path, single: str, index_file: str) -> dict[str, Any]
 
 
 def _require_file_name(name: object, where: str) -> None:
-    if not isinstance(name, str) or not name.endswith(".safetensors") or not paths.is_plain_name(name):
+    if not isinstance(name, str) or not name.endswith(_SAFETENSORS) or not paths.is_plain_name(name):
         raise FormatError(f"{where} names {short(name)}: expected the plain name of a .safetensors file")
 
 

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral import paths, storage, strict_json
-from dist_ckpt_mistral.errors import UnsupportedModelError
-from dist_ckpt_mistral.formats.hf_directory import INDEX_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
-from dist_ckpt_mistral.model.params_json import PARAMS_FILE
+from dist_ckpt_mistral.formats.places import INDEX_FILE, PARAMS_FILE
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,16 +67,6 @@ def is_tokenizer_file(name: str) -> bool:
 def has_tokenizer(directory: Path) -> bool:
     """Whether the files of a tokenizer lie directly in ``directory``."""
     return any(is_tokenizer_file(path.name) and path.is_file() for path in directory.iterdir())
-
-
-def require_no_adapter(directory: Path) -> None:
-    """Raise UnsupportedModelError where an adapter changes the model in ``directory`` when transformers loads it."""
-    if (directory / _ADAPTER_FILE).is_file():
-        raise UnsupportedModelError(
-            f"{directory} holds an adapter ({_ADAPTER_FILE}), which transformers applies to the model that it loads: "
-            "only whole models can be read. Merge the adapter into its base model (merge_and_unload of peft) and give "
-            f"what that saves, or move {_ADAPTER_FILE} elsewhere to read the weights without it."
-        )
 
 
 def folders_beside(directory: Path) -> tuple[Path, ...]:

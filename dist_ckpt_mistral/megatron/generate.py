@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_ckpt_mistral import hub, ranks
+from dist_ckpt_mistral import ranks
 from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens, tokenizer_directories
 from dist_ckpt_mistral.megatron.inference import generate, greedy
 from dist_ckpt_mistral.megatron.load_model import load_source
@@ -59,7 +59,7 @@ def complete(
     layout = initialize_megatron(layout, device=device)
 
     def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
-        source = open_source(hub.local_directory(str(path)), config=chosen_config(config))
+        source = open_source(path, config=chosen_config(config))
         words = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), *source.assets))
         return source, words, stop_tokens(source, words, [*map(given_directory, (tokenizer, config)), *source.assets])
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from dist_ckpt_mistral import hub, ranks
+from dist_ckpt_mistral import ranks
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.executor import Effort, execute
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
@@ -69,7 +69,7 @@ def load_model(
 
     def opened() -> ModelSource:
         name = None if dtype is None else str(torch_dtype(dtype)).removeprefix("torch.")
-        return open_source(hub.local_directory(str(path)), config=chosen_config(config), dtype=name)
+        return open_source(path, config=chosen_config(config), dtype=name)
 
     return load_source(
         ranks.from_environment().each(opened),

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from dist_ckpt_mistral.errors import TensorMismatchError
-from dist_ckpt_mistral.formats import hf_directory
+from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
 from dist_ckpt_mistral.megatron.inference import forward, require_tokens
 from dist_ckpt_mistral.megatron.load_model import load_source
@@ -88,14 +88,14 @@ def compare_logits(
         sizes = f"{source_a.config.vocab_size} in {a}, {source_b.config.vocab_size} in {b}"
         raise TensorMismatchError(f"the vocabularies differ: {sizes}. Their logits cannot be compared.")
     theirs, ours = source_a, source_b
-    if hf_directory.is_model_directory(source_b.path) and not hf_directory.is_model_directory(source_a.path):
+    if what_is(source_b.path).kind is Kind.HF and what_is(source_a.path).kind is not Kind.HF:
         theirs, ours = ours, theirs
     if prompts:
         words = load_tokenizer(tokenizer_directories(tokenizer, *source_a.assets, *source_b.assets))
         tokens = [_tokens(words(prompt)["input_ids"], source_a.config) for prompt in prompts]
     else:
         tokens = _random_tokens(theirs.config, seed)
-    theirs = completed(theirs, given_directory(config))
+    theirs = completed(theirs, given_directory(config, vision=True))
     expected, actual = _in_transformers(theirs, tokens), _in_megatron(ours, tokens)
     names: Sequence[str | None] = list(prompts) or [None] * len(tokens)
     return LogitsComparison(

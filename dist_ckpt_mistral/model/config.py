@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from dist_ckpt_mistral import dtypes, storage, strict_json
+from dist_ckpt_mistral import dtypes, hub, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, what_is
 from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number, not_a_size
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json, tie_is_open, with_tie
 from dist_ckpt_mistral.model.hf_families import FAMILIES, MULTIMODAL_ARCHITECTURE
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
-from dist_ckpt_mistral.model.params_json import PARAMS_FILE, config_of_params
+from dist_ckpt_mistral.model.params_json import config_of_params
 from dist_ckpt_mistral.model.quantization import described_method, is_readable, unquantized
 from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import YarnScaling
@@ -158,7 +159,7 @@ class MistralConfig:
     def from_hf(
         cls, source: str | Path | Mapping[str, Any], *, where: str = "the given configuration"
     ) -> MistralConfig:
-        """Read a Hugging Face configuration: a model directory, a config.json, or its parsed content.
+        """Read a Hugging Face configuration: a model directory or hub id, a config.json, or its parsed content.
 
         Mistral AI's own params.json is read too, and counts as the config.json that says the same. ``where`` names
         parsed content in errors and warnings.
@@ -167,9 +168,13 @@ class MistralConfig:
         """
         if isinstance(source, Mapping):
             return _from_hf_mapping(source, where)
-        path = config_file(Path(source))
+        given = hub.local_directory(str(source), weights=False)
+        path = config_file(given)
         if not path.is_file():
-            raise ConfigError(f"no model configuration: {path} does not exist. Give config.json or its directory.")
+            raise ConfigError(
+                f"no model configuration: {path} does not exist ({given}: {what_is(given).what}). "
+                "Give config.json or its directory."
+            )
         raw = strict_json.loads_object(storage.read_bytes(path), str(path))
         return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
@@ -191,7 +196,7 @@ def config_file(path: Path) -> Path:
     if not path.is_dir():
         return path
     own = path / PARAMS_FILE
-    return own if own.is_file() and not (path / "config.json").is_file() else path / "config.json"
+    return own if own.is_file() and not (path / CONFIG_FILE).is_file() else path / CONFIG_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,16 +222,22 @@ def chosen_config(given: GivenConfig | None) -> ChosenConfig | None:
         return None
     if isinstance(content, MistralConfig):
         return ChosenConfig(config=content, source="the given configuration", overrides=overrides)
-    source = f"the given configuration {config_file(Path(content))}"
+    path = config_file(hub.local_directory(str(content), weights=False))
+    source = f"the given configuration {path}"
     return ChosenConfig(config=MistralConfig.from_hf(content), source=source, overrides=overrides)
 
 
-def given_directory(given: GivenConfig | None) -> Path | None:
-    """The directory that a caller gave for its configuration, whose other small files may be wanted; else None."""
+def given_directory(given: GivenConfig | None, *, vision: bool = False) -> Path | None:
+    """The directory that a caller gave for its configuration, whose other small files may be wanted; else None.
+
+    Of a hub id it is the snapshot: with the weights if ``vision`` asks for the vision tower and the model has one.
+    """
     content = _content(given)
     if content is None or isinstance(content, MistralConfig):
         return None
-    return Path(content) if Path(content).is_dir() else None
+    weights = vision and MistralConfig.from_hf(content).vision is not None
+    directory = hub.local_directory(str(content), weights=weights)
+    return directory if directory.is_dir() else None
 
 
 def _content(given: GivenConfig | None) -> str | Path | MistralConfig | None:

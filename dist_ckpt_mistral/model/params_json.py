@@ -12,9 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.formats.places import PARAMS_FILE
 from dist_ckpt_mistral.model.checks import is_positive_int
-
-PARAMS_FILE: Final = "params.json"
 
 #: Key there -> key in config.json.
 _RENAMED: Final[Mapping[str, str]] = {

@@ -21,7 +21,14 @@ import numpy as np
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.convert import from_hf
-from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_state, hf_directory, torch_dist_writer
+from dist_ckpt_mistral.formats import (
+    backends,
+    checkpoint_directory,
+    common_state,
+    hf_directory,
+    places,
+    torch_dist_writer,
+)
 from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -95,7 +102,7 @@ def config_of_size(num_bytes: int) -> MistralConfig:
 def make_hf_model(directory: Path, config: MistralConfig, num_files: int) -> None:
     """Write a Hugging Face directory with random bytes for weights."""
     directory.mkdir(parents=True)
-    (directory / hf_directory.CONFIG_FILE).write_text(json.dumps(config.to_hf()))
+    (directory / places.CONFIG_FILE).write_text(json.dumps(config.to_hf()))
     (directory / "tokenizer.json").write_text("{}")
     tensors = [(name, "bfloat16", tensor.shape) for name, tensor in tensor_table(config).hf_tensors().items()]
     most = min(5_000_000_000, int(model_bytes(config) / num_files * _ROOM_IN_FILES))
@@ -107,7 +114,7 @@ def make_hf_model(directory: Path, config: MistralConfig, num_files: int) -> Non
                 output.write(block)
     index = file_set.index_json()
     if index is not None:
-        (directory / hf_directory.INDEX_FILE).write_bytes(index)
+        (directory / places.INDEX_FILE).write_bytes(index)
 
 
 def _random_blocks(num_bytes: int) -> Iterator[bytes]:

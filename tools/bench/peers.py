@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from dist_ckpt_mistral.formats.checkpoint_directory import resolve_directory
+from dist_ckpt_mistral.formats.places import resolve_directory
 
 HEADS, GROUPS, DIM = 32, 8, 128
 

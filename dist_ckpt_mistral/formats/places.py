@@ -1,0 +1,443 @@
+"""What a path or name is that a user gave: one table, by which every command opens what it reads and refuses the rest.
+
+A row recognises a directory by the names in it, or a file by its own. No file is opened, but the trackers of a
+checkpoint root.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from dist_ckpt_mistral import hub
+from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.formats import checkpoint_directory
+from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRACKER_FILE, TRACKERS
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
+from dist_ckpt_mistral.name_ranges import listed
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+#: The same of Mistral AI's own rendering of a release, beside ``params.json``.
+OWN_SINGLE_FILE: Final = "consolidated.safetensors"
+OWN_INDEX_FILE: Final = "consolidated.safetensors.index.json"
+CONFIG_FILE: Final = "config.json"
+PARAMS_FILE: Final = "params.json"
+
+
+class Kind(Enum):
+    """What a place is, as far as commands differ by it."""
+
+    HF = "Hugging Face directory"
+    OWN = "directory of Mistral AI's own files"
+    CHECKPOINT = "Megatron checkpoint"
+    #: A checkpoint whose save has not finished, or that is damaged, as a model may be.
+    BROKEN = "unfinished checkpoint"
+    #: No weights that are read; a configuration may be there.
+    WEIGHTLESS = "directory without weights that are read"
+    #: A checkpoint root, which ``what_is`` follows to its latest iteration.
+    ROOT = "root of a Megatron checkpoint"
+    MISSING = "nothing"
+    OTHER = "something else"
+
+
+#: What a command says that it expected. Kinds that are only variants of these are not listed.
+_EXPECTED: Final = {
+    Kind.HF: "a Hugging Face model directory",
+    Kind.CHECKPOINT: "a Megatron checkpoint that can be read",
+}
+_READ: Final = (Kind.HF, Kind.OWN, Kind.CHECKPOINT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What is at ``path``: a clause that begins with "it" or "there", and what a user can do who expected other things.
+
+    ``path`` is what was given, but the iteration's directory where that was a checkpoint root, and the snapshot where
+    it was a hub id. ``looked_into`` says whether a model may lie in one of its folders.
+    """
+
+    path: Path
+    kind: Kind
+    what: str
+    advice: str = ""
+    looked_into: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """``marks`` are alternatives: each lists patterns, all of which must match some name. Folders end in a slash.
+
+    ``{files}`` in the texts stands for the names that matched, ``{parent}`` for the directory around.
+    """
+
+    marks: Sequence[Sequence[str]]
+    without: Sequence[str] = ()
+    kind: Kind = Kind.OTHER
+    what: str
+    advice: str = ""
+    looked_into: bool = False
+
+    def place(self, path: Path, names: Collection[str]) -> Place | None:
+        """The place, if this row recognises it."""
+        if any(_matching(names, pattern) for pattern in self.without):
+            return None
+        for marks in self.marks:
+            found = [_matching(names, pattern) for pattern in marks]
+            if all(found):
+                files = listed(sorted({name for group in found for name in group})[:_MOST_NAMES])
+                what, advice = (text.format(files=files, parent=path.parent) for text in (self.what, self.advice))
+                return Place(path=path, kind=self.kind, what=what, advice=advice, looked_into=self.looked_into)
+        return None
+
+
+def _matching(names: Collection[str], pattern: str) -> list[str]:
+    """Those of ``names`` that match. Most patterns are names, and a directory may hold a hundred thousand files."""
+    return fnmatch.filter(names, pattern) if set(pattern) & {*"*["} else [pattern] * (pattern in names)
+
+
+_MOST_NAMES: Final = 5
+#: How deep, and in how many directories at most, a model is looked for that an error could name.
+_MOST_DEEP: Final = 3
+_MOST_DIRECTORIES: Final = 500
+_HF_WEIGHTS: Final = ((SINGLE_FILE,), (INDEX_FILE,))
+_OWN_WEIGHTS: Final = ((OWN_SINGLE_FILE,), (OWN_INDEX_FILE,))
+_NO_HF_WEIGHTS: Final = f"it holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+_AS_SAFETENSORS: Final = "Get the model's safetensors, or save it anew with transformers (save_pretrained)."
+#: The name of the directory itself stands among those in it, behind this.
+_ITSELF: Final = "./"
+
+#: Files, by their own name.
+_FILES: Final = (
+    _Row(
+        marks=(("*.gguf",),),
+        what="it is a GGUF file, of quantized weights",
+        advice="Give the directory of the original release.",
+    ),
+    _Row(
+        marks=(("*.safetensors",), ("*.safetensors.index.json",)),
+        what="it is one file of a model",
+        advice="Give the directory around it, {parent}.",
+    ),
+    _Row(
+        marks=((CONFIG_FILE,), (PARAMS_FILE,)),
+        what="it is a configuration, which --config takes",
+        advice="Give the directory around it, {parent}.",
+    ),
+    _Row(
+        marks=(("*.distcp",), (METADATA_FILE,), (BACKEND_FILE,), ("common.pt",), *((name,) for name in TRACKERS)),
+        what="it is one file of a checkpoint",
+        advice="Give the directory around it, {parent}.",
+    ),
+    _Row(
+        marks=(("*.nemo",), ("*.tar",), ("*.tar.*",), ("*.tgz",), ("*.zip",)),
+        what="it is an archive",
+        advice="Unpack it and give the directory that was in it.",
+    ),
+    _Row(
+        marks=(("*.pth",), ("*.pt",), ("*.bin",), ("*.ckpt",), ("*.pkl",)),
+        what="it is a file of torch.save, which is a pickle and is not opened",
+        advice=_AS_SAFETENSORS,
+    ),
+    _Row(marks=(("*",),), what="it is a file", advice="Give a directory."),
+)
+
+#: Directories, by the names in them; the first row that fits counts.
+_DIRECTORIES: Final = (
+    # transformers 5 loads the adapter too where the directory holds the model it belongs to (integrations/peft.py,
+    # maybe_load_adapters).
+    _Row(
+        marks=(("adapter_config.json", "adapter_model.*"), ("adapter_config.json",), ("adapter_model.*",)),
+        what="it holds an adapter of PEFT, such as LoRA ({files})",
+        advice="Merge it into its model first (merge_and_unload and save_pretrained of PEFT) and give that directory. "
+        "If the weights are merged already, remove {files}.",
+    ),
+    _Row(
+        marks=[(*weights, mark) for weights in _HF_WEIGHTS + _OWN_WEIGHTS for mark in (METADATA_FILE, *TRACKERS)],
+        what="it holds a model and a checkpoint ({files})",
+        advice="Give the directory of one iteration, or move one of the two elsewhere.",
+    ),
+    _Row(
+        marks=[(*hf, *own) for hf in _HF_WEIGHTS for own in _OWN_WEIGHTS],
+        without=(CONFIG_FILE,),
+        what=f"it holds two renderings of a model ({{files}}) and no {CONFIG_FILE}",
+        advice=f"Get {CONFIG_FILE}, which goes with {SINGLE_FILE}, or move one of the two elsewhere.",
+    ),
+    # Beside these, Mistral AI's own files are not read: transformers looks for no others (5.24, modeling_utils.py,
+    # _get_resolved_checkpoint_files).
+    _Row(
+        marks=_HF_WEIGHTS,
+        kind=Kind.HF,
+        what="it is a Hugging Face directory",
+        advice="from-hf makes a checkpoint of it.",
+    ),
+    _Row(
+        marks=_OWN_WEIGHTS,
+        kind=Kind.OWN,
+        what="it is a directory of Mistral AI's own files",
+        advice="from-hf makes a checkpoint of it.",
+    ),
+    # mcore check_is_distributed_checkpoint (dist_checkpointing/core.py, 0.12 to 0.19)
+    _Row(
+        marks=((BACKEND_FILE,),),
+        kind=Kind.CHECKPOINT,
+        what="it is a Megatron checkpoint",
+        advice="to-hf makes a Hugging Face directory of it, reshard cuts it anew.",
+    ),
+    _Row(
+        marks=[(name,) for name in TRACKERS],
+        kind=Kind.ROOT,
+        what="it is the root of a checkpoint ({files})",
+    ),
+    # Megatron's --ckpt-format torch (training/checkpointing.py, _get_checkpoint_format, 0.19); NeMo 1's has tp_rank_*
+    _Row(
+        marks=(("mp_rank_*/",), ("tp_rank_*/",)),
+        what="it is in Megatron's legacy torch format, with one pickle a rank ({files})",
+        advice="Convert it with the Megatron-LM that can load it: its pretrain script, with --ckpt-convert-format "
+        "torch_dist and --ckpt-convert-save DIR.",
+    ),
+    # torch_dist writes metadata.json last (mcore dist_checkpointing/serialization.py, save)
+    _Row(
+        marks=(("*.distcp", "common.pt"), ("*.distcp",), ("common.pt",)),
+        without=(METADATA_FILE,),
+        kind=Kind.BROKEN,
+        what=f"it holds {{files}}, but {METADATA_FILE} and {BACKEND_FILE} are missing, which Megatron writes last: its "
+        "save has not finished, or files were not copied",
+    ),
+    _Row(
+        marks=((METADATA_FILE, "common.pt"),),
+        kind=Kind.BROKEN,
+        what=f"{BACKEND_FILE} is missing, which Megatron writes last: its save has not finished, or it was not copied",
+    ),
+    _Row(
+        marks=((MANIFEST_FILE,),),
+        kind=Kind.BROKEN,
+        what=f"it holds {MANIFEST_FILE}, but not the weights or the metadata that it belongs to",
+        advice="Copy all files again.",
+    ),
+    _Row(
+        marks=((METADATA_FILE,),),
+        what=f"{BACKEND_FILE} is missing, so it was saved by torch.distributed.checkpoint (DCP) and not by Megatron's "
+        "dist_checkpointing (so are Megatron's formats torch_dcp and fsdp_dtensor), or the save has not finished",
+        advice="Save it with --ckpt-format torch_dist; where it was saved so, copy it again.",
+    ),
+    _Row(
+        marks=(("zero_to_fp32.py",), ("*_model_states.pt",)),
+        what="it is a DeepSpeed checkpoint ({files})",
+        advice="Make a Hugging Face directory of it first: its zero_to_fp32.py writes safetensors.",
+    ),
+    _Row(
+        marks=(("weights/", "context/"),),
+        what="it is the root of a NeMo 2 checkpoint, whose weights lie in a folder of it",
+        looked_into=True,
+    ),
+    _Row(
+        marks=(("dist_ckpt/",), ("huggingface/",)),
+        what="it is a checkpoint of verl, whose weights lie in a folder of it",
+        looked_into=True,
+    ),
+    _Row(
+        marks=(("snapshots/", "blobs/"),),
+        what="it is a repository in the hub's cache",
+        looked_into=True,
+    ),
+    _Row(
+        marks=(("iter_*/",), ("release/",)),
+        what=f"it has neither {TRACKER_FILE} nor {BACKEND_FILE}, but iterations",
+        looked_into=True,
+    ),
+    _Row(
+        marks=(("*.safetensors",),),
+        kind=Kind.WEIGHTLESS,
+        what=f"{_NO_HF_WEIGHTS}, but other files ({{files}})",
+        advice="Get the index of these files too; a single file that is the whole model must be called "
+        f"{SINGLE_FILE} (or {OWN_SINGLE_FILE}).",
+        looked_into=True,
+    ),
+    _Row(
+        marks=(("*.gguf",),),
+        kind=Kind.WEIGHTLESS,
+        what=f"{_NO_HF_WEIGHTS}, but GGUF files, of quantized weights ({{files}})",
+        advice="Give the directory of the original release.",
+    ),
+    _Row(
+        marks=(("*.bin",), ("*.pth",), ("*.pt",), ("*.ckpt",), ("*.h5",), ("*.msgpack",)),
+        kind=Kind.WEIGHTLESS,
+        what=f"{_NO_HF_WEIGHTS}, but weights in a format that is not read ({{files}})",
+        advice=_AS_SAFETENSORS,
+    ),
+    _Row(
+        marks=((CONFIG_FILE,), (PARAMS_FILE,)),
+        kind=Kind.WEIGHTLESS,
+        what=f"{_NO_HF_WEIGHTS}, but a configuration alone ({{files}})",
+        advice="Get the weights too.",
+        looked_into=True,
+    ),
+    _Row(
+        marks=(("./iter_*",), ("./release",)),
+        kind=Kind.BROKEN,
+        what=f"{BACKEND_FILE} is missing, as where a save was interrupted or still runs",
+    ),
+    _Row(
+        marks=(("[!.]*",), (".[!/]*",)),
+        what="it holds no model itself, but {files}",
+        looked_into=True,
+    ),
+    _Row(marks=(("*",),), what="it is empty"),
+)
+
+
+def locate(name: str | Path, *wanted: Kind, weights: bool = True) -> Place:
+    """The place that a user means by ``name``: a path, or where a Hugging Face directory is wanted, a hub id or URL.
+
+    A model on the hub is downloaded, unless its files are of no kind that is wanted; without ``weights``, its small
+    files are. Raises FormatError, which says what ``name`` is and what to do, unless it is of a kind in ``wanted``.
+    """
+    given = Path(name)
+    if Kind.HF not in wanted:
+        return _require(what_is(given), wanted)
+    try:
+        path = hub.local_directory(
+            str(name), weights=weights, check=lambda names: _require(_recognised(given, names), wanted)
+        )
+    except FormatError as error:
+        if near := _near(given):
+            error.add_note(near)
+        raise
+    return _require(what_is(path), wanted)
+
+
+def resolve_directory(path: Path) -> Path:
+    """The iteration's directory that ``path`` means: itself, or the latest iteration of a checkpoint root."""
+    return locate(path, Kind.CHECKPOINT).path
+
+
+def require_not_swapped(source: str | Path, output: Path, *wanted: Kind) -> None:
+    """Raise FormatError where ``source`` does not exist and ``output`` is what it should be."""
+    if not os.path.lexists(source) and (found := what_is(output)).kind in wanted:
+        raise FormatError(
+            f"there is nothing at {source}, and the output {output} exists: {found.what}. Give the source first, then "
+            "the output."
+        )
+
+
+def what_is(path: Path) -> Place:
+    """What is at ``path``. Raises FormatError where the directory cannot be listed."""
+    if not os.path.isdir(path):  # noqa: PTH112  (Path's may raise, as for a name with a NUL)
+        there = os.path.exists(path)  # noqa: PTH110
+        return _first(_FILES, path, [path.name]) if there else _missing(path)
+    found = _recognised(path, _names(path))
+    return _latest(path) if found.kind is Kind.ROOT else found
+
+
+def _require(place: Place, wanted: Sequence[Kind]) -> Place:
+    if place.kind in wanted:
+        return place
+    expected = " or ".join(text for kind, text in _EXPECTED.items() if kind in wanted)
+    hints = " ".join(filter(None, (place.advice, _others(place, wanted))))
+    raise FormatError(f"{hub.as_given(place.path)} is not {expected}: {place.what}{f'. {hints}' if hints else ''}")
+
+
+def _recognised(path: Path, names: Iterable[str]) -> Place:
+    """What a directory is that has files and folders of these names; of folders, what comes behind the slash is cut."""
+    tops = {top + slash for top, slash, _ in (name.partition("/") for name in names)}
+    return _first(_DIRECTORIES, path, {_ITSELF + path.name, *tops})
+
+
+def _first(rows: Iterable[_Row], path: Path, names: Collection[str]) -> Place:
+    return next(place for row in rows if (place := row.place(path, names)) is not None)
+
+
+def _names(directory: Path) -> list[str]:
+    """The names in a directory; those of folders end in a slash, and links that lead nowhere count as absent."""
+    try:
+        with os.scandir(directory) as entries:
+            there = [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry)]  # noqa: PTH110
+            is_folder = [os.path.isdir(each) if each.is_symlink() else each.is_dir() for each in there]  # noqa: PTH112
+            return [entry.name + "/" * folder for entry, folder in zip(there, is_folder, strict=True)]
+    except OSError as error:
+        raise FormatError(f"cannot read {directory}: {error.strerror}") from error
+
+
+def _latest(root: Path) -> Place:
+    """The latest iteration in ``root``, as its trackers name it."""
+    try:
+        path = checkpoint_directory.latest_iteration(root)
+    except FormatError as error:
+        return Place(path=root, kind=Kind.BROKEN, what=str(error).rstrip("."), looked_into=True)
+    return _recognised(path, _names(path))
+
+
+def _missing(path: Path) -> Place:
+    """What to say of a path at which there is nothing."""
+    what, advice = "there is no such directory", ""
+    if path.is_symlink():
+        what = f"it is a link to {path.readlink()}, which does not exist"
+    elif hub.is_url(path):
+        what = "it is a URL"
+        advice = "Copy what it names to a local directory; a Hugging Face model on the hub is org/name[@revision]."
+    return Place(path=path, kind=Kind.MISSING, what=what, advice=advice)
+
+
+def _others(place: Place, wanted: Sequence[Kind]) -> str:
+    """Where a user may find what is wanted instead: in ``place``, or beside it."""
+    path, is_iteration = place.path, checkpoint_directory.is_iteration_name(place.path.name)
+    if is_iteration and place.kind in {Kind.BROKEN, Kind.MISSING}:
+        beside = [name for name, each in _models_in(path.parent, most_deep=1) if each.kind is Kind.CHECKPOINT]
+        return f"{path.parent} holds {listed(beside)}." if beside else f"{path.parent} holds no whole iteration."
+    if place.kind is Kind.MISSING:
+        return _near(path)
+    if not place.looked_into:
+        return ""
+    found = [*_models_in(path, most_deep=_MOST_DEEP)]
+    fitting = [name for name, each in found if each.kind in wanted]
+    if fitting:
+        return f"Give {'its folder' if len(fitting) == 1 else 'one of its folders'} {listed(fitting)}."
+    read = [f"What can be read is {name}: {each.what}. {each.advice}" for name, each in found[:1]]
+    return read[0] if read else "None of its folders can be read either."
+
+
+def _models_in(path: Path, *, most_deep: int) -> Iterator[tuple[str, Place]]:
+    """Yield the folders under ``path`` that are read, each with what it is; nearer ones come first, links are left."""
+    waiting, looked = deque([(path, 0)]), 0
+    while waiting:
+        directory, depth = waiting.popleft()
+        for name in sorted(_folders(directory)):
+            looked += 1
+            if looked > _MOST_DIRECTORIES:
+                return
+            child = directory / name
+            if child.is_symlink():
+                continue
+            try:
+                place = what_is(child)
+            except FormatError:  # it cannot be listed
+                continue
+            if place.kind in _READ:
+                yield str(child.relative_to(path)), place
+            elif depth + 1 < most_deep:
+                waiting.append((child, depth + 1))
+
+
+def _folders(directory: Path) -> list[str]:
+    try:
+        return [name.removesuffix("/") for name in _names(directory) if name.endswith("/")]
+    except FormatError:
+        return []
+
+
+def _near(path: Path) -> str:
+    """Names like that of ``path`` which there are beside it."""
+    try:
+        names = [name.removesuffix("/") for name in _names(path.parent)]
+    except FormatError:
+        return ""
+    near = difflib.get_close_matches(path.name, [name for name in names[:_MOST_DIRECTORIES] if name != path.name], n=1)
+    return f"Did you mean {path.parent / near[0]}?" if near else ""
