@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -143,11 +144,13 @@ def test_verify_compares_values(tmp_path: Path) -> None:
 
 
 def test_values_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``open_checkpoint`` gives the values of a release, and only those of its tensors."""
+    """``open_checkpoint`` gives the values of a release, and only those of its tensors; a copy does, too."""
     hf = save_fp8(tmp_path / "hf", PER_TENSOR)
-    with dcm.open_checkpoint(hf) as release:
+    expected = in_transformers(hf, monkeypatch)
+    with dcm.open_checkpoint(hf) as release, copy.copy(release) as another:
         assert release.dtype(Q) == "bfloat16"
-        assert_same(dict(release), in_transformers(hf, monkeypatch))
+        assert_same(dict(release), expected)
+        assert_same(dict(another), expected)
 
 
 def test_what_a_release_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
