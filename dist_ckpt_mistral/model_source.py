@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link, whole
-from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_reading
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
+from dist_ckpt_mistral.mapping import CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.matching import match_checkpoint, match_hf, match_own
 from dist_ckpt_mistral.model.config import MistralConfig, config_file
 from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
@@ -33,8 +33,9 @@ _LOG = logging.getLogger(__name__)
 class ModelSource:
     """A model that can be read: a Megatron checkpoint, a Hugging Face directory, or one of Mistral AI's own files.
 
-    ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
-    how Hugging Face files hold or held it, ``assets`` the directory of the small files that belong to it.
+    ``tensors`` are those it holds, in table order; ``links`` say of each, and of all aliases in the table, which stored
+    boxes make it up. ``twins`` are stored tensors whose values are stored a second time. ``hf_files`` is how Hugging
+    Face files hold or held it, ``assets`` the directory of the small files that belong to it.
     ``quantized`` says which weights are stored as FP8 numbers and scales: the index has their values.
     ``carried_from`` is where the tensors are that Megatron's model does not have: None if there are none, or nowhere.
     """
@@ -52,10 +53,11 @@ class ModelSource:
     assets: Path | None
     carried_from: Path | None
     quantized: Quantized = field(default_factory=Quantized)
+    twins: tuple[Twin, ...] = ()
 
     def dtype_of(self, tensor: HfTensor) -> str:
-        """The torch dtype name in which a tensor is stored."""
-        return self.index.tensors[self.links[tensor.hf_name][0].source].dtype
+        """The torch dtype name in which a tensor is stored. Raises TensorMismatchError if it is stored in several."""
+        return only_dtype(self.index, self.links[tensor.hf_name])
 
     @property
     def main_dtype(self) -> str:
@@ -66,14 +68,9 @@ class ModelSource:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
         return plan_gather(self.index, target, (link for name in target.tensors for link in self.links[name]))
 
-    def plan_of(self, names: list[str]) -> BytePlan:
-        """A plan for reading: one segment for each of ``names``, in this order."""
-        by_name = {tensor.hf_name: tensor for tensor in self.tensors}
-        tensors = {
-            name: IndexedTensor.whole(name, self.dtype_of(by_name[name]), by_name[name].shape, file=number, position=0)
-            for number, name in enumerate(names)
-        }
-        return self.plan_into(TensorIndex(files=tuple(Path(name) for name in names), tensors=tensors))
+    def plan_of(self, tensors: Iterable[HfTensor]) -> BytePlan:
+        """A plan for reading: one segment for each of ``tensors``, in this order."""
+        return plan_reading(self.index, {each.hf_name: (each.shape, self.links[each.hf_name]) for each in tensors})
 
 
 def open_source(path: Path, *, config: MistralConfig | None = None, dtype: str | None = None) -> ModelSource:
@@ -102,7 +99,9 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
     quantized = match_quantized(files.tensors(table.usual_name), config, str(path), dtype)
     scales = dict(quantized.ignored)
     shapes = {each.name: each.shape for each in files.tensors(table.usual_name) if each.name not in scales}
-    tensors, ignored = match_hf(table, shapes, str(path))
+    spelling, ignored = match_hf(table, shapes, str(path))
+    again = {tensor.hf_name: tensor for tensor in spelling.stored_again}
+    links = hf_links(table, shapes.keys() - again.keys())
     index = dequantized(files.tensor_index(path, table.usual_name), quantized.weights, quantized.dtype)
     if quantized.weights:
         _LOG.info("%s: %s", path, quantized.note)
@@ -113,13 +112,14 @@ def open_hf(path: Path, *, config: MistralConfig | None = None, dtype: str | Non
         config_from=config_from,
         table=table,
         index=index,
-        tensors=tuple(tensors),
-        links={tensor.hf_name: [whole(tensor.hf_name, tensor.shape)] for tensor in tensors},
+        tensors=spelling.tensors,
+        links=links | {name: [whole(name, tensor.shape)] for name, tensor in again.items()},
         ignored=(*quantized.ignored, *ignored),
         hf_files=None if ignored or quantized.weights else files,
         assets=path,
         carried_from=path if table.carried else None,
         quantized=quantized,
+        twins=tuple(Twin.of_alias(tensor, links[name]) for name, tensor in again.items()),
     )
 
 
@@ -144,7 +144,7 @@ def _open_own(path: Path, config: MistralConfig, config_from: str, table: Tensor
         table=table,
         index=TensorIndex(files=index.files, tensors=seen),
         tensors=tuple(tensors),
-        links={tensor.hf_name: own_links(tensor) for tensor in tensors},
+        links={tensor.hf_name: own_links(tensor) for tensor in table.hf_tensors().values()},
         ignored=(),
         hf_files=None,
         assets=path,
@@ -167,9 +167,9 @@ def open_megatron(
     table = tensor_table(config)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     found = match_checkpoint(table, shapes, checkpoint.objects, where, state)
-    tensors = _described(found.table, remembered)
+    twins = found.twins(checkpoint.tensors)
     with paused_collector():  # of a hundred thousand links each lives
-        links = {tensor.hf_name: found.links(tensor) for tensor in tensors}
+        links = {tensor.hf_name: found.links(tensor) for tensor in found.table.hf_tensors().values()}
     folder = checkpoint.directory / embedded.ASSETS_FOLDER
     return ModelSource(
         path=checkpoint.directory,
@@ -177,13 +177,14 @@ def open_megatron(
         config=config,
         config_from=config_from,
         table=table,
-        index=checkpoint.index(found.names()),
-        tensors=tensors,
+        index=checkpoint.index([*found.names(), *(twin.name for twin in twins)]),
+        tensors=_described(found.table, remembered),
         links=links,
         ignored=(*found.ignored, *_padding(table, found, shapes)),
         hf_files=remembered.hf_files if remembered else None,
         assets=folder if folder.is_dir() else None,
         carried_from=checkpoint.directory if found.table.carried else None,
+        twins=twins,
     )
 
 
@@ -219,10 +220,9 @@ def completed(source: ModelSource, directory: Path | None) -> ModelSource:
 
 
 def _described(table: TensorTable, remembered: embedded.Embedded | None) -> tuple[HfTensor, ...]:
-    """All tensors of the table; aliases only where the original files had them."""
+    """All usual tensors of the table; aliases only where the original files had them besides."""
     files = remembered.hf_files if remembered and remembered.hf_files else FileSet(files={})
-    original = files.by_name("the record of the original files", table.usual_name)
-    return tuple(t for t in table.hf_tensors().values() if not t.is_alias or t.hf_name in original)
+    return table.spelling(files.by_name("the record of the original files", table.usual_name)).tensors
 
 
 def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tuple[int, ...]]) -> Ignored:
