@@ -60,6 +60,11 @@ class ModelSource:
         return only_dtype(self.index, self.links[tensor.hf_name])
 
     @property
+    def hidden_twins(self) -> tuple[Twin, ...]:
+        """The twins that have no Hugging Face name of their own, by which they could be seen."""
+        return tuple(twin for twin in self.twins if twin.name not in self.links)
+
+    @property
     def main_dtype(self) -> str:
         """The torch dtype name of the embedding, which is that of the model."""
         return next(self.dtype_of(tensor) for tensor in self.tensors if tensor.rule.place is Place.EMBEDDING)

@@ -111,8 +111,7 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
         Difference(hf_name=name, what="only in A" if name in in_a else "only in B") for name in in_a.keys() ^ in_b
     ]
     for source, where in ((a, "A"), (b, "B")):
-        twins = [twin for twin in source.twins if twin.name not in source.links]
-        found = twin_differences(source.index, twins, effort)
+        found = twin_differences(source.index, source.hidden_twins, effort)
         differences += [Difference(hf_name=twin.name, what=f"in {where}, {what}") for twin, what in found]
     common = []
     for name in (name for name in in_a if name in in_b):
@@ -200,8 +199,7 @@ def require_equal_twins(source: ModelSource, *, only_hidden: bool = False) -> No
 
     ``only_hidden`` leaves out those that ``source`` lists by a Hugging Face name of their own.
     """
-    twins = [twin for twin in source.twins if not (only_hidden and twin.name in source.links)]
-    found = [*twin_differences(source.index, twins)]
+    found = [*twin_differences(source.index, source.hidden_twins if only_hidden else source.twins)]
     if found:
         told = "; ".join(f"{twin.name!r} {what}" for twin, what in found)
         remove = "remove the tensor that is not meant"

@@ -11,13 +11,13 @@ from typing import Final
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from command_line import refusal, run
 from family_models import family_model
 from hf_models import SIZES, contents, megatron_tensors, random_model, saved
 from multimodal_models import MULTIMODAL
 from safetensors.torch import load_file, save_file, save_model
 from small_models import small_model
+from torch.distributed import checkpoint as dcp
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -182,7 +182,7 @@ def test_stored_heads_are_compared(tmp_path: Path) -> None:
 
 def stored(folder: Path, tensors: dict[str, torch.Tensor], config: Path) -> tuple[Path, str, Path]:
     """A checkpoint of these tensors that torch itself saves, and how to name its configuration."""
-    dcp.save(tensors, checkpoint_id=str(folder), no_dist=True)
+    dcp.save(tensors, checkpoint_id=str(folder), no_dist=True)  # type: ignore[attr-defined]  # torch does export it
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     return folder, "--config", config
 
