@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run, tree
+from fp8_models import PER_TENSOR, save_fp8
 from hf_models import random_model, saved
 from safetensors.torch import load_file, save_file
 
@@ -98,3 +99,16 @@ def test_only_what_was_finite_can_be_lost(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OutputError, match=re.escape(f"cannot hold: {DOWN}: 1 become infinite, 1 become zero.")):
         dcm.from_hf(folder, tmp_path / "again", dtype="bfloat16")
+
+
+def test_values_of_fp8_numbers_are_counted_too(tmp_path: Path) -> None:
+    """Numbers times scales that are too large for the dtype that was asked for are refused, as stored values are."""
+    folder = save_fp8(tmp_path / "hf", PER_TENSOR)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{DOWN}_scale_inv"] *= 1e6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = tensors[DOWN].float() * tensors[f"{DOWN}_scale_inv"].float()
+    count = int((values.isfinite() & values.half().isinf()).sum())
+    assert count > 0
+    with pytest.raises(OutputError, match=re.escape(f"float16 cannot hold: {DOWN}: {count} become infinite")):
+        dcm.from_hf(folder, tmp_path / "ckpt", dtype="float16")
