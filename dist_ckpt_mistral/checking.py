@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -21,12 +21,14 @@ from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import Link, compose
+from dist_ckpt_mistral.gather.tensor_index import TensorIndex
 from dist_ckpt_mistral.manifest import tensor_spans
-from dist_ckpt_mistral.mapping import CheckpointMap
+from dist_ckpt_mistral.mapping import CheckpointMap, Twin
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.stored_entries import split_state_key
 from dist_ckpt_mistral.model_source import open_hf
 from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.verify import twin_differences
 
 T = TypeVar("T")
 _DEFAULT_EFFORT: Final = Effort()
@@ -86,6 +88,13 @@ class _Notes:
             self.findings.append(Finding(what=str(error)))
         return None
 
+    def compare(self, index: TensorIndex, twins: Sequence[Twin], effort: Effort) -> None:
+        """Hold what is stored a second time against the first."""
+        found = self.attempt(lambda: [*twin_differences(index, twins, effort)]) if twins else None
+        if found is not None:
+            self.checked.append(f"{len(twins)} tensors against what is stored a second time for the same weights")
+            self.findings.extend(Finding(tensor=twin.name, what=what) for twin, what in found)
+
     def check_files(self, contents: Contents, manifest: Manifest | None, effort: Effort) -> Check:
         """Check the files too, and sum up."""
         done = check_files(contents, manifest, effort)
@@ -122,6 +131,7 @@ def _check_hf(directory: Path, config: ChosenConfig | None, effort: Effort) -> C
     source = notes.attempt(lambda: open_hf(directory, config=config))
     if source is not None:
         notes.checked.append(f"that all {len(source.tensors)} tensors of the model are there")
+        notes.compare(source.index, source.twins, effort)
     parts = _tensor_parts(file_set, {} if manifest is None else manifest.crc32, notes)
     contents = Contents(
         directory=directory,
@@ -156,6 +166,7 @@ def _check_megatron(directory: Path, config: ChosenConfig | None, effort: Effort
     links: list[list[Link]] = []
     if found is not None:
         notes.checked.append(f"that all {len(found.names())} tensors of the model are there")
+        _compare_twins(stored, found, notes, effort)
         links = [found.links(tensor) for tensor in found.table.hf_tensors().values() if not tensor.is_alias]
     archives, faults = archive_checksums.archives_by_file(stored)
     notes.checked.append(f"that the chunks of {len(stored.tensors)} stored tensors leave no gap and do not overlap")
@@ -169,6 +180,15 @@ def _check_megatron(directory: Path, config: ChosenConfig | None, effort: Effort
     )
     notes.findings.extend(contents.finding(checkpoint_directory.METADATA_FILE, fault) for fault in faults)
     return notes.check_files(contents, manifest, effort)
+
+
+def _compare_twins(stored: StoredCheckpoint, found: CheckpointMap, notes: _Notes, effort: Effort) -> None:
+    """Hold against each other what the checkpoint stores under two keys."""
+    twins = found.twins(stored.tensors)
+    names = {name for twin in twins for name in (twin.name, twin.main)}
+    index = notes.attempt(lambda: stored.index(sorted(names)))
+    if index is not None:
+        notes.compare(index, twins, effort)
 
 
 def _match(stored: StoredCheckpoint, config: ChosenConfig | None) -> CheckpointMap:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.losses import Loss
 from dist_ckpt_mistral.mapping import PADDING, Ignored
 
 
@@ -26,7 +27,10 @@ class Origin(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What a conversion wrote (or, on a dry run, would write). Sizes in bytes, file names relative to ``output``."""
+    """What a conversion wrote (or, on a dry run, would write). Sizes in bytes, file names relative to ``output``.
+
+    ``losses`` are values that another dtype destroyed, where that was allowed.
+    """
 
     output: Path
     config_from: str
@@ -34,10 +38,18 @@ class Conversion:
     num_bytes: int
     files: Mapping[str, int]
     ignored: Ignored
+    losses: tuple[Loss, ...] = ()
 
     @classmethod
     def of(
-        cls, output: Path, plan: BytePlan, files: Mapping[str, int], origin: Origin, *, num_tensors: int
+        cls,
+        output: Path,
+        plan: BytePlan,
+        files: Mapping[str, int],
+        origin: Origin,
+        *,
+        num_tensors: int,
+        losses: tuple[Loss, ...] = (),
     ) -> Conversion:
         """What ``plan`` brings from ``origin`` into the ``files`` of ``output``."""
         return cls(
@@ -47,6 +59,7 @@ class Conversion:
             num_bytes=plan.num_bytes,
             files=files,
             ignored=origin.ignored,
+            losses=losses,
         )
 
 

@@ -17,6 +17,7 @@ from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.journal import Recipe
+from dist_ckpt_mistral.losses import Loss, LossPolicy, names_of_sources
 from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
 from dist_ckpt_mistral.model.config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -28,6 +29,7 @@ from dist_ckpt_mistral.new_hf_directory import hf_files, texts
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.stamps import Stamps, stamps
 from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.verify import require_equal_twins
 from dist_ckpt_mistral.writing import Checksums, write_output
 
 _LOG = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ def to_hf(
     config: GivenConfig | None = None,
     weights: str = "model",
     dtype: str | None = None,
+    allow_lossy: bool = False,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
     manifest: bool = True,
     overwrite: bool = False,
@@ -58,9 +61,10 @@ def to_hf(
     ``config`` is for checkpoints that lost theirs: itself, a config.json, or a directory with one and the tokenizer.
     A directory also gives the vision tower and projector of a multimodal model, which training in Megatron drops.
     ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
-    keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte; ``manifest`` adds
-    integrity.json to them, for ``check``. ``resume`` goes on with what a run that was killed or failed has copied.
-    Raises DistCkptMistralError; then nothing is published.
+    keeps its own; where it destroys values (finite ones become infinite, others zero) that is an error that counts
+    them, or with ``allow_lossy`` a warning. A checkpoint that ``from_hf`` wrote gives back the original files, byte for
+    byte; ``manifest`` adds integrity.json to them, for ``check``. ``resume`` goes on with what a run that was killed or
+    failed has copied. Raises DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     state = _which_weights(weights)
@@ -74,6 +78,7 @@ def to_hf(
         directory = resolve_directory(checkpoint)
         inputs = stamps([*directory.rglob("*"), *(given.iterdir() if given else ())])
         opened = open_megatron(checkpoint, config=chosen_config(config), state=state)
+        require_equal_twins(opened)
         source = completed(opened, given)
         file_set = hf_files(source, dtype, max_file_bytes)
         plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
@@ -94,9 +99,10 @@ def to_hf(
         small_files.write_small_files(staging, carried, beside)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
+    losses: tuple[Loss, ...] = ()
     if not dry_run:
         options = {"--weights": weights, "--dtype": dtype, "--max-file-size": max_file_bytes}
-        write_output(
+        losses = write_output(
             output,
             plan,
             sizes,
@@ -109,8 +115,9 @@ def to_hf(
             resume=resume,
             effort=effort,
             ranks=ranks,
+            losses=LossPolicy(allowed=allow_lossy),
         )
-    return Conversion.of(output, plan, sizes, source, num_tensors=len(plan.segments))
+    return Conversion.of(output, plan, sizes, source, num_tensors=len(plan.segments), losses=losses)
 
 
 def _which_weights(weights: str) -> ParamState:
@@ -129,6 +136,7 @@ def from_hf(
     pp: int = 1,
     ep: int = 1,
     dtype: str | None = None,
+    allow_lossy: bool = False,
     iteration: int | None = None,
     manifest: bool = True,
     overwrite: bool = False,
@@ -141,8 +149,10 @@ def from_hf(
     A directory may also hold Mistral AI's own files, or weights in FP8, whose values are imported. ``tp``, ``pp`` and
     ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the checkpoint is a
     ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every tensor keeps its
-    own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. ``resume`` goes on with what a
-    run that was killed or failed has copied. Raises DistCkptMistralError; then nothing is published.
+    own; where it destroys values (finite ones become infinite, others zero) that is an error that counts them, or with
+    ``allow_lossy`` a warning. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify.
+    ``resume`` goes on with what a run that was killed or failed has copied. Raises DistCkptMistralError; then nothing
+    is published.
     """
     output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
@@ -156,7 +166,7 @@ def from_hf(
         directory = locate(hf, Kind.HF, Kind.OWN).path
         paths.require_apart(directory, output)
         inputs = stamps(directory.glob("*"))
-        source = open_hf(directory, dtype=dtype)
+        source = open_hf(directory, dtype=dtype and "float32")  # FP8 values: rounded once, where losses are counted
         return inputs, source, *plan_import(source, layout, dtype, step)
 
     inputs, source, written, plan = ranks.each(prepare)
@@ -173,7 +183,7 @@ def from_hf(
 
     sizes = written.file_sizes(step)
     options = {"--tp": tp, "--pp": pp, "--ep": ep, "--dtype": dtype, "--iteration": iteration}
-    write_output(
+    losses = write_output(
         output,
         plan,
         sizes,
@@ -186,5 +196,6 @@ def from_hf(
         resume=resume,
         effort=effort,
         ranks=ranks,
+        losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),
     )
-    return Conversion.of(output, plan, sizes, source, num_tensors=len(source.tensors))
+    return Conversion.of(output, plan, sizes, source, num_tensors=len(source.tensors), losses=losses)

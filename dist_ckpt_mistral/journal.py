@@ -16,6 +16,8 @@ from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral.gather.casts import Lost
+from dist_ckpt_mistral.gather.executor import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Part
 from dist_ckpt_mistral.package_version import VERSION
 from dist_ckpt_mistral.staging import Staging
@@ -24,7 +26,8 @@ from dist_ckpt_mistral.storage import TargetFile
 
 _FINGERPRINT_FILE: Final = "fingerprint.json"
 _NOTES: Final = "copied-{rank}"
-_NOTE: Final = re.compile(rb"(\d+) (\d+) (\d+) ([0-9a-f]{8})")
+#: Number and ends of a part, values that became infinite or zero, CRC-32: its fixed length tells a torn line.
+_NOTE: Final = re.compile(rb"(\d+) (\d+) (\d+) (\d+) (\d+) ([0-9a-f]{8})")
 _BLOCK_BYTES: Final = 512 << 10
 #: So many differences tell enough.
 _TOLD: Final = 3
@@ -118,7 +121,7 @@ def _identity(staging: Staging) -> list[int]:
 
 
 class Journal:
-    """The parts of a plan that lie in their files, with their checksums: those that were found, and those to note.
+    """The parts of a plan that lie in their files, and what is known of them: those that were found, and those to note.
 
     Every rank notes its own in a file of its own, a line for each, and knows what all ranks of an earlier run noted. A
     line is written after its part, but nothing is synced: what a power cut took away has another checksum, or no line.
@@ -127,20 +130,21 @@ class Journal:
     def __init__(self, folder: Path, rank: int, plan: BytePlan, targets: Mapping[int, TargetFile]) -> None:
         """Read what was noted in ``folder``; ``targets`` are the open files by number, of the parts to ask for."""
         self._plan, self._targets = plan, targets
-        self._found: dict[Part, int] = {}
+        self._found: dict[Part, Copied] = {}
         for path in folder.glob(_NOTES.format(rank="*")):
             for line in filter(None, map(_NOTE.fullmatch, path.read_bytes().split(b"\n"))):
-                self._found[Part(*map(int, line.groups()[:3]))] = int(line[4], 16)
+                *part, overflowed, vanished = map(int, line.groups()[:5])
+                self._found[Part(*part)] = Copied(int(line[6], 16), Lost(overflowed, vanished))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._file = os.open(folder / _NOTES.format(rank=rank), flags, 0o666)
 
-    def note(self, part: Part, crc32: int) -> None:
+    def note(self, part: Part, copied: Copied) -> None:
         """Note that ``part`` was written. From any thread."""
         # The line before may be torn: each line begins with its own end.
-        os.write(self._file, b"\n%d %d %d %08x" % (*part, crc32))
+        os.write(self._file, b"\n%d %d %d %d %d %08x" % (*part, *copied.lost, copied.crc32))
 
-    def recall(self, part: Part) -> int | None:
-        """The CRC-32 of ``part`` if it was noted and its bytes are still those; else None: then it must be copied."""
+    def recall(self, part: Part) -> Copied | None:
+        """What was noted of ``part`` if its bytes are still those; else None: then it must be copied."""
         noted = self._found.get(part)
         if noted is None:
             return None
@@ -149,7 +153,7 @@ class Journal:
         while rest and (block := self._targets[segment.file].read(position, min(rest, _BLOCK_BYTES))):
             crc32 = zlib_ng.crc32(block, crc32)
             position, rest = position + len(block), rest - len(block)
-        return crc32 if rest == 0 and crc32 == noted else None
+        return noted if rest == 0 and crc32 == noted.crc32 else None
 
     def close(self) -> None:
         """Close the file of notes."""

@@ -13,6 +13,7 @@ from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
 from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.verify import require_equal_twins
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         value = torch.empty(tensor.shape, dtype=getattr(torch, self._source.dtype_of(tensor)))
         target = value.reshape(-1).view(torch.uint8).numpy().data
         at = 0
-        for band in self._reader.bands(self._source.plan_of([hf_name]).segments[0]):
+        for band in self._reader.bands(self._source.plan_of([tensor]).segments[0]):
             target[at : at + len(band)] = band
             at += len(band)
         return value
@@ -123,4 +124,5 @@ def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> L
     they lack. Raises DistCkptMistralError if it cannot be read.
     """
     source, directory = open_source(path, config=chosen_config(config)), given_directory(config, vision=True)
+    require_equal_twins(source, only_hidden=True)
     return LazyCheckpoint(source if directory is None else completed(source, directory))

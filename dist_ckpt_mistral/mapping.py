@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
-from dist_ckpt_mistral.gather.links import Link
+from dist_ckpt_mistral.gather.links import Link, compose, reverse, whole
 from dist_ckpt_mistral.model.stored_entries import state_key
 from dist_ckpt_mistral.model.tensor_rules import Index, KeyStyle, ParamState, TensorRule
 from dist_ckpt_mistral.model.tensor_table import HfTensor, StoredRows, TensorTable
@@ -17,6 +18,38 @@ from dist_ckpt_mistral.shapes import Shape
 Ignored = tuple[tuple[str, str], ...]
 #: Why rows of a vocabulary are not used, which are named as ``NAME[first row:last row + 1]``.
 PADDING: Final = "rows that pad the vocabulary"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twin:
+    """A stored tensor whose values are stored a second time: they must be equal, for only the ``main`` ones are used.
+
+    ``links`` say which stored boxes make up the same ``shape``, in elements; ``main`` names one of them.
+    """
+
+    name: str
+    main: str
+    shape: Shape
+    links: tuple[Link, ...]
+    is_head: bool
+
+    @classmethod
+    def of(cls, name: str, main: str, shape: Shape, rule: TensorRule) -> Self:
+        """Two tensors of the same shape."""
+        origin = (0,) * len(shape)
+        link = Link(source=main, source_offset=origin, target=name, target_offset=origin, shape=shape)
+        return cls(name=name, main=main, shape=shape, links=(link,), is_head=rule.padded_vocabulary)
+
+    @classmethod
+    def of_alias(cls, alias: HfTensor, links: Sequence[Link]) -> Self:
+        """A Hugging Face tensor that others hold, too, by ``links``."""
+        return cls(
+            name=alias.hf_name,
+            main=links[0].source,
+            shape=alias.shape,
+            links=tuple(links),
+            is_head=alias.rule.padded_vocabulary,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,25 +93,26 @@ class CheckpointMap:
             for key, shape in self.table.spelled(rule, self.style, self.keys[rule]):
                 yield self.stored_name(key), rule, shape
 
-    def other_names(self) -> Iterator[str]:
-        """What the same tensors are called under the keys that this checkpoint does not go by."""
+    def other_tensors(self) -> Iterator[tuple[str, TensorRule, Twin]]:
+        """The same tensors under the keys that this checkpoint does not go by, each with that key and its rule."""
         for rule in self.table.rules:
             for key in rule.keys:
                 if key != self.keys[rule]:
-                    yield from (self.stored_name(name) for name, _ in self.table.spelled(rule, self.style, key))
+                    spelled = (self.table.spelled(rule, self.style, each) for each in (self.keys[rule], key))
+                    for (main, shape), (other, _) in zip(*spelled, strict=True):
+                        yield key, rule, Twin.of(self.stored_name(other), self.stored_name(main), shape, rule)
 
     def also_written(self) -> dict[str, tuple[str, ...]]:
         """The other keys under which this package writes a tensor, for models of other layer specs, by its name."""
         found: dict[str, tuple[str, ...]] = {}
-        for rule in self.table.rules:
-            for key in rule.written_keys:
-                if key != self.keys[rule]:
-                    pairs = zip(
-                        *(self.table.spelled(rule, self.style, each) for each in (self.keys[rule], key)), strict=True
-                    )
-                    for (name, _), (other, _) in pairs:
-                        found[name] = (*found.get(name, ()), other)
+        for key, rule, twin in self.other_tensors():
+            if key in rule.written_keys:
+                found[twin.main] = (*found.get(twin.main, ()), twin.name)
         return found
+
+    def twins(self, stored: Collection[str]) -> tuple[Twin, ...]:
+        """What a checkpoint of these ``stored`` tensors holds under a second key."""
+        return tuple(twin for _, _, twin in self.other_tensors() if twin.name in stored)
 
     def names(self) -> list[str]:
         """The names of all these tensors."""
@@ -110,6 +144,31 @@ class CheckpointMap:
                         target_offset=(*at, hf_row + low - mcore_row, *origin),
                         shape=(*lead, high - low, *columns),
                     )
+
+
+def hf_links(table: TensorTable, stored: Collection[str]) -> dict[str, list[Link]]:
+    """Of every Hugging Face tensor of ``table``, the boxes of the ``stored`` ones that make it up.
+
+    No two of ``stored`` may hold the same rows. What is not stored is made of what holds the same Megatron rows: a
+    usual tensor of an alias, an alias of usual tensors.
+    """
+    known, megatron = table.hf_tensors(), new_checkpoint_map(table)
+    absent = [tensor for name, tensor in known.items() if name not in stored]
+    rules = {tensor.rule.mcore_key for tensor in absent}
+    links = {name: [whole(name, known[name].shape)] for name in known if name in stored}
+    from_stored: dict[tuple[str, Index], list[Link]] = defaultdict(list)
+    for tensor in (known[name] for name in links if known[name].rule.mcore_key in rules):
+        for index, at in tensor.packed():
+            from_stored[tensor.rule.mcore_key, index] += map(reverse, megatron.links_of(tensor, index, at))
+    for tensor in absent:
+        links[tensor.hf_name] = [
+            link
+            for index, at in tensor.packed()
+            for second in megatron.links_of(tensor, index, at)
+            for first in from_stored[tensor.rule.mcore_key, index]
+            if (link := compose(first, second)) is not None
+        ]
+    return links
 
 
 def new_checkpoint_map(table: TensorTable) -> CheckpointMap:

@@ -6,21 +6,22 @@ model is there with the right shape; else all problems are reported together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from dist_ckpt_mistral.errors import TensorMismatchError
+from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
 from dist_ckpt_mistral.model.stored_entries import (
     flat_state,
+    is_of_adapter,
     model_prefix,
     split_state_key,
     why_hf_ignored,
     why_ignored,
 )
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorRule
-from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable
+from dist_ckpt_mistral.model.tensor_table import FileSpelling, HfTensor, TensorTable
 from dist_ckpt_mistral.model.vision_table import is_carried
 from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import own_shapes
@@ -44,6 +45,7 @@ def match_checkpoint(
     readably.
     """
     objects = tuple(objects)
+    _refuse_adapter(tensors, where)
     states = {} if state is ParamState.WEIGHTS else _states(state, tensors, objects, where)
     by_key = {key: tensors[name] for key, name in states.items()} or tensors
     found = _spelled(table, by_key, state, states)
@@ -70,20 +72,25 @@ def _left(found: CheckpointMap, tensors: Mapping[str, Shape]) -> tuple[list[tupl
     others: set[str] = set()
     if found.state is not ParamState.WEIGHTS:
         weights = _spelled(found.table, tensors)
-        others = {*weights.names(), *weights.other_names()} - used
-    again = set(found.other_names())
+        others = {*weights.names(), *_again(weights)} - used
+    again = set(_again(found))
     ignored, unknown = [], []
     for name in tensors:
         reason = None if name in states else why_ignored(name, found.prefix)
         if reason is None and name in others:
             reason = "weights in the precision of training"
         if reason is None and name in again:
-            reason = "the same weights again, under the key of another layer spec"
+            reason = "the same weights again, under another key"
         if reason is not None:
             ignored.append((name, reason))
         elif name not in used:
             unknown.append(f"{name} {list(tensors[name])}")
     return ignored, unknown
+
+
+def _again(found: CheckpointMap) -> Iterator[str]:
+    """What the tensors of ``found`` are called under other keys."""
+    return (twin.name for _, _, twin in found.other_tensors())
 
 
 def _states(state: ParamState, tensors: Iterable[str], objects: Iterable[str], where: str) -> dict[str, str]:
@@ -163,7 +170,8 @@ def _missing(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
 
 def _misshapen(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
     problems = []
-    for name, rule, expected in found.tensors():
+    again = ((twin.name, rule, twin.shape) for _, rule, twin in found.other_tensors())
+    for name, rule, expected in (*found.tensors(), *again):
         shape = tensors.get(name)
         if shape is not None and not _fits(shape, expected, rule):
             least = "at least " if rule.padded_vocabulary else ""
@@ -178,18 +186,31 @@ def _fits(shape: Shape, expected: Shape, rule: TensorRule) -> bool:
     return shape == expected
 
 
-def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tuple[list[HfTensor], Ignored]:
-    """Match the tensors of a Hugging Face model (name -> shape) against the table: those it has, in table order.
+def _refuse_adapter(names: Iterable[str], where: str) -> None:
+    """Raise UnsupportedModelError if a name is that of an adapter's tensor, or of one that it is wrapped around."""
+    found = [name for name in names if is_of_adapter(name)]
+    if found:
+        raise UnsupportedModelError(
+            f"{where} holds an adapter (LoRA or another of PEFT), alone or around its model: expected the tensors of a "
+            f"whole model, got {len(found)} of an adapter: {listed(found)}. Merge it into its model first, with what "
+            "trained it (peft: merge_and_unload), and give the merged model."
+        )
 
-    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
+
+def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tuple[FileSpelling, Ignored]:
+    """Match the tensors of a Hugging Face model (name -> shape) against the table: how they spell it.
+
+    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor, and UnsupportedModelError for
+    those of an adapter.
     """
+    _refuse_adapter(tensors, where)
     known = table.hf_tensors()
     ignored = tuple((name, reason) for name in tensors if name not in known and (reason := why_hf_ignored(name)))
     dropped = {name for name, _ in ignored}
     held = {name: shape for name, shape in tensors.items() if name not in dropped}
-    aliases = {name for name, tensor in known.items() if tensor.is_alias}
-    _require_all({name: tensor.shape for name, tensor in known.items()}, held, where, optional=aliases)
-    return [tensor for name, tensor in known.items() if name in tensors], ignored
+    spelling = table.spelling(held)
+    _require_all({name: tensor.shape for name, tensor in known.items()}, held, where, missing=spelling.missing)
+    return spelling, ignored
 
 
 def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
@@ -198,15 +219,16 @@ def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> l
     Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
     """
     found = [tensor for tensor in table.hf_tensors().values() if not tensor.is_alias]
-    _require_all({name: shape for tensor in found for name, shape in own_shapes(tensor).items()}, tensors, where)
+    expected = {name: shape for tensor in found for name, shape in own_shapes(tensor).items()}
+    _refuse_adapter(tensors, where)
+    _require_all(expected, tensors, where, missing=[name for name in expected if name not in tensors])
     return found
 
 
 def _require_all(
-    expected: Mapping[str, Shape], tensors: Mapping[str, Shape], where: str, *, optional: Collection[str] = ()
+    expected: Mapping[str, Shape], tensors: Mapping[str, Shape], where: str, *, missing: Sequence[str]
 ) -> None:
-    """Raise TensorMismatchError unless ``tensors`` are the expected ones, but for some of the ``optional`` ones."""
-    missing = [name for name in expected if name not in tensors and name not in optional]
+    """Raise TensorMismatchError if any are ``missing``, or if ``tensors`` has other ones than the expected."""
     unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in expected]
     problems = [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
     problems += [f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}"] if unknown else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.links import Link, whole
-from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_reading
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import PADDING, CheckpointMap, Ignored
+from dist_ckpt_mistral.mapping import PADDING, CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.matching import match_hf, match_own
 from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig
 from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
@@ -34,9 +34,10 @@ _LOG = logging.getLogger(__name__)
 class ModelSource:
     """A model that can be read: a Megatron checkpoint, a Hugging Face directory, or one of Mistral AI's own files.
 
-    ``tensors`` are those it holds, in table order; ``links`` say of each which stored boxes make it up. ``hf_files`` is
-    how Hugging Face files hold or held it, ``assets`` the directories of the small files that belong to it: of a name
-    that several have, the first counts.
+    ``tensors`` are those it holds, in table order; ``links`` say of each, and of all aliases in the table, which stored
+    boxes make it up. ``twins`` are stored tensors whose values are stored a second time. ``hf_files`` is how Hugging
+    Face files hold or held it, ``assets`` the directories of the small files that belong to it: of a name that several
+    have, the first counts.
     ``quantized`` says which weights are stored as FP8 numbers and scales: the index has their values.
     ``carried_from`` is where the tensors are that Megatron's model does not have: None if there are none, or nowhere.
     """
@@ -53,6 +54,7 @@ class ModelSource:
     assets: tuple[Path, ...]
     carried_from: Path | None
     quantized: Quantized = field(default_factory=Quantized)
+    twins: tuple[Twin, ...] = ()
 
     @property
     def config(self) -> MistralConfig:
@@ -65,8 +67,13 @@ class ModelSource:
         return self.agreed.source
 
     def dtype_of(self, tensor: HfTensor) -> str:
-        """The torch dtype name in which a tensor is stored."""
-        return self.index.tensors[self.links[tensor.hf_name][0].source].dtype
+        """The torch dtype name in which a tensor is stored. Raises TensorMismatchError if it is stored in several."""
+        return only_dtype(self.index, self.links[tensor.hf_name])
+
+    @property
+    def hidden_twins(self) -> tuple[Twin, ...]:
+        """The twins that have no Hugging Face name of their own, by which they could be seen."""
+        return tuple(twin for twin in self.twins if twin.name not in self.links)
 
     @property
     def main_dtype(self) -> str:
@@ -77,14 +84,9 @@ class ModelSource:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
         return plan_gather(self.index, target, (link for name in target.tensors for link in self.links[name]))
 
-    def plan_of(self, names: list[str]) -> BytePlan:
-        """A plan for reading: one segment for each of ``names``, in this order."""
-        by_name = {tensor.hf_name: tensor for tensor in self.tensors}
-        tensors = {
-            name: IndexedTensor.whole(name, self.dtype_of(by_name[name]), by_name[name].shape, file=number, position=0)
-            for number, name in enumerate(names)
-        }
-        return self.plan_into(TensorIndex(files=tuple(Path(name) for name in names), tensors=tensors))
+    def plan_of(self, tensors: Iterable[HfTensor]) -> BytePlan:
+        """A plan for reading: one segment for each of ``tensors``, in this order."""
+        return plan_reading(self.index, {each.hf_name: (each.shape, self.links[each.hf_name]) for each in tensors})
 
 
 def open_source(path: str | Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
@@ -114,7 +116,9 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     quantized = match_quantized(files.tensors(table.usual_name), agreed.config, str(path), dtype)
     scales = dict(quantized.ignored)
     shapes = {each.name: each.shape for each in files.tensors(table.usual_name) if each.name not in scales}
-    tensors, ignored = match_hf(table, shapes, str(path))
+    spelling, ignored = match_hf(table, shapes, str(path))
+    again = {tensor.hf_name: tensor for tensor in spelling.stored_again}
+    links = hf_links(table, shapes.keys() - again.keys())
     index = dequantized(files.tensor_index(path, table.usual_name), quantized.weights, quantized.dtype)
     if quantized.weights:
         _LOG.info("%s: %s", path, quantized.note)
@@ -124,13 +128,14 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
         agreed=agreed,
         table=table,
         index=index,
-        tensors=tuple(tensors),
-        links={tensor.hf_name: [whole(tensor.hf_name, tensor.shape)] for tensor in tensors},
+        tensors=spelling.tensors,
+        links=links | {name: [whole(name, tensor.shape)] for name, tensor in again.items()},
         ignored=(*quantized.ignored, *ignored),
         hf_files=None if ignored or quantized.weights else files,
         assets=(path,),
         carried_from=path if table.carried else None,
         quantized=quantized,
+        twins=tuple(Twin.of_alias(tensor, links[name]) for name, tensor in again.items()),
     )
 
 
@@ -154,7 +159,7 @@ def _open_own(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) ->
         table=table,
         index=TensorIndex(files=index.files, tensors=seen),
         tensors=tuple(tensors),
-        links={tensor.hf_name: own_links(tensor) for tensor in tensors},
+        links={tensor.hf_name: own_links(tensor) for tensor in table.hf_tensors().values()},
         ignored=(),
         hf_files=None,
         assets=(path,),
@@ -176,21 +181,22 @@ def open_megatron(
     table, found = known.table, known.found
     remembered = read_embedded(checkpoint)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
-    tensors = _described(found.table, remembered)
+    twins = found.twins(checkpoint.tensors)
     with paused_collector():  # of a hundred thousand links each lives
-        links = {tensor.hf_name: found.links(tensor) for tensor in tensors}
+        links = {tensor.hf_name: found.links(tensor) for tensor in found.table.hf_tensors().values()}
     return ModelSource(
         path=checkpoint.directory,
         kind=f"Megatron {checkpoint.backend} checkpoint",
         agreed=known.agreed,
         table=table,
-        index=checkpoint.index(found.names()),
-        tensors=tensors,
+        index=checkpoint.index([*found.names(), *(twin.name for twin in twins)]),
+        tensors=_described(found.table, remembered),
         links=links,
         ignored=(*found.ignored, *_padding(table, found, shapes)),
         hf_files=remembered.hf_files if remembered else None,
         assets=small_files.folders_beside(checkpoint.directory),
         carried_from=checkpoint.directory if found.table.carried else None,
+        twins=twins,
     )
 
 
@@ -226,10 +232,9 @@ def completed(source: ModelSource, directory: Path | None) -> ModelSource:
 
 
 def _described(table: TensorTable, remembered: embedded.Embedded | None) -> tuple[HfTensor, ...]:
-    """All tensors of the table; aliases only where the original files had them."""
+    """All usual tensors of the table; aliases only where the original files had them besides."""
     files = remembered.hf_files if remembered and remembered.hf_files else FileSet(files={})
-    original = files.by_name("the record of the original files", table.usual_name)
-    return tuple(t for t in table.hf_tensors().values() if not t.is_alias or t.hf_name in original)
+    return table.spelling(files.by_name("the record of the original files", table.usual_name)).tensors
 
 
 def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tuple[int, ...]]) -> Ignored:

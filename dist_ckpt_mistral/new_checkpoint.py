@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_ckpt_mistral import embedded, storage
 from dist_ckpt_mistral.chunking import cuts
+from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, small_files, torch_dist_writer
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
-from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource
-from dist_ckpt_mistral.verify import require_equal_aliases
+from dist_ckpt_mistral.verify import require_equal_twins
 
 
 def plan_import(
@@ -28,7 +30,7 @@ def plan_import(
 ) -> tuple[CheckpointLayout, BytePlan]:
     """What the new checkpoint's files hold where, and the way there."""
     layout.check(source.config)
-    require_equal_aliases(source)
+    require_equal_twins(source)
     new = new_checkpoint_map(source.table)
     links = [
         link
@@ -48,12 +50,15 @@ def _chunks(
     source: ModelSource, new: CheckpointMap, links: Sequence[Link], layout: ParallelLayout, dtype: str | None
 ) -> Iterator[NewChunk]:
     """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
-    stored_dtype = {link.target: source.index.tensors[link.source].dtype for link in links}
+    into: dict[str, list[Link]] = defaultdict(list)
+    for link in links:
+        into[link.target].append(link)
+    dtypes = dict(zip(into, for_all(lambda name: dtype or only_dtype(source.index, into[name]), into), strict=True))
     others = new.also_written()
     for cut in cuts(new, new.shapes(), layout):
         yield NewChunk(
             mcore_key=cut.name,
-            dtype=dtype or stored_dtype[cut.name],
+            dtype=dtypes[cut.name],
             global_shape=cut.global_shape,
             offset=cut.offset,
             shape=cut.shape,

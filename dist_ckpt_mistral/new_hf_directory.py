@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,27 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
 from dist_ckpt_mistral.model.quantization import described_method
 from dist_ckpt_mistral.model_source import ModelSource
+from dist_ckpt_mistral.shapes import Shape
 
 _LOG = logging.getLogger(__name__)
 
 
 def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
     """The files to write: the original ones where they still fit the tensors, else as ``save_pretrained`` would."""
-    stored = {tensor.hf_name: (dtype or source.dtype_of(tensor), tensor.shape) for tensor in source.tensors}
+    known = source.table.hf_tensors()
+
+    def stored(names: Iterable[str]) -> dict[str, tuple[str, Shape]]:
+        return {name: (dtype or source.dtype_of(known[name]), known[name].shape) for name in names}
+
     if source.hf_files is not None:
         held = source.hf_files.by_name(str(source.path), source.table.usual_name)
         original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in held.items()}
-        if original == stored:
+        is_whole = original.keys() <= source.links.keys() and not source.table.spelling(original).missing
+        if is_whole and original == stored(original):
             return source.hf_files
         _LOG.info("the tensors differ in name or dtype from the original files: the files are laid out anew")
-    tensors = [(t.hf_name, *stored[t.hf_name]) for t in source.tensors if not t.is_alias]
+    usual = stored(tensor.hf_name for tensor in source.tensors if not tensor.is_alias)
+    tensors = [(name, *each) for name, each in usual.items()]
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
 
 

@@ -16,7 +16,7 @@ from dist_ckpt_mistral.formats.torch_archive_writer import PICKLE, pickle_in_lis
 from dist_ckpt_mistral.formats.torch_dist_writer import object_bytes
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import whole
-from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.gather.plan import BytePlan, plan_reading
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.storage import SourceFiles
 from dist_ckpt_mistral.verify import Comparison, Difference, compare_bits
@@ -45,7 +45,7 @@ def compare_stored(a: str | Path, b: str | Path, *, effort: Effort = _DEFAULT_EF
             differences.append(Difference(hf_name=name, what=f"{one} in A, {other} in B"))
         elif name in in_a.index.tensors:
             common.append(name)
-    differences += compare_bits(in_a, in_b, common, effort)
+    differences += compare_bits(in_a.plan_of(common), in_b.plan_of(common), common, effort)
     return Comparison(
         num_tensors=len(in_a.keys & in_b.keys),
         num_bytes=sum(in_a.index.tensors[name].num_bytes for name in common),
@@ -81,13 +81,8 @@ class _Stored:
 
     def plan_of(self, names: list[str]) -> BytePlan:
         """A plan for reading: one segment for each of ``names``, in this order."""
-        wanted = [self.index.tensors[name] for name in names]
-        tensors = {
-            each.name: IndexedTensor.whole(each.name, each.dtype, each.global_shape, file=number, position=0)
-            for number, each in enumerate(wanted)
-        }
-        target = TensorIndex(files=tuple(Path(name) for name in names), tensors=tensors)
-        return plan_gather(self.index, target, [whole(each.name, each.global_shape) for each in wanted])
+        shapes = {name: self.index.tensors[name].global_shape for name in names}
+        return plan_reading(self.index, {name: (shape, [whole(name, shape)]) for name, shape in shapes.items()})
 
 
 def _entries(stored: StoredCheckpoint) -> Iterator[tuple[str, Entry]]:

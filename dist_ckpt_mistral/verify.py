@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,7 +14,10 @@ from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.gather.executor import Effort, run_all
-from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.gather.links import whole
+from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_reading
+from dist_ckpt_mistral.gather.tensor_index import TensorIndex
+from dist_ckpt_mistral.mapping import Twin
 from dist_ckpt_mistral.model.agreement import Disagreement
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
@@ -103,11 +106,23 @@ def compare(
 
 
 def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Comparison:
-    """Compare all tensors of ``a`` and ``b`` by their Hugging Face names: presence, shape, dtype, and every bit."""
-    in_a, in_b = ({tensor.hf_name: tensor for tensor in source.tensors if not tensor.is_alias} for source in (a, b))
+    """Compare all tensors of ``a`` and ``b`` by their Hugging Face names: presence, shape, dtype, and every bit.
+
+    What one stores besides, such as the head of tied embeddings, must be what the other stores, or else what would
+    stand for it there. What a checkpoint stores under two keys must be the same.
+    """
+    in_a, in_b = ({tensor.hf_name: tensor for tensor in source.tensors} for source in (a, b))
+    aliases_a, aliases_b = (
+        {t.hf_name: t for t in source.table.hf_tensors().values() if t.is_alias} for source in (a, b)
+    )
+    besides = (in_a.keys() ^ in_b.keys()) & aliases_a.keys() & aliases_b.keys()
+    in_a, in_b = in_a | {name: aliases_a[name] for name in besides}, in_b | {name: aliases_b[name] for name in besides}
     differences = [
         Difference(hf_name=name, what="only in A" if name in in_a else "only in B") for name in in_a.keys() ^ in_b
     ]
+    for source, where in ((a, "A"), (b, "B")):
+        found = twin_differences(source.index, source.hidden_twins, effort)
+        differences += [Difference(hf_name=twin.name, what=f"in {where}, {what}") for twin, what in found]
     common = []
     for name in (name for name in in_a if name in in_b):
         described = [
@@ -117,10 +132,11 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
             common.append(name)
         else:
             differences.append(Difference(hf_name=name, what=f"{described[0]} in A, {described[1]} in B"))
-    differences += compare_bits(a, b, common, effort)
+    plan_a, plan_b = a.plan_of(in_a[name] for name in common), b.plan_of(in_b[name] for name in common)
+    differences += compare_bits(plan_a, plan_b, common, effort)
     return Comparison(
         num_tensors=len(common),
-        num_bytes=a.plan_of(common).num_bytes,
+        num_bytes=plan_a.num_bytes,
         differences=tuple(sorted(differences, key=lambda difference: difference.hf_name)),
         not_compared=_not_compared(a, b),
         configurations=tuple(a.agreed.disagreements(b.agreed)),
@@ -135,16 +151,8 @@ def _not_compared(a: ModelSource, b: ModelSource) -> tuple[str, ...]:
     return tuple(f"{reason}: {in_a[reason]} entries in A, {in_b[reason]} in B" for reason in sorted({*in_a, *in_b}))
 
 
-class Readable(Protocol):
-    """What tensors can be read from, by their names."""
-
-    def plan_of(self, names: list[str]) -> BytePlan:
-        """A plan for reading: one segment for each of ``names``, in this order."""
-
-
-def compare_bits(a: Readable, b: Readable, names: list[str], effort: Effort) -> Iterator[Difference]:
-    """Compare tensors of the same dtypes and shapes, and yield those that differ."""
-    plan_a, plan_b = a.plan_of(names), b.plan_of(names)
+def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: Effort) -> Iterator[Difference]:
+    """Compare tensors of the same dtypes and shapes, and yield those that differ: a segment of each plan for each."""
     with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
         reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
 
@@ -178,24 +186,34 @@ def _describe(band_a: memoryview, band_b: memoryview, at: int, dtype: str) -> st
     return f"bits differ from byte {at + first} of the {dtype} data on"
 
 
-def first_difference(a: ModelSource, name_a: str, b: ModelSource, name_b: str) -> str | None:
-    """How tensor ``name_a`` of ``a`` differs from ``name_b`` of ``b``, or None."""
-    plan_a, plan_b = a.plan_of([name_a]), b.plan_of([name_b])
-    segment_a, segment_b = plan_a.segments[0], plan_b.segments[0]
-    if segment_a.source_dtype != segment_b.source_dtype or segment_a.num_bytes != segment_b.num_bytes:
-        return "dtype or shape differ"
-    with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
-        pairs = zip(BandReader(files_a).bands(segment_a), BandReader(files_b).bands(segment_b), strict=True)
-        return next(("bits differ" for band_a, band_b in pairs if not _equal(band_a, band_b)), None)
+def twin_differences(
+    index: TensorIndex, twins: Sequence[Twin], effort: Effort = _DEFAULT_EFFORT
+) -> Iterator[tuple[Twin, str]]:
+    """The twins that are stored with two different values, and how they differ."""
+    apart = [twin for twin in twins if not index.tensors[twin.name].shares_bytes(index.tensors[twin.main])]
+    found = {
+        twin.name: f"{dtypes[0]}, not {dtypes[1]}"
+        for twin in apart
+        if len(set(dtypes := (index.tensors[twin.name].dtype, only_dtype(index, twin.links)))) > 1
+    }
+    same = {twin.name: twin for twin in apart if twin.name not in found}
+    own = plan_reading(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
+    others = plan_reading(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
+    found |= {each.hf_name: each.what for each in compare_bits(own, others, [*same], effort)}
+    for twin in apart:
+        if twin.name in found:
+            yield twin, f"differs from {twin.main!r}, which is stored for the same weights: {found[twin.name]}"
 
 
-def require_equal_aliases(source: ModelSource) -> None:
-    """A file may hold a tied tensor twice, under both names: then both must be the same, for only one is kept."""
-    for tensor in source.tensors:
-        if tensor.is_alias:
-            main = tensor.rule.parts[0].hf_name
-            if first_difference(source, main, source, tensor.hf_name) is not None:
-                raise TensorMismatchError(
-                    f"{tensor.hf_name!r} in {source.path} differs from {main!r}, but the configuration ties them. "
-                    "Set tie_word_embeddings to false in config.json, or remove the tensor that is not meant."
-                )
+def require_equal_twins(source: ModelSource, *, only_hidden: bool = False) -> None:
+    """Raise TensorMismatchError, which names both, unless what is stored a second time is the same: only one is used.
+
+    ``only_hidden`` leaves out those that ``source`` lists by a Hugging Face name of their own.
+    """
+    found = [*twin_differences(source.index, source.hidden_twins if only_hidden else source.twins)]
+    if found:
+        told = "; ".join(f"{twin.name!r} {what}" for twin, what in found)
+        remove = "remove the tensor that is not meant"
+        tied = f"The configuration ties them. Set tie_word_embeddings to false in config.json, or {remove}"
+        advice = tied if any(twin.is_head for twin, _ in found) else remove.capitalize()
+        raise TensorMismatchError(f"{source.path} contradicts itself: {told}. {advice}.")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import OutputError
-from dist_ckpt_mistral.gather.executor import Effort, execute, run_all
+from dist_ckpt_mistral.gather.executor import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.journal import Journal, Recipe, begin, has_work, may_resume
+from dist_ckpt_mistral.losses import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.manifest import NewManifest, write_manifest
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.staging import Staging
@@ -38,7 +39,8 @@ def write_output(
     resume: bool,
     effort: Effort,
     ranks: Ranks,
-) -> None:
+    losses: LossPolicy = REFUSE,
+) -> tuple[Loss, ...]:
     """Write ``plan`` into new files (names relative to ``output``, sizes in bytes; in the order of its target files).
 
     ``complete`` then adds what else belongs to the output, ``beside_bytes`` bytes, on the first rank, given the
@@ -49,8 +51,10 @@ def write_output(
     ``resume`` the next run keeps those that still have their checksums, unless ``recipe`` or plan are others; without,
     it removes them. So a full disk after hours costs no more than a kill: the error says how to go on.
 
-    Raises OutputError where the output cannot be written or the run not be resumed, FormatError where a source changes
-    while it is read, and whatever went wrong on any rank.
+    Returns which values a conversion of element types destroyed, where ``losses`` allows that.
+
+    Raises OutputError where the output cannot be written or the run not be resumed, or where values would be destroyed,
+    FormatError where a source changes while it is read, and whatever went wrong on any rank.
     """
     names, staging = list(file_bytes), Staging(output)
     with _left_behind(staging, recipe):
@@ -63,7 +67,7 @@ def write_output(
             file: staging.output / names[file] for file in sorted({plan.segments[number].file for number in numbers})
         }
 
-        def copy_share() -> Checksums:
+        def copy_share() -> dict[int, Copied]:
             with (
                 _as_output_errors(staging),
                 _opened(own) as targets,
@@ -71,13 +75,14 @@ def write_output(
             ):
                 return execute(plan, targets, effort=effort, numbers=numbers, checksums=checksums, record=journal)
 
-        shares = ranks.together(copy_share)
+        copied = {number: each for share in ranks.together(copy_share) for number, each in share.items()}
+        found = ranks.on_first(lambda: losses.accept(plan, copied))
 
         def finish() -> None:
             everything = {file: staging.output / name for file, name in enumerate(names)}
             with _as_output_errors(staging):
                 with _opened(everything) as targets:
-                    complete(staging.output, targets, {n: crc for found in shares for n, crc in found.items()})
+                    complete(staging.output, targets, {number: each.crc32 for number, each in copied.items()})
                 require_unchanged(recipe.of_sources(plan))
 
         def sync_share() -> None:
@@ -95,6 +100,7 @@ def write_output(
         if effort.durable:
             ranks.together(sync_share)  # the disk has been writing meanwhile
         ranks.on_first(publish)
+    return found
 
 
 def _begin(

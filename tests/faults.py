@@ -197,7 +197,7 @@ class Driver:
             (self.work / "out").mkdir()
             (self.work / "out" / "precious").write_text("old")
 
-    def _instead(self, write: Callable[..., None], *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+    def _instead(self, write: Callable[..., object], *arguments: Any, **options: Any) -> None:  # noqa: ANN401
         """In place of the package's: it is called in forked processes only."""
         call = self.scenario.first
         while True:
@@ -218,7 +218,7 @@ class Driver:
     def _is_forked(self) -> bool:
         return self.report is not None
 
-    def _fork(self, write: Callable[[Ranks], None], fault: Fault | None) -> tuple[Seen, int | None]:
+    def _fork(self, write: Callable[[Ranks], object], fault: Fault | None) -> tuple[Seen, int | None]:
         """Let new processes write: what is there then, and how many calls the fault counted.
 
         Code and lines are the first rank's, but the code is negative if a rank was killed. Of one that was killed

@@ -30,7 +30,7 @@ model.row_blocks model.tensor_rules model.vision_table model.layer_table model.t
 model.pipeline_layout model.rank_grid model.held_tensors model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.attention_args model.expert_args model.megatron_args
 model.bridge_config model.pretrain_flags
-gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.dequantize
+gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.casts gather.dequantize
 gather.plan gather.bands gather.executor gather.digests gather.chunk_reads
 formats.pickle_records formats.torch_archive_writer formats.common_state
 formats.stored_metadata formats.metadata_records formats.metadata_pickle
@@ -38,8 +38,8 @@ formats.stored_checkpoint formats.torch_dist formats.legacy_objects formats.lega
 formats.torch_dist_writer
 formats.archive_checksums formats.safetensors formats.hf_directory formats.small_files
 formats.quantized
-own_links mapping matching embedded checkpoint_config model_source manifest journal writing verify stored_comparison
-file_checks checking
+own_links mapping matching embedded checkpoint_config model_source manifest losses journal writing verify
+stored_comparison file_checks checking
 chunking conversion new_hf_directory new_checkpoint convert rewriting resharding migration
 pretrain_command sheet report report_page lazy_checkpoint rank_plan hf_inference
 reading.plan reading.planner reading.table reading.style reading.ribbons reading.matrix reading.picture

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch_reading import edited_metadata
 from transformers import LlamaConfig
 
+import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.convert import from_hf
 
@@ -664,13 +665,17 @@ def test_an_index_that_names_other_files(weight_map: object, expected: str, many
 
 
 def test_element_types_that_do_not_go_together(hf: Path, tmp_path: Path) -> None:
-    """Queries, keys and values become one tensor, so they must be of one dtype; so must both halves of the MLP."""
+    """Queries, keys and values become one tensor, so they must be of one dtype, or ``--dtype`` chooses one."""
     tensors = load_file(hf / "model.safetensors")
     tensors["model.layers.1.self_attn.v_proj.weight"] = tensors["model.layers.1.self_attn.v_proj.weight"].half()
     save_file(tensors, hf / "model.safetensors")
     line = refusal(tmp_path, "from-hf", hf, tmp_path / "out")
     assert "'decoder.layers.self_attention.linear_qkv.weight'" in line
-    assert "bfloat16, float16" in line
+    assert "float16: model.layers.1.self_attn.v_proj.weight. Give --dtype" in line
+    assert run("from-hf", hf, tmp_path / "out", "--dtype", "float32").code == 0
+    dcm.to_hf(tmp_path / "out", tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(found[name].equal(tensor.float()) for name, tensor in tensors.items())
 
 
 def test_element_types_that_no_archive_has(hf: Path, tmp_path: Path) -> None:

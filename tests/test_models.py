@@ -18,7 +18,7 @@ from small_models import MODELS, PROMPT, VOCABULARY, small_model
 from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchError, UnsupportedModelError
+from dist_ckpt_mistral.errors import ConfigError, LayoutError, OutputError, TensorMismatchError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,13 +140,26 @@ def test_weights_are_converted_and_padding_is_zero(
 
 
 def test_several_dtypes_need_a_choice(tmp_path: Path, megatron: SimpleNamespace) -> None:
-    """Weights of several dtypes are not rounded unasked; with a dtype they load."""
+    """Weights of several dtypes are not rounded unasked; with a dtype they load, even within one tensor of Megatron."""
     model = small_model("full attention").bfloat16()
     model.model.norm.float()
+    model.model.layers[1].self_attn.k_proj.float()
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"several dtypes: bfloat16, float32\. Give dtype"):
         megatron.load_model(tmp_path, device="cpu")
     assert megatron.load_model(tmp_path, device="cpu", dtype=torch.float32).config.params_dtype is torch.float32
+
+
+def test_destroyed_values_need_a_word(tmp_path: Path, megatron: SimpleNamespace) -> None:
+    """A dtype that destroys values is refused by the tensor's name, unless that is allowed."""
+    model = small_model("full attention").bfloat16()
+    with torch.no_grad():
+        model.model.norm.weight[:3] = torch.tensor([1e10, -1e5, 1e-20])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OutputError, match=r"cannot hold: model\.norm\.weight: 2 become infinite, 1 become zero"):
+        megatron.load_model(tmp_path, device="cpu", dtype="float16")
+    loaded = megatron.load_model(tmp_path, device="cpu", dtype="float16", allow_lossy=True)
+    assert loaded.decoder.final_layernorm.weight.equal(model.model.norm.weight.half())
 
 
 def test_a_new_model_is_random_and_trains(megatron: SimpleNamespace) -> None:

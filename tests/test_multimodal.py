@@ -283,7 +283,8 @@ def test_a_head_that_is_stored_though_tied(trip: Trip, tmp_path: Path) -> None:
     save_file(tensors | {"language_model.lm_head.weight": words * 2}, tmp_path / "hf" / "model.safetensors")
     line = refusal(tmp_path, "from-hf", tmp_path / "hf", tmp_path / "again")
     assert "'language_model.lm_head.weight'" in line
-    assert "but the configuration ties them" in line
+    assert "differs from 'language_model.model.embed_tokens.weight'" in line
+    assert "The configuration ties them. Set tie_word_embeddings to false in config.json" in line
 
 
 UNSAID = "unsaid"

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ from dist_ckpt_mistral.gather.bands import BAND_BYTES, BandReader
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.executor import Effort, execute
 from dist_ckpt_mistral.gather.links import Link, reverse
-from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
+from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
@@ -372,8 +373,8 @@ def test_plans_that_are_not_total_are_refused(
         two_tensors(source, target, links)
 
 
-def test_element_types_are_not_mixed() -> None:
-    """One target from two sources of different dtypes is refused; a target of another dtype converts all its bytes."""
+def test_a_target_of_another_element_type() -> None:
+    """All bytes of a segment are converted, and it says from what to what."""
     tensors = {
         name: IndexedTensor.whole(name, dtype, (2,), file=0, position=0)
         for name, dtype in (("a", "float32"), ("b", "float16"), ("t", "bfloat16"))
@@ -388,14 +389,40 @@ def test_element_types_are_not_mixed() -> None:
         8,
         4,
     )
-    halves = [
-        Link(source=name, source_offset=(0,), target="t", target_offset=(row,), shape=(1,))
-        for row, name in enumerate("ab")
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
+def test_element_types_are_mixed_only_where_one_is_chosen(target: str, tmp_path: Path) -> None:
+    """Sources of several dtypes have none in common, but fill a target of any: each value as torch converts it."""
+    torch.manual_seed(0)
+    halves = {"a": torch.randn(3, 4), "b": torch.randn(3, 4).half(), "c": torch.randn(3, 4).bfloat16()}
+    path, tensors, position = tmp_path / "source", {}, 5
+    with path.open("wb") as file:
+        file.write(bytes(position))
+        for name, values in halves.items():
+            dtype = str(values.dtype).removeprefix("torch.")
+            tensors[name] = IndexedTensor.whole(name, dtype, (3, 4), file=0, position=position)
+            position += file.write(values.view(torch.uint8).numpy().tobytes())
+    links = [
+        Link(source=name, source_offset=(row, 0), target="t", target_offset=(3 * row + part, 0), shape=(1, 4))
+        for part, name in enumerate(halves)
+        for row in range(3)
     ]
-    with pytest.raises(
-        TensorMismatchError, match="'t' would mix element types: its parts are stored as float16, float32"
-    ):
-        plan_gather(index, target, halves)
+    index = TensorIndex(files=(path,), tensors=tensors)
+    message = (
+        "'t' would mix element types: expected its parts in one, got bfloat16: c; float16: b; float32: a. Give --dtype"
+    )
+    with pytest.raises(TensorMismatchError, match=re.escape(message)):
+        only_dtype(index, links)
+    wanted = {"t": IndexedTensor.whole("t", target, (9, 4), file=0, position=0)}
+    plan = plan_gather(index, TensorIndex(files=(Path("t"),), tensors=wanted), links)
+    assert plan.segments[0].sources == ("a", "b", "c")
+    written = TargetFile(tmp_path / "t", plan.num_bytes)
+    execute(plan, {0: written}, effort=Effort(workers=1), numbers=[0], checksums=False)
+    written.close()
+    dtype = getattr(torch, target)
+    expected = torch.stack([values.to(dtype) for values in halves.values()], 1)
+    assert (tmp_path / "t").read_bytes() == expected.view(torch.uint8).numpy().tobytes()
 
 
 @settings(max_examples=100)
@@ -491,7 +518,7 @@ def test_files_are_written_as_planned(
     )
     targets = {number: TargetFile(folder / str(number), end + 5) for number, end in enumerate(ends)}
     progress: list[int] = []
-    crc = execute(
+    copied = execute(
         plan,
         targets,
         effort=Effort(workers=workers, progress=progress.append),
@@ -507,7 +534,8 @@ def test_files_are_written_as_planned(
     assert [(folder / str(number)).read_bytes() for number in (0, 1)] == whole
     assert sum(progress) == array.size
     true = {n: zlib.crc32(expected[s.file, s.position]) for n, s in enumerate(plan.segments)}
-    assert crc == (true if checksums else {})
+    assert {number: each.lost for number, each in copied.items()} == dict.fromkeys(true, (0, 0))
+    assert not checksums or {number: each.crc32 for number, each in copied.items()} == true
 
 
 def test_long_segments_are_shared_among_threads(tmp_path: Path) -> None:
@@ -530,7 +558,7 @@ def test_long_segments_are_shared_among_threads(tmp_path: Path) -> None:
         found = execute(plan, {0: target}, effort=Effort(workers=3), numbers=[0], checksums=checksums)
         target.close()
         assert (np.fromfile(tmp_path / "target", np.uint8) == content).all()
-        assert found == ({0: zlib.crc32(content.data)} if checksums else {})
+        assert not checksums or found[0].crc32 == zlib.crc32(content.data)
         (tmp_path / "target").unlink()
 
 

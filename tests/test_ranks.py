@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from hf_models import contents, random_model, saved
+from safetensors.torch import load_file, save_file
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import storage
@@ -61,6 +63,27 @@ def test_ranks_write_what_one_process_writes(hf: Path, tmp_path: Path, world_siz
     failures = on_ranks(world_size, lambda ranks: dcm.to_hf(tmp_path / "many", tmp_path / "back", ranks=ranks))
     assert failures == [None] * world_size
     assert contents(tmp_path / "back") == contents(hf)
+
+
+def test_what_ranks_lose_is_counted_together(hf: Path, tmp_path: Path) -> None:
+    """Values that a conversion destroys on any rank are refused on all, by name; a resumed job counts them too."""
+    shutil.copytree(hf, tmp_path / "hf")
+    for file in (tmp_path / "hf").glob("model-*"):
+        tensors = load_file(file)
+        for name in tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+            tensors[name][0, :3] = 1e20
+        save_file(tensors, file, metadata={"format": "pt"})
+    options: dict[str, Any] = {"tp": 2, "pp": 2, "dtype": "float16"}
+    for resume in (False, True):
+        out = tmp_path / "out"
+        failures = on_ranks(3, lambda ranks: dcm.from_hf(tmp_path / "hf", out, **options, resume=resume, ranks=ranks))  # noqa: B023
+        assert all("lm_head.weight: 3 become infinite; model.embed_tokens.weight: 3" in str(each) for each in failures)
+        assert not out.exists()
+    losses = dcm.from_hf(tmp_path / "hf", tmp_path / "out", **options, allow_lossy=True, resume=True).losses
+    assert [(loss.tensors, loss.overflowed) for loss in losses] == [
+        (("lm_head.weight",), 3),
+        (("model.embed_tokens.weight",), 3),
+    ]
 
 
 def test_a_rank_that_fails_fails_all(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

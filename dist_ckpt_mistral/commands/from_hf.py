@@ -28,6 +28,7 @@ def add(commands: options.Commands) -> None:
         "--iteration", type=options.not_negative, metavar="N", help="store as this iteration (default: a release)"
     )
     command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
+    options.add_allow_lossy(command)
     options.add_output(command)
 
 
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             pp=arguments.pp,
             ep=arguments.ep,
             dtype=arguments.dtype,
+            allow_lossy=arguments.allow_lossy,
             iteration=arguments.iteration,
             manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,

@@ -69,6 +69,14 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help=help_text)
 
 
+def add_allow_lossy(command: argparse.ArgumentParser) -> None:
+    """The option that lets a conversion of element types destroy values."""
+    help_text = (
+        "with --dtype: accept that values become infinite or zero, which is refused otherwise; a warning counts them"
+    )
+    command.add_argument("--allow-lossy", action="store_true", help=help_text)
+
+
 def add_file_size(command: argparse.ArgumentParser) -> None:
     """The option that cuts an output into files."""
     help_text = "of one file, unless one tensor or chunk is larger (default 5GB)"

@@ -27,6 +27,7 @@ def add(commands: options.Commands) -> None:
     options.add_file_size(command)
     command.add_argument("--dry-run", action="store_true", help="check everything and say what would be written")
     command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
+    options.add_allow_lossy(command)
     options.add_output(command)
 
 
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             config=options.given_config(arguments),
             weights=arguments.weights,
             dtype=arguments.dtype,
+            allow_lossy=arguments.allow_lossy,
             max_file_bytes=arguments.max_file_size,
             manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,

@@ -11,13 +11,13 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.gather.casts import numpy_dtype
 from dist_ckpt_mistral.gather.flat_ranges import boxes_of_range
 from dist_ckpt_mistral.gather.scales import ScaledTensor
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
@@ -46,7 +46,7 @@ class DequantizedFile:
 
     def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with values, from byte ``position`` of them on."""
-        values = np.frombuffer(buffer, dtype=_numpy_dtype(self.dtype))
+        values = np.frombuffer(buffer, dtype=numpy_dtype(self.dtype))
         first = position // values.itemsize
         stored = np.empty(values.size, dtype=np.uint8)
         files.read_into(self.file, self.position + first, stored.data)
@@ -70,17 +70,10 @@ class DequantizedFile:
         return scales
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a torch name."""
-    import ml_dtypes  # noqa: F401, PLC0415  (registers bfloat16 and float8; only conversions need it)
-
-    return np.dtype(name)
-
-
 @functools.cache
 def _values_of_bytes(dtype: str) -> FloatArray:
     """What each of the 256 bytes means in an 8-bit dtype: looking it up is several times faster than converting."""
-    return np.arange(256, dtype=np.uint8).view(_numpy_dtype(dtype)).astype(np.float32)
+    return np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
 
 
 def dequantized(index: TensorIndex, tensors: Iterable[ScaledTensor], dtype: str) -> TensorIndex:
@@ -113,7 +106,7 @@ def _read_scales(sources: SourceFiles, index: TensorIndex, tensor: ScaledTensor)
     stored = index.tensors[tensor.scale]
     num_bytes = math.prod(tensor.grid) * dtypes.itemsize_bytes(stored.dtype)
     data = sources.read(int(stored.files[0]), int(stored.positions[0]), num_bytes)
-    scales = np.frombuffer(data, dtype=_numpy_dtype(stored.dtype)).astype(np.float32).reshape(tensor.grid)
+    scales = np.frombuffer(data, dtype=numpy_dtype(stored.dtype)).astype(np.float32).reshape(tensor.grid)
     faulty = scales[~(np.isfinite(scales) & (scales >= 0))]
     if faulty.size:
         raise FormatError(

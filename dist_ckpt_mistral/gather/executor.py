@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.gather.bands import BAND_BYTES, BUFFERS, PAGE_BYTES, BandReader, Stopped
+from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
 from dist_ckpt_mistral.storage import SourceFiles
 
@@ -40,13 +40,20 @@ class Target(Protocol):
         """Have bytes that were written begin their way to where they last, without waiting."""
 
 
+class Copied(NamedTuple):
+    """What is to be known of a part that was copied: the CRC-32 of its stored bytes, and the values that were lost."""
+
+    crc32: int
+    lost: Lost
+
+
 class Record(Protocol):
     """Which parts were copied, by an earlier run too (``journal.Journal``)."""
 
-    def recall(self, part: Part) -> int | None:
-        """The CRC-32 of the part's stored bytes if they are there; else None."""
+    def recall(self, part: Part) -> Copied | None:
+        """What was noted of the part if its stored bytes are there; else None."""
 
-    def note(self, part: Part, crc32: int) -> None:
+    def note(self, part: Part, copied: Copied) -> None:
         """Note, from any thread, that the part was written."""
 
 
@@ -85,41 +92,46 @@ def execute(
     numbers: Sequence[int],
     checksums: bool,
     record: Record | None = None,
-) -> dict[int, int]:
+) -> dict[int, Copied]:
     """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the plan's target file.
 
-    What ``record`` recalls is not copied again. Returns the CRC-32 of every segment's stored bytes, by number, if
-    ``checksums``. The first failure ends the run.
+    What ``record`` recalls is not copied again. Returns, by the numbers of segments, the CRC-32 of each one's stored
+    bytes if ``checksums`` (else it means nothing), and the values that it lost. The first failure ends the run.
     """
     parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
         reader = BandReader(sources, effort.band_bytes())
 
-        def work(number: int) -> int:
+        def work(number: int) -> Copied:
             part = parts[number]
             segment = plan.segments[part.number]
-            crc32 = record.recall(part) if record else None
-            if crc32 is not None:
+            copied = record.recall(part) if record else None
+            if copied is not None:
                 effort.progress(segment.stored(part.low, part.high)[1])
-                return crc32
-            crc32 = _copy(
+                return copied
+            copied = _copy(
                 segment, part, targets[segment.file], reader, effort, checksum=checksums or record is not None
             )
             if record:
-                record.note(part, crc32)
-            return crc32
+                record.note(part, copied)
+            return copied
 
         done = run_all(work, range(len(parts)), workers=effort.threads, stop=reader.stop)
-    found = {part.number: crc32 for part, crc32 in zip(parts, done, strict=True)}
-    return {number: found.get(number, 0) for number in numbers} if checksums else {}
+    found = dict.fromkeys(numbers, Copied(0, NOTHING))
+    for part, copied in zip(parts, done, strict=True):
+        found[part.number] = Copied(copied.crc32, found[part.number].lost.plus(copied.lost))
+    return found
 
 
-def _copy(segment: Segment, part: Part, target: Target, reader: BandReader, effort: Effort, *, checksum: bool) -> int:
-    """Copy a part; the CRC-32 of its stored bytes, if wanted."""
+def _copy(
+    segment: Segment, part: Part, target: Target, reader: BandReader, effort: Effort, *, checksum: bool
+) -> Copied:
+    """Copy a part. The CRC-32 is 0 unless wanted."""
     begun, _ = segment.stored(part.low, part.high)
-    position, crc32 = begun, 0
+    position, crc32, lost = begun, 0, NOTHING
     for band in reader.bands(segment, part.low, part.high, position=position):
-        stored = _convert(band, segment)
+        stored, lost_here = cast(band, segment.source_dtype, segment.dtype)
+        lost = lost.plus(lost_here)
         target.write(position, stored)
         crc32 = zlib_ng.crc32(stored, crc32) if checksum else 0
         position += len(stored)
@@ -127,7 +139,7 @@ def _copy(segment: Segment, part: Part, target: Target, reader: BandReader, effo
             target.start_writeback(begun, position - begun)
             begun = position
         effort.progress(len(stored))
-    return crc32
+    return Copied(crc32, lost)
 
 
 def _parts(plan: BytePlan, numbers: Sequence[int], *, threads: int, whole: bool) -> list[Part]:
@@ -166,14 +178,3 @@ def run_all(
         if failed:
             raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
         return [future.result() for future in futures]
-
-
-def _convert(band: memoryview, segment: Segment) -> memoryview:
-    """The band as it is stored: unchanged, or converted (rounding to nearest even, as torch does)."""
-    if segment.source_dtype == segment.dtype:
-        return band
-    import ml_dtypes  # noqa: F401, PLC0415  (registers bfloat16; only conversions need it)
-
-    values = np.frombuffer(band, dtype=np.dtype(segment.source_dtype))
-    with np.errstate(over="ignore", invalid="ignore"):  # as in torch, too large becomes infinite and NaN stays NaN
-        return values.astype(np.dtype(segment.dtype)).view(np.uint8).data

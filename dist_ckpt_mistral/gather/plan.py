@@ -6,8 +6,8 @@ Totality is proved here: every target byte is written exactly once, and from byt
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,11 @@ import numpy.typing as npt
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import PlanError, TensorMismatchError, for_all
 from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
+from dist_ckpt_mistral.gather.casts import widened, widest
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import DerivedFile
 
 #: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
@@ -42,7 +45,8 @@ CopyArray = npt.NDArray[np.void]
 class Segment:
     """One contiguous run of one target file (a tensor of a safetensors file, the data of a chunk) and what fills it.
 
-    ``copies`` fill ``num_bytes`` bytes of ``source_dtype``, which are stored as ``dtype``.
+    ``copies`` fill ``num_bytes`` bytes of ``source_dtype``, which are stored as ``dtype``. ``sources`` are the names of
+    the tensors that they come from.
     """
 
     tensor: str
@@ -52,6 +56,7 @@ class Segment:
     dtype: str
     num_bytes: int
     copies: CopyArray
+    sources: tuple[str, ...]
 
     @property
     def stored_bytes(self) -> int:
@@ -93,19 +98,22 @@ class BytePlan:
 def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link]) -> BytePlan:
     """Plan how to fill every chunk of ``target`` from the chunks of ``source``.
 
-    Raises PlanError where links, source chunks or target chunks leave a gap or overlap, TensorMismatchError where one
-    target tensor would mix element types.
+    What is stored in several element types is brought to one that holds all their values, then to that of its target.
+
+    Raises PlanError where links, source chunks or target chunks leave a gap or overlap, TensorMismatchError where no
+    element type holds all values.
     """
-    by_target: dict[str, list[Link]] = defaultdict(list)
+    by_target = defaultdict[str, list[Link]](list)
     for link in links:
         by_target[link.target].append(link)
     for_all(
         lambda name: _require_whole(source.tensors[name]), sorted({link.source for link in chain(*by_target.values())})
     )
+    source, links_to = _unmixed(source, by_target)
     segments = [
         segment
         for tensor in target.tensors.values()
-        for segment in _fill(source, tensor, by_target.get(tensor.name, []))
+        for segment in _fill(source, tensor, links_to.get(tensor.name, []))
     ]
     segments.sort(key=lambda segment: (segment.file, segment.position))
     return BytePlan(
@@ -114,6 +122,54 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
         segments=tuple(segments),
         derived_files=source.derived,
     )
+
+
+def plan_reading(source: TensorIndex, wanted: Mapping[str, tuple[Shape, Sequence[Link]]]) -> BytePlan:
+    """A plan for reading: one segment for each of ``wanted``, in this order, given its shape and the links to it."""
+    tensors = {
+        name: IndexedTensor.whole(name, only_dtype(source, links), shape, file=number, position=0)
+        for number, (name, (shape, links)) in enumerate(wanted.items())
+    }
+    target = TensorIndex(files=tuple(map(Path, wanted)), tensors=tensors)
+    return plan_gather(source, target, chain.from_iterable(links for _, links in wanted.values()))
+
+
+def only_dtype(source: TensorIndex, links: Sequence[Link]) -> str:
+    """The element type (a torch name) of what ``links``, all to one target, read of ``source``.
+
+    Raises TensorMismatchError where there are several, and names them: then a target needs one that is chosen.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for link in links:
+        found[source.tensors[link.source].dtype].append(link.source)
+    if len(found) > 1:
+        told = "; ".join(f"{dtype}: {listed([*dict.fromkeys(names)])}" for dtype, names in sorted(found.items()))
+        raise TensorMismatchError(
+            f"{links[0].target!r} would mix element types: expected its parts in one, got {told}. "
+            "Give --dtype, to which all are converted."
+        )
+    return next(iter(found))
+
+
+def _unmixed(source: TensorIndex, by_target: Mapping[str, list[Link]]) -> tuple[TensorIndex, Mapping[str, list[Link]]]:
+    """Where links to one target read several element types, they read all in one that holds all values."""
+    tensors, derived, links_to = dict(source.tensors), list(source.derived), dict(by_target)
+    for target, links in by_target.items():
+        stored = sorted({source.tensors[link.source].dtype for link in links})
+        if len(stored) <= 1:
+            continue
+        wide = widest(stored)
+        if wide is None:
+            raise TensorMismatchError(f"{target!r} would mix element types: {', '.join(stored)}")
+        links_to[target] = []
+        for link in links:
+            name = link.source if tensors[link.source].dtype == wide else f"{link.source} as {wide}"
+            if name not in tensors:
+                first_file = len(source.files) + len(derived)
+                tensors[name], files = widened(tensors[link.source], wide, first_file)
+                derived += files
+            links_to[target].append(replace(link, source=name))
+    return replace(source, tensors=tensors, derived=tuple(derived)), links_to
 
 
 def _require_whole(tensor: IndexedTensor) -> None:
@@ -126,19 +182,15 @@ def _fill(source: TensorIndex, target: IndexedTensor, links: list[Link]) -> list
     by_source: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         by_source[link.source].append(link)
-    source_dtypes = sorted({source.tensors[name].dtype for name in by_source}) or [target.dtype]
-    if len(source_dtypes) > 1:
-        raise TensorMismatchError(
-            f"{target.name!r} would mix element types: its parts are stored as {', '.join(source_dtypes)}. "
-            "Convert the source to one dtype first."
-        )
+    source_dtype = source.tensors[links[0].source].dtype if links else target.dtype
+    names = [source.tensors[name].name for name in by_source]
     found = [_copies(source.tensors[name], target, group) for name, group in by_source.items()]
     chunks = np.concatenate([np.empty(0, dtype=np.int64), *(each for each, _ in found)])
     copies = np.concatenate([np.empty(0, dtype=COPY), *(each for _, each in found)])
     order = np.lexsort((copies["target_offset"], chunks))
     copies = copies[order]
     ends = np.bincount(chunks, minlength=target.num_chunks).cumsum().tolist()
-    num_bytes = target.shapes.prod(axis=1) * dtypes.itemsize_bytes(source_dtypes[0])
+    num_bytes = target.shapes.prod(axis=1) * dtypes.itemsize_bytes(source_dtype)
     _require_filled(chunks[order], copies, num_bytes, target.name)
     columns = (target.files.tolist(), target.positions.tolist(), num_bytes.tolist())
     return [
@@ -146,13 +198,27 @@ def _fill(source: TensorIndex, target: IndexedTensor, links: list[Link]) -> list
             tensor=target.name,
             file=file,
             position=position,
-            source_dtype=source_dtypes[0],
+            source_dtype=source_dtype,
             dtype=target.dtype,
             num_bytes=size,
             copies=copies[start:end],
+            sources=sources,
         )
-        for file, position, size, start, end in zip(*columns, [0, *ends[:-1]], ends, strict=True)
+        for file, position, size, start, end, sources in zip(
+            *columns, [0, *ends[:-1]], ends, _sources(names, found, target.num_chunks), strict=True
+        )
     ]
+
+
+def _sources(
+    names: Iterable[str], found: Sequence[tuple[IntArray, CopyArray]], num_chunks: int
+) -> list[tuple[str, ...]]:
+    """Of each chunk, which of the sources ``names`` have copies into it, given what ``_copies`` gave of each."""
+    into: list[list[str]] = [[] for _ in range(num_chunks)]
+    for name, (chunks, _) in zip(names, found, strict=True):
+        for chunk in np.unique(chunks).tolist():
+            into[chunk].append(name)
+    return [tuple(each) for each in into]
 
 
 def _require_filled(chunks: IntArray, copies: CopyArray, num_bytes: IntArray, name: str) -> None:

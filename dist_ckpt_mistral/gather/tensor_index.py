@@ -70,6 +70,13 @@ class IndexedTensor:
         """Number of stored chunks."""
         return len(self.files)
 
+    def shares_bytes(self, other: IndexedTensor) -> bool:
+        """Whether another tensor of the same index lies in the same places."""
+        columns = ("offsets", "shapes", "files", "positions")
+        return self.dtype == other.dtype and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in columns
+        )
+
     @functools.cached_property
     def _cuts(self) -> tuple[IntArray, ...] | None:
         return grid_cuts(self.offsets, self.shapes, self.global_shape)

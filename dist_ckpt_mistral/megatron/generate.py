@@ -51,7 +51,8 @@ def complete(
 
     ``path`` is a Megatron checkpoint, a Hugging Face directory or a hub id. The likeliest token follows unless
     ``sampling`` is given. The tokenizer is that of the directory ``tokenizer``, else of ``config``, else the one that
-    came with the model. ``dtype`` (a torch name) converts the weights. Runs on CUDA where there is any, else on a CPU.
+    came with the model. ``dtype`` (a torch name) converts the weights, with a warning where it destroys values. Runs on
+    CUDA where there is any, else on a CPU.
 
     Raises DistCkptMistralError if the model cannot be read or run, or has no tokenizer; on all ranks alike.
     """
@@ -64,7 +65,7 @@ def complete(
         return source, words, stop_tokens(source, words, [*map(given_directory, (tokenizer, config)), *source.assets])
 
     source, words, stop = ranks.from_environment().each(prepare)
-    model = load_source(source, layout, dtype=dtype, device=device)
+    model = load_source(source, layout, dtype=dtype, device=device, allow_lossy=True)
     for prompt in prompts:
         tokens = tuple(words(prompt)["input_ids"])
         new = tuple(

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from dist_ckpt_mistral import ranks
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.executor import Effort, execute
+from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
@@ -26,7 +27,7 @@ from dist_ckpt_mistral.model.held_tensors import HeldTensor
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.rank_plan import live_rows, plan_held
-from dist_ckpt_mistral.verify import require_equal_aliases
+from dist_ckpt_mistral.verify import require_equal_twins
 
 _ALONE: Final = ParallelLayout()
 _NOTHING: Final[Mapping[str, Any]] = {}
@@ -42,6 +43,7 @@ def load_model(
     device: torch.device | str | None = None,
     padded_vocab_size: int | None = None,
     transformer_config: Mapping[str, Any] = _NOTHING,
+    allow_lossy: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
 ) -> Model:
     """This rank's GPTModel with the weights in ``path``, or the list of them with virtual pipeline stages.
@@ -58,6 +60,8 @@ def load_model(
         device: Where the model goes, by default CUDA where there is any, else the CPU.
         padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to.
         transformer_config: Further fields of Megatron's TransformerConfig; they win.
+        allow_lossy: Only warn where ``dtype`` destroys values, finite ones that become infinite or others that become
+            zero; by default that is an error, which counts them.
         effort: Threads and copy buffers.
 
     Raises:
@@ -68,7 +72,7 @@ def load_model(
     layout = initialize_megatron(layout, device=device)
 
     def opened() -> ModelSource:
-        name = None if dtype is None else str(torch_dtype(dtype)).removeprefix("torch.")
+        name = None if dtype is None else "float32"  # FP8 values: rounded once, where losses are counted
         return open_source(path, config=chosen_config(config), dtype=name)
 
     return load_source(
@@ -78,6 +82,7 @@ def load_model(
         device=device,
         padded_vocab_size=padded_vocab_size,
         transformer_config=transformer_config,
+        allow_lossy=allow_lossy,
         effort=effort,
     )
 
@@ -90,6 +95,7 @@ def load_source(
     device: torch.device,
     padded_vocab_size: int | None = None,
     transformer_config: Mapping[str, Any] = _NOTHING,
+    allow_lossy: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
 ) -> Model:
     """As ``load_model``, from an opened model."""
@@ -103,7 +109,8 @@ def load_source(
         for chunk, held in zip(chunks, _held(source, layout, padded_vocab_size), strict=True)
         for pair in _pairs(dict(chunk.named_parameters()), held)
     ]
-    ranks.from_environment().each(lambda: _fill(source, pairs, str(dtype).removeprefix("torch."), effort))
+    losses = LossPolicy(allowed=allow_lossy, names_of=names_of_sources)
+    ranks.from_environment().each(lambda: _fill(source, pairs, str(dtype).removeprefix("torch."), losses, effort))
     return as_model([chunk.to(device) for chunk in chunks])
 
 
@@ -156,17 +163,21 @@ class _Memory:
 
 @torch.no_grad()
 def _fill(
-    source: ModelSource, pairs: Sequence[tuple[HeldTensor, torch.nn.Parameter]], dtype: str, effort: Effort
+    source: ModelSource,
+    pairs: Sequence[tuple[HeldTensor, torch.nn.Parameter]],
+    dtype: str,
+    losses: LossPolicy,
+    effort: Effort,
 ) -> None:
     """Read what the parameters hold; rows that pad the vocabulary become zeros."""
-    require_equal_aliases(source)
+    require_equal_twins(source)
     plan = plan_held(source, [held for held, _ in pairs], dtype)
     values = [
         torch.empty(parameter.shape, dtype=parameter.dtype) if parameter.is_cuda else parameter.detach()
         for _, parameter in pairs
     ]
     targets = {number: _Memory(value.view(-1).view(torch.uint8).numpy().data) for number, value in enumerate(values)}
-    execute(plan, targets, effort=effort, numbers=range(len(plan.segments)), checksums=False)
+    losses.accept(plan, execute(plan, targets, effort=effort, numbers=range(len(plan.segments)), checksums=False))
     for (held, parameter), value in zip(pairs, values, strict=True):
         value[live_rows(held) :] = 0
         if parameter.is_cuda:

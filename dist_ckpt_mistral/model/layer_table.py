@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -13,7 +14,14 @@ from dist_ckpt_mistral.shapes import Shape
 
 _HERE: Final = "decoder.layers.{layer}."
 _OWN: Final = "layers.{layer}."
+_NO_PARTS: Final[tuple[HfPart, ...]] = ()
 _EXPERT_KEY: Final = "mlp.experts.experts.{expert}."
+#: Other parts of Mixtral's names that transformers 5.24 takes (conversion_mapping.py), and what stands for them here.
+#: It renames the block whatever follows, and then packs the experts that are single.
+OTHER_EXPERT_NAMES: Final = (
+    (re.compile(r"\.mlp\.(?=gate\.|experts\.\d+\.)"), ".block_sparse_moe."),
+    (re.compile(r"\.block_sparse_moe\.(?=experts\.(gate_up_proj|down_proj)$)"), ".mlp."),
+)
 
 
 def whole(hf_name: str, rows: int, *own_names: str) -> tuple[HfPart, ...]:
@@ -156,16 +164,19 @@ class _Layer:
         )
 
     def _experts(self, experts: Experts) -> tuple[TensorRule, ...]:
-        """The router, the experts and the shared ones. On disk, Mixtral's experts are single, Mistral 4's packed."""
+        """The router, the experts and the shared ones.
+
+        On disk, Mixtral's experts are single, Mistral 4's packed; in the memory of transformers 5 all are packed.
+        """
         ffn, hidden = experts.intermediate_size, self._config.hidden_size
         there = self._there + ("mlp." if experts.packed else "block_sparse_moe.")
         own = _OWN if experts.packed else _OWN + "feed_forward."
         w1, w2, w3 = (f"{own}experts.{{expert}}.{name}.weight" for name in ("w1", "w2", "w3"))
-        if experts.packed:
-            fc1 = whole(there + "experts.gate_up_proj", 2 * ffn, w1, w3)
-            fc2 = whole(there + "experts.down_proj", hidden, w2)
-        else:
-            each = there + "experts.{expert}."
+        fc1 = whole(self._there + "mlp.experts.gate_up_proj", 2 * ffn, w1, w3)
+        fc2 = whole(self._there + "mlp.experts.down_proj", hidden, w2)
+        other_fc1 = other_fc2 = _NO_PARTS
+        if not experts.packed:
+            each, other_fc1, other_fc2 = there + "experts.{expert}.", fc1, fc2
             fc1 = _gate_and_up((each + "w1.weight", each + "w3.weight"), (w1, w3), ffn)
             fc2 = whole(each + "w2.weight", hidden, w2)
         router = f"{_HERE}mlp.router.weight"
@@ -173,14 +184,20 @@ class _Layer:
         parts = whole(there + "gate.weight", experts.num_experts, own + "gate.weight")
         shared = experts.shared_intermediate_size
         return (
-            self._expert_linear("linear_fc1", experts, (2 * ffn, hidden), 0, fc1),
-            self._expert_linear("linear_fc2", experts, (hidden, ffn), 1, fc2),
+            self._expert_linear("linear_fc1", experts, (2 * ffn, hidden), 0, fc1, other_fc1),
+            self._expert_linear("linear_fc2", experts, (hidden, ffn), 1, fc2, other_fc2),
             self._rule(module, module, (experts.num_experts, hidden), parts),
             *(self._feed_forward("mlp.shared_experts", "shared_experts", shared) if shared else ()),
         )
 
     def _expert_linear(
-        self, module: str, experts: Experts, shape: Shape, tp_axis: int, parts: tuple[HfPart, ...]
+        self,
+        module: str,
+        experts: Experts,
+        shape: Shape,
+        tp_axis: int,
+        parts: tuple[HfPart, ...],
+        other_parts: tuple[HfPart, ...],
     ) -> TensorRule:
         key = f"{_HERE}{_EXPERT_KEY}{module}.weight"
         sequential = f"{_HERE}mlp.experts.local_experts.{{expert}}.{module}.weight"
@@ -196,6 +213,7 @@ class _Layer:
             shape,
             parts,
             num_experts=experts.num_experts,
+            other_parts=other_parts,
         )
 
     def _input_norm(self, *, fused: bool) -> TensorRule:
@@ -243,6 +261,7 @@ class _Layer:
         *,
         num_experts: int | None = None,
         other_keys: tuple[str, ...] = (),
+        other_parts: tuple[HfPart, ...] = (),
     ) -> TensorRule:
         return TensorRule(
             local=local,
@@ -253,4 +272,5 @@ class _Layer:
             parts=parts,
             glu_halves=2 if local.mcore_key.endswith("linear_fc1.weight") else 1,
             other_keys=other_keys,
+            other_parts=other_parts,
         )

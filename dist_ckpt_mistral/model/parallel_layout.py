@@ -203,7 +203,7 @@ class ParallelLayout(PipelineLayout):
             part, copy = self._share(rule, module, at)
             for index, local in self._held_indices(rule, chunk, at):
                 yield held_tensor(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
-            if rule.hf_aliases and chunk.is_last and not chunk.is_first:
+            if TIED_OUTPUT_NAME in rule.other_keys and chunk.is_last and not chunk.is_first:
                 # Tied embeddings: the last stage describes its copy of the first stage's (language_module.py, 0.12+).
                 yield held_tensor(table, rule, module, rows, (), TIED_OUTPUT_NAME, part, style, (1, *copy))
 

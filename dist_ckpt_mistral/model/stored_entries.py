@@ -53,6 +53,9 @@ _NOT_WEIGHTS: Final = (
     (re.compile(r"common_state($|/)"), "common state, read on its own"),
     (re.compile(r"(opt_param_scheduler|rerun_state_machine|iteration|checkpoint_version)\w*($|/|\.)"), "trainer state"),
 )
+#: Parts of names that only tensors of an adapter have, or a model that one is wrapped around: peft 0.17 in files of its
+#: own and of whole state dicts, Megatron-Bridge 0.6 (peft/lora.py, canonical_lora.py, dora.py) and NeMo in checkpoints.
+_OF_ADAPTER: Final = re.compile(r"base_model\.model\.|(.*\.)?(adapter|lora|to_wrap\.|base_layer\.|modules_to_save\.)")
 _HF_NOT_WEIGHTS: Final = ((re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recomputed from rope_theta by every reader"),)
 
 
@@ -94,6 +97,11 @@ def why_ignored(mcore_key: str, prefix: str = "") -> str | None:
     """Why a stored Megatron entry is not a weight, or None if it might be one; ``prefix`` may stand before its key."""
     keys = (mcore_key, mcore_key.removeprefix(prefix))
     return next((reason for pattern, reason in _NOT_WEIGHTS if any(map(pattern.match, keys))), None)
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a tensor, by its key or its Hugging Face name, belongs to an adapter or to a model wrapped in one."""
+    return _OF_ADAPTER.match(name) is not None
 
 
 def why_hf_ignored(hf_name: str) -> str | None:

@@ -125,7 +125,8 @@ class TensorRule:
 
     ``shape`` is in elements, without the axes of its index, whose extents are ``lead``, and without vocabulary padding.
     ``glu_halves`` is 2 where rows are [gate; up] and each half is cut on its own. ``other_keys`` are keys that neither
-    layer spec uses, but others have. ``hf_aliases`` are Hugging Face names of the same values in some files.
+    layer spec uses, but others have. ``other_parts`` are Hugging Face tensors that some files have instead of those of
+    ``parts``, or besides: each has all rows.
     """
 
     local: ModuleTensor
@@ -137,7 +138,7 @@ class TensorRule:
     glu_halves: int = 1
     padded_vocabulary: bool = False
     other_keys: tuple[str, ...] = ()
-    hf_aliases: tuple[str, ...] = ()
+    other_parts: tuple[HfPart, ...] = ()
 
     def module(self, spec: LayerSpec) -> ModuleTensor:
         """What a layer spec makes of it."""

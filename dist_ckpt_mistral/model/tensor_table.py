@@ -10,12 +10,13 @@ in tables with ``{layer}`` and ``{expert}`` in it; ``KeyStyle`` says how a check
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.layer_table import layer_rules, state_beside, whole
+from dist_ckpt_mistral.model.layer_table import OTHER_EXPERT_NAMES, layer_rules, state_beside, whole
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
 from dist_ckpt_mistral.model.tensor_rules import (
     Index,
@@ -28,16 +29,25 @@ from dist_ckpt_mistral.model.tensor_rules import (
     spell,
     spell_key,
 )
-from dist_ckpt_mistral.model.vision_table import IN_MEMORY, LANGUAGE_PREFIX, vision_rules
+from dist_ckpt_mistral.model.vision_table import LANGUAGE_PREFIX, OTHER_NAMES, vision_rules
 from dist_ckpt_mistral.shapes import Shape
 
 #: The name under which a last pipeline stage holds its copy of tied embeddings.
 TIED_OUTPUT_NAME: Final = "output_layer.weight"
 #: The head of a model that does not tie it: in Megatron, in Hugging Face files, in Mistral AI's own.
 _HEAD: Final = (TIED_OUTPUT_NAME, "lm_head.weight", "output.weight")
+#: The embedding of tokens, likewise.
+_EMBEDDING: Final = ("embedding.word_embeddings.weight", "model.embed_tokens.weight", "tok_embeddings.weight")
 
 #: Objects that only models of Transformer Engine up to megatron-core 0.14 look for.
 OLD_EXTRA_STATES: Final = ("decoder.layers.self_attention.core_attention._extra_state",)
+
+#: Other beginnings of names that transformers 5.24 takes for a language model (core_model_loading.py): ``MistralModel``
+#: saves without ``model.``, and one ``model.`` too many is dropped.
+_OTHER_TEXT_NAMES: Final = (
+    (re.compile(r"^(model\.){0,2}(?=(embed_tokens|layers|norm)\.)"), "model."),
+    (re.compile(r"^model\.(?=lm_head\.)"), ""),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +70,7 @@ class HfTensor:
     """One Hugging Face tensor of the model: name, shape in elements, and the Megatron rows that hold it.
 
     ``index`` is that of the Megatron tensor, or what the name spells of it: then the leading axes of ``shape`` are the
-    rest, and the rows are those of every tensor.
+    rest, and the rows are those of every tensor. An alias is one of a rule's ``other_parts``.
     """
 
     hf_name: str
@@ -78,15 +88,33 @@ class HfTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileSpelling:
+    """Which Hugging Face tensors hold a model in files: the usual ones of the table, or aliases of some.
+
+    ``stored_again`` are the aliases of usual tensors that are stored as well, ``missing`` the names of the usual
+    tensors that nothing holds.
+    """
+
+    usual: tuple[HfTensor, ...]
+    stored_again: tuple[HfTensor, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[HfTensor, ...]:
+        """What the model is seen to have: its usual tensors, however they are stored, and what is stored besides."""
+        return (*self.usual, *self.stored_again)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorTable:
     """All tensors of one model. Rules stand in the order in which transformers lists the model's state dict.
 
-    ``renamed`` are other beginnings of Hugging Face names, each with the one that stands for it in this table.
+    ``renamed`` are other parts of Hugging Face names, each with what stands for it in this table.
     """
 
     num_layers: int
     rules: tuple[TensorRule, ...]
-    renamed: tuple[tuple[str, str], ...] = ()
+    renamed: tuple[tuple[re.Pattern[str], str], ...] = ()
 
     @property
     def carried(self) -> tuple[TensorRule, ...]:
@@ -100,8 +128,7 @@ class TensorTable:
     def usual_name(self, hf_name: str) -> str:
         """The name in this table of a tensor that a file calls ``hf_name``."""
         for other, usual in self.renamed:
-            if hf_name.startswith(other):
-                return usual + hf_name.removeprefix(other)
+            hf_name = other.sub(usual, hf_name, count=1)
         return hf_name
 
     def hf_tensors(self) -> dict[str, HfTensor]:
@@ -111,6 +138,19 @@ class TensorTable:
             key=lambda tensor: (tensor.is_alias, _PLACES.index(tensor.rule.place), tensor.index[:1]),
         )
         return {tensor.hf_name: tensor for tensor in by_layer}
+
+    def spelling(self, hf_names: Collection[str]) -> FileSpelling:
+        """How files that hold tensors of these names spell the model."""
+        tensors = self.hf_tensors().values()
+        aliases = [tensor for tensor in tensors if tensor.is_alias and tensor.hf_name in hf_names]
+        usual = [(tensor, _leading(tensor)) for tensor in tensors if not tensor.is_alias]
+        stored = set[tuple[str, Index]]().union(*(keys for tensor, keys in usual if tensor.hf_name in hf_names))
+        instead = {(tensor.rule.mcore_key, tensor.index) for tensor in aliases} - stored
+        return FileSpelling(
+            usual=tuple(tensor for tensor, _ in usual),
+            stored_again=tuple(tensor for tensor in aliases if (tensor.rule.mcore_key, tensor.index) in stored),
+            missing=tuple(t.hf_name for t, keys in usual if t.hf_name not in hf_names and not keys & instead),
+        )
 
     def stored(self, rule: TensorRule, index: Index, style: KeyStyle, key: str = "") -> tuple[StoredRows, ...]:
         """Where the tensor of ``index`` lies in a checkpoint of ``style``; ``key`` picks one of ``rule.keys``."""
@@ -152,29 +192,35 @@ class TensorTable:
 _PLACES: Final = tuple(Place)
 
 
+def _leading(tensor: HfTensor) -> set[tuple[str, Index]]:
+    """The rule of a tensor with every beginning of its index: an alias that has one of these holds the tensor."""
+    return {(tensor.rule.mcore_key, tensor.index[:axes]) for axes in range(len(tensor.index) + 1)}
+
+
 def _hf_tensors(rule: TensorRule) -> Iterator[HfTensor]:
-    for part in rule.parts:
-        for hf_name in (part.hf_name, *rule.hf_aliases):
-            spelled = axes_in(hf_name)
-            for index in itertools.product(*map(range, rule.lead[:spelled])):
-                yield HfTensor(
-                    hf_name=spell(hf_name, index),
-                    shape=(*rule.lead[spelled:], part.rows.hf_rows, *rule.shape[1:]),
-                    rule=rule,
-                    index=index,
-                    rows=part.rows,
-                    own=part.own,
-                    is_alias=hf_name != part.hf_name,
-                )
+    for part in (*rule.parts, *rule.other_parts):
+        spelled = axes_in(part.hf_name)
+        for index in itertools.product(*map(range, rule.lead[:spelled])):
+            yield HfTensor(
+                hf_name=spell(part.hf_name, index),
+                shape=(*rule.lead[spelled:], part.rows.hf_rows, *rule.shape[1:]),
+                rule=rule,
+                index=index,
+                rows=part.rows,
+                own=part.own,
+                is_alias=part in rule.other_parts,
+            )
 
 
 def tensor_table(config: MistralConfig) -> TensorTable:
     """The tensor table of a model."""
     rules = (_embedding(config), *layer_rules(config, _hf_prefix(config)), *_output(config))
-    if config.vision is None:
-        return TensorTable(num_layers=config.num_hidden_layers, rules=rules)
-    rules = (*vision_rules(config.vision, config.hidden_size), *rules)
-    return TensorTable(num_layers=config.num_hidden_layers, rules=rules, renamed=IN_MEMORY)
+    renamed = _OTHER_TEXT_NAMES if config.vision is None else OTHER_NAMES
+    if config.experts is not None and not config.experts.packed:
+        renamed = (*renamed, *OTHER_EXPERT_NAMES)
+    if config.vision is not None:
+        rules = (*vision_rules(config.vision, config.hidden_size), *rules)
+    return TensorTable(num_layers=config.num_hidden_layers, rules=rules, renamed=renamed)
 
 
 def _hf_prefix(config: MistralConfig) -> str:
@@ -183,8 +229,9 @@ def _hf_prefix(config: MistralConfig) -> str:
 
 
 def _vocabulary_rule(
-    key: str, hf_name: str, own_name: str, config: MistralConfig, place: Place, *aliases: str
+    key: str, hf_name: str, own_name: str, config: MistralConfig, place: Place, *, tied: bool = False
 ) -> TensorRule:
+    """The embedding or the head. Of ``tied`` ones some files and checkpoints have the head, too, or alone."""
     module = ModuleTensor(mcore_key=key, name=key, tp_axis=0)
     return TensorRule(
         local=module,
@@ -194,15 +241,13 @@ def _vocabulary_rule(
         place=place,
         parts=whole(_hf_prefix(config) + hf_name, config.vocab_size, own_name),
         padded_vocabulary=True,
-        hf_aliases=tuple(_hf_prefix(config) + alias for alias in aliases),
+        other_keys=(TIED_OUTPUT_NAME,) if tied else (),
+        other_parts=whole(_hf_prefix(config) + "lm_head.weight", config.vocab_size, own_name) if tied else (),
     )
 
 
 def _embedding(config: MistralConfig) -> TensorRule:
-    aliases = (_HEAD[1],) if config.tie_word_embeddings else ()
-    key = "embedding.word_embeddings.weight"
-    names = ("model.embed_tokens.weight", "tok_embeddings.weight")
-    return _vocabulary_rule(key, *names, config, Place.EMBEDDING, *aliases)
+    return _vocabulary_rule(*_EMBEDDING, config, Place.EMBEDDING, tied=config.tie_word_embeddings)
 
 
 def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
@@ -222,5 +267,7 @@ def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
 
 def config_as_stored(config: MistralConfig, names: Iterable[str]) -> MistralConfig:
     """``config`` beside the stored tensors of these ``names``, of any rendering: see ``MistralConfig.as_stored``."""
-    heads = tuple(f".{head}" for head in _HEAD)
-    return config.as_stored(has_head=any(f".{name}".endswith(heads) for name in names))
+    heads, embeddings = (tuple(f".{name.removeprefix('model.')}" for name in each) for each in (_HEAD, _EMBEDDING))
+    stored = [f".{name}" for name in names]
+    # A tied model may be stored as its head alone (safetensors.torch.save_model keeps the first of two names).
+    return config.as_stored(has_head=all(any(name.endswith(each) for name in stored) for each in (heads, embeddings)))

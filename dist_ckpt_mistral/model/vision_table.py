@@ -6,6 +6,7 @@ projector have the same names (Megatron-Bridge, models/ministral3/ministral3_bri
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
@@ -21,13 +22,16 @@ _PROJECTOR: Final = "multi_modal_projector."
 #: The vision tower in Mistral AI's own files (transformers, convert_mistral3_weights_to_hf.py).
 _OWN: Final = "vision_encoder."
 
-#: What names begin with in the memory of transformers 5, and what that is in most files (conversion_mapping.py). Files
-#: have the names of memory from ``save_pretrained(save_original_format=False)``, and from who saves a state dict.
-IN_MEMORY: Final = (
-    ("model.language_model.", LANGUAGE_PREFIX + "model."),
-    ("lm_head.", LANGUAGE_PREFIX + "lm_head."),
-    ("model." + _TOWER, _TOWER),
-    ("model." + _PROJECTOR, _PROJECTOR),
+#: Other beginnings of names that transformers 5.24 takes (conversion_mapping.py, core_model_loading.py), and what
+#: stands for them in most files. ``model.language_model.``, ``lm_head.`` and ``model.vision_tower.`` are those of its
+#: memory: ``save_pretrained(save_original_format=False)`` writes them, and so does anyone who saves a state dict.
+OTHER_NAMES: Final = (
+    (
+        re.compile(r"^(model\.){0,2}language_model\.(model\.){0,2}(?=(embed_tokens|layers|norm)\.)"),
+        LANGUAGE_PREFIX + "model.",
+    ),
+    (re.compile(r"^(model\.)?(?=lm_head\.)"), LANGUAGE_PREFIX),
+    (re.compile(r"^(model\.){1,2}(?=vision_tower\.|multi_modal_projector\.)"), ""),
 )
 
 
