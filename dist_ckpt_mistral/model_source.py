@@ -20,7 +20,7 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import PADDING, CheckpointMap, Ignored
 from dist_ckpt_mistral.matching import match_hf, match_own
-from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig
+from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig, require_config_file
 from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
 from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
 from dist_ckpt_mistral.name_ranges import listed
@@ -104,6 +104,8 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     """
     hf_directory.require_directory(path)
     small_files.require_no_adapter(path)
+    if config is None:
+        require_config_file(path)
     files = hf_directory.read_directory(path)
     agreed = directory_config(path, config, [tensor.name for tensor in files.tensors()])
     table = tensor_table(agreed.config)
