@@ -21,7 +21,7 @@ from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, pla
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import PADDING, CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.matching import match_hf, match_own
-from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig
+from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig, require_config_file
 from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
 from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
 from dist_ckpt_mistral.name_ranges import listed
@@ -107,6 +107,8 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     that the configuration names, else of bfloat16.
     """
     kind = locate(path, Kind.HF, Kind.OWN).kind
+    if config is None:
+        require_config_file(path)
     files = hf_directory.read_directory(path)
     hf_directory.warn_of_files_not_read(path, files)
     agreed = directory_config(path, config, files.names())

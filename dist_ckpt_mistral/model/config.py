@@ -168,13 +168,7 @@ class MistralConfig:
         """
         if isinstance(source, Mapping):
             return _from_hf_mapping(source, where)
-        given = hub.local_directory(str(source), weights=False)
-        path = config_file(given)
-        if not path.is_file():
-            raise ConfigError(
-                f"no model configuration: {path} does not exist ({given}: {what_is(given).what}). "
-                "Give config.json or its directory."
-            )
+        path = require_config_file(hub.local_directory(str(source), weights=False))
         raw = strict_json.loads_object(storage.read_bytes(path), str(path))
         return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
@@ -197,6 +191,17 @@ def config_file(path: Path) -> Path:
         return path
     own = path / PARAMS_FILE
     return own if own.is_file() and not (path / CONFIG_FILE).is_file() else path / CONFIG_FILE
+
+
+def require_config_file(path: Path) -> Path:
+    """The ``config_file`` of ``path``. Raises ConfigError if there is none."""
+    found = config_file(path)
+    if not found.is_file():
+        raise ConfigError(
+            f"no model configuration: {found} does not exist ({path}: {what_is(path).what}). "
+            "Give config.json or its directory."
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
