@@ -24,7 +24,7 @@ from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open
 from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
 from dist_ckpt_mistral.new_hf_directory import hf_files, write_beside_weights
 from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.stamps import Stamps, stamps
+from dist_ckpt_mistral.stamps import Sources
 from dist_ckpt_mistral.storage import TargetFile
 from dist_ckpt_mistral.writing import Checksums, write_output
 
@@ -57,23 +57,24 @@ def to_hf(
     A directory also gives the vision tower and projector of a multimodal model, which training in Megatron drops.
     ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
     keeps its own. A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte; ``manifest`` adds
-    integrity.json to them, for ``check``. ``resume`` goes on with what a run that was killed or failed has copied.
-    Raises DistCkptMistralError; then nothing is published.
+    integrity.json to them, for ``check``. ``resume`` goes on with what a run that was killed or failed has copied;
+    ``dry_run`` checks everything and touches nothing. Raises DistCkptMistralError; then nothing is published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     state = _which_weights(weights)
 
-    def prepare() -> tuple[Stamps, ModelSource, FileSet, BytePlan]:
+    def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
         dtypes.require_weight_dtype(dtype)
         paths.require_apart(checkpoint, output)
-        paths.require_writable(output, overwrite=overwrite or dry_run)
+        paths.require_writable(output, overwrite=overwrite)
         given = given_directory(config)
-        directory = checkpoint_directory.resolve_directory(checkpoint)
-        inputs = stamps([*directory.rglob("*"), *(given.iterdir() if given else ())])
-        opened = open_megatron(checkpoint, config=given_config(config), state=state)
-        source = completed(opened, given)
-        file_set = hf_files(source, dtype, max_file_bytes)
-        plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
+        directory = checkpoint_directory.resolve_directory(checkpoint)  # once: training may save another one meanwhile
+        with Sources() as inputs:
+            inputs.look_at([*directory.rglob("*"), *(given.iterdir() if given else ())])
+            opened = open_megatron(directory, config=given_config(config), state=state)
+            source = completed(opened, given)
+            file_set = hf_files(source, dtype, max_file_bytes)
+            plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
         return inputs, source, file_set, plan
 
     inputs, source, file_set, plan = ranks.each(prepare)
@@ -89,22 +90,22 @@ def to_hf(
         write_beside_weights(staging, source, file_set, carried)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
-    if not dry_run:
-        options = {"--weights": weights, "--dtype": dtype, "--max-file-size": max_file_bytes}
-        write_output(
-            output,
-            plan,
-            sizes,
-            complete=complete,
-            manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)) if manifest else None,
-            checksums=False,
-            recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
-            beside_bytes=storage.total_bytes(carried),
-            overwrite=overwrite,
-            resume=resume,
-            effort=effort,
-            ranks=ranks,
-        )
+    options = {"--weights": weights, "--dtype": dtype, "--max-file-size": max_file_bytes}
+    write_output(
+        output,
+        plan,
+        sizes,
+        complete=complete,
+        manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)) if manifest else None,
+        checksums=False,
+        recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
+        beside=carried,
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        effort=effort,
+        ranks=ranks,
+    )
     return Conversion.of(output, plan, sizes, source, num_tensors=len(plan.segments))
 
 
@@ -128,6 +129,7 @@ def from_hf(
     manifest: bool = True,
     overwrite: bool = False,
     resume: bool = False,
+    dry_run: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
@@ -137,21 +139,23 @@ def from_hf(
     ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the checkpoint is a
     ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every tensor keeps its
     own. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify. ``resume`` goes on with what a
-    run that was killed or failed has copied. Raises DistCkptMistralError; then nothing is published.
+    run that was killed or failed has copied; ``dry_run`` checks everything and touches nothing. Raises
+    DistCkptMistralError; then nothing is published.
     """
     output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
     checkpoint_directory.require_iteration(iteration)
     step = Path(checkpoint_directory.iteration_name(iteration))
 
-    def prepare() -> tuple[Stamps, ModelSource, CheckpointLayout, BytePlan]:
+    def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
         paths.require_writable(output, overwrite=overwrite)
         directory = hub.local_directory(str(hf))
         paths.require_apart(directory, output)
-        inputs = stamps(directory.glob("*"))
-        source = open_hf(directory, dtype=dtype)
-        return inputs, source, *plan_import(source, layout, dtype, step)
+        with Sources() as inputs:
+            inputs.look_at(directory.glob("*"))
+            source = open_hf(directory, dtype=dtype)
+            return inputs, source, *plan_import(source, layout, dtype, step)
 
     inputs, source, written, plan = ranks.each(prepare)
     carried, left = hf_directory.carried_files(source.path)
@@ -174,9 +178,10 @@ def from_hf(
         manifest=NewManifest(folder=step) if manifest else None,
         checksums=True,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
-        beside_bytes=storage.total_bytes(carried),
+        beside=carried,
         overwrite=overwrite,
         resume=resume,
+        dry_run=dry_run,
         effort=effort,
         ranks=ranks,
     )

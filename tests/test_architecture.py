@@ -20,7 +20,7 @@ from dist_ckpt_mistral.model.vision import Vision
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
 errors amounts shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub package_version
-paths stamps storage staging strict_yaml libraries
+stamps storage paths staging strict_yaml libraries
 model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families
 model.hf_config
 model.params_json model.config

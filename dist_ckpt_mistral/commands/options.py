@@ -17,6 +17,7 @@ from dist_ckpt_mistral.ranks import Ranks
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from dist_ckpt_mistral.conversion import Conversion
     from dist_ckpt_mistral.gather.executor import Effort
     from dist_ckpt_mistral.model.config import MistralConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -72,6 +73,8 @@ def add_output(command: argparse.ArgumentParser) -> None:
     )
     help_text = "go on with what a run that was killed, stopped or failed has copied, after checking it"
     command.add_argument("--resume", action="store_true", help=help_text)
+    help_text = "check everything that can be checked before the first byte is written, and say what would be written"
+    command.add_argument("--dry-run", action="store_true", help=help_text)
 
 
 def add_file_size(command: argparse.ArgumentParser) -> None:
@@ -215,6 +218,17 @@ def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[E
 
     with tqdm(desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
         yield dataclasses.replace(asked, progress=bar.update)
+
+
+def tell_conversion(done: Conversion, arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Say on the first rank what a command wrote; after a dry run what it would write, file by file."""
+    from dist_ckpt_mistral.conversion import conversion_line  # noqa: PLC0415  (--help must not wait for numpy)
+
+    if ranks.is_first:
+        print(conversion_line("would write" if arguments.dry_run else "wrote", done))
+    if ranks.is_first and arguments.dry_run:
+        for name, num_bytes in done.files.items():
+            print(f"  {name}  {num_bytes} bytes")
 
 
 def show(content: RenderableType) -> None:

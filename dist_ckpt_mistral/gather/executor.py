@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Final, Protocol, TypeVar
 
@@ -41,13 +41,28 @@ class Target(Protocol):
 
 
 class Record(Protocol):
-    """Which parts were copied, by an earlier run too (``journal.Journal``)."""
+    """Which parts were copied, by an earlier run too (``journal.Journal``).
+
+    ``must_prove`` says that sources may have changed since: what is recalled must still be what they hold.
+    """
+
+    must_prove: bool
 
     def recall(self, part: Part) -> int | None:
         """The CRC-32 of the part's stored bytes if they are there; else None."""
 
     def note(self, part: Part, crc32: int) -> None:
         """Note, from any thread, that the part was written."""
+
+
+class _Nowhere:
+    """A target for what is read only for its checksum."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Drop it."""
+
+    def start_writeback(self, position: int, num_bytes: int) -> None:
+        """Nothing lasts."""
 
 
 def no_progress(num_bytes: int) -> None:
@@ -88,8 +103,9 @@ def execute(
 ) -> dict[int, int]:
     """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the plan's target file.
 
-    What ``record`` recalls is not copied again. Returns the CRC-32 of every segment's stored bytes, by number, if
-    ``checksums``. The first failure ends the run.
+    What ``record`` recalls is not copied again; where that must be proven, the sources must still give the same
+    checksum. Returns the CRC-32 of every segment's stored bytes, by number, if ``checksums``. The first failure ends
+    the run.
     """
     parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
@@ -99,6 +115,10 @@ def execute(
             part = parts[number]
             segment = plan.segments[part.number]
             crc32 = record.recall(part) if record else None
+            if record and record.must_prove and crc32 is not None:
+                silent = replace(effort, progress=no_progress)
+                found = _copy(segment, part, _Nowhere(), reader, silent, checksum=True)
+                crc32 = crc32 if found == crc32 else None
             if crc32 is not None:
                 effort.progress(segment.stored(part.low, part.high)[1])
                 return crc32
@@ -110,8 +130,8 @@ def execute(
             return crc32
 
         done = run_all(work, range(len(parts)), workers=effort.threads, stop=reader.stop)
-    found = {part.number: crc32 for part, crc32 in zip(parts, done, strict=True)}
-    return {number: found.get(number, 0) for number in numbers} if checksums else {}
+    sums = {part.number: crc32 for part, crc32 in zip(parts, done, strict=True)}
+    return {number: sums.get(number, 0) for number in numbers} if checksums else {}
 
 
 def _copy(segment: Segment, part: Part, target: Target, reader: BandReader, effort: Effort, *, checksum: bool) -> int:

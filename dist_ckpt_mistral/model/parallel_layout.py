@@ -58,7 +58,7 @@ class ParallelLayout(PipelineLayout):
         """Refuse what no model could be laid out with; fill in what follows from the other fields."""
         counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
         problems = [
-            f"{name} must be at least 1, got {n!r}"
+            f"{name} must be at least 1{f' and at most {_MAX_RANKS}' if isinstance(n, int) and n > 1 else ''}, got {n!r}"
             for name, n in counts.items()
             if n is not None and not is_positive_int(n)
         ]
