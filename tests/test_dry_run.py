@@ -138,7 +138,7 @@ SOURCES: Final[dict[str, tuple[str, Callable[[Path], object], tuple[object, ...]
     "missing shard": ("to-hf", lambda at: (at / "release/__1_0.distcp").unlink(), (), "missing: __1_0.distcp"),
     "common state": ("reshard", lambda at: unreadable(at / "release/common.pt"), (), "common.pt"),
     "stray file": ("reshard", lambda at: unreadable(at / "release/metadata.json"), (), "metadata.json"),
-    "layout to cut": ("reshard", lambda _: None, ("--pp", 10**18), "pp must be at least 1 and at most 1048576"),
+    "layout to cut": ("reshard", lambda _: None, ("--pp", 10**18), "pp: a layout may have 1048576 ranks at most"),
     "chunk": ("migrate", lambda at: unreadable(next(at.rglob("*.weight/0.0"))), (), "0.0"),
     "other format": ("migrate", lambda at: (at / "metadata.json").write_text('{"sharded_backend": "x"}'), (), "x"),
 }

@@ -34,6 +34,8 @@ _END_COUNTS: Final = (
     ("--decoder-first-pipeline-num-layers", "num_layers_in_first_pipeline_stage", "first"),
     ("--decoder-last-pipeline-num-layers", "num_layers_in_last_pipeline_stage", "last"),
 )
+#: Python itself refuses to read 4300.
+_MOST_DIGITS: Final = 40
 #: The width of tables where there is no terminal to fit into.
 _PAGE_COLUMNS: Final = 160
 
@@ -155,9 +157,10 @@ def is_first_rank() -> bool:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    number = not_negative(text)
+    if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    return number
 
 
 def positive_number(text: str) -> float:
@@ -185,10 +188,18 @@ def _layer_counts(text: str) -> tuple[int, ...]:
 
 
 def not_negative(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    """A whole number of at least 0. How large it may be, what takes it says."""
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r:.50}")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """What torch's generators take: a whole number of at most 64 bits."""
+    number = not_negative(text)
+    if number >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^64, got {text!r}")
+    return number
 
 
 def size(text: str) -> int:

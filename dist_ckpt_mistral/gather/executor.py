@@ -16,10 +16,12 @@ from typing import Final, Protocol, TypeVar
 import numpy as np
 from zlib_ng import zlib_ng
 
+from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.bands import BAND_BYTES, BUFFERS, PAGE_BYTES, BandReader, Stopped
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
 from dist_ckpt_mistral.storage import SourceFiles
 
+_MOST_WORKERS: Final = 4096
 _LEAST_BAND_BYTES: Final = 64 << 10
 #: What one thread takes at a time of a segment that needs no checksum, so that threads end together.
 _PART_BYTES: Final = 64 << 20
@@ -74,12 +76,18 @@ class Effort:
     """How much of a machine to use. ``memory_bytes`` bounds the buffers of all threads together.
 
     With ``durable`` an output appears only when its bytes are on the disk; without, when the operating system has them.
+    Raises ConfigError for more ``workers`` than any machine has cores.
     """
 
     workers: int = 0
     memory_bytes: int = 32 << 20
     durable: bool = True
     progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        """Refuse what the operating system would, when all is begun."""
+        if not 0 <= self.workers <= _MOST_WORKERS:
+            raise ConfigError(f"workers: expected 0 (one a core) to {_MOST_WORKERS} threads, got {self.workers}")
 
     @property
     def threads(self) -> int:

@@ -33,6 +33,7 @@ from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME, TensorTable
 VOCABULARY_MULTIPLE: Final = 128
 #: More than any machine has: what lists all ranks must come to an end.
 _MAX_RANKS: Final = 1 << 20
+_TOO_MANY: Final = f"a layout may have {_MAX_RANKS} ranks at most"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,9 @@ class ParallelLayout(PipelineLayout):
         """Refuse what no model could be laid out with; fill in what follows from the other fields."""
         counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
         problems = [
-            f"{name} must be at least 1{f' and at most {_MAX_RANKS}' if isinstance(n, int) and n > 1 else ''}, got {n!r}"
+            f"{name} must be at least 1, got {n!r}"
+            if not isinstance(n, int) or n < 1
+            else f"{name}: {_TOO_MANY}, got {n}"
             for name, n in counts.items()
             if n is not None and not is_positive_int(n)
         ]
@@ -92,7 +95,7 @@ class ParallelLayout(PipelineLayout):
 
     def _rank_problems(self, fewest_dp: int) -> list[str]:
         if self.world_size > _MAX_RANKS:
-            return [f"a layout may have {_MAX_RANKS} ranks at most, got {self.world_size}"]
+            return [f"{_TOO_MANY}, got {self.world_size}"]
         expert_ranks = (self.etp or self.tp) * self.ep * self.pp
         if self.world_size % expert_ranks:
             sizes = f"{self.world_size} ranks (tp x cp x dp x pp), {expert_ranks} for an expert (etp x ep x pp)"
