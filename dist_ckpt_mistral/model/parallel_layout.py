@@ -59,9 +59,7 @@ class ParallelLayout(PipelineLayout):
         """Refuse what no model could be laid out with; fill in what follows from the other fields."""
         counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
         problems = [
-            f"{name} must be at least 1, got {n!r}"
-            if not isinstance(n, int) or n < 1
-            else f"{name}: {_TOO_MANY}, got {n}"
+            f"{name}: {_TOO_MANY}, got {n}" if isinstance(n, int) and n > 1 else f"{name} must be at least 1, got {n!r}"
             for name, n in counts.items()
             if n is not None and not is_positive_int(n)
         ]
