@@ -178,7 +178,7 @@ def _check_megatron(directory: Path, config: ChosenConfig | None, effort: Effort
         sums_in="its archive",
         named_in="its directory" if stored.backend == ZARR else checkpoint_directory.METADATA_FILE,
     )
-    notes.findings.extend(contents.finding(checkpoint_directory.METADATA_FILE, fault) for fault in faults)
+    notes.findings.extend(contents.findings(checkpoint_directory.METADATA_FILE, faults))
     return notes.check_files(contents, manifest, effort)
 
 

@@ -17,7 +17,7 @@ from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.journal import Recipe
-from dist_ckpt_mistral.losses import Loss, LossPolicy, names_of_sources
+from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
 from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
 from dist_ckpt_mistral.model.config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -27,7 +27,7 @@ from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
 from dist_ckpt_mistral.new_hf_directory import hf_files, texts
 from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.stamps import Stamps, stamps
+from dist_ckpt_mistral.stamps import Sources
 from dist_ckpt_mistral.storage import TargetFile
 from dist_ckpt_mistral.verify import require_equal_twins
 from dist_ckpt_mistral.writing import Checksums, write_output
@@ -64,24 +64,26 @@ def to_hf(
     keeps its own; where it destroys values (finite ones become infinite, others zero) that is an error that counts
     them, or with ``allow_lossy`` a warning. A checkpoint that ``from_hf`` wrote gives back the original files, byte for
     byte; ``manifest`` adds integrity.json to them, for ``check``. ``resume`` goes on with what a run that was killed or
-    failed has copied. Raises DistCkptMistralError; then nothing is published.
+    failed has copied; ``dry_run`` checks everything and touches nothing. Raises DistCkptMistralError; then nothing is
+    published.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     state = _which_weights(weights)
 
-    def prepare() -> tuple[Stamps, ModelSource, FileSet, BytePlan]:
+    def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
         dtypes.require_weight_dtype(dtype)
         require_not_swapped(checkpoint, output, Kind.CHECKPOINT)
         paths.require_apart(checkpoint, output)
-        paths.require_writable(output, overwrite=overwrite or dry_run)
+        paths.require_writable(output, overwrite=overwrite)
         given = given_directory(config, vision=True)
-        directory = resolve_directory(checkpoint)
-        inputs = stamps([*directory.rglob("*"), *(given.iterdir() if given else ())])
-        opened = open_megatron(checkpoint, config=chosen_config(config), state=state)
-        require_equal_twins(opened)
-        source = completed(opened, given)
-        file_set = hf_files(source, dtype, max_file_bytes)
-        plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
+        directory = resolve_directory(checkpoint)  # once: training may save another one meanwhile
+        with Sources() as inputs:
+            inputs.look_at([*directory.rglob("*"), *(given.iterdir() if given else ())])
+            opened = open_megatron(directory, config=chosen_config(config), state=state)
+            require_equal_twins(opened)
+            source = completed(opened, given)
+            file_set = hf_files(source, dtype, max_file_bytes)
+            plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
         return inputs, source, file_set, plan
 
     inputs, source, file_set, plan = ranks.each(prepare)
@@ -91,7 +93,7 @@ def to_hf(
     given = given_directory(config)
     carried = small_files.gathered([*([given] if given else ()), *source.assets])
     beside = texts(source, file_set, carried)
-    inputs = {**stamps(carried.values()), **inputs}
+    inputs.look_at(carried.values())
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):
@@ -99,24 +101,23 @@ def to_hf(
         small_files.write_small_files(staging, carried, beside)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
-    losses: tuple[Loss, ...] = ()
-    if not dry_run:
-        options = {"--weights": weights, "--dtype": dtype, "--max-file-size": max_file_bytes}
-        losses = write_output(
-            output,
-            plan,
-            sizes,
-            complete=complete,
-            manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)) if manifest else None,
-            checksums=False,
-            recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
-            beside_bytes=storage.total_bytes(carried.values()),
-            overwrite=overwrite,
-            resume=resume,
-            effort=effort,
-            ranks=ranks,
-            losses=LossPolicy(allowed=allow_lossy),
-        )
+    options = {"--weights": weights, "--dtype": dtype, "--max-file-size": max_file_bytes}
+    losses = write_output(
+        output,
+        plan,
+        sizes,
+        complete=complete,
+        manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)) if manifest else None,
+        checksums=False,
+        recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
+        beside=[*carried.values()],
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        effort=effort,
+        ranks=ranks,
+        losses=LossPolicy(allowed=allow_lossy),
+    )
     return Conversion.of(output, plan, sizes, source, num_tensors=len(plan.segments), losses=losses)
 
 
@@ -141,6 +142,7 @@ def from_hf(
     manifest: bool = True,
     overwrite: bool = False,
     resume: bool = False,
+    dry_run: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
@@ -151,29 +153,30 @@ def from_hf(
     ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every tensor keeps its
     own; where it destroys values (finite ones become infinite, others zero) that is an error that counts them, or with
     ``allow_lossy`` a warning. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify.
-    ``resume`` goes on with what a run that was killed or failed has copied. Raises DistCkptMistralError; then nothing
-    is published.
+    ``resume`` goes on with what a run that was killed or failed has copied; ``dry_run`` checks everything and touches
+    nothing. Raises DistCkptMistralError; then nothing is published.
     """
     output = Path(checkpoint)
     layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
     checkpoint_directory.require_iteration(iteration)
     step = Path(checkpoint_directory.iteration_name(iteration))
 
-    def prepare() -> tuple[Stamps, ModelSource, CheckpointLayout, BytePlan]:
+    def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
         require_not_swapped(hf, output, Kind.HF, Kind.OWN)
         paths.require_writable(output, overwrite=overwrite)
         directory = locate(hf, Kind.HF, Kind.OWN).path
         paths.require_apart(directory, output)
-        inputs = stamps(directory.glob("*"))
-        source = open_hf(directory, dtype=dtype and "float32")  # FP8 values: rounded once, where losses are counted
-        return inputs, source, *plan_import(source, layout, dtype, step)
+        with Sources() as inputs:
+            inputs.look_at(directory.glob("*"))
+            source = open_hf(directory, dtype=dtype and "float32")  # FP8 values: rounded once, where losses are counted
+            return inputs, source, *plan_import(source, layout, dtype, step)
 
     inputs, source, written, plan = ranks.each(prepare)
     carried = small_files.small_files(source.path)
     if folders := small_files.other_folders(source.path):
         _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
-    inputs = {**stamps(carried.values()), **inputs}
+    inputs.look_at(carried.values())
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
@@ -191,9 +194,10 @@ def from_hf(
         manifest=NewManifest(folder=step) if manifest else None,
         checksums=True,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
-        beside_bytes=storage.total_bytes(carried.values()),
+        beside=[*carried.values()],
         overwrite=overwrite,
         resume=resume,
+        dry_run=dry_run,
         effort=effort,
         ranks=ranks,
         losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),

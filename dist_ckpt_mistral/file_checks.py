@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -56,10 +58,18 @@ class Contents:
     sums_in: str = MANIFEST_FILE
     named_in: str = METADATA_FILE
 
-    def finding(self, file: str, fault: Fault) -> Finding:
-        """What is wrong with a piece in ``file``."""
-        piece = fault.piece
-        return Finding(file=file, tensor=listed(piece.names), hf_names=self.hf_names(piece), what=fault.what)
+    def findings(self, file: str, faults: Iterable[Fault]) -> Iterator[Finding]:
+        """What is wrong with pieces in ``file``: what is the same for several, such as its end, once."""
+        by_what: dict[str, list[Piece]] = defaultdict(list)
+        for fault in faults:
+            by_what[fault.what].append(fault.piece)
+        for what, pieces in by_what.items():
+            names, hf_names = (
+                tuple(dict.fromkeys(chain.from_iterable(each)))
+                for each in zip(*((piece.names, self.hf_names(piece)) for piece in pieces), strict=True)
+            )
+            count = f" ({len(pieces)} pieces)" if len(pieces) > 1 else ""
+            yield Finding(file=file, tensor=listed(names), hf_names=hf_names, what=what + count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +126,7 @@ def _look(contents: Contents, name: str, sha256: str | None, effort: Effort) -> 
     except FormatError as error:
         return _Look(findings=[Finding(file=name, what=str(error))])
     faults += _wrong_parts(parts, found, contents.sums_in)
-    findings = [contents.finding(name, fault) for fault in faults]
+    findings = [*contents.findings(name, faults)]
     num_bare_parts = sum(part.crc32 is None for part in parts)
     if sha256 is not None and found.sha256 != sha256:
         what = f"SHA-256 {str(found.sha256)[:_SHOWN]}...: expected {sha256[:_SHOWN]}... ({MANIFEST_FILE})"

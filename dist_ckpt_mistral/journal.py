@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 from zlib_ng import zlib_ng
@@ -21,7 +21,7 @@ from dist_ckpt_mistral.gather.executor import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Part
 from dist_ckpt_mistral.package_version import VERSION
 from dist_ckpt_mistral.staging import Staging
-from dist_ckpt_mistral.stamps import Stamps, stamps
+from dist_ckpt_mistral.stamps import Sources
 from dist_ckpt_mistral.storage import TargetFile
 
 _FINGERPRINT_FILE: Final = "fingerprint.json"
@@ -43,21 +43,14 @@ class Recipe:
     chose, in JSON types.
     """
 
-    inputs: Stamps
+    inputs: Sources
     options: Mapping[str, object]
 
     @classmethod
-    def of(cls, plan: BytePlan, inputs: Stamps, options: Mapping[str, object]) -> Self:
+    def of(cls, plan: BytePlan, inputs: Sources, options: Mapping[str, object]) -> Self:
         """With the files of ``plan`` among the inputs, as they are now, if they were not looked at before."""
-        return cls(inputs={**stamps(plan.source_files), **inputs}, options=options)
-
-    def of_sources(self, plan: BytePlan) -> Stamps:
-        """The inputs that ``plan`` copies from."""
-        return {path: self.inputs[path] for path in plan.source_files if path in self.inputs}
-
-    def is_outdated(self) -> bool:
-        """Whether inputs have changed since. One that is absent may come back."""
-        return any(self.inputs[path] != stamp for path, stamp in stamps(self.inputs).items())
+        inputs.look_at(plan.source_files)
+        return cls(inputs=inputs, options=options)
 
     def fingerprint(self, plan: BytePlan, file_bytes: Mapping[str, int]) -> Fingerprint:
         """All of it, by what a user would call it. The plan, of which only a digest is told, comes last."""
@@ -67,15 +60,19 @@ class Recipe:
             digest.update(s.copies.tobytes())
         facts = {"version of dist-ckpt-mistral": VERSION}
         facts |= {option: json.dumps(value, sort_keys=True) for option, value in self.options.items()}
-        for path, (num_bytes, mtime_ns) in self.inputs.items():
-            facts[str(path.absolute())] = f"{num_bytes} bytes of {np.datetime64(mtime_ns, 'ns')}"
+        for path, stamp in self.inputs.first.items():
+            facts[str(path.absolute())] = f"{stamp.num_bytes} bytes of {np.datetime64(stamp.mtime_ns, 'ns')}"
         return facts | {"plan": digest.hexdigest()}
 
+    def stamps(self) -> dict[str, list[int]]:
+        """The whole stamps of all inputs, in JSON types."""
+        return {str(path.absolute()): list(stamp) for path, stamp in self.inputs.first.items()}
 
-def begin(staging: Staging, fingerprint: Fingerprint) -> None:
+
+def begin(staging: Staging, fingerprint: Fingerprint, recipe: Recipe) -> None:
     """Note for a later run what this one makes, and in which directory."""
-    facts = {"directory": _identity(staging), "facts": fingerprint}
-    storage.write_whole(staging.path / _FINGERPRINT_FILE, json.dumps(facts).encode())
+    begun = {"directory": _identity(staging), "facts": fingerprint, "stamps": recipe.stamps()}
+    storage.write_whole(staging.path / _FINGERPRINT_FILE, json.dumps(begun).encode())
 
 
 def may_resume(staging: Staging, fingerprint: Fingerprint) -> bool:
@@ -83,9 +80,10 @@ def may_resume(staging: Staging, fingerprint: Fingerprint) -> bool:
 
     Raises OutputError that says what is different, after releasing ``staging`` as it is.
     """
-    then = _begun(staging)
-    if then is None:
+    begun = _begun(staging)
+    if begun is None:
         return False
+    then = begun["facts"]
     different = [fact for fact in {**then, **fingerprint} if then.get(fact) != fingerprint.get(fact)]
     if different:
         staging.release()
@@ -99,18 +97,27 @@ def may_resume(staging: Staging, fingerprint: Fingerprint) -> bool:
     return True
 
 
+def has_seen(staging: Staging, recipe: Recipe) -> bool:
+    """Whether the run that was begun saw the very files that ``recipe`` has: then what it copied need not be proven.
+
+    Their stamps must be equal. Copies have other ones than their originals, and so may a file on another machine.
+    """
+    begun = _begun(staging)
+    return begun is not None and begun["stamps"] == recipe.stamps()
+
+
 def has_work(staging: Staging) -> bool:
     """Whether a run has left anything there that it copied."""
     notes = staging.path.glob(_NOTES.format(rank="*"))
     return _begun(staging) is not None and any(path.stat().st_size for path in notes)
 
 
-def _begun(staging: Staging) -> Fingerprint | None:
-    """The fingerprint of the output that lies there unfinished, if one does."""
+def _begun(staging: Staging) -> dict[str, Any] | None:
+    """What was noted of the output that lies there unfinished, if one does."""
     try:
         found = json.loads((staging.path / _FINGERPRINT_FILE).read_bytes())
         is_unfinished = found["directory"] == _identity(staging)  # and not an old one, replaced just before a kill
-        return dict(found["facts"]) if is_unfinished else None
+        return found if is_unfinished and {"facts", "stamps"} <= found.keys() else None
     except (OSError, ValueError):
         return None
 
@@ -127,9 +134,14 @@ class Journal:
     line is written after its part, but nothing is synced: what a power cut took away has another checksum, or no line.
     """
 
-    def __init__(self, folder: Path, rank: int, plan: BytePlan, targets: Mapping[int, TargetFile]) -> None:
-        """Read what was noted in ``folder``; ``targets`` are the open files by number, of the parts to ask for."""
-        self._plan, self._targets = plan, targets
+    def __init__(
+        self, folder: Path, rank: int, plan: BytePlan, targets: Mapping[int, TargetFile], *, must_prove: bool
+    ) -> None:
+        """Read what was noted in ``folder``; ``targets`` are the open files by number, of the parts to ask for.
+
+        ``must_prove`` says that sources may have changed since.
+        """
+        self._plan, self._targets, self.must_prove = plan, targets, must_prove
         self._found: dict[Part, Copied] = {}
         for path in folder.glob(_NOTES.format(rank="*")):
             for line in filter(None, map(_NOTE.fullmatch, path.read_bytes().split(b"\n"))):

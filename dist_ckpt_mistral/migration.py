@@ -37,6 +37,7 @@ def migrate(
     manifest: bool = True,
     overwrite: bool = False,
     resume: bool = False,
+    dry_run: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
@@ -44,8 +45,8 @@ def migrate(
 
     All tensors keep keys, shapes, chunks and bits, optimizer state included; objects keep their values, common state
     and small files their bytes. A data file holds ``max_file_bytes`` of tensors, or one chunk that is larger.
-    ``manifest`` adds integrity.json. ``resume`` goes on with what a run that was killed or failed has copied. Raises
-    DistCkptMistralError; then nothing is published.
+    ``manifest`` adds integrity.json. ``resume`` goes on with what a run that was killed or failed has copied;
+    ``dry_run`` checks everything and touches nothing. Raises DistCkptMistralError; then nothing is published.
     """
     return rewrite(
         Path(checkpoint),
@@ -54,6 +55,7 @@ def migrate(
         manifest=manifest,
         overwrite=overwrite,
         resume=resume,
+        dry_run=dry_run,
         effort=effort,
         ranks=ranks,
     )

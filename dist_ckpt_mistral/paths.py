@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 from pathlib import Path
 from typing import Final
 
+from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import OutputError
 
 #: Of a file name, on the file systems of Linux (linux/limits.h).
@@ -44,23 +47,77 @@ def require_apart(source: Path, target: Path) -> None:
         raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
 
 
+def placed(target: Path) -> Path:
+    """Where an output lies, by a name that can be renamed: ``.`` and ``..`` are none."""
+    absolute = target.absolute()
+    return absolute.resolve() if ".." in absolute.parts else absolute
+
+
 def require_writable(target: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless ``overwrite``; an empty directory counts as absent.
+    """Refuse an output that cannot be created, or exists, unless ``overwrite``; an empty directory counts as absent.
 
     A checkpoint root with several iterations is never replaced: no command writes more than one, so it is a training's.
+    Nothing is touched. Raises OutputError.
     """
     if len(target.parts) > 1 and _SCHEME.fullmatch(target.parts[0]) and not Path(target.parts[0]).exists():
         raise OutputError(f"the output {target} is an URL, which cannot be written yet. Choose a local directory.")
-    if target.is_mount():
+    try:
+        place = placed(target)
+        require_replaceable(target, place, overwrite=overwrite)
+        _require_creatable(place)
+    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12
+        raise OutputError(f"cannot create {target}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
+    """Refuse to let what lies at ``place`` give way to the output ``target``. Raises OutputError, or OSError."""
+    real = place.parent.resolve() / place.name
+    mounted = next((point for point in storage.mount_points() if point.is_relative_to(real)), None)
+    if mounted == real:
         raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
-    if not (overwrite or is_absent(target)):
+    if not (overwrite or is_absent(place)):
         raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
-    steps = sorted(path.name for pattern in ("iter_*", "release") for path in target.glob(pattern))
+    if mounted is not None:
+        raise OutputError(f"the output {target} holds the mount point {mounted}. Choose another name.")
+    if os.path.lexists(place) and not (place.is_dir() or place.is_symlink()):
+        raise OutputError(f"the output {target} is no directory, and --overwrite replaces none else. Choose another.")
+    steps = sorted(path.name for pattern in ("iter_*", "release") for path in place.glob(pattern))
     if len(steps) > 1:
         raise OutputError(
             f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
             "all remove. Choose another name."
         )
+    if not (
+        is_absent(place) or place.is_symlink() or os.access(place, os.W_OK, effective_ids=True)
+    ):  # it will have another parent
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _require_creatable(place: Path) -> None:
+    """Raise OSError where the directory in which an output grows, beside it, could not be made."""
+    parent = existing_parent(place)
+    if max(len(os.fsencode(name)) for name in (*place.parts, staging_name(place))) > _MAX_NAME_BYTES:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+        is_read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+        code = errno.EROFS if is_read_only else errno.EACCES
+        raise OSError(code, os.strerror(code))
+
+
+def existing_parent(place: Path) -> Path:
+    """The nearest of the directories above ``place`` that is there. Raises OSError where that cannot be told."""
+    for parent in place.parents:
+        with contextlib.suppress(FileNotFoundError):
+            parent.lstat()
+            return parent
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def staging_name(place: Path) -> str:
+    """The name of the directory beside an output in which it grows."""
+    return f".{place.name}.incomplete"
 
 
 def is_absent(target: Path) -> bool:

@@ -43,6 +43,7 @@ def reshard(
     manifest: bool = True,
     overwrite: bool = False,
     resume: bool = False,
+    dry_run: bool = False,
     effort: Effort = _DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
@@ -51,8 +52,8 @@ def reshard(
     Weights and optimizer state keep keys, shapes and bits; the common state, all objects and the small files come
     along byte for byte. ``config`` is for checkpoints that do not tell theirs. With ``weights_only`` all optimizer
     state stays behind, as it must where it lies in flat buffers. ``manifest`` adds integrity.json, which tells of the
-    new files what an old one told of the old. ``resume`` goes on with what a run that was killed or failed has copied.
-    Raises DistCkptMistralError; then nothing is published.
+    new files what an old one told of the old. ``resume`` goes on with what a run that was killed or failed has copied;
+    ``dry_run`` checks everything and touches nothing. Raises DistCkptMistralError; then nothing is published.
     """
     return rewrite(
         Path(checkpoint),
@@ -61,6 +62,7 @@ def reshard(
         manifest=manifest,
         overwrite=overwrite,
         resume=resume,
+        dry_run=dry_run,
         effort=effort,
         ranks=ranks,
     )

@@ -31,7 +31,7 @@ from dist_ckpt_mistral.manifest import NewManifest
 from dist_ckpt_mistral.mapping import Ignored
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.stamps import Stamps, stamps
+from dist_ckpt_mistral.stamps import Sources
 from dist_ckpt_mistral.storage import SourceFiles, TargetFile
 from dist_ckpt_mistral.writing import Checksums, write_output
 
@@ -92,25 +92,28 @@ def rewrite(
     manifest: bool,
     overwrite: bool,
     resume: bool,
+    dry_run: bool,
     effort: Effort,
     ranks: Ranks,
 ) -> Conversion:
-    """Write what ``choose`` says of ``checkpoint``; on all ranks, if there are several.
+    """Write what ``choose`` says of ``checkpoint``; on all ranks, if there are several. ``dry_run`` only checks.
 
     Raises DistCkptMistralError; then nothing is published.
     """
 
-    def prepare() -> tuple[Stamps, Rewriting, Path | None, CheckpointLayout, BytePlan]:
+    def prepare() -> tuple[Sources, Rewriting, bytes | None, CheckpointLayout, BytePlan]:
         require_not_swapped(checkpoint, output, Kind.CHECKPOINT)
         paths.require_apart(checkpoint, output)
         paths.require_writable(output, overwrite=overwrite)
-        inputs = stamps(resolve_directory(checkpoint).rglob("*"))
-        new = choose(backends.open_stored(checkpoint))
-        train_state = _train_state(new.stored.directory, str(new.step))
-        written = new.layout()
-        target = written.index(new.step)
-        links = [whole(tensor.name, tensor.global_shape) for tensor in target.tensors.values()]
-        return inputs, new, train_state, written, plan_gather(new.index(), target, links)
+        directory = resolve_directory(checkpoint)  # once: training may save another one meanwhile
+        train_state = _train_state(directory)
+        with Sources() as inputs:
+            inputs.look_at(directory.rglob("*"))
+            new = choose(backends.open_stored(directory))
+            written = new.layout()
+            target = written.index(new.step)
+            links = [whole(tensor.name, tensor.global_shape) for tensor in target.tensors.values()]
+            return inputs, new, train_state, written, plan_gather(new.index(), target, links)
 
     inputs, new, train_state, written, plan = ranks.each(prepare)
     beside = dict(_beside(new.stored)) if ranks.is_first else {}
@@ -132,9 +135,10 @@ def rewrite(
         manifest=NewManifest(folder=new.step) if manifest else None,
         checksums=True,
         recipe=Recipe.of(plan, inputs, new.options),
-        beside_bytes=storage.total_bytes(beside.values()),
+        beside=[*beside.values()],
         overwrite=overwrite,
         resume=resume,
+        dry_run=dry_run,
         effort=effort,
         ranks=ranks,
     )
@@ -197,18 +201,22 @@ def _beside(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
             yield relative.as_posix(), path
 
 
-def _write_root(step: Path, train_state: Path | None, root: Path) -> None:
+def _write_root(step: Path, train_state: bytes | None, root: Path) -> None:
     """What stands beside the iteration's directory, if there is one: the tracker, and what Megatron-Bridge adds."""
     iteration = checkpoint_directory.iteration_of(str(step))
     if iteration is not None:
         storage.write_bytes(root / checkpoint_directory.TRACKER_FILE, iteration.encode())
     if train_state is not None:
-        storage.copy_file(train_state, root / TRAIN_STATE_FILE)
+        storage.write_bytes(root / TRAIN_STATE_FILE, train_state)
 
 
-def _train_state(directory: Path, step: str) -> Path | None:
-    """Megatron-Bridge's own tracker beside the iteration's directory, if there is one, and it names this iteration."""
-    path = directory.resolve().parent / TRAIN_STATE_FILE
+def _train_state(directory: Path) -> bytes | None:
+    """Megatron-Bridge's own tracker beside the iteration's directory, if there is one, and it names this iteration.
+
+    A training that goes on will let it name another one.
+    """
+    step, path = directory.resolve().name, directory.resolve().parent / TRAIN_STATE_FILE
     if checkpoint_directory.iteration_of(step) is None or not path.is_file():
         return None
-    return path if checkpoint_directory.iteration_name(read_step(path)) == step else None
+    content = storage.read_bytes(path)
+    return content if checkpoint_directory.iteration_name(read_step(path)) == step else None

@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral.errors import OutputError
-from dist_ckpt_mistral.paths import is_absent, require_writable
+from dist_ckpt_mistral.paths import (
+    existing_parent,
+    is_absent,
+    placed,
+    require_replaceable,
+    require_writable,
+    staging_name,
+)
 from dist_ckpt_mistral.storage import linux_call
 
 _LOG = logging.getLogger(__name__)
 _LOCK_FILE: Final = "lock"
+#: Each time another run has just removed the lock. Nobody is so unlucky so often.
+_MOST_ATTEMPTS: Final = 100
 #: What flock(2) says where a file system has no locks.
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 #: What renameat2(2) says where the kernel or the file system cannot exchange two names.
@@ -40,8 +49,8 @@ class Staging:
 
     def __init__(self, target: Path) -> None:
         """Touch nothing yet."""
-        self.target = target.absolute()
-        self.path = self.target.parent / f".{self.target.name}.incomplete"
+        self.target = placed(target)
+        self.path = self.target.parent / staging_name(self.target)
         self.output = self.path / "output"
         self._replaced = self.target.parent / f".{self.target.name}.replaced"
         self._lock: int | None = None
@@ -52,6 +61,30 @@ class Staging:
         """Whether this run holds the directory."""
         return self._lock is not None
 
+    def require_room(self, num_bytes: int) -> None:
+        """Raise OutputError unless there is room for an output. Nothing is touched.
+
+        What a killed run left takes no room: it is kept, or removed first.
+        """
+        left = sum(path.lstat().st_blocks for path in self.path.rglob("*")) * _BLOCK_BYTES
+        free = left + shutil.disk_usage(existing_parent(self.target)).free
+        if free < num_bytes:
+            raise OutputError(f"not enough space for {self.target}: {num_bytes} bytes are needed, {free} are free.")
+
+    def require_free(self, *, overwrite: bool, resume: bool) -> None:
+        """Raise OutputError where ``hold`` would. Nothing is touched."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(self.path / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    self._flock(descriptor, fcntl.LOCK_SH, may_be_held=not resume)
+                finally:
+                    os.close(descriptor)
+            if is_absent(self.target) and os.path.lexists(self._replaced):  # ``hold`` puts it back
+                require_replaceable(self.target, self._replaced, overwrite=overwrite)
+        except OSError as error:
+            raise self._cannot_create(error) from error
+
     def hold(self, *, overwrite: bool, resume: bool) -> None:
         """Make the directory, or take over what a killed run left, as it is.
 
@@ -59,33 +92,38 @@ class Staging:
         exist, only who wants to ``resume`` takes over.
         """
         try:
-            while self._lock is None:
-                with contextlib.suppress(FileNotFoundError):  # the run that held it has just removed it
-                    self._try_lock(resume=resume)
+            attempts = (self._try_lock(resume=resume) for _ in range(_MOST_ATTEMPTS))
+            if not any(attempts):
+                raise OutputError(f"other runs come and go that write {self.target}. Choose another output.")
             self._put_back()
             require_writable(self.target, overwrite=overwrite)
         except OSError as error:
             with contextlib.suppress(OSError):  # it is not empty, or not there
                 self.path.rmdir()
-            raise OutputError(f"cannot create {self.target}: {error.strerror or error}") from error
+            raise self._cannot_create(error) from error
 
-    def _try_lock(self, *, resume: bool) -> None:
+    def _cannot_create(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot create {self.target}: {error.strerror or error}")
+
+    def _try_lock(self, *, resume: bool) -> bool:
         """Take the lock, unless the file was removed before that: then it is another one's already, or nobody's."""
         found = os.path.lexists(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / _LOCK_FILE
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            self._flock(descriptor, may_be_held=found and not resume)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                self._lock = descriptor
-        finally:
-            if self._lock is None:
-                os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # the run that held it has just removed it, or its directory
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._flock(descriptor, fcntl.LOCK_EX, may_be_held=found and not resume)
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    self._lock = descriptor
+            finally:
+                if self._lock is None:
+                    os.close(descriptor)
+        return self.is_held
 
-    def _flock(self, descriptor: int, *, may_be_held: bool) -> None:
+    def _flock(self, descriptor: int, kind: int, *, may_be_held: bool) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(
                 f"another run is writing {self.target}. Wait for it, or choose another output."
@@ -124,13 +162,6 @@ class Staging:
                     path.unlink()
             with contextlib.suppress(OSError):  # it holds files to keep
                 Path(folder).rmdir()
-
-    def require_space(self, num_bytes: int) -> None:
-        """Raise OutputError unless ``num_bytes`` are free, or taken by files that are there already."""
-        taken = sum(path.stat().st_blocks for path in self.output.rglob("*") if path.is_file()) * _BLOCK_BYTES
-        needed, free = max(0, num_bytes - taken), shutil.disk_usage(self.path).free
-        if free < needed:
-            raise OutputError(f"not enough space for {self.target}: {needed} bytes are needed, {free} are free.")
 
     def publish(self, *, overwrite: bool, durable: bool) -> None:
         """Give ``output`` its name, on the disk before that if ``durable``, and remove all else.

@@ -6,21 +6,24 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import resource
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
 from dist_ckpt_mistral.errors import FormatError, OutputError
-from dist_ckpt_mistral.stamps import Stamp, changed
+from dist_ckpt_mistral.stamps import Sources, Stamp, changed
 
 T = TypeVar("T")
 
 _BLOCK_BYTES: Final = 1 << 20
 #: More than any index, configuration or tracker has: what is larger is not read whole.
 SMALL_BYTES: Final = 64 << 20
+#: How mountinfo spells blanks and backslashes.
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 #: At most three such groups of files are open at once (two sources and a target), and then some others.
 _SHARE_OF_DESCRIPTORS: Final = 4
@@ -35,16 +38,47 @@ def read_bytes(path: Path, *, most_bytes: int | None = SMALL_BYTES) -> bytes:
         return files.read(0, 0, size_bytes)
 
 
-def _open_to_read(path: Path) -> int:
-    """A descriptor of a regular file, wherever links lead. Nobody may wait for the other end of a pipe."""
+def _open_to_read(path: Path, sources: Sources | None) -> int:
+    """A descriptor of a regular file, wherever links lead, noted in ``sources``.
+
+    Nobody may wait for the other end of a pipe.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise FormatError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    try:
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"cannot read {path}: it is no regular file")  # noqa: TRY301  (its descriptor is closed)
+        if sources is not None:
+            sources.note(path, status)
+    except FormatError:
         os.close(descriptor)
-        raise FormatError(f"cannot read {path}: it is no regular file")
+        raise
     return descriptor
+
+
+def require_unchanged(sources: Sources) -> None:
+    """Raise FormatError unless all files that were opened are still what they were.
+
+    Each is opened again: a network file system answers from its memory else.
+    """
+    for path in sources.opened:
+        try:
+            os.close(_open_to_read(path, sources))
+        except FormatError as error:
+            raise error if path.exists() else changed(path) from None
+
+
+def mount_points() -> list[Path]:
+    """Where file systems are mounted, those of one device too, which ``os.path.ismount`` does not see (proc(5))."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return []
+    fields = (line.split()[4] for line in lines)
+    return [Path(os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), each))) for each in fields]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -79,14 +113,15 @@ def copy_file(source: Path, target: Path) -> None:
         file.writelines(_blocks(source))
 
 
-def total_bytes(paths: Iterable[Path]) -> int:
-    """How much space the content of files takes."""
-    return sum(path.stat().st_size for path in paths)
+def total_bytes(paths: Sequence[Path]) -> int:
+    """How much space the content of files takes. Raises FormatError where one of them cannot be opened to be read."""
+    with SourceFiles(paths) as files:
+        return sum(map(files.size_bytes, range(len(paths))))
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
     try:
-        with open(_open_to_read(path), "rb") as file:
+        with open(_open_to_read(path, Sources.active()), "rb") as file:
             before = Stamp.of(os.fstat(file.fileno()))
             while block := file.read(_BLOCK_BYTES):
                 yield block
@@ -128,6 +163,7 @@ class SourceFiles:
         self._paths = tuple(paths)
         self._derived = dict(enumerate(derived, len(self._paths)))
         self._descriptors: dict[int, _Descriptor] = {}
+        self._sources = Sources.active()
         self._most_open = allow_open_files(len(self._paths))
 
     def __enter__(self) -> Self:
@@ -144,7 +180,7 @@ class SourceFiles:
         """A call of the operating system on a file."""
         descriptor = self._descriptors.get(file)
         if descriptor is None:
-            descriptor = _Descriptor(_open_to_read(self._paths[file]))
+            descriptor = _Descriptor(_open_to_read(self._paths[file], self._sources))
             if len(self._descriptors) < self._most_open:
                 descriptor = self._descriptors.setdefault(file, descriptor)  # another thread's, if that was quicker
         return function(descriptor.number, *arguments)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.executor import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.journal import Journal, Recipe, begin, has_work, may_resume
+from dist_ckpt_mistral.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
 from dist_ckpt_mistral.losses import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.manifest import NewManifest, write_manifest
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.staging import Staging
-from dist_ckpt_mistral.stamps import require_unchanged
 from dist_ckpt_mistral.storage import TargetFile
 
 _LOG = logging.getLogger(__name__)
@@ -34,18 +33,21 @@ def write_output(
     manifest: NewManifest | None,
     checksums: bool,
     recipe: Recipe,
-    beside_bytes: int,
+    beside: Sequence[Path],
     overwrite: bool,
     resume: bool,
+    dry_run: bool,
     effort: Effort,
     ranks: Ranks,
     losses: LossPolicy = REFUSE,
 ) -> tuple[Loss, ...]:
     """Write ``plan`` into new files (names relative to ``output``, sizes in bytes; in the order of its target files).
 
-    ``complete`` then adds what else belongs to the output, ``beside_bytes`` bytes, on the first rank, given the
+    ``complete`` then adds what else belongs to the output, copies of ``beside`` among it, on the first rank, given the
     directory that will become ``output``, the open files and the checksums; ``manifest`` then tells what all files
     hold. Nothing appears at ``output`` unless all of this succeeds on all ranks.
+
+    With ``dry_run`` all is checked that can be known before the first byte is written, and nothing is touched.
 
     A run that fails, is interrupted or is killed leaves the parts that it has copied, if any, beside ``output``: with
     ``resume`` the next run keeps those that still have their checksums, unless ``recipe`` or plan are others; without,
@@ -57,10 +59,14 @@ def write_output(
     FormatError where a source changes while it is read, and whatever went wrong on any rank.
     """
     names, staging = list(file_bytes), Staging(output)
-    with _left_behind(staging, recipe):
-        ranks.on_first(
-            lambda: _begin(staging, plan, file_bytes, recipe, beside_bytes, overwrite=overwrite, resume=resume)
+    with _left_behind(staging, recipe), recipe.inputs:
+        must_prove = ranks.on_first(
+            lambda: _begin(
+                staging, plan, file_bytes, recipe, beside, overwrite=overwrite, resume=resume, dry_run=dry_run
+            )
         )
+        if dry_run:
+            return ()
 
         numbers = share(plan, ranks)
         own = {
@@ -71,7 +77,7 @@ def write_output(
             with (
                 _as_output_errors(staging),
                 _opened(own) as targets,
-                contextlib.closing(Journal(staging.path, ranks.rank, plan, targets)) as journal,
+                contextlib.closing(Journal(staging.path, ranks.rank, plan, targets, must_prove=must_prove)) as journal,
             ):
                 return execute(plan, targets, effort=effort, numbers=numbers, checksums=checksums, record=journal)
 
@@ -80,10 +86,8 @@ def write_output(
 
         def finish() -> None:
             everything = {file: staging.output / name for file, name in enumerate(names)}
-            with _as_output_errors(staging):
-                with _opened(everything) as targets:
-                    complete(staging.output, targets, {number: each.crc32 for number, each in copied.items()})
-                require_unchanged(recipe.of_sources(plan))
+            with _as_output_errors(staging), _opened(everything) as targets:
+                complete(staging.output, targets, {number: each.crc32 for number, each in copied.items()})
 
         def sync_share() -> None:
             with _as_output_errors(staging), _opened(own) as targets:
@@ -94,6 +98,7 @@ def write_output(
                 staging.publish(overwrite=overwrite, durable=effort.durable)
 
         ranks.on_first(finish)
+        ranks.together(lambda: storage.require_unchanged(recipe.inputs))  # each rank what it has read
         if manifest is not None:
             with _as_output_errors(staging):
                 write_manifest(staging.output, manifest, effort=effort, ranks=ranks)
@@ -108,29 +113,44 @@ def _begin(
     plan: BytePlan,
     file_bytes: Mapping[str, int],
     recipe: Recipe,
-    beside_bytes: int,
+    beside: Sequence[Path],
     *,
     overwrite: bool,
     resume: bool,
-) -> None:
-    """Hold the staging directory, with all files in their final sizes: new ones, or those of a run to resume."""
+    dry_run: bool,
+) -> bool:
+    """Hold the staging directory, with all files in their final sizes: new ones, or those of a run to resume.
+
+    Returns whether what is kept must be proven: then sources are not the very files any more that it was copied from.
+    """
+    storage.total_bytes([path for path in plan.files_to_read if path not in recipe.inputs.opened])  # or raises
+    staging.require_room(sum(file_bytes.values()) + storage.total_bytes(beside))
     fingerprint = recipe.fingerprint(plan, file_bytes)
-    staging.hold(overwrite=overwrite, resume=resume)
+    if dry_run:
+        staging.require_free(overwrite=overwrite, resume=resume)
+    else:
+        staging.hold(overwrite=overwrite, resume=resume)
     with _as_output_errors(staging):
         resumed = resume and may_resume(staging, fingerprint)
+        must_prove = resumed and not has_seen(staging, recipe)
+        if dry_run:
+            return must_prove
         if resumed:
             _LOG.info(
-                "resuming %s: what lies in %s is kept where its checksums are right", staging.target, staging.path
+                "resuming %s: what lies in %s is kept where its checksums are right%s",
+                staging.target,
+                staging.path,
+                ", also those of the sources, which may have changed" if must_prove else "",
             )
             staging.keep(file_bytes)
         else:
             staging.clear()
-        staging.require_space(sum(file_bytes.values()) + beside_bytes)
         for name, num_bytes in file_bytes.items():
             (staging.output / name).parent.mkdir(parents=True, exist_ok=True)
             TargetFile(staging.output / name, num_bytes, kept=resumed).close()
         if not resumed:
-            begin(staging, fingerprint)
+            begin(staging, fingerprint, recipe)
+    return must_prove
 
 
 @contextlib.contextmanager
@@ -143,7 +163,7 @@ def _left_behind(staging: Staging, recipe: Recipe) -> Iterator[None]:
             error.add_note(f"{staging.target} is complete.")
         elif staging.is_held:
             error.add_note("Nothing was published.")
-            if has_work(staging) and not recipe.is_outdated():
+            if has_work(staging) and not recipe.inputs.looks_changed():
                 error.add_note(f"--resume continues what is kept in {staging.path}.")
                 staging.release()
             else:

@@ -20,7 +20,7 @@ from dist_ckpt_mistral.model.vision import Vision
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
 errors shell amounts shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub package_version
-paths stamps storage staging strict_yaml libraries
+stamps storage paths staging strict_yaml libraries
 formats.pickle_opcodes formats.pickle_reading formats.tensor_pickle formats.read_ahead formats.torch_archive
 formats.train_state formats.checkpoint_directory formats.integrity formats.places
 model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families

@@ -304,7 +304,7 @@ def test_missing_short_and_unlisted_files(pristine: Path, tmp_path: Path) -> Non
     """Files that are gone or cut short are named with what they held; files that nothing tells of are mentioned."""
     root = shutil.copytree(pristine / "import", tmp_path / "import")
     directory = root / "release"
-    held = {each.key for each in stored(directory) if each.file == "__3_0.distcp"}
+    held = [each.key for each in stored(directory) if each.file == "__3_0.distcp"]
     (directory / "__2_0.distcp").unlink()
     (directory / "hf" / "tokenizer.json").unlink()
     with (directory / "__3_0.distcp").open("r+b") as file:
@@ -314,8 +314,9 @@ def test_missing_short_and_unlisted_files(pristine: Path, tmp_path: Path) -> Non
     assert outcome.code == 3
     for name in ("__2_0.distcp", "hf/tokenizer.json"):
         assert f"{name}: it is missing, but integrity.json names it" in outcome.out
-    truncated = [line for line in outcome.out if line.startswith("__3_0.distcp: ") and "is truncated" in line]
-    assert {line.split()[1].rstrip(":") for line in truncated} == held
+    [truncated] = [line for line in outcome.out if line.startswith("__3_0.distcp: ") and "is truncated" in line]
+    assert {*truncated.removeprefix("__3_0.distcp: ").partition(" (")[0].split(", ")} == {*held}
+    assert truncated.endswith(f"got 1 ({len(held)} pieces)")
     assert "not checked: files that integrity.json does not list: notes.txt" in outcome.out
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import Outcome, run, tree
+from command_line import Outcome, refusal, run, tree
 from genuine import folder, shards, truth
 from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
@@ -326,7 +326,8 @@ def test_a_dry_run_writes_nothing_and_tells_everything(tmp_path: Path) -> None:
         [name, str(size), "bytes"] for name, size in sorted(written.items())
     ]
     (tmp_path / "hf" / "precious").touch()
-    assert run(*arguments, "--dry-run").code == 0
+    assert "exists" in refusal(tmp_path, *arguments, "--dry-run")
+    assert run(*arguments, "--dry-run", "--overwrite").code == 0
     assert (tmp_path / "hf" / "precious").exists()
 
 

@@ -310,9 +310,9 @@ class Shaped:
     ("shape", "expected"),
     [
         ((1,) * 65, "holds a tensor of 65 axes: expected at most 64"),
-        ((10**600,), "which is not supported"),
+        ((10**600,), "more than any memory holds"),
         ((10**5000,), "asks for the opcode LONG4, which is outside the allowlist"),
-        ((2, 1 << 62), r"is damaged: expected \d+ bytes"),
+        ((2, 1 << 62), "more than any memory holds"),
     ],
     ids=["65 axes", "600 digits", "5000 digits", "2 ** 63 elements"],
 )

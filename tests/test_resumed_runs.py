@@ -249,12 +249,6 @@ def test_space_is_counted_whole(hf: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert run("from-hf", hf, tmp_path / "out", "--resume").code == 0
 
 
-def test_a_mount_point_is_refused_at_once(tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory that cannot be renamed is refused before the first byte, and not after the last."""
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
-    assert "is a mount point" in refusal(tmp_path, "from-hf", hf, tmp_path / "out", "--overwrite")
-
-
 def test_a_write_that_writes_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that takes no bytes and reports no error does not hang the run."""
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)

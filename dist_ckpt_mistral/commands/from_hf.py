@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_ckpt_mistral.commands import options, output
+from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.ranks import from_environment
 
 
@@ -33,9 +33,8 @@ def add(commands: options.Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Import, and say what was written."""
+    """Import, and say what was written, or would be."""
     from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
-    from dist_ckpt_mistral.conversion import conversion_line  # noqa: PLC0415
 
     ranks = from_environment()
     with options.effort("importing", arguments, ranks) as effort:
@@ -51,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
             manifest=not arguments.no_manifest,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
+            dry_run=arguments.dry_run,
             effort=effort,
             ranks=ranks,
         )
-    if ranks.is_first:
-        output.say(conversion_line("wrote", done))
+    options.tell_conversion(done, arguments, ranks)
     return options.EXIT_DONE

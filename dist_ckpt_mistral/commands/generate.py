@@ -29,7 +29,7 @@ def add(commands: options.Commands) -> None:
         ("temperature", options.positive_number, "divide the logits by it"),
         ("top-k", options.positive, "draw from the K likeliest tokens"),
         ("top-p", options.probability, "draw from the likeliest tokens that together have this probability"),
-        ("seed", options.not_negative, "of the draws (default 0)"),
+        ("seed", options.seed, "of the draws (default 0)"),
     ):
         help_text = f"{what}; any of the four turns sampling on, else the likeliest token follows"
         command.add_argument(f"--{flag}", type=kind, metavar=flag.rpartition("-")[2].upper()[:4], help=help_text)

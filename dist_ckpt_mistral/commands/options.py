@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.commands import output
 from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:
+    from dist_ckpt_mistral.conversion import Conversion
     from dist_ckpt_mistral.gather.executor import Effort
     from dist_ckpt_mistral.model.config import GivenConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
@@ -31,6 +33,9 @@ _END_COUNTS: Final = (
     ("--decoder-first-pipeline-num-layers", "num_layers_in_first_pipeline_stage", "first"),
     ("--decoder-last-pipeline-num-layers", "num_layers_in_last_pipeline_stage", "last"),
 )
+#: Python itself refuses to read 4300.
+_MOST_DIGITS: Final = 40
+
 #: What ``add_subparsers`` gives: argparse keeps the type private.
 Commands: TypeAlias = Any
 
@@ -67,6 +72,8 @@ def add_output(command: argparse.ArgumentParser) -> None:
     )
     help_text = "go on with what a run that was killed, stopped or failed has copied, after checking it"
     command.add_argument("--resume", action="store_true", help=help_text)
+    help_text = "check everything that can be checked before the first byte is written, and say what would be written"
+    command.add_argument("--dry-run", action="store_true", help=help_text)
 
 
 def add_allow_lossy(command: argparse.ArgumentParser) -> None:
@@ -161,9 +168,10 @@ def is_first_rank() -> bool:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    number = not_negative(text)
+    if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    return number
 
 
 def positive_number(text: str) -> float:
@@ -191,10 +199,18 @@ def _layer_counts(text: str) -> tuple[int, ...]:
 
 
 def not_negative(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    """A whole number of at least 0. How large it may be, what takes it says."""
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r:.50}")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """What torch's generators take: a whole number of at most 64 bits."""
+    number = not_negative(text)
+    if number >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^64, got {text!r}")
+    return number
 
 
 def size(text: str) -> int:
@@ -224,3 +240,14 @@ def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[E
 
     with tqdm(desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
         yield dataclasses.replace(asked, progress=bar.update)
+
+
+def tell_conversion(done: Conversion, arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Say on the first rank what a command wrote; after a dry run what it would write, file by file."""
+    from dist_ckpt_mistral.conversion import conversion_line  # noqa: PLC0415  (--help must not wait for numpy)
+
+    if ranks.is_first:
+        output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))
+    if ranks.is_first and arguments.dry_run:
+        for name, num_bytes in done.files.items():
+            output.say(f"  {name}  {num_bytes} bytes")

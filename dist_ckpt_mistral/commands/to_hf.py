@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dist_ckpt_mistral.commands import options, output
+from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.ranks import from_environment
 
 
@@ -25,16 +25,14 @@ def add(commands: options.Commands) -> None:
     help_text = "the weights themselves, or the optimizer's float32 master copy of them (default model)"
     command.add_argument("--weights", choices=("model", "master"), default="model", help=help_text)
     options.add_file_size(command)
-    command.add_argument("--dry-run", action="store_true", help="check everything and say what would be written")
     command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
     options.add_allow_lossy(command)
     options.add_output(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, and say what was written."""
+    """Export, and say what was written, or would be."""
     from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
-    from dist_ckpt_mistral.conversion import conversion_line  # noqa: PLC0415
 
     ranks = from_environment()
     with options.effort("exporting", arguments, ranks) as effort:
@@ -53,9 +51,5 @@ def run(arguments: argparse.Namespace) -> int:
             effort=effort,
             ranks=ranks,
         )
-    if ranks.is_first:
-        output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))
-    if ranks.is_first and arguments.dry_run:
-        for name, num_bytes in done.files.items():
-            output.say(f"  {name}  {num_bytes} bytes")
+    options.tell_conversion(done, arguments, ranks)
     return options.EXIT_DONE

@@ -28,7 +28,7 @@ def add(commands: options.Commands) -> None:
     command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=help_text)
     options.add_tokenizer(command)
     help_text = "with --logits: of the random prompts (default 0)"
-    command.add_argument("--seed", type=options.not_negative, default=0, metavar="N", help=help_text)
+    command.add_argument("--seed", type=options.seed, default=0, metavar="N", help=help_text)
     help_text = "with --logits: the largest difference to accept (default 1e-4)"
     command.add_argument("--tolerance", type=options.positive_number, default=1e-4, metavar="X", help=help_text)
 

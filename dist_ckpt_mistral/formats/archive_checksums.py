@@ -89,12 +89,16 @@ def read_parts(path: Path, archives: Archives) -> tuple[list[Part], list[Fault]]
     """The parts of one data file in ascending order, and the pieces whose archives are not what they should be."""
     parts, faults, end = list[Part](), list[Fault](), 0
     with SourceFiles([path]) as files:
-        locator = TensorLocator(files, [path])
-        for span, piece in sorted(archives.items()):
+        size, locator = files.size_bytes(0), TensorLocator(files, [path])
+        cut = {span for span, piece in archives.items() if sum(span) > size and not piece.is_bare}
+        if cut:
+            what = f"the file is truncated: expected at least {max(map(sum, cut))} bytes, got {size}"
+            faults += [Fault(archives[span], what) for span in sorted(cut)]
+        for span in sorted(archives.keys() - cut):
             try:
-                parts += _parts(files, locator, span, piece, begin=end)
+                parts += _parts(files, locator, span, archives[span], begin=end)
             except FormatError as error:
-                faults.append(Fault(piece, str(error)))
+                faults.append(Fault(archives[span], str(error)))
             end = max(end, sum(span))
     return parts, faults
 

@@ -24,7 +24,7 @@ from dist_ckpt_mistral.formats.places import (
 )
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.name_ranges import listed
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.shapes import Shape, is_countable
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.gather.tensor_index import TensorIndex
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _SAFETENSORS: Final = ".safetensors"
-_TOO_MANY: Final = 1 << 63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,9 +199,9 @@ def warn_of_files_not_read(directory: Path, files: FileSet) -> None:
 
 
 def _countable(file: SafetensorsFile, path: Path) -> SafetensorsFile:
-    """The format has numbers of 64 bits, of which those that count elements here have 63: empty tensors may exceed."""
+    """The format has numbers of 64 bits: empty tensors may exceed what can be counted here."""
     for tensor in file.tensors:
-        if any(extent >= _TOO_MANY for extent in tensor.shape):
+        if not is_countable(tensor.shape):
             raise FormatError(f"shape of {tensor.name!r} in {path}: {list(tensor.shape)} is too large to be counted")
     return file
 

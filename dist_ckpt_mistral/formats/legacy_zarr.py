@@ -27,15 +27,13 @@ from dist_ckpt_mistral.formats.legacy_objects import is_object, read_objects
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
 from dist_ckpt_mistral.name_ranges import listed
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.shapes import Shape, is_countable
 
 _ARRAY_FILE: Final = ".zarray"
 _ATTRIBUTES_FILE: Final = ".zattrs"
 #: A directory of locks that several writers of one array left behind, beside that of the array.
 _LOCKS_SUFFIX: Final = ".sync"
 _CHUNK: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
-#: So many that their bytes can still be counted in 63 bits.
-_MOST_ELEMS: Final = 1 << 59
 #: More faults of one array than this are not told; no name of a chunk is longer than this.
 _MOST_FAULTS: Final = 1000
 _MOST_LETTERS: Final = 255
@@ -185,7 +183,7 @@ def _sizes(said: Mapping[str, Any], name: str, where: str) -> Shape:
     sizes = said.get(name)
     if not isinstance(sizes, list) or len(sizes) > MAX_AXES or not all(type(n) is int and n >= 0 for n in sizes):
         raise FormatError(f"{name} for {where}: expected a list of sizes, got {short(sizes)}")
-    if math.prod(n or 1 for n in sizes) > _MOST_ELEMS:
+    if not is_countable(sizes):
         raise FormatError(f"{name} for {where}: {short(sizes)} is more than any memory holds")
     return tuple(sizes)
 

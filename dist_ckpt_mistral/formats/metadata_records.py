@@ -18,7 +18,7 @@ from dist_ckpt_mistral import paths
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.shapes import MOST, Shape, is_countable
 
 #: The attributes of ``_StorageInfo``; torch leaves out the one of transforms where there are none.
 _PLACE: Final = ("relative_path", "offset", "length")
@@ -134,6 +134,9 @@ def _tensor(
     chunks = [*map(attributes, record["chunks"])]
     boxes = ([*map(itemgetter(key), chunks)] for key in ("offsets", "sizes"))
     offsets, shapes, stored = (column_of(each, len(stored_shape), name) for each in (*boxes, stored_offsets))
+    largest = tuple(max(shapes[axis :: len(stored_shape)], default=0) for axis in range(len(stored_shape)))
+    if not is_countable(largest):
+        raise ValueError(f"chunks of {name!r} have sizes of up to {short(largest)}, more than any memory holds")
     return StoredTensor(
         name=name,
         dtype=dtype,
@@ -164,13 +167,16 @@ def column_of(boxes: Sequence[Any], ndim: int, name: str) -> array[int]:
 
 
 def _are_sizes(numbers: Collection[Any]) -> bool:
-    return {*map(type, numbers)} <= {int} and min(numbers, default=0) >= 0
+    """Whether all are whole numbers that can be counted with. All integers of ``.metadata`` go through here."""
+    return {*map(type, numbers)} <= {int} and min(numbers, default=0) >= 0 and max(numbers, default=0) <= MOST
 
 
 def sizes_of(value: Any) -> Shape:  # noqa: ANN401  (from a pickle)
     """A tuple of non-negative integers, as offsets and shapes must be, of no more axes than torch's tensors have."""
-    if type(value) is not tuple or not all(type(size) is int and size >= 0 for size in value):
-        raise ValueError(f"expected sizes, got {short(value)}")
+    if type(value) is not tuple or not _are_sizes(value):
+        raise ValueError(f"expected sizes of 0 to {MOST}, got {short(value)}")
     if len(value) > MAX_AXES:
         raise ValueError(f"expected sizes of at most {MAX_AXES} axes, got {len(value)} axes")
+    if not is_countable(value):
+        raise ValueError(f"expected sizes of a tensor, got {short(value)}, more than any memory holds")
     return value

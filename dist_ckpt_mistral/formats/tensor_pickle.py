@@ -12,12 +12,10 @@ from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_reading
 from dist_ckpt_mistral.formats.pickle_reading import as_tuple, empty_dict
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.shapes import Shape, is_countable
 
-#: Most operations of torch take no more axes (2.6 to 2.15, ``dim_bitset_size`` in ATen/WrapDimUtilsMulti.h); sizes are
-#: signed numbers of 64 bits.
+#: Most operations of torch take no more axes (2.6 to 2.15, ``dim_bitset_size`` in ATen/WrapDimUtilsMulti.h).
 MAX_AXES: Final = 64
-_MAX_EXTENT: Final = 1 << 63
 #: torch's typed storages, by the names that pickles use.
 STORAGES: Final = {
     "DoubleStorage": "float64",
@@ -69,12 +67,14 @@ class _Tensor:
         is_plain = (
             isinstance(self.storage, _Storage)
             and all(
-                isinstance(sizes, tuple) and all(isinstance(n, int) and 0 <= n < _MAX_EXTENT for n in sizes)
+                isinstance(sizes, tuple) and all(isinstance(n, int) and n >= 0 for n in sizes)
                 for sizes in (self.shape, self.strides)
             )
             and self.offset == 0
             and len(self.shape) == len(self.strides)
         )
+        if is_plain and not is_countable(self.shape):
+            raise FormatError(f"{where} holds a tensor {short(self.shape)}, more than any memory holds")
         if not is_plain or not self._is_row_major():
             raise FormatError(f"{where} holds a view of a larger tensor, which is not supported")
         return dtypes.require_known(self.storage.dtype or self.dtype, where), self.shape

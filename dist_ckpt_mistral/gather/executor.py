@@ -9,17 +9,19 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from zlib_ng import zlib_ng
 
+from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.bands import BAND_BYTES, BUFFERS, PAGE_BYTES, BandReader, Stopped
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
 from dist_ckpt_mistral.storage import SourceFiles
 
+_MOST_WORKERS: Final = 4096
 _LEAST_BAND_BYTES: Final = 64 << 10
 #: What one thread takes at a time of a segment that needs no checksum, so that threads end together.
 _PART_BYTES: Final = 64 << 20
@@ -48,13 +50,28 @@ class Copied(NamedTuple):
 
 
 class Record(Protocol):
-    """Which parts were copied, by an earlier run too (``journal.Journal``)."""
+    """Which parts were copied, by an earlier run too (``journal.Journal``).
+
+    ``must_prove`` says that sources may have changed since: what is recalled must still be what they hold.
+    """
+
+    must_prove: bool
 
     def recall(self, part: Part) -> Copied | None:
         """What was noted of the part if its stored bytes are there; else None."""
 
     def note(self, part: Part, copied: Copied) -> None:
         """Note, from any thread, that the part was written."""
+
+
+class _Nowhere:
+    """A target for what is read only for its checksum."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Drop it."""
+
+    def start_writeback(self, position: int, num_bytes: int) -> None:
+        """Nothing lasts."""
 
 
 def no_progress(num_bytes: int) -> None:
@@ -66,12 +83,18 @@ class Effort:
     """How much of a machine to use. ``memory_bytes`` bounds the buffers of all threads together.
 
     With ``durable`` an output appears only when its bytes are on the disk; without, when the operating system has them.
+    Raises ConfigError for more ``workers`` than any machine has cores.
     """
 
     workers: int = 0
     memory_bytes: int = 32 << 20
     durable: bool = True
     progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        """Refuse what the operating system would, when all is begun."""
+        if not 0 <= self.workers <= _MOST_WORKERS:
+            raise ConfigError(f"workers: expected 0 (one a core) to {_MOST_WORKERS} threads, got {self.workers}")
 
     @property
     def threads(self) -> int:
@@ -95,8 +118,9 @@ def execute(
 ) -> dict[int, Copied]:
     """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the plan's target file.
 
-    What ``record`` recalls is not copied again. Returns, by the numbers of segments, the CRC-32 of each one's stored
-    bytes if ``checksums`` (else it means nothing), and the values that it lost. The first failure ends the run.
+    What ``record`` recalls is not copied again; where that must be proven, the sources must still give the same
+    checksum. Returns, by the numbers of segments, the CRC-32 of each one's stored bytes if ``checksums`` (else it means
+    nothing), and the values that it lost. The first failure ends the run.
     """
     parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
@@ -106,6 +130,10 @@ def execute(
             part = parts[number]
             segment = plan.segments[part.number]
             copied = record.recall(part) if record else None
+            if record and record.must_prove and copied is not None:
+                silent = replace(effort, progress=no_progress)
+                found = _copy(segment, part, _Nowhere(), reader, silent, checksum=True)
+                copied = copied if found == copied else None
             if copied is not None:
                 effort.progress(segment.stored(part.low, part.high)[1])
                 return copied
@@ -117,10 +145,10 @@ def execute(
             return copied
 
         done = run_all(work, range(len(parts)), workers=effort.threads, stop=reader.stop)
-    found = dict.fromkeys(numbers, Copied(0, NOTHING))
+    result = dict.fromkeys(numbers, Copied(0, NOTHING))
     for part, copied in zip(parts, done, strict=True):
-        found[part.number] = Copied(copied.crc32, found[part.number].lost.plus(copied.lost))
-    return found
+        result[part.number] = Copied(copied.crc32, result[part.number].lost.plus(copied.lost))
+    return result
 
 
 def _copy(

@@ -94,6 +94,12 @@ class BytePlan:
         """Bytes that the plan writes."""
         return sum(segment.stored_bytes for segment in self.segments)
 
+    @property
+    def files_to_read(self) -> tuple[Path, ...]:
+        """The source files that any segment is copied from; what derived files read is not among them."""
+        numbers = {number for segment in self.segments for number in segment.copies["source_file"].tolist()}
+        return tuple(path for number, path in enumerate(self.source_files) if number in numbers)
+
 
 def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link]) -> BytePlan:
     """Plan how to fill every chunk of ``target`` from the chunks of ``source``.

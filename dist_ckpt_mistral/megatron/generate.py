@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ckpt_mistral import ranks
+from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens, tokenizer_directories
 from dist_ckpt_mistral.megatron.inference import generate, greedy
 from dist_ckpt_mistral.megatron.load_model import load_source
@@ -61,6 +62,9 @@ def complete(
 
     def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
         source = open_source(path, config=chosen_config(config))
+        if max_new_tokens > source.config.max_position_embeddings:  # memory for all of them is taken at once
+            most = f"max_position_embeddings={source.config.max_position_embeddings}"
+            raise ConfigError(f"max_new_tokens: expected at most {most}, got {max_new_tokens}")
         words = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), *source.assets))
         return source, words, stop_tokens(source, words, [*map(given_directory, (tokenizer, config)), *source.assets])
 

@@ -33,6 +33,7 @@ from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME, TensorTable
 VOCABULARY_MULTIPLE: Final = 128
 #: More than any machine has: what lists all ranks must come to an end.
 _MAX_RANKS: Final = 1 << 20
+_TOO_MANY: Final = f"a layout may have {_MAX_RANKS} ranks at most"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class ParallelLayout(PipelineLayout):
         """Refuse what no model could be laid out with; fill in what follows from the other fields."""
         counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
         problems = [
-            f"{name} must be at least 1, got {n!r}"
+            f"{name}: {_TOO_MANY}, got {n}" if isinstance(n, int) and n > 1 else f"{name} must be at least 1, got {n!r}"
             for name, n in counts.items()
             if n is not None and not is_positive_int(n)
         ]
@@ -92,7 +93,7 @@ class ParallelLayout(PipelineLayout):
 
     def _rank_problems(self, fewest_dp: int) -> list[str]:
         if self.world_size > _MAX_RANKS:
-            return [f"a layout may have {_MAX_RANKS} ranks at most, got {self.world_size}"]
+            return [f"{_TOO_MANY}, got {self.world_size}"]
         expert_ranks = (self.etp or self.tp) * self.ep * self.pp
         if self.world_size % expert_ranks:
             sizes = f"{self.world_size} ranks (tp x cp x dp x pp), {expert_ranks} for an expert (etp x ep x pp)"
