@@ -174,7 +174,7 @@ def _are_sizes(numbers: Collection[Any]) -> bool:
 def sizes_of(value: Any) -> Shape:  # noqa: ANN401  (from a pickle)
     """A tuple of non-negative integers, as offsets and shapes must be, of no more axes than torch's tensors have."""
     if type(value) is not tuple or not _are_sizes(value):
-        raise ValueError(f"expected sizes of 0 to {MOST}, got {short(value)}")
+        raise ValueError(f"expected sizes, got {short(value)}")
     if len(value) > MAX_AXES:
         raise ValueError(f"expected sizes of at most {MAX_AXES} axes, got {len(value)} axes")
     if not is_countable(value):
