@@ -52,7 +52,8 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
     if not (overwrite or is_absent(target)):
         raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
-    steps = sorted(path.name for pattern in ("iter_*", "release") for path in target.glob(pattern))
+    found = (path for pattern in ("iter_*", "release") for path in target.glob(pattern))
+    steps = sorted(path.name for path in found if not path.is_symlink())  # of an import, one is a link to the other
     if len(steps) > 1:
         raise OutputError(
             f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "

@@ -199,11 +199,10 @@ def _copy_beside(directory: Path, beside: Sequence[Path], target: Path) -> None:
 
 def _write_root(step: Path, train_state: Path | None, root: Path) -> None:
     """What stands beside the iteration's directory, if there is one: the tracker, and what Megatron-Bridge adds."""
-    iteration = checkpoint_directory.iteration_of(str(step))
-    if iteration is not None:
-        storage.write_bytes(root / checkpoint_directory.TRACKER_FILE, iteration.encode())
     if train_state is not None:
         storage.copy_file(train_state, root / TRAIN_STATE_FILE)
+    if checkpoint_directory.iteration_of(str(step)) is not None:
+        checkpoint_directory.write_tracker(root, str(step))
 
 
 def _train_state(directory: Path, step: str) -> Path | None:
