@@ -21,7 +21,7 @@ from dist_ckpt_mistral.model.config import GivenConfig, given_config, given_dire
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
-from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_iteration, write_beside_shards
+from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
 from dist_ckpt_mistral.new_hf_directory import hf_files, write_beside_weights
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.stamps import Stamps, stamps
@@ -162,7 +162,7 @@ def from_hf(
         written.finish(targets, plan, checksums)
         write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
         storage.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
-        write_beside_iteration(staging, iteration)
+        checkpoint_directory.write_tracker(staging, step.name)
 
     sizes = written.file_sizes(step)
     options = {"--tp": tp, "--pp": pp, "--ep": ep, "--dtype": dtype, "--iteration": iteration}

@@ -12,7 +12,7 @@ from dist_ckpt_mistral.checkpoint_config import RUN_CONFIG_FILE
 from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, torch_dist_writer
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
-from dist_ckpt_mistral.formats.train_state import ITERATION_TRAIN_STATE_FILE, TRAIN_STATE_FILE, untrained
+from dist_ckpt_mistral.formats.train_state import ITERATION_TRAIN_STATE_FILE, untrained
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
@@ -109,14 +109,3 @@ def write_beside_shards(
             storage.write_bytes(target, hf_directory.config_json(source.config.to_hf(), path))
         else:
             storage.copy_file(path, target)
-
-
-def write_beside_iteration(root: Path, iteration: int | None) -> None:
-    """Write what in a checkpoint root says which iteration is the latest; the tracker, which all readers know, last.
-
-    Megatron-Bridge's training goes by ``latest_train_state.pt`` and expects training state of its iteration, as of none
-    but a release: there is no such file beside that.
-    """
-    if iteration is not None:
-        storage.write_bytes(root / TRAIN_STATE_FILE, untrained(iteration))
-    checkpoint_directory.write_tracker(root, checkpoint_directory.iteration_name(iteration))

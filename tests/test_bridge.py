@@ -174,7 +174,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("iteration", "name"), [(None, "release"), (0, "iter_0000000"), (7, "iter_0000007")])
+@pytest.mark.parametrize(("iteration", "name"), [(None, "release"), (7, "iter_0000007")])
 def test_bridge_finds_what_from_hf_wrote(iteration: int | None, name: str, hf: Path, tmp_path: Path) -> None:
     """By default Megatron-LM's release is what all of Bridge finds; with an iteration, both know it by that."""
     root = tmp_path / "root"
@@ -182,10 +182,8 @@ def test_bridge_finds_what_from_hf_wrote(iteration: int | None, name: str, hf: P
     assert found_by_auto_bridge(root).resolve() == (root / name).resolve()
     assert found_by_training(root) == (iteration or 0, iteration is None)
     assert resolve_directory(root).name == name
-    assert {path.name for path in root.iterdir() if not path.is_symlink()} == {
-        *(name, "latest_checkpointed_iteration.txt"),
-        *([] if iteration is None else ["latest_train_state.pt"]),
-    }
+    files = {path.name for path in root.iterdir() if not path.is_symlink()}
+    assert files == {name, "latest_checkpointed_iteration.txt"}
     assert state_of(root / name / "train_state.pt")["step"] == (torch.int64, iteration or 0)
     assert run("verify", root, hf).code == 0
     from_hf(hf, root, iteration=iteration, overwrite=True)  # one checkpoint, although two names lead to it

@@ -89,7 +89,9 @@ def write_tracker(root: Path, directory_name: str) -> None:
     """Write the tracker file that names an iteration's directory in ``root`` the latest.
 
     ``AutoBridge.load_megatron_model`` of Megatron-Bridge asks no tracker and takes the highest ``iter_*``
-    (models/conversion/auto_bridge.py, 0.6): it gets to a release by a link, where the file system has links.
+    (models/conversion/auto_bridge.py, 0.6): it gets to a release by a link, where the file system has links. Bridge's
+    training goes by this file, unless there is a ``latest_train_state.pt``. That is not written, for Megatron-LM would
+    leave it as it is when it saves a later iteration.
     """
     if directory_name == _RELEASE:
         try:
