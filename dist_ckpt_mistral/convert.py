@@ -185,7 +185,7 @@ def from_hf(
         written.finish(targets, plan, checksums)
         write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
         storage.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
-        storage.write_bytes(staging / checkpoint_directory.TRACKER_FILE, checkpoint_directory.tracker_text(iteration))
+        checkpoint_directory.write_tracker(staging, step.name)
 
     sizes = written.file_sizes(step)
     options = {"--tp": tp, "--pp": pp, "--ep": ep, "--dtype": dtype, "--iteration": iteration}

@@ -8,15 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_ckpt_mistral import embedded, storage
+from dist_ckpt_mistral import embedded, storage, strict_yaml
+from dist_ckpt_mistral.checkpoint_config import RUN_CONFIG_FILE
 from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, small_files, torch_dist_writer
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
+from dist_ckpt_mistral.formats.train_state import ITERATION_TRAIN_STATE_FILE, untrained
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
+from dist_ckpt_mistral.model.bridge_config import to_run_config
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
@@ -85,10 +88,17 @@ def write_beside_shards(
     dtype: str,
     iteration: int | None,
 ) -> None:
-    """Write metadata.json, common.pt and the small Hugging Face files; ``.metadata`` comes last and elsewhere."""
+    """Write metadata.json, the model's description in several forms, and the small Hugging Face files.
+
+    Megatron-LM reads common.pt, Megatron-Bridge run_config.yaml and train_state.pt. ``.metadata`` comes last and
+    elsewhere.
+    """
     storage.write_bytes(directory / checkpoint_directory.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+    written: dict[str, Any] = {"dtype": dtype, "tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
+    storage.write_bytes(directory / RUN_CONFIG_FILE, strict_yaml.dumps(to_run_config(source.config, **written)))
+    storage.write_bytes(directory / ITERATION_TRAIN_STATE_FILE, untrained(iteration or 0))
     state: dict[str, Any] = {
-        "args": to_megatron_args(source.config, dtype=dtype, tp=layout.tp, pp=layout.pp, ep=layout.ep),
+        "args": to_megatron_args(source.config, **written),
         "checkpoint_version": 3.0,
         "iteration": iteration or 0,
         "content_metadata": {

@@ -61,6 +61,12 @@ def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> 
         for tensor in file.tensors:
             sizes[tensor.dtype] += tensor.end - tensor.begin
     dtype = sizes.most_common(1)[0][0]
+    if source.config.hf_config is None:
+        _LOG.warning(
+            "config.json is made from %s, which has no bos_token_id, eos_token_id and pad_token_id: transformers takes "
+            "its defaults for this family. Give the original Hugging Face directory with --config to keep its own.",
+            source.config_from,
+        )
     content = source.config.to_hf()
     text = hf_directory.text_of(original, content)
     if text is not None and (source.config.dtype in {None, dtype} or _is_imported(source, files, content)):

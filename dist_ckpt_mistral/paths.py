@@ -81,7 +81,8 @@ def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output {target} holds the mount point {mounted}. Choose another name.")
     if os.path.lexists(place) and not (place.is_dir() or place.is_symlink()):
         raise OutputError(f"the output {target} is no directory, and --overwrite replaces none else. Choose another.")
-    steps = sorted(path.name for pattern in ("iter_*", "release") for path in place.glob(pattern))
+    found = (path for pattern in ("iter_*", "release") for path in place.glob(pattern))
+    steps = sorted(path.name for path in found if not path.is_symlink())  # of an import, one is a link to the other
     if len(steps) > 1:
         raise OutputError(
             f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "

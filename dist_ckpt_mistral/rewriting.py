@@ -206,11 +206,10 @@ def _beside(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
 
 def _write_root(step: Path, train_state: bytes | None, root: Path) -> None:
     """What stands beside the iteration's directory, if there is one: the tracker, and what Megatron-Bridge adds."""
-    iteration = checkpoint_directory.iteration_of(str(step))
-    if iteration is not None:
-        storage.write_bytes(root / checkpoint_directory.TRACKER_FILE, iteration.encode())
     if train_state is not None:
         storage.write_bytes(root / TRAIN_STATE_FILE, train_state)
+    if checkpoint_directory.iteration_of(str(step)) is not None:
+        checkpoint_directory.write_tracker(root, str(step))
 
 
 def _train_state(directory: Path) -> bytes | None:

@@ -87,6 +87,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_link(path: Path, sibling: str) -> None:
+    """Make ``path`` a link to ``sibling`` beside it, in place of an old one. Raises OSError if it cannot be."""
+    path.unlink(missing_ok=True)
+    path.symlink_to(sibling)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all: under another name beside it, then renamed; an old one is replaced.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,13 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"invalid YAML in {path}: expected a mapping, got {type(value).__name__}")
     return value
+
+
+def dumps(value: Mapping[str, Any]) -> bytes:
+    """The content of a YAML file that says ``value``: plain values, mappings and lists."""
+    import yaml  # noqa: PLC0415  (only Megatron-Bridge's checkpoints need it)
+
+    return bytes(yaml.safe_dump(dict(value), encoding="utf-8"))
 
 
 def _loader(yaml: Any) -> Any:  # noqa: ANN401  (the module, and a class of it)

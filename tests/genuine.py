@@ -31,6 +31,7 @@ GENUINE: Final = {
     "opt_dr_0161": "",
     "opt_plain_0161": "",
     "opt_fsms_0140": "",
+    "bridge_0062": "iter_0000000",
 }
 #: Likewise, in Megatron's legacy zarr format.
 ZARR: Final = {

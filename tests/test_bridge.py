@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,24 @@ import pytest
 import torch
 import yaml
 from command_line import refusal, run
+from family_models import FAMILY
 from genuine import folder, shards, truth
+from hf_models import random_model, saved
 from safetensors.torch import load_file
+from test_family_args import config_of, megatron
 from torch_reading import described
+from transformers import AutoConfig
 
+import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import strict_yaml
-from dist_ckpt_mistral.convert import to_hf
-from dist_ckpt_mistral.errors import ConfigError, FormatError, UnsupportedModelError
+from dist_ckpt_mistral.convert import from_hf, to_hf
+from dist_ckpt_mistral.errors import ConfigError, FormatError, OutputError, UnsupportedModelError
 from dist_ckpt_mistral.formats.places import resolve_directory
-from dist_ckpt_mistral.model.bridge_config import from_run_config
+from dist_ckpt_mistral.formats.train_state import MAX_STEP, read_step, untrained
+from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
+
+HAS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None
 
 #: The model section that a provider leaves (megatron/bridge/models/mistral/mistral_provider.py, 0.6), as far as it
 #: matters, for the model of the fixture td_0161.
@@ -106,6 +117,172 @@ def test_a_bridge_checkpoint_exports_by_itself(bridge_root: Path, tmp_path: Path
     written, true = (json.loads((path / "config.json").read_bytes()) for path in (tmp_path / "hf", folder("td_0161")))
     keys = [key for key in true if key not in ("dtype", "bos_token_id", "eos_token_id")]
     assert {key: written[key] for key in keys} == {key: true[key] for key in keys}
+
+
+def test_a_genuine_save_exports_inspects_and_verifies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What Bridge 0.6.2 saved is the live model bit for bit, and to transformers its config.json is the original."""
+    root = folder("bridge_0062") / "checkpoint"
+    done = to_hf(root, tmp_path / "hf")
+    assert done.config_from == "run_config.yaml inside the checkpoint"
+    assert described(load_file(tmp_path / "hf" / "model.safetensors")) == described(truth("bridge_0062"))
+    configs = [AutoConfig.from_pretrained(path).to_dict() for path in (tmp_path / "hf", folder("bridge_0062"))]
+    assert configs[0] | {"_name_or_path": ""} == configs[1] | {"_name_or_path": ""}
+    assert "has no bos_token_id, eos_token_id and pad_token_id: transformers takes its defaults" in caplog.text
+    report = json.loads("\n".join(run("inspect", root, "--json").out))
+    assert (report["config_from"], report["problems"]) == (done.config_from, [])
+    assert run("verify", root).code == 0
+    assert run("verify", root, tmp_path / "hf").code == 0
+
+
+def state_of(path: Path) -> dict[str, tuple[torch.dtype, object]]:
+    """A train state as Bridge reads it (training/utils/checkpoint_utils.py, ``read_train_state``, 0.6)."""
+    return {name: (value.dtype, value.item()) for name, value in torch.load(path, weights_only=True).items()}
+
+
+@pytest.mark.parametrize("step", [0, 500, MAX_STEP - 1])
+def test_train_states_are_those_of_bridge(step: int, tmp_path: Path) -> None:
+    """What torch reads is what a genuine save of an untrained model holds, in the same order, with the step."""
+    genuine = state_of(folder("bridge_0062") / "checkpoint" / "latest_train_state.pt")
+    (tmp_path / "latest_train_state.pt").write_bytes(untrained(step))
+    assert [*state_of(tmp_path / "latest_train_state.pt").items()] == [
+        *(genuine | {"step": (torch.int64, step)}).items()
+    ]
+    assert read_step(tmp_path / "latest_train_state.pt") == step
+
+
+#: What Bridge looks at, and makes of it, without an iteration by name. The first: ``AutoBridge.load_megatron_model``
+#: (models/conversion/auto_bridge.py, 0.6.2). The second: training (training/checkpointing.py,
+#: ``_resolve_checkpoint_iteration`` and ``read_metadata``, which refuses the iteration 0 of Megatron-LM's tracker).
+def found_by_auto_bridge(root: Path) -> Path:
+    """The directory that AutoBridge takes."""
+    steps = [path for path in root.iterdir() if path.is_dir() and path.name.startswith("iter_")]
+    return max(steps, key=lambda path: int(path.name.removeprefix("iter_")))
+
+
+def found_by_training(root: Path) -> tuple[int, bool]:
+    """The iteration from which Bridge trains, and whether it is a release, which has no training state."""
+    if (root / "latest_train_state.pt").exists():
+        return int(torch.load(root / "latest_train_state.pt", weights_only=True)["step"]), False
+    told = (root / "latest_checkpointed_iteration.txt").read_text()
+    assert told == "release" or int(told) > 0
+    return (0, True) if told == "release" else (int(told), False)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in Hugging Face's files: the truth of the genuine save."""
+    path = tmp_path_factory.mktemp("bridge") / "hf"
+    path.mkdir()
+    shutil.copy(folder("bridge_0062") / "config.json", path)
+    shutil.copy(folder("bridge_0062") / "truth.safetensors", path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(("iteration", "name"), [(None, "release"), (7, "iter_0000007")])
+def test_bridge_finds_what_from_hf_wrote(iteration: int | None, name: str, hf: Path, tmp_path: Path) -> None:
+    """By default Megatron-LM's release is what all of Bridge finds; with an iteration, both know it by that."""
+    root = tmp_path / "root"
+    from_hf(hf, root, iteration=iteration)
+    assert found_by_auto_bridge(root).resolve() == (root / name).resolve()
+    assert found_by_training(root) == (iteration or 0, iteration is None)
+    assert resolve_directory(root).name == name
+    files = {path.name for path in root.iterdir() if not path.is_symlink()}
+    assert files == {name, "latest_checkpointed_iteration.txt"}
+    assert state_of(root / name / "train_state.pt")["step"] == (torch.int64, iteration or 0)
+    assert run("verify", root, hf).code == 0
+    from_hf(hf, root, iteration=iteration, overwrite=True)  # one checkpoint, although two names lead to it
+    dcm.reshard(root, tmp_path / "cut", dcm.ParallelLayout(tp=2, pp=2))
+    assert found_by_auto_bridge(tmp_path / "cut").resolve() == (tmp_path / "cut" / name).resolve()
+    assert found_by_training(tmp_path / "cut") == found_by_training(root)
+
+
+@pytest.mark.skipif(not HAS_BRIDGE, reason="Megatron-Bridge pins older versions of what is tested here")
+@pytest.mark.parametrize("written", [{}, {"tp": 2, "pp": 2}, {"iteration": 7}], ids=repr)
+def test_auto_bridge_loads_what_from_hf_wrote(written: dict[str, int], tmp_path: Path) -> None:
+    """The real AutoBridge opens the root, and exports every tensor of the original bit for bit."""
+    hf = saved(random_model(vocab_size=250), tmp_path / "hf")
+    from_hf(hf, tmp_path / "root", **written)  # type: ignore[arg-type]  # all are numbers
+    script, out = Path(__file__).with_name("bridge_loads.py"), tmp_path / "out.safetensors"
+    subprocess.run([sys.executable, script, hf, tmp_path / "root", out], check=True, timeout=300)
+    assert described(load_file(out)) == described(load_file(hf / "model.safetensors"))
+
+
+def test_the_link_for_bridge_is_made_anew_by_a_resumed_run(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fails when all is written but the manifest leaves the link, and the next one goes on."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dist_ckpt_mistral.writing.write_manifest", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            from_hf(hf, tmp_path / "root")
+    from_hf(hf, tmp_path / "root", resume=True)
+    assert (tmp_path / "root" / "iter_0000000").readlink() == Path("release")
+
+
+@pytest.mark.parametrize(("code", "published"), [(errno.EPERM, True), (errno.ENOSPC, False)])
+def test_file_systems_without_links(
+    code: int,
+    hf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    published: bool,
+) -> None:
+    """Where there are no links, the import is as good for everyone else, and says what to give Bridge."""
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    if published:
+        from_hf(hf, tmp_path / "root")
+        assert "give AutoBridge of Megatron-Bridge release itself" in caplog.text
+    else:
+        with pytest.raises(OutputError, match="No space left on device"):
+            from_hf(hf, tmp_path / "root")
+    assert (tmp_path / "root").exists() == published
+
+
+#: What ``_validate_target_prefix`` lets pass (megatron/bridge/utils/instantiate_utils.py, 0.6.2): names below these, no
+#: part of them private.
+ALLOWED = ("megatron.", "torch.", "nvidia.", "transformers.", "numpy.", "nemo.")
+#: Fields that Bridge has since 0.7 only (models/ministral3/model_config.py); 0.6 leaves them out with a warning.
+NEWER = {"llama_4_scaling_beta"}
+
+
+def targets(value: object) -> list[str]:
+    """Whatever a configuration wants to be imported."""
+    if not isinstance(value, dict):
+        return []
+    inner = [target for each in value.values() for target in targets(each)]
+    return [*([value["_target_"]] if "_target_" in value else []), *inner]
+
+
+@pytest.mark.parametrize("case", FAMILY)
+def test_run_config_is_what_bridge_takes(case: str) -> None:
+    """Each field is one of the genuine save or of Megatron's latent attention, each target on Bridge's allowlist."""
+    config = config_of(case)
+    written = yaml.safe_load(strict_yaml.dumps(to_run_config(config, dtype="bfloat16", tp=2, pp=4, ep=1)))
+    genuine = yaml.safe_load((shards("bridge_0062") / "run_config.yaml").read_text())
+    latent = {field.name for field in fields(megatron("transformer.transformer_config").MLATransformerConfig)}
+    known = {*genuine["model"], *(latent if config.latent_attention else ())}
+    assert set(written["model"]) - known <= NEWER
+    assert set(written) <= set(genuine)
+    assert written["checkpoint"].items() <= (genuine["checkpoint"] | {"fully_parallel_save": False}).items()
+    assert (written["model"]["tensor_model_parallel_size"], written["model"]["pipeline_model_parallel_size"]) == (2, 4)
+    assert len(targets(written)) == 4
+    for target in targets(written):
+        assert target.startswith(ALLOWED)
+        assert not any(part.startswith("_") for part in target.split("."))
+
+
+def test_run_config_says_what_bridge_itself_says(hf: Path) -> None:
+    """Of the same model, every field has the value of the genuine save, but for the class and its fusions."""
+    config = MistralConfig.from_hf(hf)
+    written = to_run_config(config, dtype="bfloat16", tp=1, pp=1, ep=1)["model"]
+    genuine = yaml.safe_load((shards("bridge_0062") / "run_config.yaml").read_text())["model"]
+    assert {name for name in written if written[name] != genuine[name]} == {"_target_"}
 
 
 def test_a_given_configuration_and_megatrons_args_come_first(bridge_root: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from command_line import run
 from drawn_configs import configs, experts_of_any_router
 from family_models import FAMILY, family_model
@@ -23,9 +24,11 @@ from torch_reading import described
 from transformers import AutoConfig
 from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 
+from dist_ckpt_mistral import strict_yaml
 from dist_ckpt_mistral.convert import to_hf
 from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.expert_args import expert_args
 from dist_ckpt_mistral.model.experts import Experts
@@ -57,9 +60,11 @@ def args_of(case: str, **changes: object) -> dict[str, Any]:
 @settings(max_examples=200, deadline=None)
 @given(configs())
 def test_every_model_survives_megatrons_args(config: MistralConfig) -> None:
-    """Of whatever family and sizes, the args of a model give the model back, and so does its config.json."""
+    """Of whatever family and sizes, args give the model back, and so do its config.json and run_config.yaml."""
     args = to_megatron_args(config, dtype="bfloat16", tp=1, pp=1)
     again = from_megatron_args(args)
+    run_config = strict_yaml.dumps(to_run_config(config, dtype="bfloat16", tp=1, pp=1, ep=1))
+    assert from_run_config(yaml.safe_load(run_config), "run_config.yaml") == again
     scales = [1.0 if each.yarn is None else each.yarn.attention_scale for each in (config, again)]
     assert scales[0] == pytest.approx(scales[1], rel=1e-12)
     if config.latent_attention is not None:  # there it scales scores too

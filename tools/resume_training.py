@@ -127,7 +127,7 @@ class Training:
         }
         dist_checkpointing.save(state, str(directory), content_metadata=dict(_CONTENT))
         if dist.get_rank() == 0:
-            (root / checkpoint_directory.TRACKER_FILE).write_bytes(checkpoint_directory.tracker_text(self.steps_done))
+            (root / checkpoint_directory.TRACKER_FILE).write_text(str(self.steps_done))
         dist.barrier()
 
     def counters(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -12,11 +14,15 @@ from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.train_state import MAX_STEP, TRAIN_STATE_FILE, read_step
 
+_LOG = logging.getLogger(__name__)
+
 #: What every ``torch_dist`` checkpoint has, and what every checkpoint of any backend has.
 METADATA_FILE: Final = ".metadata"
 BACKEND_FILE: Final = "metadata.json"
 TRACKER_FILE: Final = "latest_checkpointed_iteration.txt"
 _RELEASE: Final = "release"
+#: What symlink(2) says where a file system has no links.
+_NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def latest_iteration(root: Path) -> Path:
@@ -80,6 +86,19 @@ def is_iteration_name(directory_name: str) -> bool:
     return directory_name == _RELEASE or re.fullmatch(r"iter_\d+", directory_name) is not None
 
 
-def tracker_text(iteration: int | None) -> bytes:
-    """The content of the tracker file that names ``iteration`` the latest."""
-    return (_RELEASE if iteration is None else str(iteration)).encode()
+def write_tracker(root: Path, directory_name: str) -> None:
+    """Write the tracker file that names an iteration's directory in ``root`` the latest.
+
+    ``AutoBridge.load_megatron_model`` of Megatron-Bridge asks no tracker and takes the highest ``iter_*``
+    (models/conversion/auto_bridge.py, 0.6): it gets to a release by a link, where the file system has links. Bridge's
+    training goes by this file, unless there is a ``latest_train_state.pt``. That is not written, for Megatron-LM would
+    leave it as it is when it saves a later iteration.
+    """
+    if directory_name == _RELEASE:
+        try:
+            storage.write_link(root / iteration_name(0), _RELEASE)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _LOG.warning("no links here (%s): give AutoBridge of Megatron-Bridge %s itself", error.strerror, _RELEASE)
+    storage.write_bytes(root / TRACKER_FILE, (iteration_of(directory_name) or "").encode())

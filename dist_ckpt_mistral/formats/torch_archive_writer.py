@@ -8,7 +8,7 @@ import pickle
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -115,8 +115,28 @@ def object_archive(value: Any) -> bytes:  # noqa: ANN401  (plain values)
 
 def pickled_archive(pickled: bytes) -> bytes:
     """A whole ``torch.save`` archive around a pickle without tensors; its length is a multiple of 64."""
-    head, listed = _leading_records(pickled)
-    listed.append(_list("version", _VERSION, len(head)))
+    return _whole(*_leading_records(pickled))
+
+
+def scalars_archive(scalars: Mapping[str, tuple[str, bytes]]) -> bytes:
+    """A whole ``torch.save`` archive of a dict of scalar tensors.
+
+    ``scalars`` are a torch dtype name and the little-endian bytes of each, by their keys in the dict.
+    """
+    keys = {name: str(number) for number, name in enumerate(scalars)}
+    tensors = {name: _tensor_record(dtype, (), keys[name]) for name, (dtype, _) in scalars.items()}
+    head, listed = _leading_records(pickle_records.dumps(tensors))
+    for name, (_, content) in scalars.items():
+        record = f"data/{keys[name]}"
+        unaligned = len(head) + len(_local_header(record, 0))
+        listed.append(_list(record, content, len(head)))
+        head += _record(record, content, -unaligned % _ALIGNMENT)
+    return _whole(head, listed)
+
+
+def _whole(head: bytes, listed: list[Listed]) -> bytes:
+    """The archive of the records in ``head``, which ``listed`` lists; its length is a multiple of 64."""
+    listed = [*listed, _list("version", _VERSION, len(head))]
     bare = len(head) + len(_record("version", _VERSION, 0))
     padding = -(bare + len(_central_directory(listed, bare))) % _ALIGNMENT
     return head + _record("version", _VERSION, padding) + _central_directory(listed, bare + padding)
@@ -159,12 +179,12 @@ def _stop(pickled: bytes, where: str) -> int:
     return int(last[2] or 0)
 
 
-def _tensor_record(dtype: str, shape: Shape) -> Call:
-    """What ``torch.save`` pickles for a contiguous tensor that fills its storage."""
+def _tensor_record(dtype: str, shape: Shape, key: str = "0") -> Call:
+    """What ``torch.save`` pickles for a contiguous tensor that fills its storage, the record ``data/KEY``."""
     if dtype not in _STORAGE_OF:
         expected = ", ".join(_STORAGE_OF)
         raise FormatError(f"{dtype} tensors cannot be written to torch archives: expected one of {expected}")
-    storage = PersistentId(("storage", Global("torch", _STORAGE_OF[dtype]), "0", "cpu", math.prod(shape)))
+    storage = PersistentId(("storage", Global("torch", _STORAGE_OF[dtype]), key, "cpu", math.prod(shape)))
     hooks = Call(Global("collections", "OrderedDict"), ())
     return Call(
         Global("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, row_major_strides(shape), False, hooks)

@@ -1,23 +1,37 @@
-"""``latest_train_state.pt``, with which Megatron-Bridge names the latest iteration of a checkpoint root.
+"""``train_state.pt`` of Megatron-Bridge: how far training has come.
 
 A ``torch.save``'d dict of scalar tensors, among them ``step`` (megatron/bridge/training/state.py, ``TrainState``, 0.1
-to 0.7). Bridge looks at it before ``latest_checkpointed_iteration.txt``, and never calls an iteration a release.
+to 0.7). It lies in the directory of every iteration. ``latest_train_state.pt`` in the checkpoint root is a copy of it,
+with which Bridge names the latest iteration: it looks there before ``latest_checkpointed_iteration.txt``, and never
+calls an iteration a release.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
+from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_reading
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
+from dist_ckpt_mistral.formats.torch_archive_writer import scalars_archive
 from dist_ckpt_mistral.storage import SourceFiles
 
 TRAIN_STATE_FILE: Final = "latest_train_state.pt"
+#: The same in the directory of an iteration.
+ITERATION_TRAIN_STATE_FILE: Final = "train_state.pt"
 _STEP_BYTES: Final = 8
+#: The other values and their dtypes as Bridge saves them, in its order (training/checkpointing.py, 0.6.2). All are zero
+#: where nothing was trained.
+_OTHERS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), "int64"),
+    "floating_point_operations_so_far": "float32",
+    **dict.fromkeys(("do_train", "do_valid", "do_test"), "bool"),
+}
 #: Iterations are below this; so is what Megatron-LM's tracker file may say.
 MAX_STEP: Final = 10**18
 
@@ -29,6 +43,12 @@ class _Scalar:
     key: str
     storage: str
     shape: tuple[int, ...]
+
+
+def untrained(step: int) -> bytes:
+    """The train state of weights that are called iteration ``step``, and that Bridge has not trained."""
+    others = {name: (dtype, bytes(dtypes.itemsize_bytes(dtype))) for name, dtype in _OTHERS.items()}
+    return scalars_archive({"step": ("int64", step.to_bytes(_STEP_BYTES, "little")), **others})
 
 
 def read_step(path: Path) -> int:

@@ -45,10 +45,17 @@ def attention_args(config: MistralConfig) -> Described:
     }
     return [
         *((COMPUTED[name], value) for name, value in computed.items()),
-        *([] if latent is None else ((field, getattr(latent, attribute)) for attribute, field in LATENT.items())),
+        *_latent_args(latent),
         *(_yarn_args(config.yarn) if latent is None else latent_rope_args(config.yarn)),
         *([(LLAMA_4_SCALING, config.llama_4_scaling_beta)] if config.llama_4_scaling_beta else []),
     ]
+
+
+def _latent_args(latent: LatentAttention | None) -> Described:
+    """The sizes of latent attention. slime wants ``q_lora_rank`` of every model; Megatron-LM has None without."""
+    if latent is None:
+        return [(LATENT["q_lora_rank"], None)]
+    return [(field, getattr(latent, attribute)) for attribute, field in LATENT.items()]
 
 
 def window_args(config: MistralConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Its ``model`` section is either a model provider, all fields in one (megatron/bridge/models/gpt_provider.py,
 ``GPTModelProvider``, 0.1 to 0.7), or a ``GPTModelConfig`` around a ``transformer`` section (0.6 and newer,
 megatron/training/models/gpt.py of megatron-core 0.19). Both are Megatron-LM's args under other names: they are renamed
-here and read there.
+here, and read and written there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.model.checks import is_positive_int
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import from_megatron_args
+from dist_ckpt_mistral.model.megatron_args import from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.megatron_fields import LATENT, UNCHANGED
 from dist_ckpt_mistral.name_ranges import listed
 
 #: Bridge's name -> that of Megatron-LM's args, where they differ.
@@ -36,6 +37,19 @@ _REQUIRED: Final = (
     *("share_embeddings_and_output_weights", "gated_linear_unit", "activation_func"),
     *("num_layers", "hidden_size", "num_attention_heads", "vocab_size"),
 )
+#: Megatron-LM's args that Bridge says in another way, or has no field for.
+_ONLY_OF_ARGS: Final = (
+    *("swiglu", "group_query_attention", "untie_embeddings_and_output_weights", "padded_vocab_size"),
+    *("norm_epsilon", "apply_layernorm_1p", "squared_relu", "quick_geglu", "openai_gelu"),
+    *("hybrid_layer_pattern", "hybrid_override_pattern"),
+    *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+)
+#: The class that Bridge makes of the section ``model``, by whether attention is latent. Those of single families have
+#: defaults that only their own models have, or a vision tower.
+_PROVIDERS: Final[Mapping[bool, str]] = {
+    False: "megatron.bridge.models.gpt_provider.GPTModelProvider",
+    True: "megatron.bridge.models.mla_provider.MLAModelProvider",
+}
 #: What a section says of itself, and the one inside the other: no fields of the model.
 _OF_A_SECTION: Final = ("_target_", "_call_", "_builder_", "transformer")
 
@@ -50,6 +64,39 @@ def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}. Give the model's config.json with --config.")
     return from_megatron_args(_as_args(values), model_fields(where))
+
+
+def to_run_config(config: MistralConfig, *, dtype: str, tp: int, pp: int, ep: int) -> dict[str, Any]:
+    """The content of a ``run_config.yaml`` with which Bridge opens the weights; ``from_run_config`` reads it back.
+
+    Arguments and errors are those of ``to_megatron_args``. Bridge imports what a ``_target_`` names where its allowlist
+    has that (megatron/bridge/utils/instantiate_utils.py, 0.6), and the section ``checkpoint`` tells it which training
+    state there is (training/checkpointing.py).
+    """
+    args = to_megatron_args(config, dtype=dtype, tp=tp, pp=pp, ep=ep)
+    is_latent = config.latent_attention is not None
+    left = {*_ONLY_OF_ARGS, *UNCHANGED, *(() if is_latent else (field.name for field in LATENT.values()))}
+    names = {arg: name for name, arg in _RENAMED.items() if not (is_latent and name in _ONLY_WITHOUT_MLA)}
+    return {
+        "model": {
+            "_target_": _PROVIDERS[is_latent],
+            **{names.get(arg, arg): value for arg, value in args.items() if arg not in left},
+            "activation_func": _named("torch.nn.functional.silu"),
+            "gated_linear_unit": True,
+            "gradient_accumulation_fusion": False,  # of training, and may need extensions that loading does not
+            "params_dtype": _named(f"torch.{dtype}"),
+            "share_embeddings_and_output_weights": config.tie_word_embeddings,
+            "should_pad_vocab": False,  # AutoBridge exports all rows that its model has
+            "transformer_layer_spec": _named("megatron.bridge.models.gpt_provider.default_layer_spec"),
+        },
+        "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": False},
+        "tokenizer": None,
+    }
+
+
+def _named(target: str) -> dict[str, Any]:
+    """How Bridge writes a function, a class or a dtype: ``_plain`` reads it."""
+    return {"_target_": target, "_call_": False}
 
 
 def model_fields(where: str) -> str:

@@ -93,9 +93,10 @@ ARCHITECTURE: Final[Demands] = (
             *("mtp_num_layers", "hybrid_layer_pattern", "hybrid_override_pattern"),
             *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
             *("experimental_attention_variant", "linear_attention_freq", "no_rope_freq", "softmax_scale"),
-            *("rotary_seq_len_interpolation_factor", "glu_linear_offset", "activation_func_clamp_value"),
+            *("rotary_seq_len_interpolation_factor", "activation_func_clamp_value"),
         )
     ),
+    (Field(names=("glu_linear_offset",), default=0.0), 0.0),
 )
 
 #: Fields that are computed, by name.
