@@ -102,6 +102,7 @@ def _keeping(iteration: Path, kept: str) -> Path:
     for key in {"args", "content_metadata"} - {kept}:
         del state[key]
     torch.save(state, iteration / "common.pt")
+    (iteration / "run_config.yaml").unlink()
     shutil.rmtree(iteration / "hf")
     return iteration
 

@@ -21,8 +21,9 @@ ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
 errors shell amounts shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub package_version
 stamps storage paths staging strict_yaml libraries
-formats.pickle_opcodes formats.pickle_reading formats.tensor_pickle formats.read_ahead formats.torch_archive
-formats.train_state formats.checkpoint_directory formats.integrity formats.places
+formats.pickle_opcodes formats.pickle_reading formats.pickle_records formats.tensor_pickle formats.read_ahead
+formats.torch_archive formats.torch_archive_writer formats.train_state formats.checkpoint_directory formats.integrity
+formats.places
 model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families
 model.hf_config
 model.params_json model.config model.agreement
@@ -32,8 +33,7 @@ model.megatron_fields model.megatron_vocabulary model.attention_args model.exper
 model.bridge_config model.pretrain_flags
 gather.boxes gather.links gather.scales gather.tensor_index gather.flat_ranges gather.casts gather.dequantize
 gather.plan gather.bands gather.executor gather.digests gather.chunk_reads
-formats.pickle_records formats.torch_archive_writer formats.common_state
-formats.stored_metadata formats.metadata_records formats.metadata_pickle
+formats.common_state formats.stored_metadata formats.metadata_records formats.metadata_pickle
 formats.stored_checkpoint formats.torch_dist formats.legacy_objects formats.legacy_zarr formats.backends
 formats.torch_dist_writer
 formats.archive_checksums formats.safetensors formats.hf_directory formats.small_files
