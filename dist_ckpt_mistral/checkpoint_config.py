@@ -126,7 +126,7 @@ def agreed(
             "their own: it is read and written as %s",
             *(first.source, *(("no", "true") if config.tie_word_embeddings else ("a", "false"))),
         )
-    differing: dict[str, list[str]] = {}
+    named: list[Disagreement] = []
     for other in others:
         try:
             found = other.disagreements(config, names)
@@ -147,10 +147,10 @@ def agreed(
                 f"{first.source} and {other.source} disagree about how the weights in {where} are read: "
                 f"{listed_disagreements(severe)}. {_WAY_OUT}"
             )
-        if found:
-            differing.setdefault(listed_disagreements(found), []).append(other.source)
-    for listing, sources in differing.items():
-        _LOG.warning("%s counts, and %s differs from it: %s", first.source, " as well as ".join(sources), listing)
+        new = [each for each in found if each not in named]
+        if new:
+            _LOG.warning("%s is used; %s says otherwise: %s", first.source, other.source, listed_disagreements(new))
+        named += new
     return Agreed(config=config, description=first, overrides=override)
 
 

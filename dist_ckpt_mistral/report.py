@@ -92,7 +92,7 @@ def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
         kind=place.kind.value,
         format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
         config_from=known.source if known else None,
-        config=_config_values(known or config),
+        config=_config_values(known),
         tensors=tuple(_hf_tensor_report(tensor, hf_names, ignored) for tensor in file_set.tensors()),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
@@ -149,7 +149,7 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
         kind=f"Megatron {checkpoint.backend} checkpoint",
         format=_generation(checkpoint),
         config_from=known.source if known else None,
-        config=_config_values(known or config),
+        config=_config_values(known),
         tensors=_tensor_reports(checkpoint, found),
         objects=tuple((name, why_ignored(name, prefix) or "not a tensor") for name in checkpoint.objects),
         files=files,
@@ -195,5 +195,5 @@ def _generation(checkpoint: StoredCheckpoint) -> str:
     return "torch_dist without common state"
 
 
-def _config_values(known: Agreed | ChosenConfig | None) -> dict[str, Any] | None:
+def _config_values(known: Agreed | None) -> dict[str, Any] | None:
     return None if known is None else {n: value for n, value in asdict(known.config).items() if n != "hf_config"}
