@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from hf_models import random_model, saved
 from hypothesis import given
 from safetensors.torch import load_file
 from test_bridge import run_config
+from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError, UnsupportedModelError
@@ -302,6 +304,48 @@ def test_args_of_a_configuration_agree_with_it(config: dcm.MistralConfig) -> Non
         return
     assert args_disagreements(config, args, "the args") == []
     assert args_disagreements(config, {}, "no args") == []
+
+
+#: Keys of config.json that are no field of a MistralConfig by that name, with another value.
+_BY_KEY: Final[dict[str, Change]] = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 3},
+    "mistral4": {"n_routed_experts": 8, "norm_topk_prob": False, "routed_scaling_factor": 2.0, "v_head_dim": 16},
+    "ministral": {"eos_token_id": 9},
+    "ministral3, tied": {"pad_token_id": 3},
+}
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case, names in _BY_KEY.items() for name in names])
+def test_values_are_named_as_in_config_json(case: str, name: str) -> None:
+    """A value goes by its key in config.json, and once; one that is left out counts as transformers fills it in."""
+    content = SIZES | FAMILY[case]
+    other = content | {name: _BY_KEY[case][name]}
+    filled_in = AutoConfig.for_model(**copy.deepcopy(content)).to_dict()[name]
+    [found] = disagreements(*(dcm.MistralConfig.from_hf(each) for each in (content, other)))
+    assert str(found) == f"{name}: {'none' if filled_in is None else filled_in} and {other[name]}"
+
+
+def test_the_sections_of_a_multimodal_configuration_are_compared() -> None:
+    """Values inside text_config and vision_config are compared, too, those that are no sizes included."""
+    vision = {"model_type": "pixtral", "hidden_size": 16, "image_size": 28}
+    text = SIZES | {"model_type": "mistral", "sliding_window": None, "eos_token_id": 2}
+    given, other = (
+        dcm.MistralConfig.from_hf({"model_type": "mistral3", "text_config": t, "vision_config": v})
+        for t, v in ((text, vision), (text | {"eos_token_id": 7}, vision | {"hidden_size": 32, "image_size": 56}))
+    )
+    assert {str(each) for each in disagreements(given, other)} == {
+        "eos_token_id: 2 and 7",
+        "vision_config.hidden_size: 16 and 32",
+        "vision_config.image_size: 28 and 56",
+    }
+
+
+def test_a_part_that_one_lacks_is_spelled_out() -> None:
+    """YaRN in one configuration alone is named with what it says there."""
+    plain = SIZES | {"model_type": "mistral", "sliding_window": None}
+    scaled = plain | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}
+    [found] = disagreements(dcm.MistralConfig.from_hf(plain), dcm.MistralConfig.from_hf(scaled))
+    assert str(found).startswith("yarn: none and {'factor': 4.0, 'original_max_position_embeddings': 16, ")
 
 
 @pytest.mark.parametrize("case", FAMILY)

@@ -7,24 +7,27 @@ with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.experts import Experts
+from dist_ckpt_mistral.model.hf_families import COMMON_DEFAULTS, FAMILIES, LATENT_SIZES
 
-#: Fields of a MistralConfig that decide which stored rows are which weights; of its parts, all but those below.
+#: Values, by name, that decide which stored rows are which weights.
 _OF_WEIGHTS: Final = frozenset(
     {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings"),
         *("num_attention_heads", "num_key_value_heads", "head_dim"),
-        *("experts", "experts.num_experts", "experts.intermediate_size", "experts.shared_intermediate_size"),
-        *("latent_attention", "latent_attention.q_lora_rank", "latent_attention.kv_lora_rank"),
-        *("latent_attention.qk_nope_head_dim", "latent_attention.qk_rope_head_dim", "latent_attention.v_head_dim"),
+        *("experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "n_shared_experts"),
+        *("latent_attention", *LATENT_SIZES),
     }
 )
-#: Fields that follow from others: the files hold their own dtypes, and ``packed`` is how a family's files are named.
-_FOLLOW: Final = frozenset({"dtype", "hf_config", "experts.packed"})
+#: Fields that follow from others: the files hold their own dtypes.
+_FOLLOW: Final = frozenset({"dtype", "hf_config"})
+#: Fields that hold a part of the model -> what stands before its keys where it is compared.
+_PREFIXES: Final = {"yarn": "yarn.", "experts": "", "latent_attention": "", "vision": "vision_config."}
 #: Keys of config.json that say who wrote it and how it is run, not what the model is.
 _NOT_OF_THE_MODEL: Final = frozenset(
     {
@@ -34,7 +37,9 @@ _NOT_OF_THE_MODEL: Final = frozenset(
     }
 )
 #: Keys that are read into fields of a MistralConfig, where transformers 4 and 5 may spell the same value differently.
-_READ: Final = ("rope_", "text_config", "vision_config", "partial_rotary_factor")
+_READ: Final = ("rope_", "partial_rotary_factor")
+#: Keys that transformers fills in where a config.json leaves them out.
+_FILLED_IN: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +61,23 @@ class Disagreement:
 
 
 def disagreements(first: MistralConfig, second: MistralConfig) -> list[Disagreement]:
-    """Every value that two configurations give differently, the fields of their parts one by one."""
-    a, b = _values(first), _values(second)
-    fields = [
+    """Every value that two configurations give differently, those of their parts one by one."""
+    a, b = ({name: getattr(each, name) for name in each.__slots__ if name not in _FOLLOW} for each in (first, second))
+    for name, prefix in _PREFIXES.items():
+        part_a, part_b = _part(first, name), _part(second, name)
+        if part_a is None or part_b is None:
+            a[name], b[name] = part_a, part_b
+        else:
+            del a[name], b[name]
+            a |= {prefix + key: value for key, value in part_a.items()}
+            b |= {prefix + key: value for key, value in part_b.items()}
+    if first.hf_config is not None and second.hf_config is not None:
+        a, b = _other_keys(first.hf_config, first.model_type) | a, _other_keys(second.hf_config, second.model_type) | b
+    return [
         Disagreement(name=name, first=a[name], second=b[name], of_weights=name in _OF_WEIGHTS)
         for name in a
         if name in b and a[name] != b[name]
     ]
-    return [*fields, *_other_keys(first.hf_config, second.hf_config)]
 
 
 def listed_disagreements(found: Iterable[Disagreement]) -> str:
@@ -71,30 +85,29 @@ def listed_disagreements(found: Iterable[Disagreement]) -> str:
     return "; ".join(map(str, found))
 
 
-def _values(config: MistralConfig) -> dict[str, Any]:
-    """The fields by name. A part that is absent is None; its fields then have no value to compare."""
-    values: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        if name in _FOLLOW:
-            continue
-        values[name] = value if value is None or not isinstance(value, dict) else _PRESENT
-        if isinstance(value, dict):
-            values |= {f"{name}.{each}": part for each, part in value.items() if f"{name}.{each}" not in _FOLLOW}
-    return values
+def _part(config: MistralConfig, name: str) -> dict[str, Any] | None:
+    """What the part of this name says, as far as it can in the keys of config.json; None if there is none."""
+    part = getattr(config, name)
+    if part is None:
+        return None
+    return FAMILIES[config.model_type].expert_keys(part) if isinstance(part, Experts) else asdict(part)
 
 
-#: Stands for a part that is there, whatever it says.
-_PRESENT: Final = "present"
-
-
-def _other_keys(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> Iterator[Disagreement]:
-    """The values of a config.json that are no field of a MistralConfig, such as token ids, where both give one."""
-    fields = MistralConfig.__dataclass_fields__
-    for name in first or {}:
-        if name in fields or name in _NOT_OF_THE_MODEL or name.startswith(_READ) or name not in (second or {}):
-            continue
-        if first[name] != second[name]:  # type: ignore[index]  # both have the name
-            yield Disagreement(name=name, first=first[name], second=second[name], of_weights=False)  # type: ignore[index]
+def _other_keys(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """What a config.json says besides the fields of a MistralConfig, such as token ids, those left out included."""
+    sections = {name: raw.get(name) for name in ("text_config", "vision_config")}
+    text, vision = (section if isinstance(section, Mapping) else {} for section in sections.values())
+    defaults = COMMON_DEFAULTS | FAMILIES[model_type].defaults
+    told = {**{name: defaults[name] for name in _FILLED_IN}, **text, **raw}
+    return {
+        name: value
+        for prefix, keys in (("", told), ("vision_config.", vision))
+        for key, value in keys.items()
+        if (name := prefix + key) not in MistralConfig.__dataclass_fields__
+        and key not in _NOT_OF_THE_MODEL
+        and key not in sections
+        and not key.startswith(_READ)
+    }
 
 
 def _worded(value: object) -> str:

@@ -94,6 +94,9 @@ COMMON_DEFAULTS: Final[Mapping[str, Any]] = {
     "rope_theta": 10_000.0,
     "max_position_embeddings": 4096 * 32,
     "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
 }
 #: Keys with the only value of them that Megatron's layers can express, in all families: an activation, attention to
 #: later tokens (``create_causal_mask``, masking_utils.py, 5.24), and layers that differ (integrations/heterogeneity).
@@ -119,6 +122,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
             "head_dim": 128,
             "max_position_embeddings": 262_144,
             "sliding_window": None,
+            "pad_token_id": 11,
             "rope_parameters": _yarn(1_000_000.0, 16.0, 16_384),
         },
     ),
@@ -137,6 +141,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
             "routed_scaling_factor": 1.0,
             "n_group": 1,
             "topk_group": 1,
+            "pad_token_id": 11,
             "rope_parameters": _yarn(10_000.0, 128.0, 8192),
         },
         fixed={"first_k_dense_replace": 0, "attention_bias": False, "rope_interleave": True},
