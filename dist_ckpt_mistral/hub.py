@@ -17,23 +17,11 @@ _NAME: Final = re.compile(
     r"(?P<id>\w[\w.-]*/(?!iter_\d+$|release$)\w[\w.-]*(?<!\.json)(?<!\.safetensors)(?<!\.gguf))"
     r"(?:(?:@|/tree/)(?P<revision>[\w./-]+?))?/?"
 )
-#: How URLs begin, as ``Path`` has them.
-_SCHEME: Final = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 #: Weights that are never read, which would only cost time.
 _NOT_READ: Final = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "onnx/*", "original/*")
 #: The weights that transformers reads or their index, and Mistral AI's own, which count where there are no others.
 _WEIGHTS: Final = "model*.safetensors*"
 _OWN_WEIGHTS: Final = "consolidated*"
-
-
-def is_url(path: Path) -> bool:
-    """Whether ``path``, which does not exist, was a URL of any kind."""
-    return _SCHEME.match(str(path)) is not None
-
-
-def as_given(path: Path) -> str:
-    """``path`` for an error, with both slashes if it was a URL."""
-    return str(path) if path.exists() else _SCHEME.sub(r"\g<0>/", str(path))
 
 
 def local_directory(path_or_id: str, *, weights: bool = True, check: Callable[[Sequence[str]], object] = len) -> Path:

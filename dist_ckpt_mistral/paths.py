@@ -15,13 +15,23 @@ from dist_ckpt_mistral.errors import OutputError
 #: Of a file name, on the file systems of Linux (linux/limits.h).
 _MAX_NAME_BYTES: Final = 255
 #: How URLs begin, as ``Path`` has them: ``s3://bucket/ckpt`` is ``s3:/bucket/ckpt``.
-_SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]+:")
+_SCHEME: Final = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:(?=/)")
 
 
 def is_plain_name(name: str) -> bool:
     """Whether a name that a file gives can only be that of a file beside it, and can be printed as it is."""
     is_name = Path(name).name == name and name not in {"", ".."} and name.isprintable()
     return is_name and len(os.fsencode(name)) <= _MAX_NAME_BYTES
+
+
+def is_url(path: Path) -> bool:
+    """Whether ``path`` was a URL of any kind, and not a directory that is called so."""
+    return _SCHEME.match(str(path)) is not None and not os.path.exists(path.parts[0])  # noqa: PTH110  (as of a NUL)
+
+
+def as_given(path: Path) -> str:
+    """``path`` for an error, with both slashes if it was a URL."""
+    return _SCHEME.sub(r"\g<0>/", str(path)) if is_url(path) else str(path)
 
 
 def leads_outside(path: Path, directory: Path) -> bool:
@@ -59,8 +69,10 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
     A checkpoint root with several iterations is never replaced: no command writes more than one, so it is a training's.
     Nothing is touched. Raises OutputError.
     """
-    if len(target.parts) > 1 and _SCHEME.fullmatch(target.parts[0]) and not Path(target.parts[0]).exists():
-        raise OutputError(f"the output {target} is an URL, which cannot be written yet. Choose a local directory.")
+    if is_url(target):
+        raise OutputError(
+            f"the output {as_given(target)} is a URL, which cannot be written yet. Choose a local directory."
+        )
     try:
         place = placed(target)
         require_replaceable(target, place, overwrite=overwrite)

@@ -22,6 +22,8 @@ T = TypeVar("T")
 _BLOCK_BYTES: Final = 1 << 20
 #: More than any index, configuration or tracker has: what is larger is not read whole.
 SMALL_BYTES: Final = 64 << 20
+#: How a pointer begins (git-lfs 3.7, docs/spec.md).
+_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/v1"
 #: How mountinfo spells blanks and backslashes.
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
@@ -36,6 +38,12 @@ def read_bytes(path: Path, *, most_bytes: int | None = SMALL_BYTES) -> bytes:
         if most_bytes is not None and size_bytes > most_bytes:
             raise FormatError(f"{path} is too large: expected at most {most_bytes} bytes, got {size_bytes}")
         return files.read(0, 0, size_bytes)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone has where Git LFS did not fetch the file itself."""
+    with SourceFiles([path]) as files:
+        return files.read(0, 0, min(files.size_bytes(0), len(_LFS_POINTER))) == _LFS_POINTER
 
 
 def _open_to_read(path: Path, sources: Sources | None) -> int:

@@ -245,15 +245,54 @@ def test_dcp_of_torch_itself(tmp_path: Path) -> None:
 
 
 def test_swapped_arguments(tmp_path: Path) -> None:
-    """Where only the output exists, and is what the source should be, that is said; with --overwrite too."""
-    hf = saved(random_model(), tmp_path / "hf")
-    for source, command in ((hf, "from-hf"), (CKPT, "to-hf"), (CKPT, "reshard"), (CKPT, "migrate")):
+    """Where the output is what the source should be, and the source is not, that is said; with --overwrite too."""
+    hf, new = saved(random_model(), tmp_path / "hf"), tmp_path / "new"
+    swapped = [(new, hf, "from-hf"), *((new, CKPT, command) for command in ("to-hf", "reshard", "migrate"))]
+    for given, source, command in [*swapped, (CKPT, hf, "from-hf"), (hf, CKPT, "to-hf"), (hf, CKPT, "reshard")]:
         for more in ((), ("--overwrite",)):
-            line = refusal(tmp_path, command, tmp_path / "new", source, *more)
-            assert line.startswith(
-                f"error: there is nothing at {tmp_path / 'new'}, and the output {source} exists: it is a "
-            )
-            assert "Give the source first" in line
+            line = refusal(tmp_path, command, given, source, *more)
+            assert line.startswith(f"error: {given} is not a ")
+            assert line.endswith(f"; but the output {source} is one. Give the source first, then the output.")
+
+
+def test_a_level_too_deep(tmp_path: Path) -> None:
+    """A folder of a checkpoint or model is answered with what is around it; nothing is said of folders not there."""
+    root, hf = tmp_path / "root", saved(random_model(), tmp_path / "hf")
+    assert run("from-hf", hf, root).code == 0
+    inside = root / "release" / "hf"
+    for command in (*CHECKPOINT_COMMANDS, *MODEL_COMMANDS[:4]):
+        assert refused(tmp_path, inside, command).endswith(f". Give the directory around it, {inside.parent}.")
+    assert refusal(tmp_path, "from-hf", inside, "out").endswith(
+        "a configuration alone (config.json). Get the weights too."
+    )
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "a.jinja").write_text("")
+    assert refusal(tmp_path, "from-hf", hf / "additional_chat_templates", "out").endswith(f"around it, {hf}.")
+
+
+def test_nothing_given(tmp_path: Path) -> None:
+    """An empty text, as of a variable that is not set, does not mean the current directory."""
+    for command in (*COMMANDS, ("to-hf", str(CKPT), "{}"), ("plan", str(CKPT), "--config", "{}")):
+        outcome = run(*(word.replace("{out}", str(tmp_path / "out")).replace("{}", "") for word in command))
+        assert outcome.code == 2
+        assert outcome.err[-1].endswith("expected a path, got an empty text")
+
+
+def test_pointers_of_git_lfs(tmp_path: Path) -> None:
+    """A clone without Git LFS has pointers: of weights they are refused by name, of small files they stay behind."""
+    hf = saved(random_model(), tmp_path / "hf")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 14483464192\n"
+    (hf / "tokenizer.json").write_text(pointer)
+    outcome = run("from-hf", hf, tmp_path / "ckpt")
+    assert f"{hf / 'tokenizer.json'} is a pointer of Git LFS, not the file itself" in outcome.err[0]
+    assert not (tmp_path / "ckpt" / "release" / "hf" / "tokenizer.json").exists()
+    (hf / "model.safetensors").write_text(pointer)
+    for command in (("from-hf", "{}", "{out}"), ("inspect", "{}"), ("verify", "{}", str(CKPT))):
+        line = refused(hf, hf, command)
+        assert line == (
+            f"error: {hf / 'model.safetensors'} is a pointer of Git LFS, not the file itself. "
+            f"Get that with: git -C {hf} lfs pull"
+        )
 
 
 def test_names_that_are_near(tmp_path: Path) -> None:
@@ -284,7 +323,7 @@ def test_the_library_answers_alike(tmp_path: Path) -> None:
     ):
         with pytest.raises(FormatError, match="it holds an adapter of PEFT"):
             call()
-    with pytest.raises(dcm.ConfigError, match=r"config\.json does not exist \(.*: it holds an adapter of PEFT"):
+    with pytest.raises(dcm.ConfigError, match=r"there is no config\.json at .* \(it holds an adapter of PEFT"):
         dcm.MistralConfig.from_hf(tmp_path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dist_ckpt_mistral.commands import options, output
 
@@ -11,7 +10,7 @@ from dist_ckpt_mistral.commands import options, output
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     command = options.declare(commands, "demo", run, "Show it all on a small model made on the spot, offline.")
-    command.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR and leave everything there")
+    command.add_argument("--keep", type=options.path, metavar="DIR", help="work in DIR and leave everything there")
 
 
 def run(arguments: argparse.Namespace) -> int:

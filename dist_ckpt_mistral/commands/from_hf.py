@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.ranks import from_environment
@@ -19,8 +18,10 @@ def add(commands: options.Commands) -> None:
         on_all_ranks=True,
         with_numpy=True,
     )
-    command.add_argument("hf", metavar="HF", help="Hugging Face directory or hub id (org/name[@revision])")
-    command.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint root to create")
+    command.add_argument(
+        "hf", type=options.name, metavar="HF", help="Hugging Face directory or hub id (org/name[@revision])"
+    )
+    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help="checkpoint root to create")
     for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
         help_text = f"cut the stored chunks for this {what} parallelism; any other loads too (default 1)"
         command.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     command = options.declare(commands, "generate", run, "Let a model write: it runs on Megatron.", on_all_ranks=True)
-    command.add_argument("path", metavar="CKPT_OR_HF", help=options.CKPT_OR_HF)
+    command.add_argument("path", type=options.name, metavar="CKPT_OR_HF", help=options.CKPT_OR_HF)
     command.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="what to go on from; may be given repeatedly"
     )

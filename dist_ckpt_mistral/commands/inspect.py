@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dist_ckpt_mistral.commands import options, output
 
@@ -11,10 +10,10 @@ from dist_ckpt_mistral.commands import options, output
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     command = options.declare(commands, "inspect", run, "Say what is in a checkpoint or a Hugging Face directory.")
-    command.add_argument("path", metavar="CKPT_OR_HF", type=Path, help=options.CKPT_OR_HF)
+    command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
     options.add_config(command)
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    command.add_argument("--html", type=options.path, metavar="FILE", help="write a page instead")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 from dist_ckpt_mistral.commands import options, output
 
@@ -13,7 +12,7 @@ def add(commands: options.Commands) -> None:
     """Declare the command."""
     summary = "Print the flags with which Megatron-LM's pretrain_gpt.py trains a model on."
     command = options.declare(commands, "megatron-args", run, summary)
-    command.add_argument("path", metavar="CKPT_OR_HF", type=Path, help=options.CKPT_OR_HF)
+    command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
     options.add_config(command)
     options.add_layout(command, "to train with (default 1)")
     command.add_argument("--json", action="store_true", help="print JSON: the flags as a list, and the args they set")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.ranks import from_environment
@@ -13,8 +12,8 @@ def add(commands: options.Commands) -> None:
     """Declare the command."""
     summary = "Write a legacy zarr checkpoint as torch_dist, the format of every later Megatron."
     command = options.declare(commands, "migrate", run, summary, on_all_ranks=True, with_numpy=True)
-    command.add_argument("checkpoint", metavar="OLD", type=Path, help="zarr checkpoint: root or iteration")
-    command.add_argument("output", metavar="CKPT", type=Path, help="checkpoint to create")
+    command.add_argument("checkpoint", metavar="OLD", type=options.path, help="zarr checkpoint: root or iteration")
+    command.add_argument("output", metavar="CKPT", type=options.path, help="checkpoint to create")
     options.add_file_size(command)
     options.add_output(command)
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from dist_ckpt_mistral import dtypes
@@ -104,6 +105,7 @@ def add_config(command: argparse.ArgumentParser) -> None:
     """The option for checkpoints that lost their configuration."""
     command.add_argument(
         "--config",
+        type=name,
         metavar="DIR_OR_JSON",
         help="config.json, or a Hugging Face directory or hub id whose small files come along too",
     )
@@ -114,7 +116,7 @@ def add_config(command: argparse.ArgumentParser) -> None:
 def add_tokenizer(command: argparse.ArgumentParser) -> None:
     """The option for models that no tokenizer came with."""
     help_text = "Hugging Face directory or hub id that has the tokenizer (default: the one that came with the model)"
-    command.add_argument("--tokenizer", metavar="DIR", help=help_text)
+    command.add_argument("--tokenizer", type=name, metavar="DIR", help=help_text)
 
 
 def add_layout(command: argparse.ArgumentParser, what: str) -> None:
@@ -159,6 +161,18 @@ def given_config(arguments: argparse.Namespace) -> GivenConfig | None:
     from dist_ckpt_mistral.model.config import ConfigOverride  # noqa: PLC0415  (--help must not wait)
 
     return ConfigOverride(arguments.config)
+
+
+def name(text: str) -> str:
+    """A path or hub id. An empty text, as of a variable that is not set, would mean the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return text
+
+
+def path(text: str) -> Path:
+    """The same of arguments that are paths."""
+    return Path(name(text))
 
 
 def is_first_rank() -> bool:

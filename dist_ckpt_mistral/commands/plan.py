@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 from dist_ckpt_mistral.commands import options, output
 
@@ -16,12 +15,12 @@ def add(commands: options.Commands) -> None:
     command = options.declare(
         commands, "plan", run, "Say what every rank of a layout would read of a checkpoint.", with_numpy=True
     )
-    command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
+    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
     options.add_layout(command, "to load with")
     options.add_config(command)
     command.add_argument("--weights-only", action="store_true", help="leave optimizer state out")
     command.add_argument("--json", action="store_true", help="print JSON, with every rank")
-    command.add_argument("--svg", type=Path, metavar="FILE", help="draw, too, which chunk goes to which rank")
+    command.add_argument("--svg", type=options.path, metavar="FILE", help="draw, too, which chunk goes to which rank")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.ranks import from_environment
@@ -13,8 +12,8 @@ def add(commands: options.Commands) -> None:
     """Declare the command."""
     summary = "Cut a Megatron checkpoint anew, so that every rank of a layout reads only whole chunks."
     command = options.declare(commands, "reshard", run, summary, on_all_ranks=True, with_numpy=True)
-    command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
-    command.add_argument("output", metavar="OUT", type=Path, help="checkpoint to create")
+    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
+    command.add_argument("output", metavar="OUT", type=options.path, help="checkpoint to create")
     options.add_layout(command, "to cut for")
     options.add_config(command)
     command.add_argument("--weights-only", action="store_true", help="leave all optimizer state behind")

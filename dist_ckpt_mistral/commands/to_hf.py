@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.ranks import from_environment
@@ -19,8 +18,8 @@ def add(commands: options.Commands) -> None:
         on_all_ranks=True,
         with_numpy=True,
     )
-    command.add_argument("checkpoint", metavar="CKPT", type=Path, help=options.CKPT)
-    command.add_argument("hf", metavar="HF", type=Path, help="directory to create")
+    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
+    command.add_argument("hf", metavar="HF", type=options.path, help="directory to create")
     options.add_config(command)
     help_text = "the weights themselves, or the optimizer's float32 master copy of them (default model)"
     command.add_argument("--weights", choices=("model", "master"), default="model", help=help_text)

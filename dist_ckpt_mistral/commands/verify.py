@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.commands import options, output
@@ -14,9 +13,9 @@ def add(commands: options.Commands) -> None:
     """Declare the command."""
     summary = "Compare two models, whatever they are stored as; or look for damage in one."
     command = options.declare(commands, "verify", run, summary, on_all_ranks=True, with_numpy=True)
-    command.add_argument("a", metavar="A", type=Path, help=options.CKPT_OR_HF)
+    command.add_argument("a", metavar="A", type=options.path, help=options.CKPT_OR_HF)
     help_text = "another, to compare bit for bit; without it, A is held against its own checksums and integrity.json"
-    command.add_argument("b", metavar="B", type=Path, nargs="?", help=help_text)
+    command.add_argument("b", metavar="B", type=options.path, nargs="?", help=help_text)
     options.add_config(command)
     options.add_effort(command)
     command.add_argument("--json", action="store_true", help="print JSON")

@@ -6,6 +6,7 @@ checkpoint root.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import os
@@ -16,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import hub
+from dist_ckpt_mistral import hub, paths
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRACKER_FILE, TRACKERS
@@ -320,11 +321,14 @@ def resolve_directory(path: Path) -> Path:
 
 
 def require_not_swapped(source: str | Path, output: Path, *wanted: Kind) -> None:
-    """Raise FormatError where ``source`` does not exist and ``output`` is what it should be."""
-    if not os.path.lexists(source) and (found := what_is(output)).kind in wanted:
+    """Raise FormatError where ``output`` is what ``source`` should be, and ``source`` is another model or absent."""
+    if what_is(output).kind not in wanted:
+        return
+    given = what_is(Path(source))
+    if given.kind is Kind.MISSING or given.kind in {*_READ} - {*wanted}:
         raise FormatError(
-            f"there is nothing at {source}, and the output {output} exists: {found.what}. Give the source first, then "
-            "the output."
+            f"{source} is not {_expectation(wanted)}: {given.what}; but the output {output} is one. Give the source "
+            "first, then the output."
         )
 
 
@@ -340,9 +344,14 @@ def what_is(path: Path) -> Place:
 def _require(place: Place, wanted: Sequence[Kind]) -> Place:
     if place.kind in wanted:
         return place
-    expected = " or ".join(text for kind, text in _EXPECTED.items() if kind in wanted)
-    hints = " ".join(filter(None, (place.advice, _others(place, wanted))))
-    raise FormatError(f"{hub.as_given(place.path)} is not {expected}: {place.what}{f'. {hints}' if hints else ''}")
+    steps = _next_steps(place, wanted)
+    refusal = f"{paths.as_given(place.path)} is not {_expectation(wanted)}: {place.what}"
+    raise FormatError(f"{refusal}. {steps}" if steps else refusal)
+
+
+def _expectation(wanted: Sequence[Kind]) -> str:
+    """What a command that takes these kinds expects, in words."""
+    return " or ".join(text for kind, text in _EXPECTED.items() if kind in wanted)
 
 
 def _recognised(path: Path, names: Iterable[str]) -> Place:
@@ -380,14 +389,32 @@ def _missing(path: Path) -> Place:
     what, advice = "there is no such directory", ""
     if path.is_symlink():
         what = f"it is a link to {path.readlink()}, which does not exist"
-    elif hub.is_url(path):
+    elif paths.is_url(path):
         what = "it is a URL"
         advice = "Copy what it names to a local directory; a Hugging Face model on the hub is org/name[@revision]."
     return Place(path=path, kind=Kind.MISSING, what=what, advice=advice)
 
 
-def _others(place: Place, wanted: Sequence[Kind]) -> str:
-    """Where a user may find what is wanted instead: in ``place``, or beside it."""
+def _next_steps(place: Place, wanted: Sequence[Kind]) -> str:
+    """What a user can do who gave ``place``: where what is wanted lies instead, if it does, else the row's advice."""
+    if place.looked_into and (where := _where(place.path, wanted)):
+        return where
+    return " ".join(filter(None, (place.advice, _others(place))))
+
+
+def _where(path: Path, wanted: Sequence[Kind]) -> str:
+    """Where what is wanted lies: in a folder of ``path``, or around it."""
+    fitting = [name for name, each in _models_in(path, most_deep=_MOST_DEEP) if each.kind in wanted]
+    if fitting:
+        return f"Give {'its folder' if len(fitting) == 1 else 'one of its folders'} {listed(fitting)}."
+    with contextlib.suppress(FormatError):
+        if what_is(path.parent).kind in wanted:
+            return f"Give the directory around it, {path.parent}."
+    return ""
+
+
+def _others(place: Place) -> str:
+    """What there is instead of what is wanted: in ``place``, or beside it."""
     path, is_iteration = place.path, checkpoint_directory.is_iteration_name(place.path.name)
     if is_iteration and place.kind in {Kind.BROKEN, Kind.MISSING}:
         beside = [name for name, each in _models_in(path.parent, most_deep=1) if each.kind is Kind.CHECKPOINT]
@@ -396,12 +423,9 @@ def _others(place: Place, wanted: Sequence[Kind]) -> str:
         return _near(path)
     if not place.looked_into:
         return ""
-    found = [*_models_in(path, most_deep=_MOST_DEEP)]
-    fitting = [name for name, each in found if each.kind in wanted]
-    if fitting:
-        return f"Give {'its folder' if len(fitting) == 1 else 'one of its folders'} {listed(fitting)}."
-    read = [f"What can be read is {name}: {each.what}. {each.advice}" for name, each in found[:1]]
-    return read[0] if read else "None of its folders can be read either."
+    for name, each in _models_in(path, most_deep=_MOST_DEEP):
+        return f"What can be read is {name}: {each.what}. {each.advice}"
+    return "None of its folders can be read either." if _folders(path) else ""
 
 
 def _models_in(path: Path, *, most_deep: int) -> Iterator[tuple[str, Place]]:

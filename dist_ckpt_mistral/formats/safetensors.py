@@ -19,6 +19,7 @@ from typing import Any, Final, TypeGuard
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.shell import command_line
 
 _LENGTH_BYTES: Final = 8
 _METADATA_KEY: Final = "__metadata__"
@@ -29,6 +30,7 @@ _BYTES_OF_A_BRACKET: Final = 12
 _FEW_BRACKETS: Final = 1000
 #: What the library counts with has 64 bits, also on the way to a product of 0.
 _TOO_MANY: Final = 1 << 64
+_COPY_AGAIN: Final = "Copy the file again from where it came from."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +70,18 @@ class SafetensorsFile:
 
 def read_header(path: Path) -> SafetensorsFile:
     """Read and check the header of ``path``. Raises FormatError that names the file and what is wrong."""
+    if storage.is_lfs_pointer(path):
+        remedy = command_line(["git", "-C", str(path.parent), "lfs", "pull"])
+        raise FormatError(f"{path} is a pointer of Git LFS, not the file itself. Get that with: {remedy}")
     with storage.SourceFiles([path]) as files:
         size = files.size_bytes(0)
         if size < _LENGTH_BYTES:
-            raise FormatError(f"{path} is not a safetensors file: it has {size} bytes")
+            raise FormatError(f"{path} is not a safetensors file: it has {size} bytes. {_COPY_AGAIN}")
         length = int.from_bytes(files.read(0, 0, _LENGTH_BYTES), "little")
         if length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
             raise FormatError(
-                f"{path} is not a whole safetensors file: its header of {length} bytes does not fit in {size}"
+                f"{path} is not a whole safetensors file: its header of {length} bytes does not fit in {size}. "
+                f"{_COPY_AGAIN}"
             )
         text = files.read(0, _LENGTH_BYTES, length)
     return parse_header(text, str(path), data_bytes=size - _LENGTH_BYTES - length)
@@ -99,9 +105,7 @@ def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> S
     end = ends[-1]
     if data_bytes is not None and end != data_bytes:
         raise FormatError(
-            f"{where} is truncated or has bytes too many: expected {end} bytes of data, "
-            f"got {data_bytes}. "
-            "Copy the file again from where it came from."
+            f"{where} is truncated or has bytes too many: expected {end} bytes of data, got {data_bytes}. {_COPY_AGAIN}"
         )
     return SafetensorsFile(header=text.decode(), tensors=tuple(tensors))
 

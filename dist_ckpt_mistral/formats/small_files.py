@@ -133,6 +133,8 @@ def _why_this_stays(path: Path, directory: Path) -> str | None:
         return "is a link out of its directory"
     if not path.is_file():
         return "is no file"
+    if storage.is_lfs_pointer(path):
+        return "is a pointer of Git LFS, not the file itself (git lfs pull gets that)"
     key, why = _LEFT_BY_CONTENT.get(path.name, ("", None))
     return why if why and strict_json.loads_object(storage.read_bytes(path), str(path)).get(key) else None
 

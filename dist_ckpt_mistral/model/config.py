@@ -19,6 +19,7 @@ from dist_ckpt_mistral.model.params_json import config_of_params
 from dist_ckpt_mistral.model.quantization import described_method, is_readable, unquantized
 from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import YarnScaling
+from dist_ckpt_mistral.paths import as_given
 
 #: How callers give a configuration: itself, a config.json, a directory with one, or any of these as an override.
 GivenConfig: TypeAlias = "str | Path | MistralConfig | ConfigOverride"
@@ -197,9 +198,10 @@ def require_config_file(path: Path) -> Path:
     """The ``config_file`` of ``path``. Raises ConfigError if there is none."""
     found = config_file(path)
     if not found.is_file():
+        place = path.parent if path.name in {CONFIG_FILE, PARAMS_FILE} else path
         raise ConfigError(
-            f"no model configuration: {found} does not exist ({path}: {what_is(path).what}). "
-            "Give config.json or its directory."
+            f"no model configuration: there is no {CONFIG_FILE} at {as_given(place)} ({what_is(place).what}). Get that "
+            "file, or give a directory that has it."
         )
     return found
 

@@ -132,6 +132,11 @@ class ParallelLayout(PipelineLayout):
             **self.pipeline_fields(),
         }
 
+    @property
+    def text(self) -> str:
+        """``tp=4, pp=2``: what is not the default; empty for one rank."""
+        return str(self).removeprefix("ParallelLayout(").removesuffix(")")
+
     def check(self, config: MistralConfig) -> None:
         """Raise LayoutError with Megatron's reasons if it would refuse this layout for this model."""
         problems = [
@@ -145,7 +150,9 @@ class ParallelLayout(PipelineLayout):
         if self.ep > 1 and config.experts is None:
             problems.append(f"ep={self.ep} needs experts, and a dense model has none")
         if problems:
-            raise LayoutError(f"Megatron cannot lay out this model with {self}: " + "; ".join(problems))
+            raise LayoutError(
+                f"Megatron cannot lay out this model with {self.text or 'one rank'}: " + "; ".join(problems)
+            )
 
     def _divisions(self, config: MistralConfig) -> Iterator[tuple[str, int, str, int]]:
         """(size, its value, axis, number of equal parts) of everything that ranks share evenly."""

@@ -104,8 +104,8 @@ def _facts(plan: ReadingPlan) -> list[tuple[str, str]]:
 
 def layout_text(plan: ReadingPlan) -> str:
     """``8 ranks: tp=4, pp=2``."""
-    told = str(plan.layout).removeprefix("ParallelLayout(").removesuffix(")")
-    return counted(plan.layout.world_size, "rank") + (f": {told}" if told else "")
+    text = plan.layout.text
+    return counted(plan.layout.world_size, "rank") + (f": {text}" if text else "")
 
 
 def counted(count: int, what: str) -> str:
