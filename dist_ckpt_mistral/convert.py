@@ -70,13 +70,15 @@ def to_hf(
     checkpoint, output = Path(checkpoint), Path(output)
     state = _which_weights(weights)
 
-    def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
+    def find() -> Path:
         dtypes.require_weight_dtype(dtype)
         require_not_swapped(checkpoint, output, Kind.CHECKPOINT)
         paths.require_apart(checkpoint, output)
         paths.require_writable(output, overwrite=overwrite)
+        return resolve_directory(checkpoint)
+
+    def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
         given = given_directory(config, vision=True)
-        directory = resolve_directory(checkpoint)  # once: training may save another one meanwhile
         with Sources() as inputs:
             inputs.look_at([*directory.rglob("*"), *(given.iterdir() if given else ())])
             opened = open_megatron(directory, config=chosen_config(config), state=state)
@@ -86,6 +88,7 @@ def to_hf(
             plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
         return inputs, source, file_set, plan
 
+    directory = ranks.on_first(find)  # once, for all ranks: training may save another iteration meanwhile
     inputs, source, file_set, plan = ranks.each(prepare)
     _LOG.info("configuration: %s", source.config_from)
     if source.carried_from is not None:

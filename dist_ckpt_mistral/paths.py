@@ -87,9 +87,8 @@ def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
             f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
             "all remove. Choose another name."
         )
-    if not (
-        is_absent(place) or place.is_symlink() or os.access(place, os.W_OK, effective_ids=True)
-    ):  # it will have another parent
+    moves = not (is_absent(place) or place.is_symlink())  # a directory notes its parent, which will be another one
+    if moves and not os.access(place, os.W_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 

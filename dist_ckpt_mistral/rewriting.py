@@ -101,21 +101,24 @@ def rewrite(
     Raises DistCkptMistralError; then nothing is published.
     """
 
-    def prepare() -> tuple[Sources, Rewriting, bytes | None, CheckpointLayout, BytePlan]:
+    def find() -> tuple[Path, bytes | None]:
         require_not_swapped(checkpoint, output, Kind.CHECKPOINT)
         paths.require_apart(checkpoint, output)
         paths.require_writable(output, overwrite=overwrite)
-        directory = resolve_directory(checkpoint)  # once: training may save another one meanwhile
-        train_state = _train_state(directory)
+        directory = resolve_directory(checkpoint)
+        return directory, _train_state(directory)
+
+    def prepare() -> tuple[Sources, Rewriting, CheckpointLayout, BytePlan]:
         with Sources() as inputs:
             inputs.look_at(directory.rglob("*"))
             new = choose(backends.open_stored(directory))
             written = new.layout()
             target = written.index(new.step)
             links = [whole(tensor.name, tensor.global_shape) for tensor in target.tensors.values()]
-            return inputs, new, train_state, written, plan_gather(new.index(), target, links)
+            return inputs, new, written, plan_gather(new.index(), target, links)
 
-    inputs, new, train_state, written, plan = ranks.each(prepare)
+    directory, train_state = ranks.on_first(find)  # for all ranks: training may save another iteration meanwhile
+    inputs, new, written, plan = ranks.each(prepare)
     beside = dict(_beside(new.stored)) if ranks.is_first else {}
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
