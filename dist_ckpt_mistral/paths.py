@@ -91,7 +91,7 @@ def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
     if mounted is not None:
         raise OutputError(f"the output {target} holds the mount point {mounted}. Choose another name.")
-    if os.path.lexists(place) and not (place.is_dir() or place.is_symlink()):
+    if place.exists() and not place.is_dir():  # also where a link leads to it, as /dev/stdout does
         raise OutputError(f"the output {target} is no directory, and --overwrite replaces none else. Choose another.")
     found = (path for pattern in ("iter_*", "release") for path in place.glob(pattern))
     steps = sorted(path.name for path in found if not path.is_symlink())  # of an import, one is a link to the other

@@ -77,6 +77,8 @@ PLACES: Final[dict[str, tuple[str, Callable[[Path], object], tuple[str, ...], st
     "directory": ("out", make_directory, (), "exists. Choose another name or give --overwrite"),
     "file": ("out", Path.touch, (), "exists. Choose another name or give --overwrite"),
     "file to replace": ("out", Path.touch, ("--overwrite",), "is no directory, and --overwrite replaces none else"),
+    "link to a device": ("out", lambda out: out.symlink_to("/dev/null"), ("--overwrite",), "is no directory"),
+    "link to a file": ("out", lambda out: out.symlink_to(__file__), ("--overwrite",), "is no directory"),
     "pipe to replace": ("out", os.mkfifo, ("--overwrite",), "is no directory, and --overwrite replaces none else"),
     "broken link": ("out", lambda out: out.symlink_to("nowhere"), (), "exists"),
     "link in a ring": ("out/a", lambda out: out.parent.symlink_to("out"), (), "out/a"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral.gather.casts import cast
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 KEYS = "model.layers.0.self_attn.k_proj.weight"
@@ -99,6 +100,25 @@ def test_only_what_was_finite_can_be_lost(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OutputError, match=re.escape(f"cannot hold: {DOWN}: 1 become infinite, 1 become zero.")):
         dcm.from_hf(folder, tmp_path / "again", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("target", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("source", ["bfloat16", "float16", "float32", "float64"])
+def test_values_are_those_of_torch(source: str, target: str) -> None:
+    """All values of 16 bits, and of more bits those between any two of these, become what torch makes of them."""
+    patterns = torch.arange(1 << 16).to(torch.int16)
+    values = torch.cat([patterns.view(each).to(getattr(torch, source)) for each in (torch.float16, torch.bfloat16)])
+    if "16" not in source:  # halfway to the next, and just beside that
+        half = (values[:-1] + values[1:]) / 2
+        values = torch.cat([values, half, half * (1 + 2.0**-22), half * (1 - 2.0**-22), half * (1 + 2.0**-40)])
+    expected = values.to(getattr(torch, target))
+    stored, lost = cast(values.view(torch.uint8).numpy().data, source, target)
+    made = torch.frombuffer(bytearray(stored), dtype=expected.dtype)
+    assert torch.equal(made.isnan(), expected.isnan())
+    bits = getattr(torch, f"int{8 * expected.element_size()}")
+    assert torch.equal(made[~made.isnan()].view(bits), expected[~made.isnan()].view(bits))
+    assert lost.overflowed == int((values.isfinite() & ~expected.isfinite()).sum())
+    assert lost.vanished == int(((values != 0) & (expected == 0)).sum())
 
 
 @pytest.mark.parametrize(("vanished", "code"), [(1, 0), (2, 1)])

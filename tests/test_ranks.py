@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import storage
+from dist_ckpt_mistral.formats import places
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.rank_processes import run_ranks
 from dist_ckpt_mistral.ranks import Ranks, from_environment
@@ -111,6 +113,39 @@ def test_a_rank_that_fails_fails_all(hf: Path, tmp_path: Path, monkeypatch: pyte
     dcm.from_hf(hf, tmp_path / "one", tp=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
+
+
+@pytest.mark.parametrize("command", ["to_hf", "reshard"])
+def test_ranks_read_one_iteration(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where training saves another iteration while the ranks start, all of them read the one that was the latest."""
+    root, expected = tmp_path / "ckpt", {}
+    run: Callable[..., object] = {
+        "to_hf": dcm.to_hf,
+        "reshard": lambda source, out, **ranks: dcm.reshard(source, out, dcm.ParallelLayout(tp=2), **ranks),
+    }[command]
+    for iteration in (5, 6):
+        model = random_model()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(iteration)
+        dcm.from_hf(saved(model, tmp_path / f"hf{iteration}"), tmp_path / f"from{iteration}", iteration=iteration)
+        shutil.copytree(tmp_path / f"from{iteration}", root, dirs_exist_ok=True)
+        run(root, tmp_path / f"expected{iteration}")
+        expected[iteration] = contents(tmp_path / f"expected{iteration}")
+    tracker, lock = root / "latest_checkpointed_iteration.txt", threading.Lock()
+    tracker.write_text("5")
+    locate = places.locate
+
+    def locate_and_save(path: str | Path, *kinds: places.Kind) -> places.Place:
+        with lock:
+            found = locate(path, *kinds)
+            if Path(path) == root:
+                tracker.write_text("6")
+        return found
+
+    monkeypatch.setattr(places, "locate", locate_and_save)
+    assert on_ranks(2, lambda ranks: run(root, tmp_path / "out", ranks=ranks)) == [None, None]
+    assert contents(tmp_path / "out") == expected[5]
 
 
 def test_a_refusal_on_one_rank_keeps_the_others_from_starting(hf: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """From one element type to another: the values, how many of them did not survive, and types that hold all of another.
 
-Values are rounded to nearest even, and what is too large becomes infinite: bit for bit as ``tensor.to(dtype)`` of torch
-2.13. NaN stays NaN. Its sign and payload may change, and differ from torch's, whose own depend on the processor and on
-where in a tensor the element stands.
+Values are rounded to nearest even, float64 to float32 first, and what is too large becomes infinite: bit for bit as
+``tensor.to(dtype)`` of torch 2.13. NaN stays NaN. Its sign and payload may change, and differ from torch's, whose own
+depend on the processor and on where in a tensor the element stands.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def cast(band: memoryview, source: str, target: str) -> tuple[memoryview, Lost]:
         return band, NOTHING
     values = np.frombuffer(band, dtype=numpy_dtype(source))
     with np.errstate(over="ignore", invalid="ignore"):
-        converted = values.astype(numpy_dtype(target))
+        rounded = values.astype(np.float32) if source == "float64" else values  # as torch: c10/util/Half.h takes float
+        converted = rounded.astype(numpy_dtype(target))
         lost = NOTHING if (source, target) in _WITHIN else _lost(values, converted)
     return converted.view(np.uint8).data, lost
 
