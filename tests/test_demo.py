@@ -150,10 +150,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert main(["demo"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == (
-        "error: the demo needs megatron-core, transformers, not installed here. "
-        "Run: pip install 'dist-ckpt-mistral[demo]'\n"
-    )
+    assert captured.err.startswith("error: the demo needs megatron-core, transformers, not installed here. Run: ")
+    assert captured.err.endswith("[demo]'\n")
 
 
 def test_keep_takes_no_directory_with_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

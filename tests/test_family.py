@@ -241,6 +241,6 @@ def test_an_unknown_model_is_told_what_is_known(tmp_path: Path) -> None:
         ("voxtral", "speech"),
     ):
         (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": model_type}))
-        line = refusal(tmp_path, "from-hf", tmp_path / "hf", tmp_path / "out")
+        line = refusal(tmp_path, "megatron-args", tmp_path / "hf")
         assert known in line
         assert reason in line
