@@ -119,10 +119,11 @@ def test_a_rank_that_fails_fails_all(hf: Path, tmp_path: Path, monkeypatch: pyte
 def test_ranks_read_one_iteration(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where training saves another iteration while the ranks start, all of them read the one that was the latest."""
     root, expected = tmp_path / "ckpt", {}
-    run: Callable[..., object] = {
+    runs: dict[str, Callable[..., object]] = {
         "to_hf": dcm.to_hf,
         "reshard": lambda source, out, **ranks: dcm.reshard(source, out, dcm.ParallelLayout(tp=2), **ranks),
-    }[command]
+    }
+    run = runs[command]
     for iteration in (5, 6):
         model = random_model()
         with torch.no_grad():
