@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import repr as short
 from typing import Final
 
 from dist_ckpt_mistral import storage, strict_json
@@ -43,6 +44,7 @@ def _backend(directory: Path) -> str:
     """What an iteration's directory says that it was saved with."""
     path = directory / BACKEND_FILE
     backend = strict_json.loads_object(storage.read_bytes(path), str(path)).get("sharded_backend")
-    if backend not in _READERS:
-        raise FormatError(f"{path} says sharded_backend {backend!r}: expected {' or '.join(map(repr, _READERS))}")
-    return str(backend)
+    if not isinstance(backend, str) or backend not in _READERS:
+        expected = " or ".join(map(repr, _READERS))
+        raise FormatError(f"{path} says sharded_backend {short(backend)}: expected {expected}")
+    return backend
