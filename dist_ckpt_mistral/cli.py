@@ -72,11 +72,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Notes(logging.Handler):
-    """Notes may hold names that files gave."""
+    """Prints each note once, however often a command reads what it is about. Notes may hold names that files gave."""
+
+    def __init__(self) -> None:
+        """Nothing has been printed."""
+        super().__init__()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        output.complain(self.format(record))
+        line = self.format(record)
+        if line not in self._printed:
+            self._printed.add(line)
+            output.complain(line)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -47,8 +47,8 @@ def _snapshot(name: re.Match[str], ignored: list[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name["id"], revision=name["revision"], ignore_patterns=ignored))
     except Exception as error:  # the hub's errors and those of the transport have no class in common
-        first_line = str(error).strip().partition("\n")[0]
-        raise FormatError(f"{name[0]} is neither a directory nor a model that the hub gives: {first_line}") from error
+        why = " ".join(str(error).split())  # the first line is a status; the others say what it means, and what to do
+        raise FormatError(f"{name[0]} is neither a directory nor a model that the hub gives: {why}") from error
 
 
 def _files(name: re.Match[str], small: Path) -> list[str]:

@@ -140,7 +140,7 @@ def test_no_hugging_face_directory(hf: Path, tmp_path: Path) -> None:
     assert "weights in a format that is not read (pytorch_model.bin)" in line
     (hf / "pytorch_model.bin").rename(hf / "model.safetensors")
     (hf / "config.json").unlink()
-    assert "config.json does not exist" in refusal(tmp_path, "from-hf", hf, tmp_path / "out")
+    assert f"there is no config.json at {hf} (" in refusal(tmp_path, "from-hf", hf, tmp_path / "out")
 
 
 def test_mixed_up_directions(hf: Path, ckpt: Path, tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ def test_without_the_hub(hub: FakeHub, tmp_path: Path) -> None:
         ("org/adapter", "it holds an adapter of PEFT"),
         ("org/gguf", "GGUF files, of quantized weights (model-Q4_K_M.gguf)"),
         ("org/none", "org/none is neither a directory nor a model that the hub gives: "),
+        ("org/none", "If you are trying to access a private or gated repo, make sure you are authenticated"),
         ("org/plain@v2", "org/plain@v2 is neither a directory nor a model that the hub gives: "),
+        ("org/plain@v2", "Revision Not Found"),
     ],
 )
 def test_what_the_hub_has_not(name: str, expected: str, hub: FakeHub, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ OF_OTHER_WEIGHTS = (
     "adapter_model.safetensors",
     "openvino_config.json",
     "genai_config.json",
+    "training_args.bin",
+    "optimizer.pt",
+    "rng_state_0.pth",
 )
 
 
@@ -98,6 +101,17 @@ def _with_tokenizer_of(hf: Path, to: Path) -> Path:
     shutil.copytree(hf, to, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     shutil.copy(folder("td_0161") / CONFIG, to)
     return to
+
+
+def test_a_note_is_printed_once(hf: Path, tmp_path: Path) -> None:
+    """A command that reads one configuration several times says once what it has to say about it."""
+    config = json.loads((hf / CONFIG).read_text())
+    (hf / CONFIG).write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}))
+    dcm.from_hf(hf, tmp_path / "ckpt")
+    for command in (("to-hf", tmp_path / "ckpt", tmp_path / "out"), ("verify", hf, tmp_path / "ckpt")):
+        lines = run(*command).err
+        assert any("auto_map names code of its own" in line for line in lines)
+        assert len(lines) == len(set(lines)), lines
 
 
 def test_other_folders_are_named(hf: Path, tmp_path: Path) -> None:
@@ -389,7 +403,8 @@ def test_a_config_that_describes_quantized_weights(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps(content | {"quantization_config": PER_TENSOR}))
     outcome = run("to-hf", trained(tmp_path / "ckpt"), tmp_path / "out", "--config", tmp_path / CONFIG, "--no-sync")
     assert json.loads((tmp_path / "out" / CONFIG).read_bytes()) == content
-    assert f"{CONFIG} is written without its description of quantized weights: these are none" in outcome.err
+    what = f"{CONFIG} describes quantized weights (quant_method 'fp8')"
+    assert f"{what}: that is left out, these are not quantized" in outcome.err
 
 
 def test_an_index_of_one_file_comes_back(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ _ADAPTER_FILE: Final = "adapter_config.json"
 
 _QUANTIZED: Final = "describes quantized weights, and those that are written are not quantized"
 _OTHER_FILES: Final = "describes weights in other files or another format"
+_TRAINING: Final = "is state of a training, which is no part of the model"
 _ADAPTER: Final = "belongs to an adapter, which is no part of the model"
 #: Patterns of names, of which the first that matches counts, and why such a file stays behind: in silence where it is
 #: empty, and not at all where it is None. No file that is written is quantized or in another format than safetensors.
@@ -48,6 +49,9 @@ _LEFT_BEHIND: Final[Mapping[str, str | None]] = {
     "mlc-chat-config.json": _OTHER_FILES,
     "openvino_*": _OTHER_FILES,
     "genai_config.json": _OTHER_FILES,  # ONNX Runtime
+    # transformers' Trainer (trainer.py, 5.24)
+    **dict.fromkeys(("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"), _TRAINING),
+    "rng_state*.pth": _TRAINING,
     **dict.fromkeys(
         ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.distcp"),
         "",  # weights: converted, or another rendering of them
