@@ -97,7 +97,7 @@ def _other_keys(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """What a config.json says besides the fields of a MistralConfig, such as token ids, those left out included."""
     sections = {name: raw.get(name) for name in ("text_config", "vision_config")}
     text, vision = (section if isinstance(section, Mapping) else {} for section in sections.values())
-    defaults = COMMON_DEFAULTS | FAMILIES[model_type].defaults
+    defaults = {**COMMON_DEFAULTS, **FAMILIES[model_type].defaults}
     told = {**{name: defaults[name] for name in _FILLED_IN}, **text, **raw}
     return {
         name: value
