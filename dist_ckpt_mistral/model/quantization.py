@@ -15,8 +15,9 @@ from dist_ckpt_mistral.model.checks import is_positive_int
 
 BlockShape: TypeAlias = tuple[int, int]
 
-#: Where a config.json speaks of quantization: older compressed-tensors had a key of its own, which vLLM reads too.
-_KEYS: Final = ("quantization_config", "compression_config")
+#: Where a config.json speaks of quantization: older compressed-tensors had a key of its own, which vLLM reads too, and
+#: so has MLX (mlx_lm utils.py, quantize_model).
+_KEYS: Final = ("quantization_config", "compression_config", "quantization")
 #: Where the rest of a multimodal model's config.json describes its language model.
 _TEXT: Final = "text_config"
 #: What compressed-tensors calls FP8 weights beside their scales.
