@@ -93,6 +93,10 @@ class Agreed:
         """Where the configuration is from, in words."""
         return self.description.source
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy in another process has the configuration, and not the files that it was read from."""
+        return _copied, (self.config, self.source, self.overrides)
+
     def disagreements(self, other: Agreed) -> list[Disagreement]:
         """Every value that two models' configurations give differently, as far as both descriptions can tell."""
         if isinstance(self.description, ArgsDescription):
@@ -101,6 +105,10 @@ class Agreed:
         if isinstance(other.description, ArgsDescription):
             return other.description.disagreements(self.config)
         return disagreements(self.config, other.config)
+
+
+def _copied(config: MistralConfig, source: str, overrides: bool) -> Agreed:
+    return Agreed(config=config, description=HfDescription(source=source, config=lambda: config), overrides=overrides)
 
 
 def agreed(

@@ -163,6 +163,8 @@ def test_the_window_reaches_megatron_and_returns(trip: Trip, tmp_path: Path) -> 
     assert common["args"].window_size == (None if window is None else (window - 1, 0))
     shutil.copytree(trip.checkpoint, tmp_path / "trained")
     torch.save({"args": common["args"], "iteration": 1}, tmp_path / "trained" / "release" / "common.pt")
+    for name in ("hf/config.json", "run_config.yaml"):
+        (tmp_path / "trained" / "release" / name).unlink()
     done = to_hf(tmp_path / "trained", tmp_path / "exported")
     assert done.config_from == "the args inside the checkpoint"
     before, after = (MistralConfig.from_pretrained(each) for each in (trip.original, tmp_path / "exported"))

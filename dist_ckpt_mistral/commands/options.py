@@ -215,7 +215,7 @@ def _layer_counts(text: str) -> tuple[int, ...]:
 def not_negative(text: str) -> int:
     """A whole number of at least 0. How large it may be, what takes it says."""
     if not text.isdecimal() or len(text) > _MOST_DIGITS:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r:.50}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r:.500}")
     return int(text)
 
 

@@ -5,6 +5,7 @@ Only the metadata is read: the data files may be elsewhere.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
 from dist_ckpt_mistral.chunking import SPEC
+from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import backends
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.gather.boxes import require_tiling
@@ -31,6 +33,8 @@ from dist_ckpt_mistral.model.rank_grid import RankCoordinates
 from dist_ckpt_mistral.model.stored_entries import flat_state, kind_of, split_state_key
 from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
+
+_LOG = logging.getLogger(__name__)
 
 #: Why the optimizer state of megatron-core 0.12 to 0.14 is left out: what their loading reads of it is not known here.
 _BLOCKS: Final = (
@@ -49,7 +53,7 @@ def plan_reading(
     need no reading. Raises LayoutError where Megatron would refuse the layout, FormatError, TensorMismatchError or
     PlanError where the checkpoint is not whole.
     """
-    opened = backends.open_stored(Path(checkpoint))
+    opened = _opened(Path(checkpoint), is_described=config is not None)
     known = matched(opened, checkpoint_config(opened, chosen_config(config)))
     layout.check(known.agreed.config)
     backends.require_loadable(opened.directory)
@@ -74,6 +78,22 @@ def plan_reading(
         groups=tuple(_groups(layout, found, index, chunks)),
         left_out=left_out,
     )
+
+
+def _opened(checkpoint: Path, *, is_described: bool) -> StoredCheckpoint:
+    """The checkpoint with its common state, which may lie in a data file.
+
+    Without data files, a checkpoint that is described otherwise is still planned: what its own common state says of the
+    model then stays unread, and a warning says so.
+    """
+    try:
+        return backends.open_stored(checkpoint)
+    except FormatError as error:
+        if not is_described:
+            raise
+        opened = backends.open_stored(checkpoint, with_common_state=False)
+        _LOG.warning("what the common state says of the model is not compared: %s", error)
+        return opened
 
 
 def _states(checkpoint: StoredCheckpoint) -> tuple[tuple[ParamState, ...], str | None]:
