@@ -64,7 +64,7 @@ class Recipe:
             facts[str(path.absolute())] = f"{stamp.num_bytes} bytes of {np.datetime64(stamp.mtime_ns, 'ns')}"
         return facts | {"plan": digest.hexdigest()}
 
-    def stamps(self) -> dict[str, list[int]]:
+    def stamps(self) -> dict[str, list[int | None]]:
         """The whole stamps of all inputs, in JSON types."""
         return {str(path.absolute()): list(stamp) for path, stamp in self.inputs.first.items()}
 

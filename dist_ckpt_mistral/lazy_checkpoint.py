@@ -12,6 +12,7 @@ from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
+from dist_ckpt_mistral.stamps import Sources
 from dist_ckpt_mistral.storage import SourceFiles
 from dist_ckpt_mistral.verify import require_equal_twins
 
@@ -23,15 +24,17 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
     """The tensors of a Megatron checkpoint or Hugging Face directory by Hugging Face name, read when asked for.
 
     Every access gathers the tensor anew from the stored chunks, in its stored dtype, on the CPU. Safe to use from
-    several threads, and in forked processes. A copy, also a pickled one, opens the same files anew, on first use. Equal
-    is only the object itself: ``compare`` compares what checkpoints hold.
+    several threads, and in forked processes. A copy, also a pickled one, opens the same files anew, on first use. Where
+    a file was changed or replaced since ``open_checkpoint`` looked at it, reading is an error. Equal is only the object
+    itself: ``compare`` compares what checkpoints hold.
     """
 
-    def __init__(self, source: ModelSource) -> None:
-        """Wrap an opened source."""
-        self._source = source
+    def __init__(self, source: ModelSource, seen: Sources | None = None) -> None:
+        """Wrap an opened source. ``seen`` knows what its files were like when it was opened."""
+        self._source, self._seen = source, seen or Sources()
         self._tensors = {tensor.hf_name: tensor for tensor in source.tensors}
-        self._files = SourceFiles(source.index.files, source.index.derived)
+        with self._seen:
+            self._files = SourceFiles(source.index.files, source.index.derived)
         self._reader = BandReader(self._files)
         self._is_closed = False
 
@@ -43,8 +46,8 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
     def __getitem__(self, hf_name: str) -> torch.Tensor:
         """Read one whole tensor.
 
-        Raises KeyError for an unknown name, FormatError for a damaged file, MissingLibraryError without torch, and
-        DistCkptMistralError after ``close``.
+        Raises KeyError for an unknown name, FormatError for a damaged file or one that was changed or replaced,
+        MissingLibraryError without torch, and DistCkptMistralError after ``close``.
         """
         with libraries.needed("reading a tensor", "torch", extra="megatron"):
             import torch  # noqa: PLC0415  (only who wants tensors needs torch)
@@ -107,10 +110,10 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         """Hash as an object that equals only itself."""
         return object.__hash__(self)
 
-    def __reduce__(self) -> tuple[type[Self], tuple[ModelSource]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[ModelSource, Sources]]:
         """What a copy is made from: the plan, which any process can carry out, but no open file."""
         self._require_open()
-        return type(self), (self._source,)
+        return type(self), (self._source, self._seen)
 
     def __repr__(self) -> str:
         """Say which model it is."""
@@ -123,6 +126,7 @@ def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> L
     ``config`` is for checkpoints that do not tell theirs; a directory also gives the vision tower and projector that
     they lack. Raises DistCkptMistralError if it cannot be read.
     """
-    source, directory = open_source(path, config=chosen_config(config)), given_directory(config, vision=True)
-    require_equal_twins(source, only_hidden=True)
-    return LazyCheckpoint(source if directory is None else completed(source, directory))
+    with Sources() as seen:
+        source, directory = open_source(path, config=chosen_config(config)), given_directory(config, vision=True)
+        require_equal_twins(source, only_hidden=True)
+        return LazyCheckpoint(source if directory is None else completed(source, directory), seen)

@@ -26,12 +26,16 @@ class Stamp(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     inode: int
-    device: int
+    device: int | None
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
         """The stamp of a file that has this status."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+
+    def is_same(self, other: Stamp) -> bool:
+        """Whether both are of one state of one file; a device of None is any."""
+        return self[:4] == other[:4] and (None in {self.device, other.device} or self.device == other.device)
 
     def looks_like(self, other: Stamp) -> bool:
         """Whether ``ls -l`` shows no difference: equal sizes and times of change. Only reading tells more."""
@@ -61,6 +65,11 @@ class Sources:
         self._first: dict[Path, Stamp] = {}
         self._opened: set[Path] = set()
         self._tokens: list[Token[Sources | None]] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy in another process notes by: another machine may see the same files on another device."""
+        first = {path: stamp._replace(device=None) for path, stamp in self._first.items()}
+        return {"_first": first, "_opened": set(self._opened), "_tokens": []}
 
     def __enter__(self) -> Self:
         """Note the files that are opened from now on."""
@@ -95,7 +104,7 @@ class Sources:
     def note(self, path: Path, status: os.stat_result) -> None:
         """Note an opened file. Raises FormatError unless it is what the run has seen at this path before."""
         stamp = Stamp.of(status)
-        if self._first.setdefault(path, stamp) != stamp:
+        if not self._first.setdefault(path, stamp).is_same(stamp):
             raise changed(path)
         self._opened.add(path)
 

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import pytest
 import torch
 from genuine import folder, truth
+from hf_models import random_model, saved
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.gather.bands import aligned_buffer
@@ -49,6 +50,24 @@ def open_files() -> set[str]:
     """The files of checkpoints that this process has open."""
     links = {link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}  # the listing's own is gone
     return {str(link.readlink()) for link in links if "checkpoint" in str(link.readlink())}
+
+
+@pytest.mark.parametrize("copied", [lambda each: each, copy.copy, lambda each: pickle.loads(pickle.dumps(each))])  # noqa: S301
+def test_a_replaced_file_is_refused(copied: Copy, tmp_path: Path) -> None:
+    """A file of the same size and times in the place of one that was opened is not read as if it were that one."""
+    hf = saved(random_model(), tmp_path / "hf")
+    name, file = "model.norm.weight", hf / "model.safetensors"
+    with dcm.open_checkpoint(hf) as checkpoint:
+        whole = checkpoint[name]
+        status = file.stat()
+        other = tmp_path / "other"
+        other.write_bytes(file.read_bytes())
+        os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert torch.equal(copied(checkpoint)[name], whole)
+        unread = copied(dcm.open_checkpoint(hf))
+        other.replace(file)
+        with pytest.raises(dcm.FormatError, match=r"model\.safetensors changed while it was read"):
+            unread[name]
 
 
 def test_after_close() -> None:
