@@ -64,10 +64,9 @@ class Staging:
     def require_room(self, num_bytes: int) -> None:
         """Raise OutputError unless there is room for an output. Nothing is touched.
 
-        What a killed run left takes no room: it is kept, or removed first.
+        What a killed run left takes no room: it is kept, or removed first. Another run may be at work there still.
         """
-        left = sum(path.lstat().st_blocks for path in self.path.rglob("*")) * _BLOCK_BYTES
-        free = left + shutil.disk_usage(existing_parent(self.target)).free
+        free = _bytes_in(self.path) + shutil.disk_usage(existing_parent(self.target)).free
         if free < num_bytes:
             raise OutputError(f"not enough space for {self.target}: {num_bytes} bytes are needed, {free} are free.")
 
@@ -248,3 +247,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _bytes_in(directory: Path) -> int:
+    """The space that the files under ``directory`` take on the disk; what vanishes meanwhile takes none."""
+    found = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found += os.lstat(os.path.join(folder, name)).st_blocks * _BLOCK_BYTES  # noqa: PTH118
+    return found
