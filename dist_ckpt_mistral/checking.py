@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
-from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedFormatError, printable
+from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedFormatError
 from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
 from dist_ckpt_mistral.formats import archive_checksums, backends, checkpoint_directory, common_state, hf_directory
 from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
@@ -24,10 +24,10 @@ from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.gather.tensor_index import TensorIndex
 from dist_ckpt_mistral.manifest import tensor_spans
 from dist_ckpt_mistral.mapping import CheckpointMap, Twin
+from dist_ckpt_mistral.messages import listed, printable
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.stored_entries import split_state_key
 from dist_ckpt_mistral.model_source import open_hf
-from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.verify import twin_differences
 
 T = TypeVar("T")

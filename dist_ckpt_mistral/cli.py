@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from dist_ckpt_mistral import libraries
+from dist_ckpt_mistral._version import VERSION
 from dist_ckpt_mistral.commands import (
     demo,
     from_hf,
@@ -30,8 +31,8 @@ from dist_ckpt_mistral.commands import (
     verify,
 )
 from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE, is_first_rank
-from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError, printable
-from dist_ckpt_mistral.package_version import VERSION
+from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
+from dist_ckpt_mistral.messages import printable
 
 _COMMANDS: Final = (from_hf, to_hf, plan, reshard, migrate, inspect, verify, generate, megatron_args, demo)
 _EXIT_INTERRUPTED: Final = 130

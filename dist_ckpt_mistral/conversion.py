@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dist_ckpt_mistral.amounts import human_bytes
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.losses import Loss
 from dist_ckpt_mistral.mapping import PADDING, Ignored
+from dist_ckpt_mistral.messages import human_bytes
 
 
 class Origin(Protocol):

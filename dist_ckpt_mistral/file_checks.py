@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral import paths
-from dist_ckpt_mistral.errors import FormatError, printable
+from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.archive_checksums import Fault, Part, Piece
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
 from dist_ckpt_mistral.gather.digests import Digest, digest
 from dist_ckpt_mistral.gather.executor import Effort, run_all
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.messages import listed, printable
 
 #: As much of a SHA-256 as an error shows, like Megatron's own.
 _SHOWN: Final = 16

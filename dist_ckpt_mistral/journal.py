@@ -15,11 +15,11 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral import storage
+from dist_ckpt_mistral._version import VERSION
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import Lost
 from dist_ckpt_mistral.gather.executor import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Part
-from dist_ckpt_mistral.package_version import VERSION
 from dist_ckpt_mistral.staging import Staging
 from dist_ckpt_mistral.stamps import Sources
 from dist_ckpt_mistral.storage import TargetFile

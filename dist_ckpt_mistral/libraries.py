@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import MissingLibraryError
-from dist_ckpt_mistral.shell import command_line
+from dist_ckpt_mistral.messages import command_line
 
 #: Module -> the package that brings it.
 _PACKAGES: Final = {

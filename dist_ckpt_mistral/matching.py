@@ -12,6 +12,7 @@ from typing import Final
 
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.stored_entries import (
     flat_state,
     is_of_adapter,
@@ -23,7 +24,6 @@ from dist_ckpt_mistral.model.stored_entries import (
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorRule
 from dist_ckpt_mistral.model.tensor_table import FileSpelling, HfTensor, TensorTable
 from dist_ckpt_mistral.model.vision_table import is_carried
-from dist_ckpt_mistral.name_ranges import listed
 from dist_ckpt_mistral.own_links import own_shapes
 from dist_ckpt_mistral.shapes import Shape
 

@@ -13,12 +13,12 @@ from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import backends, checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
+from dist_ckpt_mistral.messages import command_line
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pretrain_flags import pretrain_flags
 from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state
 from dist_ckpt_mistral.model_source import ModelSource, open_megatron, open_source
-from dist_ckpt_mistral.shell import command_line
 
 _LOG = logging.getLogger(__name__)
 

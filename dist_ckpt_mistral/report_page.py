@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral import storage
-from dist_ckpt_mistral.amounts import human_bytes
+from dist_ckpt_mistral.messages import grouped, human_bytes
 from dist_ckpt_mistral.model.config import SLIDING
-from dist_ckpt_mistral.name_ranges import grouped
 from dist_ckpt_mistral.report import Report, TensorReport
 from dist_ckpt_mistral.sheet import sheet
 

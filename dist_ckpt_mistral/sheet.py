@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from dist_ckpt_mistral.errors import printable
+from dist_ckpt_mistral.messages import printable
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod, RenderableType

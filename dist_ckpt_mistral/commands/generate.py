@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dist_ckpt_mistral import libraries, ranks
 from dist_ckpt_mistral.commands import options, output
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.shell import command_line
+from dist_ckpt_mistral.messages import command_line
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.hf_inference import Sampling

@@ -14,7 +14,8 @@ import textwrap
 import unicodedata
 from typing import TYPE_CHECKING, Final, TextIO
 
-from dist_ckpt_mistral.errors import OutputError, escaped, printable
+from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral.messages import escaped, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

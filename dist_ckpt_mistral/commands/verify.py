@@ -67,7 +67,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _compare_bits(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral import stored_comparison, verify  # noqa: PLC0415  (--help must not wait for numpy)
-    from dist_ckpt_mistral.amounts import human_bytes  # noqa: PLC0415
+    from dist_ckpt_mistral.messages import human_bytes  # noqa: PLC0415
 
     with options.effort("comparing", arguments, Ranks()) as effort:
         if arguments.stored:

@@ -23,7 +23,7 @@ from dist_ckpt_mistral.formats.places import (
     locate,
 )
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.shapes import Shape, is_countable
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.legacy_objects import is_object, read_objects
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.shapes import Shape, is_countable
 
 _ARRAY_FILE: Final = ".zarray"

@@ -17,6 +17,7 @@ from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.gather.scales import ScaledTensor, scaled_tensor
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.quantization import (
     BlockShape,
@@ -25,7 +26,6 @@ from dist_ckpt_mistral.model.quantization import (
     next_step,
     weight_block_size,
 )
-from dist_ckpt_mistral.name_ranges import listed
 
 _LOG = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any, Final, TypeGuard
 
 from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.messages import command_line
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.shell import command_line
 
 _LENGTH_BYTES: Final = 8
 _METADATA_KEY: Final = "__metadata__"

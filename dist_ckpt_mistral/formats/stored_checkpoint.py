@@ -14,7 +14,7 @@ from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import SourceFiles
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.formats.common_state import Entry
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.shapes import Shape
 
 if TYPE_CHECKING:

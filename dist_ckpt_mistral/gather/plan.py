@@ -21,7 +21,7 @@ from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_s
 from dist_ckpt_mistral.gather.casts import widened, widest
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import DerivedFile
 

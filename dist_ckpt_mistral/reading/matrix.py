@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from dist_ckpt_mistral.amounts import human_bytes
+from dist_ckpt_mistral.messages import human_bytes
 from dist_ckpt_mistral.reading import style
 from dist_ckpt_mistral.reading.plan import ReadingPlan
 

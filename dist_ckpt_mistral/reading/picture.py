@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral import libraries, storage
-from dist_ckpt_mistral.errors import printable
+from dist_ckpt_mistral.messages import counted, printable
 from dist_ckpt_mistral.reading import matrix, ribbons, style
 from dist_ckpt_mistral.reading.plan import ReadingPlan
-from dist_ckpt_mistral.reading.table import counted, layout_text
+from dist_ckpt_mistral.reading.table import layout_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from dist_ckpt_mistral.amounts import human_bytes
+from dist_ckpt_mistral.messages import human_bytes
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
 from dist_ckpt_mistral.sheet import sheet
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-#: Runs of ranks that are spelled out before "and N more".
-_MOST_RUNS: Final = 6
-_PAIR: Final = 2
+from dist_ckpt_mistral.messages import counted, spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,21 +103,3 @@ def layout_text(plan: ReadingPlan) -> str:
     """``8 ranks: tp=4, pp=2``."""
     text = plan.layout.text
     return counted(plan.layout.world_size, "rank") + (f": {text}" if text else "")
-
-
-def counted(count: int, what: str) -> str:
-    """``1 file``, ``2 files``."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def spans(numbers: Iterable[int], *, most: int = _MOST_RUNS) -> str:
-    """``0 to 3, 8``; of scattered numbers only the first ``most`` runs, and how many more numbers there are."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    told = [f"{run[0]} to {run[-1]}" if len(run) > _PAIR else ", ".join(map(str, run)) for run in runs[:most]]
-    more = sum(map(len, runs[most:]))
-    return ", ".join(told) + (f" and {more} more" if more else "")
