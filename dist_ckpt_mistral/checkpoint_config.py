@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from dist_ckpt_mistral import embedded, paths, strict_yaml
+from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
@@ -28,6 +28,7 @@ from dist_ckpt_mistral.model.megatron_args import args_disagreements, from_megat
 from dist_ckpt_mistral.model.megatron_vocabulary import is_padding
 from dist_ckpt_mistral.model.tensor_rules import ParamState
 from dist_ckpt_mistral.model.tensor_table import TensorTable, config_as_stored, tensor_table
+from dist_ckpt_mistral.storage import documents, paths
 
 _LOG = logging.getLogger(__name__)
 
@@ -233,8 +234,8 @@ def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
         yield ArgsDescription(
             source=f"{RUN_CONFIG_FILE} inside the checkpoint",
             where=model_fields(str(path)),
-            config=lambda: from_run_config(strict_yaml.read_object(path), str(path)),
-            read=lambda: args_of_run_config(strict_yaml.read_object(path), str(path)),
+            config=lambda: from_run_config(documents.read_yaml(path), str(path)),
+            read=lambda: args_of_run_config(documents.read_yaml(path), str(path)),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import dtypes, paths, storage
+from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
@@ -27,8 +27,8 @@ from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open
 from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
 from dist_ckpt_mistral.new_hf_directory import hf_files, texts
 from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.stamps import Sources
-from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage.local import Sources, TargetFile
 from dist_ckpt_mistral.verify import require_equal_twins
 from dist_ckpt_mistral.writing import Checksums, write_output
 
@@ -184,7 +184,7 @@ def from_hf(
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
         write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
-        storage.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
+        documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
         checkpoint_directory.write_tracker(staging, step.name)
 
     sizes = written.file_sizes(step)

@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import paths
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.archive_checksums import Fault, Part, Piece
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
@@ -18,6 +17,7 @@ from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_i
 from dist_ckpt_mistral.gather.digests import Digest, digest
 from dist_ckpt_mistral.gather.executor import Effort, run_all
 from dist_ckpt_mistral.messages import listed, printable
+from dist_ckpt_mistral.storage import paths
 
 #: As much of a SHA-256 as an error shows, like Megatron's own.
 _SHOWN: Final = 16

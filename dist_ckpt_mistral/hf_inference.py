@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dist_ckpt_mistral import hub, storage, strict_json
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint
 from dist_ckpt_mistral.model_source import ModelSource
+from dist_ckpt_mistral.storage import documents, hub
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def stop_tokens(
     """
     paths = [directory / _GENERATION_FILE for directory in directories if directory is not None]
     path = next((path for path in paths if path.is_file()), None)
-    generation = {} if path is None else strict_json.loads_object(storage.read_bytes(path), str(path))
+    generation = {} if path is None else documents.read_json(path)
     for told in (generation.get("eos_token_id"), source.config.to_hf().get("eos_token_id"), tokenizer.eos_token_id):
         if told is not None:
             found = told if isinstance(told, list) else [told]

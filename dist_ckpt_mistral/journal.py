@@ -14,15 +14,14 @@ from typing import Any, Final, Self, TypeAlias
 import numpy as np
 from zlib_ng import zlib_ng
 
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral._version import VERSION
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import Lost
 from dist_ckpt_mistral.gather.executor import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Part
-from dist_ckpt_mistral.staging import Staging
-from dist_ckpt_mistral.stamps import Sources
-from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.storage import documents
+from dist_ckpt_mistral.storage.local import Sources, TargetFile
+from dist_ckpt_mistral.storage.staging import Staging
 
 _FINGERPRINT_FILE: Final = "fingerprint.json"
 _NOTES: Final = "copied-{rank}"
@@ -72,7 +71,7 @@ class Recipe:
 def begin(staging: Staging, fingerprint: Fingerprint, recipe: Recipe) -> None:
     """Note for a later run what this one makes, and in which directory."""
     begun = {"directory": _identity(staging), "facts": fingerprint, "stamps": recipe.stamps()}
-    storage.write_whole(staging.path / _FINGERPRINT_FILE, json.dumps(begun).encode())
+    documents.write_whole(staging.path / _FINGERPRINT_FILE, json.dumps(begun).encode())
 
 
 def may_resume(staging: Staging, fingerprint: Fingerprint) -> bool:

@@ -12,8 +12,7 @@ from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
-from dist_ckpt_mistral.stamps import Sources
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles, Sources
 from dist_ckpt_mistral.verify import require_equal_twins
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
 from dist_ckpt_mistral.gather.digests import Digest, Span, digest
 from dist_ckpt_mistral.gather.executor import Effort, run_all
 from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.storage import documents
 
 #: Where the data of tensors lie: name of the file -> name of the tensor -> span, ascending.
 TensorSpans = Mapping[str, Mapping[str, Span]]
@@ -61,4 +61,4 @@ def _write(directory: Path, tensors: TensorSpans, found: Mapping[str, Digest]) -
         for name, value in zip(spans, found[file].crc32, strict=True)
     }
     files = {name: str(each.sha256) for name, each in found.items()}
-    storage.write_bytes(directory / MANIFEST_FILE, Manifest(files=files, crc32=crc32).to_json())
+    documents.write_bytes(directory / MANIFEST_FILE, Manifest(files=files, crc32=crc32).to_json())

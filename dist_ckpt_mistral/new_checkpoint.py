@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_ckpt_mistral import embedded, storage, strict_yaml
+from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.checkpoint_config import RUN_CONFIG_FILE
 from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import for_all
@@ -25,6 +25,7 @@ from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource
+from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.verify import require_equal_twins
 
 
@@ -93,10 +94,10 @@ def write_beside_shards(
     Megatron-LM reads common.pt, Megatron-Bridge run_config.yaml and train_state.pt. ``.metadata`` comes last and
     elsewhere.
     """
-    storage.write_bytes(directory / checkpoint_directory.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+    documents.write_bytes(directory / checkpoint_directory.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
     written: dict[str, Any] = {"dtype": dtype, "tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
-    storage.write_bytes(directory / RUN_CONFIG_FILE, strict_yaml.dumps(to_run_config(source.config, **written)))
-    storage.write_bytes(directory / ITERATION_TRAIN_STATE_FILE, untrained(iteration or 0))
+    documents.write_bytes(directory / RUN_CONFIG_FILE, documents.yaml_bytes(to_run_config(source.config, **written)))
+    documents.write_bytes(directory / ITERATION_TRAIN_STATE_FILE, untrained(iteration or 0))
     state: dict[str, Any] = {
         "args": to_megatron_args(source.config, **written),
         "checkpoint_version": 3.0,
@@ -107,7 +108,7 @@ def write_beside_shards(
             embedded.KEY: embedded.to_record(source.config, source.table, source.hf_files),
         },
     }
-    storage.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
+    documents.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
     texts: dict[str, bytes | None] = {}
     if CONFIG_FILE in carried:
         texts[CONFIG_FILE] = hf_directory.config_json(source.config.to_hf(), carried[CONFIG_FILE])

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.messages import grouped, human_bytes
 from dist_ckpt_mistral.model.config import SLIDING
 from dist_ckpt_mistral.report import Report, TensorReport
 from dist_ckpt_mistral.sheet import sheet
+from dist_ckpt_mistral.storage import documents
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -119,4 +119,4 @@ def save_html(report: Report, path: Path) -> None:
 
     console: Console = Console(record=True, width=180, file=io.StringIO(), markup=False, emoji=False)
     console.print(render(report))
-    storage.write_whole(path, console.export_html().encode())
+    documents.write_whole(path, console.export_html().encode())

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_state, small_files, torch_dist_writer
@@ -31,8 +30,8 @@ from dist_ckpt_mistral.manifest import NewManifest
 from dist_ckpt_mistral.mapping import Ignored
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.stamps import Sources
-from dist_ckpt_mistral.storage import SourceFiles, TargetFile
+from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage.local import SourceFiles, Sources, TargetFile
 from dist_ckpt_mistral.writing import Checksums, write_output
 
 _LOG = logging.getLogger(__name__)
@@ -125,8 +124,8 @@ def rewrite(
         written.finish(targets, plan, checksums)
         small_files.copy_files(beside, staging / new.step)
         if new.stored.backend != TORCH_DIST:
-            storage.write_bytes(staging / new.step / BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
-        storage.write_bytes(staging / new.step / METADATA_FILE, written.metadata())
+            documents.write_bytes(staging / new.step / BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+        documents.write_bytes(staging / new.step / METADATA_FILE, written.metadata())
         _write_root(new.step, train_state, staging)
 
     sizes = written.file_sizes(new.step)
@@ -207,7 +206,7 @@ def _beside(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
 def _write_root(step: Path, train_state: bytes | None, root: Path) -> None:
     """What stands beside the iteration's directory, if there is one: the tracker, and what Megatron-Bridge adds."""
     if train_state is not None:
-        storage.write_bytes(root / TRAIN_STATE_FILE, train_state)
+        documents.write_bytes(root / TRAIN_STATE_FILE, train_state)
     if checkpoint_directory.iteration_of(str(step)) is not None:
         checkpoint_directory.write_tracker(root, str(step))
 
@@ -220,5 +219,5 @@ def _train_state(directory: Path) -> bytes | None:
     step, path = directory.resolve().name, directory.resolve().parent / TRAIN_STATE_FILE
     if checkpoint_directory.iteration_of(step) is None or not path.is_file():
         return None
-    content = storage.read_bytes(path)
+    content = documents.read_bytes(path)
     return content if checkpoint_directory.iteration_name(read_step(path)) == step else None

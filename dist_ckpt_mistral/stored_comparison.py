@@ -18,7 +18,7 @@ from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_reading
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.verify import Comparison, Difference, compare_bits
 
 _DEFAULT_EFFORT: Final = Effort()

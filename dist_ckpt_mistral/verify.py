@@ -21,7 +21,7 @@ from dist_ckpt_mistral.mapping import Twin
 from dist_ckpt_mistral.model.agreement import Disagreement
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 _DEFAULT_EFFORT: Final = Effort()
 

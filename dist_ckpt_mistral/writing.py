@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.executor import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
@@ -15,8 +14,9 @@ from dist_ckpt_mistral.journal import Journal, Recipe, begin, has_seen, has_work
 from dist_ckpt_mistral.losses import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.manifest import NewManifest, write_manifest
 from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.staging import Staging
-from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.storage import documents, local
+from dist_ckpt_mistral.storage.local import TargetFile
+from dist_ckpt_mistral.storage.staging import Staging
 
 _LOG = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def write_output(
                 staging.publish(overwrite=overwrite, durable=effort.durable)
 
         ranks.on_first(finish)
-        ranks.together(lambda: storage.require_unchanged(recipe.inputs))  # each rank what it has read
+        ranks.together(lambda: local.require_unchanged(recipe.inputs))  # each rank what it has read
         if manifest is not None:
             with _as_output_errors(staging):
                 write_manifest(staging.output, manifest, effort=effort, ranks=ranks)
@@ -123,8 +123,8 @@ def _begin(
 
     Returns whether what is kept must be proven: then sources are not the very files any more that it was copied from.
     """
-    storage.total_bytes([path for path in plan.files_to_read if path not in recipe.inputs.opened])  # or raises
-    staging.require_room(sum(file_bytes.values()) + storage.total_bytes(beside))
+    documents.total_bytes([path for path in plan.files_to_read if path not in recipe.inputs.opened])  # or raises
+    staging.require_room(sum(file_bytes.values()) + documents.total_bytes(beside))
     fingerprint = recipe.fingerprint(plan, file_bytes)
     if dry_run:
         staging.require_free(overwrite=overwrite, resume=resume)
@@ -191,7 +191,7 @@ def share(plan: BytePlan, ranks: Ranks) -> list[int]:
 
 @contextlib.contextmanager
 def _opened(paths: Mapping[int, Path]) -> Iterator[dict[int, TargetFile]]:
-    storage.allow_open_files(len(paths))
+    local.allow_open_files(len(paths))
     targets: dict[int, TargetFile] = {}
     try:
         for number, path in paths.items():

@@ -28,9 +28,10 @@ from typing import Any, Final, NoReturn
 
 import tqdm
 
-from dist_ckpt_mistral import cli, commands, convert, migration, report, resharding, rewriting, staging, storage
+from dist_ckpt_mistral import cli, commands, convert, migration, report, resharding, rewriting
 from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.storage import local, staging
 from dist_ckpt_mistral.writing import write_output
 
 #: In place of an error number: the process is killed.
@@ -116,14 +117,14 @@ class Fault:
             setattr(os, name, self._before(name, getattr(os, name)))
         os.pwrite = functools.partial(self._torn_write, os.pwrite)
         pathlib.Path.open = self._before("open", pathlib.Path.open)  # type: ignore[method-assign]
-        real = storage.linux_call
+        real = local.linux_call
 
         def linux_call(name: str, *argument_types: str) -> Callable[..., int]:
             if name == "renameat2" and not self.exchange:
                 return lambda *_: 22  # EINVAL, of a file system that cannot do it
             return self._before(name, real(name, *argument_types), gives_code=True)
 
-        for module in (storage, staging):
+        for module in (local, staging):
             module.linux_call = linux_call  # type: ignore[attr-defined]
 
     def _before(self, name: str, call: Callable[..., Any], *, gives_code: bool = False) -> Callable[..., Any]:

@@ -28,13 +28,13 @@ from torch_reading import described
 from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral import strict_yaml
 from dist_ckpt_mistral.convert import from_hf, to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, OutputError, UnsupportedModelError
 from dist_ckpt_mistral.formats.places import resolve_directory
 from dist_ckpt_mistral.formats.train_state import MAX_STEP, read_step, untrained
 from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.storage import documents
 
 HAS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None
 
@@ -263,7 +263,7 @@ def targets(value: object) -> list[str]:
 def test_run_config_is_what_bridge_takes(case: str) -> None:
     """Each field is one of the genuine save or of Megatron's latent attention, each target on Bridge's allowlist."""
     config = config_of(case)
-    written = yaml.safe_load(strict_yaml.dumps(to_run_config(config, dtype="bfloat16", tp=2, pp=4, ep=1)))
+    written = yaml.safe_load(documents.yaml_bytes(to_run_config(config, dtype="bfloat16", tp=2, pp=4, ep=1)))
     genuine = yaml.safe_load((shards("bridge_0062") / "run_config.yaml").read_text())
     latent = {field.name for field in fields(megatron("transformer.transformer_config").MLATransformerConfig)}
     known = {*genuine["model"], *(latent if config.latent_attention else ())}
@@ -543,7 +543,7 @@ def test_the_size_is_looked_at_before_reading(tmp_path: Path) -> None:
     with (tmp_path / "run_config.yaml").open("wb") as file:
         file.truncate(1 << 42)
     with pytest.raises(FormatError, match="too large: expected at most 131072 bytes, got 4398046511104"):
-        strict_yaml.read_object(tmp_path / "run_config.yaml")
+        documents.read_yaml(tmp_path / "run_config.yaml")
 
 
 def test_yaml_is_imported_for_bridge_alone() -> None:

@@ -48,7 +48,7 @@ from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
 from dist_ckpt_mistral.formats.tensor_pickle import STORAGES, row_major_strides
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (4, 0, 2), (1, 6, 2), (2, 3, 1, 2), (200, 400)]
 

@@ -15,7 +15,7 @@ from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 from test_own_files import save_own
 
-from dist_ckpt_mistral import hub as hub_module
+from dist_ckpt_mistral.storage import hub as hub_module
 
 SMALL = {"config.json", "generation_config.json"}
 

@@ -32,7 +32,7 @@ from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
 from dist_ckpt_mistral.model.tensor_table import tensor_table
-from dist_ckpt_mistral.storage import SourceFiles, TargetFile
+from dist_ckpt_mistral.storage.local import SourceFiles, TargetFile
 
 Array = npt.NDArray[Any]
 #: Offset and shape in elements.

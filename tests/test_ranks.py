@@ -19,11 +19,11 @@ from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.formats import places
 from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.rank_processes import run_ranks
 from dist_ckpt_mistral.ranks import Ranks, from_environment
+from dist_ckpt_mistral.storage import local
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,14 @@ def test_what_ranks_lose_is_counted_together(hf: Path, tmp_path: Path) -> None:
 
 def test_a_rank_that_fails_fails_all(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write error on one rank reaches every rank, says which one it was, and publishes nothing; then resume."""
-    original, victim = storage.TargetFile.write, threading.local()
+    original, victim = local.TargetFile.write, threading.local()
 
-    def failing(self: storage.TargetFile, position: int, data: memoryview | bytes) -> None:
+    def failing(self: local.TargetFile, position: int, data: memoryview | bytes) -> None:
         if getattr(victim, "chosen", False):
             raise OSError(5, os.strerror(5))
         original(self, position, data)
 
-    monkeypatch.setattr(storage.TargetFile, "write", failing)
+    monkeypatch.setattr(local.TargetFile, "write", failing)
 
     def work(ranks: Ranks) -> None:
         victim.chosen = ranks.rank == 2

@@ -16,10 +16,11 @@ from command_line import refusal, run, tree
 from hf_models import contents, random_model, saved
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral import journal, storage
+from dist_ckpt_mistral import journal
 from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.staging import Staging
-from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.storage import local
+from dist_ckpt_mistral.storage.local import TargetFile
+from dist_ckpt_mistral.storage.staging import Staging
 
 ALONE = Effort(workers=1)
 
@@ -252,7 +253,7 @@ def test_space_is_counted_whole(hf: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_write_that_writes_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that takes no bytes and reports no error does not hang the run."""
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
-    target = storage.TargetFile(tmp_path / "file", 10)
+    target = local.TargetFile(tmp_path / "file", 10)
     with pytest.raises(OSError, match="Input/output error"):
         target.write(0, b"content")
     target.close()

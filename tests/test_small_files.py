@@ -21,7 +21,7 @@ import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.small_files import folders_beside
 from dist_ckpt_mistral.hf_inference import load_tokenizer
-from dist_ckpt_mistral.paths import leads_outside
+from dist_ckpt_mistral.storage.paths import leads_outside
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

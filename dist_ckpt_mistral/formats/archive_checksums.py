@@ -21,7 +21,7 @@ from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, TensorLocator
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.digests import Span
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 
 class Piece(NamedTuple):

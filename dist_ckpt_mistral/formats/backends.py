@@ -6,12 +6,12 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Final
 
-from dist_ckpt_mistral import storage, strict_json
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import common_state, legacy_zarr, torch_dist
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE
 from dist_ckpt_mistral.formats.places import resolve_directory
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DIST, ZARR, StoredCheckpoint
+from dist_ckpt_mistral.storage import documents
 
 #: The names in metadata.json (mcore dist_checkpointing/core.py; ``zarr`` until 0.15), and what reads each.
 _READERS: Final = {TORCH_DIST: torch_dist.read_stored, ZARR: legacy_zarr.read_stored}
@@ -43,7 +43,7 @@ def require_loadable(directory: Path) -> None:
 def _backend(directory: Path) -> str:
     """What an iteration's directory says that it was saved with."""
     path = directory / BACKEND_FILE
-    backend = strict_json.loads_object(storage.read_bytes(path), str(path)).get("sharded_backend")
+    backend = documents.read_json(path).get("sharded_backend")
     if not isinstance(backend, str) or backend not in _READERS:
         expected = " or ".join(map(repr, _READERS))
         raise FormatError(f"{path} says sharded_backend {short(backend)}: expected {expected}")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.train_state import MAX_STEP, TRAIN_STATE_FILE, read_step
+from dist_ckpt_mistral.storage import documents, paths
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def latest_iteration(root: Path) -> Path:
 
 def _tracked(tracker: Path) -> str:
     """The directory that Megatron-LM's tracker file names."""
-    step = storage.read_bytes(tracker).decode(errors="replace").strip()
+    step = documents.read_bytes(tracker).decode(errors="replace").strip()
     if step != _RELEASE and not re.fullmatch(r"\d{1,18}", step):
         raise FormatError(f"{tracker} should hold an iteration or {_RELEASE!r}, got {step[:40]!r}")
     return _RELEASE if step == _RELEASE else iteration_name(int(step))
@@ -96,9 +96,9 @@ def write_tracker(root: Path, directory_name: str) -> None:
     """
     if directory_name == _RELEASE:
         try:
-            storage.write_link(root / iteration_name(0), _RELEASE)
+            documents.write_link(root / iteration_name(0), _RELEASE)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             _LOG.warning("no links here (%s): give AutoBridge of Megatron-Bridge %s itself", error.strerror, _RELEASE)
-    storage.write_bytes(root / TRACKER_FILE, (iteration_of(directory_name) or "").encode())
+    documents.write_bytes(root / TRACKER_FILE, (iteration_of(directory_name) or "").encode())

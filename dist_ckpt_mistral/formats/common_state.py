@@ -22,7 +22,7 @@ from dist_ckpt_mistral.formats.pickle_records import Global, Instance
 from dist_ckpt_mistral.formats.tensor_pickle import torch_dtype_name
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 COMMON_FILE: Final = "common.pt"
 #: The object that holds the common state from megatron-core 0.17 on.

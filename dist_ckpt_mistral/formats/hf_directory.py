@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Final
 
-from dist_ckpt_mistral import dtypes, paths, storage, strict_json
+from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.places import (
     CONFIG_FILE,
@@ -25,6 +25,7 @@ from dist_ckpt_mistral.formats.places import (
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.shapes import Shape, is_countable
+from dist_ckpt_mistral.storage import documents, paths
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.gather.tensor_index import TensorIndex
@@ -88,8 +89,8 @@ class FileSet:
         weight_map = {tensor.name: name for tensor, name in tensors}
         metadata = {**self.index_metadata, "total_size": sum(tensor.end - tensor.begin for tensor, _ in tensors)}
         if original is not None:
-            text = storage.read_bytes(original)
-            said = strict_json.loads_object(text, str(original))
+            text = documents.read_bytes(original)
+            said = documents.parse_json(text, str(original))
             about = said["metadata"] if isinstance(said.get("metadata"), dict) else {}
             is_true = about == self.index_metadata or about.items() <= metadata.items()
             if is_true and said.get("weight_map") == weight_map:
@@ -180,7 +181,7 @@ def _counts_alone(directory: Path, single: str, index_file: str, indexed: set[st
 def _require_no_others_named(directory: Path, read: str) -> None:
     """Refuse a config.json whose ``transformers_weights`` names another file: transformers looks there first."""
     path = directory / CONFIG_FILE
-    config = strict_json.loads_object(storage.read_bytes(path), str(path)) if path.is_file() else {}
+    config = documents.read_json(path) if path.is_file() else {}
     named = config.get("transformers_weights")
     if named not in {None, read}:
         raise FormatError(
@@ -208,7 +209,7 @@ def _countable(file: SafetensorsFile, path: Path) -> SafetensorsFile:
 
 def _read_index(path: Path) -> dict[str, Any]:
     """The index, with a sound ``weight_map``."""
-    index = strict_json.loads_object(storage.read_bytes(path), str(path))
+    index = documents.read_json(path)
     if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise FormatError(f"{path} has no weight_map")
     for name in index["weight_map"].values():
@@ -266,5 +267,5 @@ def config_json(content: Mapping[str, Any], original: Path | None) -> bytes:
 
 def text_of(path: Path | None, content: Mapping[str, Any]) -> bytes | None:
     """The text of a JSON file if there is one, and it says just this ``content``."""
-    text = None if path is None else storage.read_bytes(path)
-    return text if text is not None and strict_json.loads_object(text, str(path)) == content else None
+    text = None if path is None else documents.read_bytes(path)
+    return text if text is not None and documents.parse_json(text, str(path)) == content else None

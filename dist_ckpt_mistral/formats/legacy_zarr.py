@@ -20,7 +20,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes, paths, storage, strict_json
+from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.legacy_objects import is_object, read_objects
@@ -28,6 +28,7 @@ from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, 
 from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.shapes import Shape, is_countable
+from dist_ckpt_mistral.storage import documents, paths
 
 _ARRAY_FILE: Final = ".zarray"
 _ATTRIBUTES_FILE: Final = ".zattrs"
@@ -162,7 +163,7 @@ def _require_inside(directory: Path, places: Iterable[Path]) -> None:
 def _array(folder: Path, names: set[str]) -> _Array:
     """What ``.zarray`` in ``folder`` says, held against the files beside it."""
     where = f"{_ARRAY_FILE} in {folder}"
-    said = _LEFT_OUT | strict_json.loads_object(storage.read_bytes(folder / _ARRAY_FILE), where)
+    said = _LEFT_OUT | documents.parse_json(documents.read_bytes(folder / _ARRAY_FILE), where)
     for name, value in _PLAIN.items():
         if name not in said:
             raise FormatError(f"{name} for {where}: expected {value!r}, got nothing")

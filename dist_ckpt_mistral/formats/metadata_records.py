@@ -14,11 +14,11 @@ from operator import add, itemgetter
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral import paths
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
 from dist_ckpt_mistral.shapes import MOST, Shape, is_countable
+from dist_ckpt_mistral.storage import paths
 
 #: The attributes of ``_StorageInfo``; torch leaves out the one of transforms where there are none.
 _PLACE: Final = ("relative_path", "offset", "length")

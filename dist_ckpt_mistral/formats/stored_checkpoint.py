@@ -15,7 +15,7 @@ from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.gather.boxes import IntArray

@@ -19,10 +19,9 @@ from typing import Any, Final, NamedTuple
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_reading
-from dist_ckpt_mistral.formats.read_ahead import ReadAhead
 from dist_ckpt_mistral.formats.tensor_pickle import read_tensor
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import ReadAhead, SourceFiles
 
 LOCAL: Final = struct.Struct("<4s5H3I2H")
 CENTRAL: Final = struct.Struct("<4s6H3I5H2I")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
 from dist_ckpt_mistral.formats.stored_metadata import StoredMetadata
+from dist_ckpt_mistral.storage import documents
 
 
 def read_stored(directory: Path) -> StoredMetadata:
@@ -20,4 +20,4 @@ def read_stored(directory: Path) -> StoredMetadata:
     path = directory / METADATA_FILE
     if not path.is_file():
         raise FormatError(f"{path} is missing: the checkpoint was not saved to its end, or not copied whole")
-    return read_metadata(lambda: storage.read_bytes(path, most_bytes=None), str(path))
+    return read_metadata(lambda: documents.read_bytes(path, most_bytes=None), str(path))

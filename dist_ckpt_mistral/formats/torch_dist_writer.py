@@ -20,7 +20,7 @@ from dist_ckpt_mistral.gather.flat_ranges import as_range_of_blocks
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.storage.local import TargetFile
 
 #: The content of metadata.json (mcore dist_checkpointing/core.py, 0.12 to 0.16; later versions ignore the last two).
 BACKEND_JSON: Final = json.dumps(

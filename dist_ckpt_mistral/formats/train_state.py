@@ -19,7 +19,7 @@ from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_reading
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_archive_writer import scalars_archive
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 TRAIN_STATE_FILE: Final = "latest_train_state.pt"
 #: The same in the directory of an iteration.

@@ -22,14 +22,14 @@ from dist_ckpt_mistral.gather.flat_ranges import boxes_of_range
 from dist_ckpt_mistral.gather.scales import ScaledTensor
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.storage import DerivedFile, SourceFiles
+from dist_ckpt_mistral.storage.local import DerivedFile, SourceFiles
 
 FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DequantizedFile:
-    """The values of one quantized tensor, in row-major order, as a file (``storage.DerivedFile``).
+    """The values of one quantized tensor, in row-major order, as a file (``DerivedFile``).
 
     The 8-bit numbers of ``stored_dtype`` and ``shape`` (in elements) begin at byte ``position`` of file ``file``, and
     every box of ``block`` of them shares one of ``scales``, which has as many axes. Values are given in ``dtype``, and

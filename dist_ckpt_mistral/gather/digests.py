@@ -12,7 +12,7 @@ from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.gather.bands import aligned_buffer
 from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 
 class Span(NamedTuple):

@@ -19,7 +19,7 @@ from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.bands import BAND_BYTES, BUFFERS, PAGE_BYTES, BandReader, Stopped
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 _MOST_WORKERS: Final = 4096
 _LEAST_BAND_BYTES: Final = 64 << 10
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Target(Protocol):
-    """Where segments are written: a file (``storage.TargetFile``), or memory."""
+    """Where segments are written: a file (``TargetFile``), or memory."""
 
     def write(self, position: int, data: memoryview) -> None:
         """Write all of ``data`` at ``position``, from any thread."""

@@ -23,7 +23,7 @@ from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.storage import DerivedFile
+from dist_ckpt_mistral.storage.local import DerivedFile
 
 #: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
 #: target offsets from the start of the segment. All in bytes.

@@ -14,7 +14,7 @@ from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather.boxes import IntArray, Meets, grid_cuts, grid_meets, intersect, require_tiling
 from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.storage import DerivedFile
+from dist_ckpt_mistral.storage.local import DerivedFile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from dist_ckpt_mistral import dtypes, hub, storage, strict_json
+from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, what_is
 from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number, not_a_size
@@ -19,7 +19,8 @@ from dist_ckpt_mistral.model.params_json import config_of_params
 from dist_ckpt_mistral.model.quantization import described_method, is_readable, unquantized
 from dist_ckpt_mistral.model.vision import Vision
 from dist_ckpt_mistral.model.yarn import YarnScaling
-from dist_ckpt_mistral.paths import as_given
+from dist_ckpt_mistral.storage import documents, hub
+from dist_ckpt_mistral.storage.paths import as_given
 
 #: How callers give a configuration: itself, a config.json, a directory with one, or any of these as an override.
 GivenConfig: TypeAlias = "str | Path | MistralConfig | ConfigOverride"
@@ -170,7 +171,7 @@ class MistralConfig:
         if isinstance(source, Mapping):
             return _from_hf_mapping(source, where)
         path = require_config_file(hub.local_directory(str(source), weights=False))
-        raw = strict_json.loads_object(storage.read_bytes(path), str(path))
+        raw = documents.read_json(path)
         return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
     def to_hf(self) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dist_ckpt_mistral import libraries, storage
+from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.messages import counted, printable
 from dist_ckpt_mistral.reading import matrix, ribbons, style
 from dist_ckpt_mistral.reading.plan import ReadingPlan
 from dist_ckpt_mistral.reading.table import layout_text
+from dist_ckpt_mistral.storage import documents
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def save_svg(plan: ReadingPlan, path: Path) -> None:
     """Draw ``plan`` into an SVG file; an old one is replaced. Raises MissingLibraryError and OutputError."""
     require_matplotlib()
     with _quiet_matplotlib():
-        storage.write_whole(path, _svg(plan))
+        documents.write_whole(path, _svg(plan))
 
 
 def _svg(plan: ReadingPlan) -> bytes:

@@ -36,7 +36,7 @@ from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 from dist_ckpt_mistral.model.tensor_table import tensor_table
-from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.storage.local import TargetFile
 
 #: Optimizer state beside the weights: prefix of the key -> dtype, as mcore's fully_reshardable format has it.
 OPTIMIZER = {

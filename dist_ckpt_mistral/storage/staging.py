@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral.errors import OutputError
-from dist_ckpt_mistral.paths import (
+from dist_ckpt_mistral.storage.local import linux_call
+from dist_ckpt_mistral.storage.paths import (
     existing_parent,
     is_absent,
     placed,
@@ -21,7 +22,6 @@ from dist_ckpt_mistral.paths import (
     require_writable,
     staging_name,
 )
-from dist_ckpt_mistral.storage import linux_call
 
 _LOG = logging.getLogger(__name__)
 _LOCK_FILE: Final = "lock"

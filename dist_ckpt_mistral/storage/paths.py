@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import storage
 from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral.storage import local
 
 #: Of a file name, on the file systems of Linux (linux/limits.h).
 _MAX_NAME_BYTES: Final = 255
@@ -84,7 +84,7 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
 def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
     """Refuse to let what lies at ``place`` give way to the output ``target``. Raises OutputError, or OSError."""
     real = place.parent.resolve() / place.name
-    mounted = next((point for point in storage.mount_points() if point.is_relative_to(real)), None)
+    mounted = next((point for point in local.mount_points() if point.is_relative_to(real)), None)
     if mounted == real:
         raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
     if not (overwrite or is_absent(place)):

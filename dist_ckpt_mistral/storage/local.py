@@ -9,44 +9,137 @@ import os
 import re
 import resource
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar, Token
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self, TypeVar
+from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
-from dist_ckpt_mistral.errors import FormatError, OutputError
-from dist_ckpt_mistral.stamps import Sources, Stamp, changed
+from dist_ckpt_mistral.errors import FormatError
 
 T = TypeVar("T")
 
-_BLOCK_BYTES: Final = 1 << 20
-#: More than any index, configuration or tracker has: what is larger is not read whole.
-SMALL_BYTES: Final = 64 << 20
-#: How a pointer begins (git-lfs 3.7, docs/spec.md).
-_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/v1"
 #: How mountinfo spells blanks and backslashes.
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 #: At most three such groups of files are open at once (two sources and a target), and then some others.
 _SHARE_OF_DESCRIPTORS: Final = 4
+#: So many places are asked for at once: more made no difference.
+_PLACES: Final = 256
+#: After one place that is in memory, so many are taken to be there too: looking takes longer than reading.
+_TRUSTED: Final = 16
 
 
-def read_bytes(path: Path, *, most_bytes: int | None = SMALL_BYTES) -> bytes:
-    """The whole content of a small file. Raises FormatError where it is no file, or larger than ``most_bytes``."""
-    with SourceFiles([path]) as files:
-        size_bytes = files.size_bytes(0)
-        if most_bytes is not None and size_bytes > most_bytes:
-            raise FormatError(f"{path} is too large: expected at most {most_bytes} bytes, got {size_bytes}")
-        return files.read(0, 0, size_bytes)
+class Stamp(NamedTuple):
+    """What tells one state of one file from all others: its size, times (ns since 1970), inode and device.
+
+    ``cp -p``, ``rsync -t`` and ``touch`` set ``mtime_ns`` as they like. Nothing but a change of the file sets
+    ``ctime_ns``: of its content, its name, its owner or its mode. Another machine may see another ``device``, and some
+    network file systems show another ``ctime_ns`` or ``inode`` after they were mounted again.
+    """
+
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    device: int | None
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        """The stamp of a file that has this status."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+
+    def is_same(self, other: Stamp) -> bool:
+        """Whether both are of one state of one file; a device of None is any."""
+        return self[:4] == other[:4] and (None in {self.device, other.device} or self.device == other.device)
+
+    def looks_like(self, other: Stamp) -> bool:
+        """Whether ``ls -l`` shows no difference: equal sizes and times of change. Only reading tells more."""
+        return self[:2] == other[:2]
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is what a clone has where Git LFS did not fetch the file itself."""
-    with SourceFiles([path]) as files:
-        return files.read(0, 0, min(files.size_bytes(0), len(_LFS_POINTER))) == _LFS_POINTER
+def stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:
+    """The stamps of those of ``paths`` that are files. What is absent or something else is left out."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                found[path] = Stamp.of(status)
+    return found
 
 
-def _open_to_read(path: Path, sources: Sources | None) -> int:
+class Sources:
+    """The files that a run looks at, and the stamp of each when the run first came to it.
+
+    Within a ``with`` block every file that this thread opens to read (``storage``) is noted here. A block may be
+    entered again. The threads of a gather share the ``SourceFiles`` that this thread made.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was looked at yet."""
+        self._first: dict[Path, Stamp] = {}
+        self._opened: set[Path] = set()
+        self._tokens: list[Token[Sources | None]] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy in another process notes by: another machine may see the same files on another device."""
+        first = {path: stamp._replace(device=None) for path, stamp in self._first.items()}
+        return {"_first": first, "_opened": set(self._opened), "_tokens": []}
+
+    def __enter__(self) -> Self:
+        """Note the files that are opened from now on."""
+        self._tokens.append(_ACTIVE.set(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Note no more."""
+        _ACTIVE.reset(self._tokens.pop())
+
+    @staticmethod
+    def active() -> Sources | None:
+        """Where this thread notes the files that it opens."""
+        return _ACTIVE.get()
+
+    @property
+    def first(self) -> Mapping[Path, Stamp]:
+        """The first stamps of all files that were looked at."""
+        return self._first
+
+    def look_at(self, paths: Iterable[Path]) -> None:
+        """Note those of ``paths`` that are files and were not looked at before."""
+        self._first = {**stamps(path for path in paths if path not in self._first), **self._first}
+
+    @property
+    def opened(self) -> frozenset[Path]:
+        """The files that were opened."""
+        return frozenset(self._opened)
+
+    def note(self, path: Path, status: os.stat_result) -> None:
+        """Note an opened file. Raises FormatError unless it is what the run has seen at this path before."""
+        stamp = Stamp.of(status)
+        if not self._first.setdefault(path, stamp).is_same(stamp):
+            raise changed(path)
+        self._opened.add(path)
+
+    def looks_changed(self) -> bool:
+        """Whether any file has another size or time of change than at first. One that is absent may come back."""
+        return any(not self._first[path].looks_like(stamp) for path, stamp in stamps(self._first).items())
+
+
+_ACTIVE: ContextVar[Sources | None] = ContextVar("sources", default=None)
+
+
+def changed(path: Path) -> FormatError:
+    """The error that says so."""
+    what = "changed" if path.exists() else "vanished"
+    return FormatError(f"{path} {what} while it was read. Start again when nobody touches it.")
+
+
+def open_to_read(path: Path, sources: Sources | None) -> int:
     """A descriptor of a regular file, wherever links lead, noted in ``sources``.
 
     Nobody may wait for the other end of a pipe.
@@ -74,7 +167,7 @@ def require_unchanged(sources: Sources) -> None:
     """
     for path in sources.opened:
         try:
-            os.close(_open_to_read(path, sources))
+            os.close(open_to_read(path, sources))
         except FormatError as error:
             raise error if path.exists() else changed(path) from None
 
@@ -87,62 +180,6 @@ def mount_points() -> list[Path]:
         return []
     fields = (line.split()[4] for line in lines)
     return [Path(os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), each))) for each in fields]
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file, which must not exist. ``publish`` makes it durable."""
-    with path.open("xb") as file:
-        file.write(data)
-
-
-def write_link(path: Path, sibling: str) -> None:
-    """Make ``path`` a link to ``sibling`` beside it, in place of an old one. Raises OSError if it cannot be."""
-    path.unlink(missing_ok=True)
-    path.symlink_to(sibling)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: under another name beside it, then renamed; an old one is replaced.
-
-    What is no regular file, such as a pipe, is written to as it is. Raises OutputError.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        target = path.resolve()  # a link stays one
-        staging = target.parent / f".{target.name}.incomplete-{os.getpid()}-{os.urandom(4).hex()}"
-        try:
-            write_bytes(staging, data)
-            staging.replace(target)
-        finally:
-            staging.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file of any size, content only, in blocks. The target must not exist."""
-    with target.open("xb") as file:
-        file.writelines(_blocks(source))
-
-
-def total_bytes(paths: Sequence[Path]) -> int:
-    """How much space the content of files takes. Raises FormatError where one of them cannot be opened to be read."""
-    with SourceFiles(paths) as files:
-        return sum(map(files.size_bytes, range(len(paths))))
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    try:
-        with open(_open_to_read(path, Sources.active()), "rb") as file:
-            before = Stamp.of(os.fstat(file.fileno()))
-            while block := file.read(_BLOCK_BYTES):
-                yield block
-            if Stamp.of(os.fstat(file.fileno())) != before:
-                raise changed(path)
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 class DerivedFile(Protocol):
@@ -194,7 +231,7 @@ class SourceFiles:
         """A call of the operating system on a file."""
         descriptor = self._descriptors.get(file)
         if descriptor is None:
-            descriptor = _Descriptor(_open_to_read(self._paths[file], self._sources))
+            descriptor = _Descriptor(open_to_read(self._paths[file], self._sources))
             if len(self._descriptors) < self._most_open:
                 descriptor = self._descriptors.setdefault(file, descriptor)  # another thread's, if that was quicker
         return function(descriptor.number, *arguments)
@@ -334,3 +371,30 @@ def linux_call(name: str, *argument_types: str) -> Callable[..., int]:
         return lambda *_: errno.ENOSYS
     function.argtypes = [getattr(ctypes, argument_type) for argument_type in argument_types]
     return lambda *arguments: ctypes.get_errno() if function(*arguments) != 0 else 0
+
+
+class ReadAhead:
+    """Reads at places in about the order given; another order, or other places, cost time and nothing else."""
+
+    def __init__(self, files: SourceFiles, places: Iterable[tuple[int, int]]) -> None:
+        """``places`` are (file, position) of the reads to come."""
+        self._files, self._places = files, iter(places)
+        self._reads = self._looking_at = self._taken = 0
+
+    def read(self, file: int, position: int, num_bytes: int) -> bytes:
+        """``num_bytes`` bytes from ``position`` on."""
+        number, self._reads = self._reads, self._reads + 1
+        if number >= self._looking_at:
+            found = self._files.read_cached(file, position, num_bytes)
+            if found is not None:
+                self._looking_at = number + _TRUSTED
+                return found
+            self._ask(number, num_bytes)
+        return self._files.read(file, position, num_bytes)
+
+    def _ask(self, number: int, num_bytes: int) -> None:
+        """Have what is read from read ``number`` on brought into memory."""
+        self._looking_at = number + _PLACES
+        for file, position in islice(self._places, number - self._taken, self._looking_at - self._taken):
+            self._files.ask_for(file, position, num_bytes)
+        self._taken = self._looking_at
