@@ -19,9 +19,9 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, read_manifest
 from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
-from dist_ckpt_mistral.gather.tensor_index import TensorIndex
 from dist_ckpt_mistral.manifest import tensor_spans
 from dist_ckpt_mistral.mapping import CheckpointMap, Twin
 from dist_ckpt_mistral.messages import listed, printable

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import Kind, locate, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.losses import LossPolicy, names_of_sources

@@ -14,8 +14,8 @@ from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.archive_checksums import Fault, Part, Piece
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
-from dist_ckpt_mistral.gather.digests import Digest, digest
-from dist_ckpt_mistral.gather.executor import Effort, run_all
+from dist_ckpt_mistral.gather.digest import Digest, digest
+from dist_ckpt_mistral.gather.execute import Effort, run_all
 from dist_ckpt_mistral.messages import listed, printable
 from dist_ckpt_mistral.storage import paths
 

@@ -17,7 +17,7 @@ from zlib_ng import zlib_ng
 from dist_ckpt_mistral._version import VERSION
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import Lost
-from dist_ckpt_mistral.gather.executor import Copied
+from dist_ckpt_mistral.gather.execute import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Part
 from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.local import Sources, TargetFile

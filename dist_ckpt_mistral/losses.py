@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from dist_ckpt_mistral.dtypes import itemsize_bytes
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost
-from dist_ckpt_mistral.gather.executor import Copied
+from dist_ckpt_mistral.gather.dtypes import itemsize_bytes
+from dist_ckpt_mistral.gather.execute import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Segment
 
 _LOG = logging.getLogger(__name__)

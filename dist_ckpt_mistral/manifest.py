@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
-from dist_ckpt_mistral.gather.digests import Digest, Span, digest
-from dist_ckpt_mistral.gather.executor import Effort, run_all
+from dist_ckpt_mistral.gather.digest import Digest, Span, digest
+from dist_ckpt_mistral.gather.execute import Effort, run_all
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import documents
 

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.links import Link, compose, reverse, whole
 from dist_ckpt_mistral.model.stored_entries import state_key
 from dist_ckpt_mistral.model.tensor_rules import Index, KeyStyle, ParamState, TensorRule
 from dist_ckpt_mistral.model.tensor_table import HfTensor, StoredRows, TensorTable
 from dist_ckpt_mistral.model.vision_table import is_carried, with_prefix
-from dist_ckpt_mistral.shapes import Shape
 
 #: Stored entries that are not used: the name of each, and why.
 Ignored = tuple[tuple[str, str], ...]

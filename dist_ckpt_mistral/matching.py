@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.stored_entries import (
@@ -25,7 +26,6 @@ from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorRul
 from dist_ckpt_mistral.model.tensor_table import FileSpelling, HfTensor, TensorTable
 from dist_ckpt_mistral.model.vision_table import is_carried
 from dist_ckpt_mistral.own_links import own_shapes
-from dist_ckpt_mistral.shapes import Shape
 
 _NO_STATES: Final[Mapping[str, str]] = {}
 

@@ -16,9 +16,9 @@ from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, whole
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_reading
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import PADDING, CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.matching import match_hf, match_own
 from dist_ckpt_mistral.messages import listed

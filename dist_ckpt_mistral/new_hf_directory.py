@@ -11,9 +11,9 @@ from typing import Any
 from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.quantization import described_method
 from dist_ckpt_mistral.model_source import ModelSource
-from dist_ckpt_mistral.shapes import Shape
 
 _LOG = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.model.tensor_rules import Index, OwnRows, spell
 from dist_ckpt_mistral.model.tensor_table import HfTensor
-from dist_ckpt_mistral.shapes import Shape
 
 
 def own_shapes(tensor: HfTensor) -> dict[str, Shape]:

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import new_checkpoint_map
 from dist_ckpt_mistral.model.held_tensors import HeldTensor
 from dist_ckpt_mistral.model.tensor_rules import Index

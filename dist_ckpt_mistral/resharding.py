@@ -18,8 +18,8 @@ from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
-from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.gather.tensor_index import TensorIndex
+from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config

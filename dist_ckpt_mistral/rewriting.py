@@ -21,15 +21,15 @@ from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_archive_writer import in_list
 from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject, object_bytes
 from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest
 from dist_ckpt_mistral.mapping import Ignored
 from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources, TargetFile
 from dist_ckpt_mistral.writing import Checksums, write_output

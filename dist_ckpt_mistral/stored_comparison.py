@@ -14,12 +14,13 @@ from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_archive_writer import PICKLE, pickle_in_list
 from dist_ckpt_mistral.formats.torch_dist_writer import object_bytes
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.compare import Difference, compare_bits
+from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_reading
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.storage.local import SourceFiles
-from dist_ckpt_mistral.verify import Comparison, Difference, compare_bits
+from dist_ckpt_mistral.verify import Comparison
 
 _DEFAULT_EFFORT: Final = Effort()
 #: The records of an object's archive that hold the data of its tensors; others tell of the archive.

@@ -8,30 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats.places import Kind, what_is
-from dist_ckpt_mistral.gather.bands import BandReader
-from dist_ckpt_mistral.gather.executor import Effort, run_all
+from dist_ckpt_mistral.gather.compare import Difference, compare_bits
+from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import whole
-from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_reading
-from dist_ckpt_mistral.gather.tensor_index import TensorIndex
+from dist_ckpt_mistral.gather.plan import only_dtype, plan_reading
 from dist_ckpt_mistral.mapping import Twin
 from dist_ckpt_mistral.model.agreement import Disagreement
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
-from dist_ckpt_mistral.storage.local import SourceFiles
 
 _DEFAULT_EFFORT: Final = Effort()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """One tensor that differs between A and B, and how; of stored entries, ``hf_name`` is the key."""
-
-    hf_name: str
-    what: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,41 +138,6 @@ def _not_compared(a: ModelSource, b: ModelSource) -> tuple[str, ...]:
         return ()
     in_a, in_b = (Counter(reason for _, reason in source.ignored) for source in (a, b))
     return tuple(f"{reason}: {in_a[reason]} entries in A, {in_b[reason]} in B" for reason in sorted({*in_a, *in_b}))
-
-
-def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: Effort) -> Iterator[Difference]:
-    """Compare tensors of the same dtypes and shapes, and yield those that differ: a segment of each plan for each."""
-    with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
-        reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
-
-        def work(number: int) -> str | None:
-            segment_a, segment_b = plan_a.segments[number], plan_b.segments[number]
-            at = 0
-            for band_a, band_b in zip(reader_a.bands(segment_a), reader_b.bands(segment_b), strict=True):
-                if not _equal(band_a, band_b):
-                    return _describe(band_a, band_b, at, segment_a.source_dtype)
-                at += len(band_a)
-                effort.progress(len(band_a))
-            return None
-
-        found = run_all(work, range(len(names)), workers=effort.threads, stop=reader_a.stop)
-    return (Difference(hf_name=name, what=what) for name, what in zip(names, found, strict=True) if what is not None)
-
-
-def _opened(plan: BytePlan) -> SourceFiles:
-    return SourceFiles(plan.source_files, plan.derived_files)
-
-
-def _equal(a: memoryview, b: memoryview) -> bool:
-    """Whether two bands are the same bytes; numpy compares without the interpreter lock, here in words if it can."""
-    word = np.uint64 if len(a) == len(b) and len(a) % 8 == 0 else np.uint8
-    return np.array_equal(np.frombuffer(a, word), np.frombuffer(b, word))
-
-
-def _describe(band_a: memoryview, band_b: memoryview, at: int, dtype: str) -> str:
-    """The first byte that differs."""
-    first = int(np.flatnonzero(np.frombuffer(band_a, np.uint8) != np.frombuffer(band_b, np.uint8))[0])
-    return f"bits differ from byte {at + first} of the {dtype} data on"
 
 
 def twin_differences(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dist_ckpt_mistral.errors import OutputError
-from dist_ckpt_mistral.gather.executor import Copied, Effort, execute, run_all
+from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
 from dist_ckpt_mistral.losses import REFUSE, Loss, LossPolicy

@@ -28,8 +28,6 @@ MODULES: Final = tuple(
 )
 #: Where ``read_bytes`` is an amount, and not Path's method.
 AMOUNTS: Final = tuple(name for name in MODULES if name.startswith(("gather.", "reading.", "analysis.")))
-#: What works on columns of numbers outside gather/: imported at the top only by each other, else at use.
-IN_COLUMNS: Final = ("verify", "journal", "reading.plan", "reading.planner")
 #: Where names of tensors stand: the tables, and what tells its keys from other entries of a checkpoint.
 NAMING: Final = ("model.vision_table", "model.layer_table", "model.tensor_table", "model.stored_entries")
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
@@ -77,7 +75,7 @@ def test_packages_hold_nothing(package: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_who_needs_what(module: str) -> None:
-    """Megatron and torch are imported by megatron/ alone, numpy where bytes move; all else waits for its use."""
+    """Megatron and torch are imported by megatron/ alone; what else is not installed with all waits for its use."""
     foreign = [
         (name.partition(".")[0], at_once)
         for name, at_once in imports(module)
@@ -86,9 +84,7 @@ def test_who_needs_what(module: str) -> None:
     if module.startswith("megatron."):
         assert {name for name, _ in foreign} <= {"megatron", "torch", "safetensors"}
         return
-    assert {name for name, at_once in foreign if at_once} <= (
-        {"numpy", "zlib_ng"} if "gather." in module or module in IN_COLUMNS else set()
-    )
+    assert {name for name, at_once in foreign if at_once} <= {"numpy", "zlib_ng"}
     assert "megatron" not in {name for name, _ in foreign}
 
 
@@ -155,11 +151,7 @@ def test_what_only_one_room_does(module: str) -> None:
     if "read_bytes" not in {node.attr for node in calls if isinstance(node, ast.Attribute)}:
         touched -= {"read_bytes"} if module in AMOUNTS else set()
     allowed = ("journal", "libraries", "demo", "rank_processes", "megatron.load_check", "commands.output")
-    assert (
-        touched.isdisjoint(touching)
-        or module.startswith("storage.")
-        or module in allowed
-    )
+    assert touched.isdisjoint(touching) or module.startswith("storage.") or module in allowed
 
 
 def test_asserts_check_no_data() -> None:

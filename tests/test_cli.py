@@ -30,7 +30,7 @@ from dist_ckpt_mistral import migration
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.gather.executor import no_progress
+from dist_ckpt_mistral.gather.execute import no_progress
 from dist_ckpt_mistral.ranks import Ranks
 
 HEAVY = [

@@ -25,8 +25,8 @@ from transformers import AutoConfig
 from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 
 from dist_ckpt_mistral.convert import to_hf
-from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.gather.dtypes import TorchDtype
 from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.expert_args import expert_args

@@ -39,7 +39,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch_reading import described, raw_bytes, read_metadata
 
 from dist_ckpt_mistral.convert import from_hf
-from dist_ckpt_mistral.dtypes import KNOWN_DTYPES, to_safetensors
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats import common_state, pickle_reading, pickle_records
 from dist_ckpt_mistral.formats.backends import open_stored
@@ -48,6 +47,7 @@ from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
 from dist_ckpt_mistral.formats.tensor_pickle import STORAGES, row_major_strides
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
+from dist_ckpt_mistral.gather.dtypes import KNOWN_DTYPES, to_safetensors
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (4, 0, 2), (1, 6, 2), (2, 3, 1, 2), (200, 400)]

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from test_ranks import on_ranks
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.gather.digests import Span, digest
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.digest import Span, digest
+from dist_ckpt_mistral.gather.execute import Effort
 
 MANIFEST = "integrity.json"
 

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from torch_reading import described, load_tensors
 from zarr_checkpoints import copied, edit_array, new_checkpoint, numbered, read_arrays, write_array
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import legacy_zarr
 from dist_ckpt_mistral.formats.backends import open_stored
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
 
 CASE: Final = "zarr_ckpt"

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from dist_ckpt_mistral.errors import FormatError, PlanError, TensorMismatchError
 from dist_ckpt_mistral.gather.bands import BAND_BYTES, BandReader
 from dist_ckpt_mistral.gather.boxes import require_tiling
-from dist_ckpt_mistral.gather.executor import Effort, execute
+from dist_ckpt_mistral.gather.execute import Effort, execute
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
 from dist_ckpt_mistral.model.tensor_table import tensor_table

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.formats import places
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.rank_processes import run_ranks
 from dist_ckpt_mistral.ranks import Ranks, from_environment
 from dist_ckpt_mistral.storage import local

@@ -17,7 +17,7 @@ from hf_models import contents, random_model, saved
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import journal
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.storage import local
 from dist_ckpt_mistral.storage.local import TargetFile
 from dist_ckpt_mistral.storage.staging import Staging

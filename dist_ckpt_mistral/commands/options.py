@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.commands import output
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.conversion import Conversion
-    from dist_ckpt_mistral.gather.executor import Effort
+    from dist_ckpt_mistral.gather.execute import Effort
     from dist_ckpt_mistral.model.config import GivenConfig
     from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 
@@ -242,7 +242,7 @@ def size(text: str) -> int:
 @contextlib.contextmanager
 def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
     """The effort that was asked for, with a progress bar in bytes on stderr if that is a terminal."""
-    from dist_ckpt_mistral.gather.executor import Effort  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.gather.execute import Effort  # noqa: PLC0415  (--help must not wait for numpy)
 
     asked = Effort(
         workers=arguments.workers, memory_bytes=arguments.memory, durable=not getattr(arguments, "no_sync", False)

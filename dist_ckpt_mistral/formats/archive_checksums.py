@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError, PlanError
 from dist_ckpt_mistral.formats import common_state
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, TensorLocator
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
-from dist_ckpt_mistral.gather.digests import Span
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.gather.digest import Span
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 

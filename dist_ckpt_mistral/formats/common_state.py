@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
 from dist_ckpt_mistral.formats.pickle_reading import OpaqueRecord, StateRecord, empty_dict, record_class
@@ -22,6 +21,7 @@ from dist_ckpt_mistral.formats.pickle_records import Global, Instance
 from dist_ckpt_mistral.formats.tensor_pickle import torch_dtype_name
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
+from dist_ckpt_mistral.gather.dtypes import TorchDtype
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 COMMON_FILE: Final = "common.pt"

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.places import (
     CONFIG_FILE,
@@ -23,12 +22,11 @@ from dist_ckpt_mistral.formats.places import (
     locate,
 )
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.shapes import Shape, is_countable
 from dist_ckpt_mistral.storage import documents, paths
-
-if TYPE_CHECKING:
-    from dist_ckpt_mistral.gather.tensor_index import TensorIndex
 
 _LOG = logging.getLogger(__name__)
 
@@ -66,11 +64,6 @@ class FileSet:
 
         ``name_of`` is as in ``by_name``, and so is what is raised.
         """
-        from dist_ckpt_mistral.gather.tensor_index import (  # noqa: PLC0415  (inspect must not wait for numpy)
-            IndexedTensor,
-            TensorIndex,
-        )
-
         tensors = {
             name: IndexedTensor.whole(
                 name, tensor.dtype, tensor.shape, file=number, position=file.data_start + tensor.begin

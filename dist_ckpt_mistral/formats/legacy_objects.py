@@ -15,8 +15,8 @@ from typing import Final
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.shapes import Shape
 
 _NUMBER: Final = r"(?:0|[1-9][0-9]*)"
 _NUMBERS: Final = rf"({_NUMBER}(?:\.{_NUMBER})*)"

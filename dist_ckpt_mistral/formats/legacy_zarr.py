@@ -20,14 +20,14 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.legacy_objects import is_object, read_objects
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.shapes import Shape, is_countable
 from dist_ckpt_mistral.storage import documents, paths
 
 _ARRAY_FILE: Final = ".zarray"

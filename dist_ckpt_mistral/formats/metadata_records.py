@@ -17,7 +17,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
-from dist_ckpt_mistral.shapes import MOST, Shape, is_countable
+from dist_ckpt_mistral.gather.dtypes import MOST, Shape, is_countable
 from dist_ckpt_mistral.storage import paths
 
 #: The attributes of ``_StorageInfo``; torch leaves out the one of transforms where there are none.

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.formats.safetensors import FileTensor
-from dist_ckpt_mistral.gather.scales import ScaledTensor, scaled_tensor
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dequantize import ScaledTensor, scaled_tensor
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.quantization import (

@@ -16,10 +16,10 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final, TypeGuard
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.messages import command_line
-from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage import documents, local
 
 _LENGTH_BYTES: Final = 8

@@ -6,20 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes
+import numpy as np
+
 from dist_ckpt_mistral.errors import FormatError, for_all
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.common_state import Entry
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_archive import TensorLocator
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.boxes import IntArray, equal_rows
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, in_own_shape
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage.local import SourceFiles
-
-if TYPE_CHECKING:
-    from dist_ckpt_mistral.gather.boxes import IntArray
-    from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 
 #: The backends. ``torch_dist`` keeps every chunk and every object in a ``torch.save`` archive, many to a file; objects
 #: are lists of one. ``zarr`` has a file for each: the bare bytes of a chunk, or the archive of an object itself.
@@ -57,8 +57,6 @@ class StoredCheckpoint:
         Raises FormatError for files that are missing or truncated (all of them), and for archives that are damaged or
         hold something else than the metadata says.
         """
-        from dist_ckpt_mistral.gather.tensor_index import TensorIndex  # noqa: PLC0415  (inspect must not wait for numpy)
-
         names = tuple(names)
         chunks = dict(zip(names, for_all(self.chunks, names), strict=True))
         files = tuple(self.file_bytes)
@@ -102,9 +100,6 @@ class StoredCheckpoint:
             raise FormatError(f"files in {self.directory} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
 
     def _locate(self, tensor: StoredTensor, chunks: Chunks, locator: TensorLocator) -> IndexedTensor:
-        from dist_ckpt_mistral.gather.flat_ranges import in_own_shape  # noqa: PLC0415  (inspect must not wait for numpy)
-        from dist_ckpt_mistral.gather.tensor_index import IndexedTensor  # noqa: PLC0415  (likewise)
-
         dtype = dtypes.require_known(tensor.dtype, repr(tensor.name))
         positions = chunks.positions if self.backend == ZARR else _data_positions(tensor.name, dtype, chunks, locator)
         located = IndexedTensor(
@@ -121,10 +116,6 @@ class StoredCheckpoint:
 
 def _data_positions(name: str, dtype: str, chunks: Chunks, locator: TensorLocator) -> IntArray:
     """Where the data of chunks begin inside their archives."""
-    import numpy as np  # noqa: PLC0415  (inspect must not wait for it)
-
-    from dist_ckpt_mistral.gather.boxes import equal_rows  # noqa: PLC0415  (likewise)
-
     kinds = np.column_stack([chunks.shapes, chunks.lengths])
     positions = np.empty_like(chunks.positions)
     for rows in equal_rows(kinds):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_reading
 from dist_ckpt_mistral.formats.pickle_reading import as_tuple, empty_dict
-from dist_ckpt_mistral.shapes import Shape, is_countable
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
 
 #: Most operations of torch take no more axes (2.6 to 2.15, ``dim_bitset_size`` in ATen/WrapDimUtilsMulti.h).
 MAX_AXES: Final = 64

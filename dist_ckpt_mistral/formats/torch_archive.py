@@ -16,11 +16,11 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final, NamedTuple
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_reading
 from dist_ckpt_mistral.formats.tensor_pickle import read_tensor
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.storage.local import ReadAhead, SourceFiles
 
 LOCAL: Final = struct.Struct("<4s5H3I2H")

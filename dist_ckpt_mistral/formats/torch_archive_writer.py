@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_records
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, PersistentId
@@ -29,7 +28,8 @@ from dist_ckpt_mistral.formats.torch_archive import (
     ArchiveReader,
     Listed,
 )
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape
 
 _ROOT: Final = "archive"
 PICKLE: Final = "data.pkl"

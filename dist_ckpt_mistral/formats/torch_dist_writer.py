@@ -16,10 +16,9 @@ from dist_ckpt_mistral.formats import pickle_records, torch_archive_writer
 from dist_ckpt_mistral.formats.metadata_records import MCORE_DATA, OWN_SHAPE
 from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs
 from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
-from dist_ckpt_mistral.gather.flat_ranges import as_range_of_blocks
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, as_range_of_blocks
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.shapes import Shape
 from dist_ckpt_mistral.storage.local import TargetFile
 
 #: The content of metadata.json (mcore dist_checkpointing/core.py, 0.12 to 0.16; later versions ignore the last two).

@@ -14,11 +14,11 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import pickle_reading
 from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_archive_writer import scalars_archive
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 TRAIN_STATE_FILE: Final = "latest_train_state.pt"

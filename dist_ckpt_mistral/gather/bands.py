@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.plan import CopyArray, Segment
 from dist_ckpt_mistral.storage.local import SourceFiles
 

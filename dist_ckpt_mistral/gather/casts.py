@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.index import IndexedTensor
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")

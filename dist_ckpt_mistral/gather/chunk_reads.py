@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray
-from dist_ckpt_mistral.gather.tensor_index import TensorIndex
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather.index import TensorIndex
 
 
 class WantedBox(NamedTuple):

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 from dist_ckpt_mistral import ranks
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
-from dist_ckpt_mistral.gather.executor import Effort, execute
+from dist_ckpt_mistral.gather.execute import Effort, execute
 from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron

@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from dist_ckpt_mistral.dtypes import require_weight_dtype
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
+from dist_ckpt_mistral.gather.dtypes import require_weight_dtype
 from dist_ckpt_mistral.megatron.hf_metadata import (
     Data,
     HfShardedTensor,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, what_is
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number, not_a_size
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json, tie_is_open, with_tie

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.experts import Experts
 from dist_ckpt_mistral.model.latent_attention import LatentAttention
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
 from dist_ckpt_mistral.model.tensor_rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule
-from dist_ckpt_mistral.shapes import Shape
 
 _HERE: Final = "decoder.layers.{layer}."
 _OWN: Final = "layers.{layer}."

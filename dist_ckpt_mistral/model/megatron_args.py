@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dist_ckpt_mistral.dtypes import TorchDtype
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.gather.dtypes import TorchDtype
 from dist_ckpt_mistral.model.agreement import Disagreement, disagreements
 from dist_ckpt_mistral.model.attention_args import (
     attention_args,

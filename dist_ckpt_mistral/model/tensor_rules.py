@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.shapes import Shape
 
 #: Where a tensor stands among those of its rule.
 Index: TypeAlias = tuple[int, ...]

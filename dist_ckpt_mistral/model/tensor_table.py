@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.layer_table import OTHER_EXPERT_NAMES, layer_rules, state_beside, whole
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
@@ -30,7 +31,6 @@ from dist_ckpt_mistral.model.tensor_rules import (
     spell_key,
 )
 from dist_ckpt_mistral.model.vision_table import LANGUAGE_PREFIX, OTHER_NAMES, vision_rules
-from dist_ckpt_mistral.shapes import Shape
 
 #: The name under which a last pipeline stage holds its copy of tied embeddings.
 TIED_OUTPUT_NAME: Final = "output_layer.weight"

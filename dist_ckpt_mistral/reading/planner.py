@@ -15,15 +15,15 @@ from typing import Final
 
 import numpy as np
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
 from dist_ckpt_mistral.chunking import SPEC
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import backends
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE, match_checkpoint
 from dist_ckpt_mistral.model.config import GivenConfig, chosen_config

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.formats import (
     backends,
@@ -31,6 +30,7 @@ from dist_ckpt_mistral.formats import (
 )
 from dist_ckpt_mistral.formats.pickle_reading import paused_collector
 from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout

@@ -1,9 +1,12 @@
-"""Names and sizes of element types, as torch, safetensors and numpy say them. Needs none of the three."""
+"""Element types, as torch, safetensors and numpy name them, and shapes, in elements. Needs none of the three."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from reprlib import repr as short
+from typing import Final, TypeAlias
 
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 
@@ -28,6 +31,11 @@ _FROM_SAFETENSORS = {name: dtype for dtype, (name, _) in _TABLE.items()}
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 #: All torch names that this package can store.
 KNOWN_DTYPES = tuple(_TABLE)
+Shape: TypeAlias = tuple[int, ...]
+
+#: What files say may be no more: then the bytes of so many elements, and the sum of any two such numbers, can still be
+#: counted in 63 bits, as numpy and the operating system count.
+MOST: Final = 1 << 59
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +75,8 @@ def require_weight_dtype(dtype: str | None) -> None:
     """Refuse a ``dtype`` that model weights cannot have."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported: expected one of {', '.join(WEIGHT_DTYPES)}")
+
+
+def is_countable(shape: Iterable[int]) -> bool:
+    """Whether a tensor of this shape can be counted and indexed; one that is empty because of another axis, too."""
+    return math.prod(extent or 1 for extent in shape) <= MOST

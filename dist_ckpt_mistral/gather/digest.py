@@ -11,7 +11,7 @@ from typing import NamedTuple
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.gather.bands import aligned_buffer
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 
