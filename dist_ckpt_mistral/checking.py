@@ -12,13 +12,14 @@ from typing import Any, Final, TypeVar
 from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedFormatError
 from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
-from dist_ckpt_mistral.formats import archive_checksums, backends, checkpoint_directory, common_state, hf_directory
+from dist_ckpt_mistral.formats import archive_checksums, checkpoint_directory, hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
-from dist_ckpt_mistral.formats.common_state import COMMON_FILE, SHARDED_KEY
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, read_manifest
 from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
+from dist_ckpt_mistral.formats.torch_dist import common_state
+from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, SHARDED_KEY
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
@@ -157,7 +158,7 @@ def _tensor_parts(file_set: FileSet, crc32: Mapping[str, str], notes: _Notes) ->
 def _check_megatron(directory: Path, config: ChosenConfig | None, effort: Effort) -> Check:
     notes = _Notes()
     manifest = notes.attempt(lambda: read_manifest(directory))
-    stored = notes.attempt(lambda: backends.open_stored(directory, with_common_state=False))
+    stored = notes.attempt(lambda: stored_checkpoint.open_stored(directory, with_common_state=False))
     if stored is None:
         return notes.check_files(Contents(directory=directory), manifest, effort)
     if not (directory / COMMON_FILE).exists() and SHARDED_KEY not in stored.objects:  # so saves torch by itself

@@ -12,7 +12,7 @@ from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import Kind, locate, require_not_swapped, resolve_directory
-from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout
+from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.plan import BytePlan

@@ -14,9 +14,9 @@ from typing import Final
 
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import ConfigError, FormatError
-from dist_ckpt_mistral.formats.common_state import COMMON_FILE
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
-from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
+from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
+from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.index import TensorIndex

@@ -10,9 +10,9 @@ from pathlib import Path
 from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
-from dist_ckpt_mistral.formats import backends, hf_directory, small_files
+from dist_ckpt_mistral.formats import hf_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.formats.pickle_reading import paused_collector
+from dist_ckpt_mistral.formats.pickles.reader import paused_collector
 from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.gather.dequantize import dequantized
@@ -178,7 +178,7 @@ def open_megatron(
     run_config.yaml; all of these must agree. ``state`` may pick another tensor than the weights that training kept for
     every parameter, such as the master weights.
     """
-    checkpoint = backends.open_stored(path)
+    checkpoint = stored_checkpoint.open_stored(path)
     known = matched(checkpoint, checkpoint_config(checkpoint, config), state)
     table, found = known.table, known.found
     remembered = read_embedded(checkpoint)

@@ -12,10 +12,11 @@ from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.checkpoint_config import RUN_CONFIG_FILE
 from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import for_all
-from dist_ckpt_mistral.formats import checkpoint_directory, common_state, hf_directory, small_files, torch_dist_writer
+from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
+from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE, untrained
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
-from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject
-from dist_ckpt_mistral.formats.train_state import ITERATION_TRAIN_STATE_FILE, untrained
+from dist_ckpt_mistral.formats.torch_dist import common_state, writer
+from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
@@ -46,7 +47,7 @@ def plan_import(
     ]
     chunks = _chunks(source, new, links, layout, dtype)
     objects = [NewObject.empty(_extra_states(source.table))]
-    written = torch_dist_writer.lay_out(chunks, objects, num_files=layout.world_size)
+    written = writer.lay_out(chunks, objects, num_files=layout.world_size)
     return written, plan_gather(source.index, written.index(step), links)
 
 
@@ -75,7 +76,7 @@ def _extra_states(table: TensorTable) -> list[str]:
     """The object keys that models of any layer spec and version look for."""
     shapes = dict.fromkeys(OLD_EXTRA_STATES, (table.num_layers,)) | table.extra_states(KeyStyle.STACKED)
     return [
-        torch_dist_writer.object_key(key, index, shape)
+        writer.object_key(key, index, shape)
         for key, shape in shapes.items()
         for index in itertools.product(*map(range, shape))
     ]
@@ -94,7 +95,7 @@ def write_beside_shards(
     Megatron-LM reads common.pt, Megatron-Bridge run_config.yaml and train_state.pt. ``.metadata`` comes last and
     elsewhere.
     """
-    documents.write_bytes(directory / checkpoint_directory.BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+    documents.write_bytes(directory / checkpoint_directory.BACKEND_FILE, writer.BACKEND_JSON)
     written: dict[str, Any] = {"dtype": dtype, "tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
     documents.write_bytes(directory / RUN_CONFIG_FILE, documents.yaml_bytes(to_run_config(source.config, **written)))
     documents.write_bytes(directory / ITERATION_TRAIN_STATE_FILE, untrained(iteration or 0))

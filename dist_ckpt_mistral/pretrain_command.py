@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.checkpoint_config import directory_config
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.formats import backends, checkpoint_directory, small_files
+from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.messages import command_line
@@ -116,7 +116,7 @@ def _tokenizer(assets: Sequence[Path]) -> list[str]:
 
 def _load(path: Path, source: ModelSource) -> list[str]:
     """Where to load from; Megatron-LM takes a checkpoint root, and the number of an iteration other than the latest."""
-    backends.require_loadable(source.path)
+    stored_checkpoint.require_loadable(source.path)
     if path.resolve() != source.path.resolve():
         return ["--load", str(path)]
     root, name = path.resolve().parent, path.resolve().name
@@ -141,7 +141,7 @@ def _left_out(source: ModelSource, layout: ParallelLayout) -> list[str]:
     flat = sorted({kind for name, _ in source.ignored if (kind := flat_state(name))})
     if not flat:
         return []
-    args = backends.open_stored(source.path).common_state.get("args")
+    args = stored_checkpoint.open_stored(source.path).common_state.get("args")
     told = args if isinstance(args, Mapping) else {}
     saved = tuple(told.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
     if saved == (layout.tp, layout.pp):

@@ -9,11 +9,12 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
-from dist_ckpt_mistral.formats import backends, common_state, hf_directory
+from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
+from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_hf, match_own
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
@@ -130,7 +131,7 @@ def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: 
 
 
 def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
-    checkpoint = backends.open_stored(path)
+    checkpoint = stored_checkpoint.open_stored(path)
     problems: list[str] = []
     known, found = None, None
     try:

@@ -17,7 +17,7 @@ from dist_ckpt_mistral.chunking import Cut, cuts
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
-from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
+from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap

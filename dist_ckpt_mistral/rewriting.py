@@ -11,16 +11,16 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import for_all
-from dist_ckpt_mistral.formats import backends, checkpoint_directory, common_state, small_files, torch_dist_writer
-from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
-from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
+from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DIST, StoredCheckpoint
-from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
-from dist_ckpt_mistral.formats.torch_archive_writer import in_list
-from dist_ckpt_mistral.formats.torch_dist_writer import CheckpointLayout, NewChunk, NewObject, object_bytes
-from dist_ckpt_mistral.formats.train_state import TRAIN_STATE_FILE, read_step
+from dist_ckpt_mistral.formats.torch_dist import common_state, writer
+from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import in_list
+from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
+from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk, NewObject, object_bytes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
@@ -80,7 +80,7 @@ class Rewriting:
         """Where everything will lie."""
         objects = self.objects.values()
         files = {*(chunk.file for chunk in self.chunks), *(each.file for each in objects)}
-        return torch_dist_writer.lay_out(self.chunks, objects, num_files=1 + max(files, default=0))
+        return writer.lay_out(self.chunks, objects, num_files=1 + max(files, default=0))
 
 
 def rewrite(
@@ -110,7 +110,7 @@ def rewrite(
     def prepare() -> tuple[Sources, Rewriting, CheckpointLayout, BytePlan]:
         with Sources() as inputs:
             inputs.look_at(directory.rglob("*"))
-            new = choose(backends.open_stored(directory))
+            new = choose(stored_checkpoint.open_stored(directory))
             written = new.layout()
             target = written.index(new.step)
             links = [whole(tensor.name, tensor.global_shape) for tensor in target.tensors.values()]
@@ -124,7 +124,7 @@ def rewrite(
         written.finish(targets, plan, checksums)
         small_files.copy_files(beside, staging / new.step)
         if new.stored.backend != TORCH_DIST:
-            documents.write_bytes(staging / new.step / BACKEND_FILE, torch_dist_writer.BACKEND_JSON)
+            documents.write_bytes(staging / new.step / BACKEND_FILE, writer.BACKEND_JSON)
         documents.write_bytes(staging / new.step / METADATA_FILE, written.metadata())
         _write_root(new.step, train_state, staging)
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral.formats import backends
-from dist_ckpt_mistral.formats.common_state import COMMON_FILE, Entry
+from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
-from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
-from dist_ckpt_mistral.formats.torch_archive_writer import PICKLE, pickle_in_list
-from dist_ckpt_mistral.formats.torch_dist_writer import object_bytes
+from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import PICKLE, pickle_in_list
+from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, Entry
+from dist_ckpt_mistral.formats.torch_dist.writer import object_bytes
 from dist_ckpt_mistral.gather.compare import Difference, compare_bits
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
@@ -69,7 +69,7 @@ class _Stored:
     @classmethod
     def of(cls, path: Path) -> _Stored:
         """Read metadata, and the pickles of objects."""
-        stored = backends.open_stored(path, with_common_state=False)
+        stored = stored_checkpoint.open_stored(path, with_common_state=False)
         index = stored.index(stored.tensors)
         files, tensors, pickles = [*index.files], dict(index.tensors), dict[str, str]()
         for key, entry in _entries(stored):

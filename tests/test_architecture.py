@@ -134,7 +134,7 @@ def test_tensor_names_stand_in_the_table_alone(module: str) -> None:
 
 @pytest.mark.parametrize("module", [*MODULES, *PACKAGES])
 def test_what_only_one_room_does(module: str) -> None:
-    """Only the command line prints; only pickle_reading unpickles, nothing evaluates; only few open or make files."""
+    """Only the command line prints; only pickles.reader unpickles, nothing evaluates; only few open or make files."""
     names = {node.id for node in ast.walk(tree_of(module)) if isinstance(node, ast.Name)}
     attributes = {
         (node.value.id if isinstance(node.value, ast.Name) else "", node.attr)
@@ -144,7 +144,7 @@ def test_what_only_one_room_does(module: str) -> None:
     assert names.isdisjoint({"eval", "exec", "compile", "__import__"})
     assert "print" not in names or module == "commands.output"
     unpicklers = {("pickle", name) for name in ("load", "loads", "Unpickler")} | {("torch", "load")}
-    assert attributes.isdisjoint(unpicklers) or module == "formats.pickle_reading"
+    assert attributes.isdisjoint(unpicklers) or module == "formats.pickles.reader"
     touching = {"open", "read_bytes", "read_text", "write_bytes", "write_text", "unlink", "rename", "rmtree"}
     touched = {attribute for owner, attribute in attributes if owner not in {"local", "documents"}} | names
     calls = {node.func for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call)}

@@ -30,8 +30,8 @@ from transformers import AutoConfig
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.convert import from_hf, to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, OutputError, UnsupportedModelError
+from dist_ckpt_mistral.formats.checkpoint_directory import MAX_STEP, read_step, untrained
 from dist_ckpt_mistral.formats.places import resolve_directory
-from dist_ckpt_mistral.formats.train_state import MAX_STEP, read_step, untrained
 from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.storage import documents

@@ -455,9 +455,9 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
 #: Exports, but stops for ever at the fifth write. Shells have what they run in the background ignore interrupts.
 STALLED = """
 import signal, sys, time
-from dist_ckpt_mistral import cli, storage
+from dist_ckpt_mistral import cli; from dist_ckpt_mistral.storage import local
 signal.signal(signal.SIGINT, signal.default_int_handler)
-write, calls = storage.TargetFile.write, []
+write, calls = local.TargetFile.write, []
 def stalling(*arguments):
     calls.append(arguments)
     if len(calls) == 5:
@@ -465,7 +465,7 @@ def stalling(*arguments):
         for _ in range(600):  # a signal that comes just before one sleep is noticed after it
             time.sleep(0.1)
     write(*arguments)
-storage.TargetFile.write = stalling
+local.TargetFile.write = stalling
 sys.exit(cli.main(sys.argv[1:]))
 """
 

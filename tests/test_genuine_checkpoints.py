@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.convert import to_hf
-from dist_ckpt_mistral.formats.backends import open_stored
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
 from dist_ckpt_mistral.lazy_checkpoint import open_checkpoint
 from dist_ckpt_mistral.verify import compare
 

@@ -27,7 +27,7 @@ from zarr_checkpoints import copied, edit_array, new_checkpoint, numbered, read_
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import legacy_zarr
-from dist_ckpt_mistral.formats.backends import open_stored
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
 

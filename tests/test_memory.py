@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dist_ckpt_mistral.formats import hf_directory
-from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout, object_archive
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 

@@ -49,8 +49,8 @@ from zarr_checkpoints import (
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, FormatError
-from dist_ckpt_mistral.formats.backends import open_stored
-from dist_ckpt_mistral.formats.torch_archive import CENTRAL, END
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
+from dist_ckpt_mistral.formats.torch_dist.archive import CENTRAL, END
 from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:

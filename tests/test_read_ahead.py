@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from genuine import GENUINE, shards
 
-from dist_ckpt_mistral.formats.backends import open_stored
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
 from dist_ckpt_mistral.storage import local
 from dist_ckpt_mistral.storage.local import ReadAhead, SourceFiles
 

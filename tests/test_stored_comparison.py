@@ -13,7 +13,7 @@ from command_line import run
 from genuine import folder, shards
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import pickled_archive
 
 OLD = ("zarr_ckpt", "optzarr_0123", "moe_zarr_0153", "fsms_zarr_0153", "dpzero_zarr_0153")
 RESHARDED = ("opt_plain_0161", "opt_fr_0192", "opt_fsms_0140", "moe_grouped_0161", "common_0192")

@@ -93,12 +93,12 @@ def test_a_reader_who_has_seen_enough(places: Path) -> None:
 def test_no_file_gets_the_number_of_a_closed_stream(places: Path, tmp_path: Path) -> None:
     """What native code or a child process writes to descriptors 1 and 2 ends up in no file."""
     script = (
-        "import os, subprocess, sys; from dist_ckpt_mistral import cli, storage; opened = storage.TargetFile.__init__\n"
+        "import os, subprocess, sys; from dist_ckpt_mistral import cli; from dist_ckpt_mistral.storage import local; opened = local.TargetFile.__init__\n"
         "def opening(self, *arguments, **options):\n"
         "    opened(self, *arguments, **options)\n"
         "    for number in (1, 2): os.write(number, b'stray' * 1000)\n"
         "    subprocess.run(['sh', '-c', 'echo stray; echo stray >&2'], check=True)\n"
-        "storage.TargetFile.__init__ = opening; sys.exit(cli.main(sys.argv[1:]))"
+        "local.TargetFile.__init__ = opening; sys.exit(cli.main(sys.argv[1:]))"
     )
     (places / "stray.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -162,9 +162,9 @@ def test_interrupts_are_ignored_where_the_shell_says_so(places: Path, tmp_path: 
     """A process that ignores interrupts, as one in the background of a script does, is not interrupted."""
     script = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from dist_ckpt_mistral import storage; write = storage.TargetFile.write\n"
+        "from dist_ckpt_mistral.storage import local; write = local.TargetFile.write\n"
         "def writing(*arguments): os.kill(os.getpid(), signal.SIGINT); write(*arguments)\n"
-        "storage.TargetFile.write = writing\n"
+        "local.TargetFile.write = writing\n"
         "from dist_ckpt_mistral.__main__ import run; sys.exit(run())"
     )
     subprocess.run(

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_ckpt_mistral.errors import FormatError, PlanError
-from dist_ckpt_mistral.formats import common_state
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
-from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, TensorLocator
+from dist_ckpt_mistral.formats.torch_dist import common_state
+from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader, TensorLocator
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.digest import Span

@@ -6,25 +6,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Final
 
 import numpy as np
 
-from dist_ckpt_mistral.errors import FormatError, for_all
-from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
-from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
+from dist_ckpt_mistral.formats import legacy_zarr
+from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
+from dist_ckpt_mistral.formats.places import resolve_directory
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
-from dist_ckpt_mistral.formats.torch_archive import TensorLocator
+from dist_ckpt_mistral.formats.torch_dist import common_state, metadata
+from dist_ckpt_mistral.formats.torch_dist.archive import TensorLocator
+from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray, equal_rows
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, in_own_shape
 from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 #: The backends. ``torch_dist`` keeps every chunk and every object in a ``torch.save`` archive, many to a file; objects
 #: are lists of one. ``zarr`` has a file for each: the bare bytes of a chunk, or the archive of an object itself.
 TORCH_DIST: Final = "torch_dist"
 ZARR: Final = "zarr"
+#: The names in metadata.json (mcore dist_checkpointing/core.py; ``zarr`` until 0.15), and what reads each.
+_READERS: Final = {TORCH_DIST: metadata.read_stored, ZARR: legacy_zarr.read_stored}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,3 +130,36 @@ def _data_positions(name: str, dtype: str, chunks: Chunks, locator: TensorLocato
         places = zip(chunks.files[rows].tolist(), chunks.positions[rows].tolist(), strict=True)
         positions[rows] = [*locator.locate(name, dtype, tuple(shape), num_bytes, places)]
     return positions
+
+
+def open_stored(path: Path, *, with_common_state: bool = True) -> StoredCheckpoint:
+    """Open a checkpoint root or one iteration of it.
+
+    From megatron-core 0.17 on the common state lies in a data file; without it no data file is opened.
+    Raises FormatError where it is no checkpoint or its metadata is damaged, UnsafePickleError where a pickle asks for
+    anything outside the allowlist.
+    """
+    directory = resolve_directory(path)
+    backend = _backend(directory)
+    metadata = _READERS[backend](directory)
+    state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY)) if with_common_state else {}
+    return StoredCheckpoint(directory=directory, backend=backend, metadata=metadata, common_state=state)
+
+
+def require_loadable(directory: Path) -> None:
+    """Raise UnsupportedFormatError for an iteration's directory that Megatron's present versions do not load."""
+    if _backend(directory) == ZARR:
+        raise UnsupportedFormatError(
+            f"{directory} is a legacy zarr checkpoint, which Megatron does not load since megatron-core 0.16. "
+            "Make a torch_dist checkpoint of it first, with migrate."
+        )
+
+
+def _backend(directory: Path) -> str:
+    """What an iteration's directory says that it was saved with."""
+    path = directory / BACKEND_FILE
+    backend = documents.read_json(path).get("sharded_backend")
+    if not isinstance(backend, str) or backend not in _READERS:
+        expected = " or ".join(map(repr, _READERS))
+        raise FormatError(f"{path} says sharded_backend {short(backend)}: expected {expected}")
+    return backend

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray, ascending
 from dist_ckpt_mistral.gather.dtypes import Shape

@@ -18,7 +18,7 @@ import numpy as np
 from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
 from dist_ckpt_mistral.chunking import SPEC
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import backends
+from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
@@ -56,7 +56,7 @@ def plan_reading(
     opened = _opened(Path(checkpoint), is_described=config is not None)
     known = matched(opened, checkpoint_config(opened, chosen_config(config)))
     layout.check(known.agreed.config)
-    backends.require_loadable(opened.directory)
+    stored_checkpoint.require_loadable(opened.directory)
     states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(opened)
     shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
     others = [
@@ -87,11 +87,11 @@ def _opened(checkpoint: Path, *, is_described: bool) -> StoredCheckpoint:
     model then stays unread, and a warning says so.
     """
     try:
-        return backends.open_stored(checkpoint)
+        return stored_checkpoint.open_stored(checkpoint)
     except FormatError as error:
         if not is_described:
             raise
-        opened = backends.open_stored(checkpoint, with_common_state=False)
+        opened = stored_checkpoint.open_stored(checkpoint, with_common_state=False)
         _LOG.warning("what the common state says of the model is not compared: %s", error)
         return opened
 

@@ -25,7 +25,7 @@ from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 #: Step -> (what it imports, what is timed).
 _STEPS = {
     "open .metadata": (
-        "import numpy; from dist_ckpt_mistral.formats.backends import open_stored",
+        "import numpy; from dist_ckpt_mistral.formats.stored_checkpoint import open_stored",
         "open_stored(path)",
     ),
     "inspect": ("from dist_ckpt_mistral.cli import main", "main(['inspect', str(path)])"),

@@ -1,25 +1,33 @@
-"""The records of ``.metadata`` as columns.
+"""``.metadata`` of a ``torch_dist`` checkpoint of megatron-core 0.12 to 0.19, read without torch and without Megatron.
 
-Records are of torch/distributed/checkpoint/{metadata,filesystem}.py, 2.6 to 2.15, and those that unpickling makes of a
-million chunks take a gigabyte.
+It is a pickled ``torch.distributed.checkpoint.metadata.Metadata`` that lists every chunk of every tensor, and the file,
+offset and length of the ``torch.save`` archive that holds it (torch/distributed/checkpoint/{metadata,filesystem}.py,
+2.6 to 2.15). The records that unpickling makes of a million chunks take a gigabyte: they are turned into columns.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import add, itemgetter
+from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral.formats.common_state import Entry
+from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
+from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
+from dist_ckpt_mistral.formats.pickles import opcodes, reader
+from dist_ckpt_mistral.formats.pickles.reader import OpaqueRecord, as_tuple, record_class
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
-from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
+from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
+from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import MAX_AXES, torch_dtype_name
 from dist_ckpt_mistral.gather.dtypes import MOST, Shape, is_countable
-from dist_ckpt_mistral.storage import paths
+from dist_ckpt_mistral.storage import documents, paths
 
+#: What Megatron (0.12 to 0.19) adds to torch's Metadata behind all else: the plans of all ranks, which repeat it.
+_PLANS: Final = "all_local_plans"
 #: The attributes of ``_StorageInfo``; torch leaves out the one of transforms where there are none.
 _PLACE: Final = ("relative_path", "offset", "length")
 _TRANSFORMS: Final = "transform_descriptors"
@@ -31,8 +39,87 @@ OWN_SHAPE: Final = "nd_reformulated_orig_global_shape"
 attributes: Final = itemgetter(0)
 
 
+def read_stored(directory: Path) -> StoredMetadata:
+    """What an iteration's directory says is stored in it. No data file is opened.
+
+    Raises FormatError where there is no metadata or it is damaged, UnsafePickleError where its pickle asks for anything
+    outside the allowlist.
+    """
+    path = directory / METADATA_FILE
+    if not path.is_file():
+        raise FormatError(f"{path} is missing: the checkpoint was not saved to its end, or not copied whole")
+    return read_metadata(lambda: documents.read_bytes(path, most_bytes=None), str(path))
+
+
+def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
+    """The content of the ``.metadata`` file ``where``, whose bytes ``read`` gives.
+
+    Raises FormatError if it is damaged, UnsafePickleError if it asks for anything outside the allowlist.
+    """
+    with reader.paused_collector():
+        try:
+            return parse(_unpickled(read, where))  # all records are gone before the collector looks at them
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            raise FormatError(f"{where} is not sound torch_dist metadata: {error}") from error
+
+
+def _without_plans(read: Callable[[], bytes]) -> bytes | None:
+    """The pickle ended before Megatron's plans, where they stand last: half of it."""
+    return opcodes.ended_before(read(), _PLANS, unless_behind=MCORE_DATA)
+
+
+def _unpickled(read: Callable[[], bytes], where: str) -> dict[str, Any]:
+    """The attributes of the metadata."""
+    short = _without_plans(read)
+    if short is not None:
+        try:
+            found: dict[str, Any] = attributes(reader.loads(short, _allowlist(), where))
+            if {"state_dict_metadata", "storage_data"} <= found.keys():
+                return found
+        except UnsafePickleError:
+            raise
+        except (AttributeError, FormatError, LookupError, TypeError):
+            pass  # the plans stand elsewhere
+    whole: dict[str, Any] = attributes(reader.loads(read(), _allowlist(), where))
+    return whole
+
+
+def _allowlist() -> Callable[[str, str], Any]:
+    """Fresh stand-ins for the classes of ``.metadata``; torch's dtypes become their names."""
+    checkpoint = "torch.distributed.checkpoint"
+    records = {
+        f"{checkpoint}.metadata": (
+            *("Metadata", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+            *("ChunkStorageMetadata", "MetadataIndex"),
+        ),
+        f"{checkpoint}.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        f"{checkpoint}.planner": ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"),
+        "megatron.core.dist_checkpointing.strategies.torch": ("MCoreSavePlan", "MCoreMetadata"),
+    }
+    allowed: dict[tuple[str, str], Any] = {
+        (module, name): record_class(name) for module, names in records.items() for name in names
+    }
+    allowed |= {
+        (f"{checkpoint}.metadata", "TensorProperties"): record_class("TensorProperties", OpaqueRecord),
+        (f"{checkpoint}.metadata", "_MEM_FORMAT_ENCODING"): _nothing,
+        (f"{checkpoint}.planner", "WriteItemType"): _nothing,
+        ("torch.serialization", "_get_layout"): _nothing,
+        ("pathlib", "PosixPath"): _nothing,
+        ("torch", "Size"): as_tuple,
+    }
+    return lambda module, name: torch_dtype_name(module, name) or allowed[module, name]
+
+
+def _nothing(*_: object) -> None:
+    """Stands in for calls whose result does not matter."""
+
+
 def parse(metadata: dict[str, Any]) -> StoredMetadata:
-    """Whatever is amiss raises what ``read_metadata`` translates."""
+    """The columns of unpickled metadata.
+
+    Raises ValueError, TypeError, LookupError, OverflowError or AttributeError where it is damaged; ``read_metadata``
+    turns these into FormatError.
+    """
     described, storage_data = metadata["state_dict_metadata"], metadata["storage_data"]
     indices = [*map(attributes, storage_data)]
     file_bytes, archives = archives_of([*map(attributes, storage_data.values())])

@@ -17,8 +17,8 @@ from reprlib import repr as short
 from typing import Any, Final, NamedTuple
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import pickle_reading
-from dist_ckpt_mistral.formats.tensor_pickle import read_tensor
+from dist_ckpt_mistral.formats.pickles import reader
+from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import read_tensor
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.storage.local import ReadAhead, SourceFiles
@@ -175,7 +175,7 @@ class ArchiveReader:
 
     def object(self, find: Callable[[str, str], Any]) -> Any:  # noqa: ANN401  (whatever was saved)
         """The archive's pickled object, through the allowlist ``find``. Tensors in it become inert."""
-        return pickle_reading.loads(self.read("data.pkl"), find, self._where, persistent=lambda _: None)
+        return reader.loads(self.read("data.pkl"), find, self._where, persistent=lambda _: None)
 
     def _require_small(self, name: str, num_bytes: int) -> None:
         if num_bytes > _MAX_RECORD_BYTES:

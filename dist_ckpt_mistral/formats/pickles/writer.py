@@ -1,6 +1,6 @@
 """Records as pickles, written by opcodes that name classes: neither torch nor Megatron need be importable.
 
-Opcodes: CPython 3.11, ``Lib/pickle.py``. What reads pickles is pickle_reading.py.
+Opcodes: CPython 3.11, ``Lib/pickle.py``. What reads pickles is pickles/reader.py.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from reprlib import repr as short
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import pickle_reading
-from dist_ckpt_mistral.formats.pickle_reading import as_tuple, empty_dict
+from dist_ckpt_mistral.formats.pickles import reader
+from dist_ckpt_mistral.formats.pickles.reader import as_tuple, empty_dict
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
 
@@ -37,7 +37,7 @@ def read_tensor(content: bytes, where: str) -> tuple[str, Shape]:
 
     Raises FormatError for anything else, and for a view of a larger tensor; ``where`` names the archive in errors.
     """
-    value = pickle_reading.loads(content, _tensor_global, where, persistent=_storage)
+    value = reader.loads(content, _tensor_global, where, persistent=_storage)
     if not isinstance(value, _Tensor):
         raise FormatError(f"{where} holds no tensor")
     return value.checked(where)

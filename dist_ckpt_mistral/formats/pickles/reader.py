@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
-from dist_ckpt_mistral.formats.pickle_opcodes import made_safe
+from dist_ckpt_mistral.formats.pickles.opcodes import made_safe
 
 #: Names in errors: a pickle may ask for one of a gigabyte.
 _MOST_LETTERS: Final = 200
@@ -189,7 +189,7 @@ def loads(
 ) -> Any:  # noqa: ANN401  (whatever the pickle holds)
     """Unpickle ``data``. ``find(module, name)`` gives the stand-in of a global, or raises KeyError to refuse it.
 
-    Stand-ins must make no tuples, see ``pickle_opcodes``. Raises UnsafePickleError for a global or an opcode outside
+    Stand-ins must make no tuples, see pickles/opcodes.py. Raises UnsafePickleError for a global or an opcode outside
     the allowlist, FormatError for a broken pickle in the file ``where``.
     """
     if data.count(pickle.EMPTY_DICT) + data.count(pickle.EMPTY_LIST) > _FEW + len(data) // _BYTES_OF_A_CONTAINER:

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import pickle_records
-from dist_ckpt_mistral.formats.pickle_records import Call, Global, PersistentId
-from dist_ckpt_mistral.formats.tensor_pickle import STORAGES, row_major_strides
-from dist_ckpt_mistral.formats.torch_archive import (
+from dist_ckpt_mistral.formats.pickles import writer
+from dist_ckpt_mistral.formats.pickles.writer import Call, Global, PersistentId
+from dist_ckpt_mistral.formats.torch_dist.archive import (
     CENTRAL,
     END,
     END64,
@@ -28,6 +27,7 @@ from dist_ckpt_mistral.formats.torch_archive import (
     ArchiveReader,
     Listed,
 )
+from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import STORAGES, row_major_strides
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 
@@ -99,7 +99,7 @@ def _tensor_layout(dtype: str, shape: Shape, position: int) -> ArchiveLayout:
     """The layout at ``position`` in a page: the same for most chunks of a tensor."""
     data_bytes = math.prod(shape) * dtypes.itemsize_bytes(dtype)
     alignment = _PAGE_BYTES if data_bytes >= _LARGE_BYTES else _ALIGNMENT
-    head, listed = _leading_records(pickle_records.dumps(_tensor_record(dtype, shape)))
+    head, listed = _leading_records(writer.dumps(_tensor_record(dtype, shape)))
     data = Listed(root=_ROOT, name="data/0", offset=len(head), num_bytes=data_bytes, crc32=0)
     unaligned = position + len(head) + len(_local_header("data/0", 0))
     head += _local_header("data/0", -unaligned % alignment)
@@ -110,7 +110,7 @@ def _tensor_layout(dtype: str, shape: Shape, position: int) -> ArchiveLayout:
 
 def object_archive(value: Any) -> bytes:  # noqa: ANN401  (plain values)
     """A whole ``torch.save`` archive of a plain value, without tensors."""
-    return pickled_archive(pickle_records.dumps(value))
+    return pickled_archive(writer.dumps(value))
 
 
 def pickled_archive(pickled: bytes) -> bytes:
@@ -125,7 +125,7 @@ def scalars_archive(scalars: Mapping[str, tuple[str, bytes]]) -> bytes:
     """
     keys = {name: str(number) for number, name in enumerate(scalars)}
     tensors = {name: _tensor_record(dtype, (), keys[name]) for name, (dtype, _) in scalars.items()}
-    head, listed = _leading_records(pickle_records.dumps(tensors))
+    head, listed = _leading_records(writer.dumps(tensors))
     for name, (_, content) in scalars.items():
         record = f"data/{keys[name]}"
         unaligned = len(head) + len(_local_header(record, 0))

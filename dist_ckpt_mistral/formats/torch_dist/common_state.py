@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import pickle_records
-from dist_ckpt_mistral.formats.pickle_reading import OpaqueRecord, StateRecord, empty_dict, record_class
-from dist_ckpt_mistral.formats.pickle_records import Global, Instance
-from dist_ckpt_mistral.formats.tensor_pickle import torch_dtype_name
-from dist_ckpt_mistral.formats.torch_archive import ArchiveReader
-from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
+from dist_ckpt_mistral.formats.pickles import writer
+from dist_ckpt_mistral.formats.pickles.reader import OpaqueRecord, StateRecord, empty_dict, record_class
+from dist_ckpt_mistral.formats.pickles.writer import Global, Instance
+from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import pickled_archive
+from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import torch_dtype_name
 from dist_ckpt_mistral.gather.dtypes import TorchDtype
 from dist_ckpt_mistral.storage.local import SourceFiles
 
@@ -125,7 +125,7 @@ def write(state: Mapping[str, Any]) -> bytes:
         name: Global("torch", value.name) if isinstance(value, TorchDtype) else value
         for name, value in state["args"].items()
     }
-    return pickled_archive(pickle_records.dumps({**state, "args": Instance(Global("argparse", "Namespace"), args)}))
+    return pickled_archive(writer.dumps({**state, "args": Instance(Global("argparse", "Namespace"), args)}))
 
 
 def _extent(value: object, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:

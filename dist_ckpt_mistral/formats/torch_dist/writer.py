@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.formats import pickle_records, torch_archive_writer
-from dist_ckpt_mistral.formats.metadata_records import MCORE_DATA, OWN_SHAPE
-from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs
-from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout
+from dist_ckpt_mistral.formats.pickles import writer
+from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, Items, Pairs
+from dist_ckpt_mistral.formats.torch_dist import archive_writer
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout
+from dist_ckpt_mistral.formats.torch_dist.metadata import MCORE_DATA, OWN_SHAPE
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, as_range_of_blocks
 from dist_ckpt_mistral.gather.plan import BytePlan
@@ -171,7 +172,7 @@ class CheckpointLayout:
         blocks = {key: group[0].chunk.global_shape for key, group in by_key.items() if group[0].chunk.as_block}
         if blocks:  # what Megatron 0.14 looks for then (dist_checkpointing/strategies/torch.py)
             fields[MCORE_DATA] = {key: {OWN_SHAPE: _size(shape)} for key, shape in blocks.items()}
-        return pickle_records.dumps(Instance(Global(_METADATA, "Metadata"), fields))
+        return writer.dumps(Instance(Global(_METADATA, "Metadata"), fields))
 
     def _storage_data(self) -> Iterator[tuple[Instance, Instance]]:
         for placed in self.placed:
@@ -186,7 +187,7 @@ class CheckpointLayout:
 
 
 #: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
-_EMPTY_OBJECT: Final = torch_archive_writer.object_archive([None])
+_EMPTY_OBJECT: Final = archive_writer.object_archive([None])
 
 
 def _tensor_metadata(group: Sequence[_Placed]) -> Instance:
