@@ -93,7 +93,8 @@ def test_a_reader_who_has_seen_enough(places: Path) -> None:
 def test_no_file_gets_the_number_of_a_closed_stream(places: Path, tmp_path: Path) -> None:
     """What native code or a child process writes to descriptors 1 and 2 ends up in no file."""
     script = (
-        "import os, subprocess, sys; from dist_ckpt_mistral import cli; from dist_ckpt_mistral.storage import local; opened = local.TargetFile.__init__\n"
+        "import os, subprocess, sys; from dist_ckpt_mistral import cli; from dist_ckpt_mistral.storage import local\n"
+        "opened = local.TargetFile.__init__\n"
         "def opening(self, *arguments, **options):\n"
         "    opened(self, *arguments, **options)\n"
         "    for number in (1, 2): os.write(number, b'stray' * 1000)\n"
