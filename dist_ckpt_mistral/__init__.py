@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.megatron.runtime import initialize_megatron
     from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
     from dist_ckpt_mistral.migration import migrate
-    from dist_ckpt_mistral.model.config import ConfigOverride, MistralConfig
-    from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-    from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec
+    from dist_ckpt_mistral.model.config.mistral_config import ConfigOverride, MistralConfig
+    from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+    from dist_ckpt_mistral.model.table.rules import KeyStyle, LayerSpec
     from dist_ckpt_mistral.pretrain_command import PretrainCommand, megatron_args
     from dist_ckpt_mistral.reading.plan import ReadingPlan
     from dist_ckpt_mistral.reading.planner import plan_reading

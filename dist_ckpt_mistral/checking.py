@@ -26,8 +26,8 @@ from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.manifest import tensor_spans
 from dist_ckpt_mistral.mapping import CheckpointMap, Twin
 from dist_ckpt_mistral.messages import listed, printable
-from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
-from dist_ckpt_mistral.model.stored_entries import split_state_key
+from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
+from dist_ckpt_mistral.model.table.entries import split_state_key
 from dist_ckpt_mistral.model_source import open_hf
 from dist_ckpt_mistral.verify import twin_differences
 

@@ -21,13 +21,12 @@ from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, wha
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_checkpoint
-from dist_ckpt_mistral.model.agreement import Disagreement, disagreements, listed_disagreements
-from dist_ckpt_mistral.model.bridge_config import args_of_run_config, from_run_config, model_fields
-from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig, config_file
-from dist_ckpt_mistral.model.megatron_args import args_disagreements, from_megatron_args
-from dist_ckpt_mistral.model.megatron_vocabulary import is_padding
-from dist_ckpt_mistral.model.tensor_rules import ParamState
-from dist_ckpt_mistral.model.tensor_table import TensorTable, config_as_stored, tensor_table
+from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, model_fields
+from dist_ckpt_mistral.model.args.megatron_args import args_disagreements, from_megatron_args, is_padding
+from dist_ckpt_mistral.model.config.agreement import Disagreement, disagreements, listed_disagreements
+from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralConfig, config_file
+from dist_ckpt_mistral.model.table.rules import ParamState
+from dist_ckpt_mistral.model.table.table import TensorTable, config_as_stored, tensor_table
 from dist_ckpt_mistral.storage import documents, paths
 
 _LOG = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.model.held_tensors import HeldBox, HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import LayerSpec
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import HeldBox, HeldTensor
+from dist_ckpt_mistral.model.table.rules import LayerSpec
 
 #: Chunks are cut as training reads them, which is with Transformer Engine.
 SPEC: Final = LayerSpec.TRANSFORMER_ENGINE

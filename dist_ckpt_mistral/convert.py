@@ -20,9 +20,9 @@ from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
 from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.model.config import GivenConfig, chosen_config, given_directory
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import ParamState
+from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.rules import ParamState
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
 from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
 from dist_ckpt_mistral.new_hf_directory import hf_files, texts

@@ -21,7 +21,7 @@ from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.messages import human_bytes
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.rank_processes import run_ranks
 
 #: What the demo needs beyond this package.

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import TensorTable
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.table import TensorTable
 
 #: The key in ``content_metadata``.
 KEY: Final = "dist_ckpt_mistral"

@@ -9,10 +9,10 @@ from typing import Final, Self
 
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.links import Link, compose, reverse, whole
-from dist_ckpt_mistral.model.stored_entries import state_key
-from dist_ckpt_mistral.model.tensor_rules import Index, KeyStyle, ParamState, TensorRule
-from dist_ckpt_mistral.model.tensor_table import HfTensor, StoredRows, TensorTable
-from dist_ckpt_mistral.model.vision_table import is_carried, with_prefix
+from dist_ckpt_mistral.model.table.entries import state_key
+from dist_ckpt_mistral.model.table.rules import Index, KeyStyle, ParamState, TensorRule
+from dist_ckpt_mistral.model.table.table import HfTensor, StoredRows, TensorTable
+from dist_ckpt_mistral.model.table.vision import is_carried, with_prefix
 
 #: Stored entries that are not used: the name of each, and why.
 Ignored = tuple[tuple[str, str], ...]

@@ -14,7 +14,7 @@ from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.model.stored_entries import (
+from dist_ckpt_mistral.model.table.entries import (
     flat_state,
     is_of_adapter,
     model_prefix,
@@ -22,9 +22,9 @@ from dist_ckpt_mistral.model.stored_entries import (
     why_hf_ignored,
     why_ignored,
 )
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorRule
-from dist_ckpt_mistral.model.tensor_table import FileSpelling, HfTensor, TensorTable
-from dist_ckpt_mistral.model.vision_table import is_carried
+from dist_ckpt_mistral.model.table.rules import KeyStyle, ParamState, TensorRule
+from dist_ckpt_mistral.model.table.table import FileSpelling, HfTensor, TensorTable
+from dist_ckpt_mistral.model.table.vision import is_carried
 from dist_ckpt_mistral.own_links import own_shapes
 
 _NO_STATES: Final[Mapping[str, str]] = {}

@@ -22,9 +22,9 @@ from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, pla
 from dist_ckpt_mistral.mapping import PADDING, CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.matching import match_hf, match_own
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.model.config import ChosenConfig, MistralConfig, require_config_file
-from dist_ckpt_mistral.model.tensor_rules import ParamState, Place
-from dist_ckpt_mistral.model.tensor_table import HfTensor, TensorTable, tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralConfig, require_config_file
+from dist_ckpt_mistral.model.table.rules import ParamState, Place
+from dist_ckpt_mistral.model.table.table import HfTensor, TensorTable, tensor_table
 from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 
 _LOG = logging.getLogger(__name__)

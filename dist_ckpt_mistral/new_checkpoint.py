@@ -20,11 +20,11 @@ from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChu
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
-from dist_ckpt_mistral.model.bridge_config import to_run_config
-from dist_ckpt_mistral.model.megatron_args import to_megatron_args
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
-from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, TensorTable
+from dist_ckpt_mistral.model.args.bridge import to_run_config
+from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.rules import KeyStyle
+from dist_ckpt_mistral.model.table.table import OLD_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.model_source import ModelSource
 from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.verify import require_equal_twins

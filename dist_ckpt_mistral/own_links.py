@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.links import Link
-from dist_ckpt_mistral.model.tensor_rules import Index, OwnRows, spell
-from dist_ckpt_mistral.model.tensor_table import HfTensor
+from dist_ckpt_mistral.model.table.rules import Index, OwnRows, spell
+from dist_ckpt_mistral.model.table.table import HfTensor
 
 
 def own_shapes(tensor: HfTensor) -> dict[str, Shape]:

@@ -17,9 +17,9 @@ from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import match_hf, match_own
-from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
-from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
-from dist_ckpt_mistral.model.tensor_table import TensorTable, tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
+from dist_ckpt_mistral.model.table.entries import model_prefix, why_ignored
+from dist_ckpt_mistral.model.table.table import TensorTable, tensor_table
 from dist_ckpt_mistral.own_links import own_shapes
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.

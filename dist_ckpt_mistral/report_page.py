@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral.messages import grouped, human_bytes
-from dist_ckpt_mistral.model.config import SLIDING
+from dist_ckpt_mistral.model.config.mistral_config import SLIDING
 from dist_ckpt_mistral.report import Report, TensorReport
 from dist_ckpt_mistral.sheet import sheet
 from dist_ckpt_mistral.storage import documents

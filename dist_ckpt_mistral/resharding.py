@@ -22,9 +22,9 @@ from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
-from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.stored_entries import flat_state, is_optimizer_state, model_prefix, split_state_key
+from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state, model_prefix, split_state_key
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.rewriting import Rewriting, new_objects, own_boxes, rewrite
 

@@ -16,8 +16,8 @@ from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import only_dtype, plan_reading
 from dist_ckpt_mistral.mapping import Twin
-from dist_ckpt_mistral.model.agreement import Disagreement
-from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config, given_directory
+from dist_ckpt_mistral.model.config.agreement import Disagreement
+from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
 
 _DEFAULT_EFFORT: Final = Effort()

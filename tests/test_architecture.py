@@ -13,9 +13,9 @@ from typing import Final
 import pytest
 
 import dist_ckpt_mistral
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import OLD_EXTRA_STATES, tensor_table
-from dist_ckpt_mistral.model.vision import Vision
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Vision
+from dist_ckpt_mistral.model.table.table import OLD_EXTRA_STATES, tensor_table
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 #: Every file of the package but those that are nothing but their docstring.
@@ -29,7 +29,7 @@ MODULES: Final = tuple(
 #: Where ``read_bytes`` is an amount, and not Path's method.
 AMOUNTS: Final = tuple(name for name in MODULES if name.startswith(("gather.", "reading.", "analysis.")))
 #: Where names of tensors stand: the tables, and what tells its keys from other entries of a checkpoint.
-NAMING: Final = ("model.vision_table", "model.layer_table", "model.tensor_table", "model.stored_entries")
+NAMING: Final = tuple(name for name in MODULES if name.startswith("model.table."))
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
 PACKAGES: Final = tuple(
     sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("__init__.py"))

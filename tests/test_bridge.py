@@ -32,8 +32,8 @@ from dist_ckpt_mistral.convert import from_hf, to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, OutputError, UnsupportedModelError
 from dist_ckpt_mistral.formats.checkpoint_directory import MAX_STEP, read_step, untrained
 from dist_ckpt_mistral.formats.places import resolve_directory
-from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.args.bridge import from_run_config, to_run_config
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.storage import documents
 
 HAS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None

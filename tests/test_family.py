@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
 WITH_EXPERTS = [case for case in FAMILY if "experts_per_tok" in str(FAMILY[case])]

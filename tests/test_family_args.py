@@ -27,12 +27,12 @@ from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 from dist_ckpt_mistral.convert import to_hf
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.gather.dtypes import TorchDtype
-from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.expert_args import expert_args
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.megatron_args import from_megatron_args, to_megatron_args
-from dist_ckpt_mistral.model.yarn import YarnScaling
+from dist_ckpt_mistral.model.args.bridge import from_run_config, to_run_config
+from dist_ckpt_mistral.model.args.layers import expert_args
+from dist_ckpt_mistral.model.args.megatron_args import from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts
+from dist_ckpt_mistral.model.config.yarn import YarnScaling
 from dist_ckpt_mistral.storage import documents
 
 LATENT = ["mistral4", "mistral4, groups, plain queries"]

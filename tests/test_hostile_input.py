@@ -22,7 +22,7 @@ from genuine import folder
 from dist_ckpt_mistral.errors import FormatError, LayoutError
 from dist_ckpt_mistral.formats.hf_directory import FileSet, read_directory
 from dist_ckpt_mistral.messages import grouped, listed, printable
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.storage.paths import leads_outside
 
 CONFIG: Final[dict[str, Any]] = json.loads((folder("td_0161") / "config.json").read_bytes())

@@ -21,9 +21,9 @@ from torch_reading import described
 from transformers import AutoConfig
 
 from dist_ckpt_mistral.convert import from_hf, to_hf
-from dist_ckpt_mistral.model.bridge_config import from_run_config
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.args.bridge import from_run_config
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.pretrain_command import megatron_args
 from dist_ckpt_mistral.storage import documents
 

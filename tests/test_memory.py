@@ -13,8 +13,8 @@ import pytest
 
 from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout, object_archive
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 #: Private memory that a process of the tool may map, half of it reserved by python, numpy and thread stacks.
 _LIMIT_BYTES = 176 << 20

@@ -24,7 +24,7 @@ from torch_reading import described, edited_metadata, hf_tensors, load_tensors
 from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGeneration
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 if TYPE_CHECKING:
     from conftest import LaunchRanks

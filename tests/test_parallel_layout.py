@@ -16,11 +16,11 @@ from layouts import models
 
 from dist_ckpt_mistral.commands import options
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
+from dist_ckpt_mistral.model.table.rules import KeyStyle
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 CONFIG = MistralConfig(
     vocab_size=10,

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from test_cli import without
 
 from dist_ckpt_mistral.convert import from_hf
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.stored_entries import kind_of
-from dist_ckpt_mistral.model.tensor_rules import ParamState
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.entries import kind_of
+from dist_ckpt_mistral.model.table.rules import ParamState
+from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.reading.matrix import bins
 from dist_ckpt_mistral.reading.picture import save_svg
 from dist_ckpt_mistral.reading.planner import plan_reading

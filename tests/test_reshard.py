@@ -33,7 +33,7 @@ import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import FormatError, LayoutError, OutputError, TensorMismatchError
 from dist_ckpt_mistral.mapping import new_checkpoint_map
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 RESHARDABLE: Final = [case for case in GENUINE if case != "opt_dr_0161"]
 LAYOUTS: Final = [

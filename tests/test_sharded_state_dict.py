@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_rules import HfPart, KeyStyle
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
+from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.rules import HfPart, KeyStyle
 
 CONFIG = MistralConfig(
     vocab_size=250,

@@ -15,7 +15,7 @@ from genuine import folder, shards
 
 from dist_ckpt_mistral import report, report_page
 from dist_ckpt_mistral.errors import OutputError
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.reading.picture import save_svg
 from dist_ckpt_mistral.reading.planner import plan_reading
 from dist_ckpt_mistral.storage.documents import write_whole

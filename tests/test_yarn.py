@@ -13,8 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mistral4.modeling_mistral4 import yarn_apply_mscale
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.yarn import YarnScaling
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.yarn import YarnScaling
 
 BASE: dict[str, Any] = {
     "model_type": "mistral",

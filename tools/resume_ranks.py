@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from resume_runs import LAYOUTS, SAVED_AFTER, STEPS, Run
 
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.ranks import from_environment
 from dist_ckpt_mistral.resharding import reshard
 

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _completions(arguments: argparse.Namespace) -> list[Completion]:
     with libraries.quiet():
         from dist_ckpt_mistral.megatron.generate import complete  # noqa: PLC0415  (--help must not wait for torch and Megatron)
-        from dist_ckpt_mistral.model.parallel_layout import ParallelLayout  # noqa: PLC0415
+        from dist_ckpt_mistral.model.layout.layout import ParallelLayout  # noqa: PLC0415
 
         return list(
             complete(

@@ -19,8 +19,8 @@ from dist_ckpt_mistral.ranks import Ranks
 if TYPE_CHECKING:
     from dist_ckpt_mistral.conversion import Conversion
     from dist_ckpt_mistral.gather.execute import Effort
-    from dist_ckpt_mistral.model.config import GivenConfig
-    from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+    from dist_ckpt_mistral.model.config.mistral_config import GivenConfig
+    from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 EXIT_DONE: Final = 0
 EXIT_DATA: Final = 1
@@ -146,7 +146,7 @@ def add_layout(command: argparse.ArgumentParser, what: str) -> None:
 
 def given_layout(arguments: argparse.Namespace) -> ParallelLayout:
     """The layout that the options of ``add_layout`` describe. Raises LayoutError if they contradict each other."""
-    from dist_ckpt_mistral.model.parallel_layout import ParallelLayout  # noqa: PLC0415  (--help must not wait)
+    from dist_ckpt_mistral.model.layout.layout import ParallelLayout  # noqa: PLC0415  (--help must not wait)
 
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ParallelLayout)}
     return ParallelLayout(**{name: value for name, value in given.items() if value is not None})
@@ -158,7 +158,7 @@ def given_config(arguments: argparse.Namespace) -> GivenConfig | None:
         return arguments.config  # type: ignore[no-any-return]  # a text, or None
     if arguments.config is None:
         arguments.wrong_usage("--override-config goes with --config")
-    from dist_ckpt_mistral.model.config import ConfigOverride  # noqa: PLC0415  (--help must not wait)
+    from dist_ckpt_mistral.model.config.mistral_config import ConfigOverride  # noqa: PLC0415  (--help must not wait)
 
     return ConfigOverride(arguments.config)
 

@@ -1,9 +1,9 @@
 """Reading Megatron's legacy ``zarr`` checkpoints (megatron-core to 0.15), without zarr and without tensorstore.
 
 A directory for every key: ``.zarray`` describes an array, and each chunk of it lies bare in a file of its own, named
-after its place in the grid, ``2.0.1``. Or the directory holds objects, each as ``torch.save`` saved it, in ``shard_2_4.pt``. (mcore
-dist_checkpointing/strategies/zarr.py, 0.12 to 0.15; zarr storage specification, version 2.) A chunk that has no file
-would read as zeros in zarr and in tensorstore: here it is an error.
+after its place in the grid, ``2.0.1``. Or the directory holds objects, each as ``torch.save`` saved it, in
+``shard_2_4.pt``. (mcore dist_checkpointing/strategies/zarr.py, 0.12 to 0.15; zarr storage specification, version 2.)
+A chunk that has no file would read as zeros in zarr and in tensorstore: here it is an error.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dequantize import ScaledTensor, scaled_tensor
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.quantization import (
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.quantization import (
     BlockShape,
     described_method,
     is_readable,

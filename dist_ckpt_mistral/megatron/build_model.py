@@ -24,8 +24,8 @@ from dist_ckpt_mistral.megatron.local_layers import layer_spec
 from dist_ckpt_mistral.megatron.model_config import gpt_model_arguments, transformer_config
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron, on_device, without_cuda
 from dist_ckpt_mistral.megatron.sharded_state_dict import weight_dtype
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
 
 #: One rank's model: a GPTModel, or one for each of its virtual pipeline stages.
 Model: TypeAlias = GPTModel | list[GPTModel]

@@ -22,9 +22,9 @@ from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
-from dist_ckpt_mistral.model.config import GivenConfig, chosen_config
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
 from dist_ckpt_mistral.model_source import ModelSource, open_source
 from dist_ckpt_mistral.rank_plan import live_rows, plan_held
 from dist_ckpt_mistral.verify import require_equal_twins

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from dist_ckpt_mistral.errors import UnsupportedModelError
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 
 _LATENT_EPSILON: Final = 1e-6
 

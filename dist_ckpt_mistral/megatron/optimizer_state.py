@@ -15,9 +15,9 @@ import torch
 
 from dist_ckpt_mistral.megatron.hf_metadata import ShardedStateDict
 from dist_ckpt_mistral.megatron.sharded_state_dict import Supplier, nested, tensor_entries
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec, ParamState
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.rules import KeyStyle, LayerSpec, ParamState
 
 
 def optimizer_state_dict(

@@ -30,12 +30,12 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
     StoredIndex,
     stored_index,
 )
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.stored_entries import state_key, why_ignored
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec, spell_key
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
+from dist_ckpt_mistral.model.table.entries import state_key, why_ignored
+from dist_ckpt_mistral.model.table.rules import KeyStyle, LayerSpec, spell_key
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 #: Produces the tensor that a ``HeldTensor`` describes, of its ``local_shape`` and the given dtype.
 Supplier: TypeAlias = Callable[[HeldTensor, torch.dtype], torch.Tensor]

@@ -16,7 +16,7 @@ import numpy as np
 
 from dist_ckpt_mistral.gather.boxes import IntArray
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, ChunkReads
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 #: Version of the JSON that ``plan --json`` prints; fields are only ever added under one version.
 JSON_VERSION: Final = 1

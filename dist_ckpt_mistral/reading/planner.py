@@ -26,12 +26,11 @@ from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_lis
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping import CheckpointMap
 from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE, match_checkpoint
-from dist_ckpt_mistral.model.config import GivenConfig, chosen_config
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.pipeline_layout import ModelChunk
-from dist_ckpt_mistral.model.rank_grid import RankCoordinates
-from dist_ckpt_mistral.model.stored_entries import flat_state, kind_of, split_state_key
-from dist_ckpt_mistral.model.tensor_rules import ParamState
+from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
+from dist_ckpt_mistral.model.table.entries import flat_state, kind_of, split_state_key
+from dist_ckpt_mistral.model.table.rules import ParamState
 from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
 
 _LOG = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from models import make_sparse_checkpoint
 
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 #: Step -> (what it imports, what is timed).
 _STEPS = {

@@ -25,11 +25,11 @@ from dist_ckpt_mistral.formats.pickles.reader import paused_collector
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import to_megatron_args
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.rules import KeyStyle
+from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage.local import TargetFile
 
 #: Optimizer state beside the weights: prefix of the key -> dtype, as mcore's fully_reshardable format has it.

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.checks import is_positive_int
-from dist_ckpt_mistral.model.hf_families import (
+from dist_ckpt_mistral.model.config.families import (
     COMMON_DEFAULTS,
     COMMON_FIXED,
     FAMILIES,
@@ -22,9 +21,8 @@ from dist_ckpt_mistral.model.hf_families import (
     require_language_model,
     require_supported,
 )
-from dist_ckpt_mistral.model.latent_attention import LatentAttention
-from dist_ckpt_mistral.model.vision import Vision
-from dist_ckpt_mistral.model.yarn import rope_parameters, yarn_of
+from dist_ckpt_mistral.model.config.parts import LatentAttention, Vision, is_positive_int
+from dist_ckpt_mistral.model.config.yarn import rope_parameters, yarn_of
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.checks import is_positive_int, is_positive_number
+from dist_ckpt_mistral.model.config.parts import is_positive_int, is_positive_number
 
 _LOG = logging.getLogger(__name__)
 

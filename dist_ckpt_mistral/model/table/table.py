@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.layer_table import OTHER_EXPERT_NAMES, layer_rules, state_beside, whole
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_rules import (
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.layers import OTHER_EXPERT_NAMES, layer_rules, state_beside, whole
+from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.rules import (
     Index,
     KeyStyle,
     ModuleTensor,
@@ -30,7 +30,7 @@ from dist_ckpt_mistral.model.tensor_rules import (
     spell,
     spell_key,
 )
-from dist_ckpt_mistral.model.vision_table import LANGUAGE_PREFIX, OTHER_NAMES, vision_rules
+from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX, OTHER_NAMES, vision_rules
 
 #: The name under which a last pipeline stage holds its copy of tied embeddings.
 TIED_OUTPUT_NAME: Final = "output_layer.weight"

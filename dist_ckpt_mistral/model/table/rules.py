@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Final, TypeAlias
 
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
 
 #: Where a tensor stands among those of its rule.
 Index: TypeAlias = tuple[int, ...]

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.formats.places import PARAMS_FILE
-from dist_ckpt_mistral.model.checks import is_positive_int
+from dist_ckpt_mistral.model.config.parts import is_positive_int
 
 #: Key there -> key in config.json.
 _RENAMED: Final[Mapping[str, str]] = {

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.model.checks import is_positive_int
+from dist_ckpt_mistral.model.config.parts import is_positive_int
 
 BlockShape: TypeAlias = tuple[int, int]
 

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.model.checks import is_positive_int
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import from_megatron_args, to_megatron_args
-from dist_ckpt_mistral.model.megatron_fields import LATENT, UNCHANGED
+from dist_ckpt_mistral.model.args.fields import LATENT, UNCHANGED
+from dist_ckpt_mistral.model.args.megatron_args import from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import is_positive_int
 
 #: Bridge's name -> that of Megatron-LM's args, where they differ.
 _RENAMED: Final[Mapping[str, str]] = {

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import UnsupportedModelError
-from dist_ckpt_mistral.model.checks import is_positive_int
-from dist_ckpt_mistral.model.experts import Experts
+from dist_ckpt_mistral.model.config.parts import Experts, is_positive_int
 
 #: A value of a config.json, whatever it is: ``MistralConfig`` and its parts check it.
 Raw = Mapping[str, Any]

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.hf_families import COMMON_DEFAULTS, FAMILIES, LATENT_SIZES
+from dist_ckpt_mistral.model.config.families import COMMON_DEFAULTS, FAMILIES, LATENT_SIZES
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts
 
 #: Values, by name, that decide which stored rows are which weights.
 _OF_WEIGHTS: Final = frozenset(

@@ -10,15 +10,21 @@ from typing import Any, Final, TypeAlias
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, what_is
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.model.checks import MAX_LAYERS, MAX_PARTS, is_positive_int, is_positive_number, not_a_size
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.hf_config import REQUIRED_SIZES, config_fields, config_json, tie_is_open, with_tie
-from dist_ckpt_mistral.model.hf_families import FAMILIES, MULTIMODAL_ARCHITECTURE
-from dist_ckpt_mistral.model.latent_attention import LatentAttention
-from dist_ckpt_mistral.model.params_json import config_of_params
-from dist_ckpt_mistral.model.quantization import described_method, is_readable, unquantized
-from dist_ckpt_mistral.model.vision import Vision
-from dist_ckpt_mistral.model.yarn import YarnScaling
+from dist_ckpt_mistral.model.config.families import FAMILIES, MULTIMODAL_ARCHITECTURE
+from dist_ckpt_mistral.model.config.hf_config import REQUIRED_SIZES, config_fields, config_json, tie_is_open, with_tie
+from dist_ckpt_mistral.model.config.params_json import config_of_params
+from dist_ckpt_mistral.model.config.parts import (
+    MAX_LAYERS,
+    MAX_PARTS,
+    Experts,
+    LatentAttention,
+    Vision,
+    is_positive_int,
+    is_positive_number,
+    not_a_size,
+)
+from dist_ckpt_mistral.model.config.quantization import described_method, is_readable, unquantized
+from dist_ckpt_mistral.model.config.yarn import YarnScaling
 from dist_ckpt_mistral.storage import documents, hub
 from dist_ckpt_mistral.storage.paths import as_given
 

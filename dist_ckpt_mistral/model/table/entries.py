@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from dist_ckpt_mistral.model.tensor_rules import ParamState, Place, TensorRule
+from dist_ckpt_mistral.model.table.rules import ParamState, Place, TensorRule
 
 #: What to call tensors of layers: the first pattern that the key matches says it.
 _KINDS: Final = (

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule
-from dist_ckpt_mistral.model.vision import Vision
+from dist_ckpt_mistral.model.config.parts import Vision
+from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule
 
 #: Before the names of the language model: on disk in Hugging Face files, and in the keys of Megatron-Bridge.
 LANGUAGE_PREFIX: Final = "language_model."

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.checks import is_positive_int
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.held_tensors import HeldObject, HeldTensor, held_tensor
-from dist_ckpt_mistral.model.pipeline_layout import ModelChunk, PipelineLayout, parse_pipeline_layout
-from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER, RankCoordinates, RankGrid
-from dist_ckpt_mistral.model.tensor_rules import (
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import is_positive_int
+from dist_ckpt_mistral.model.layout.local_tensors import HeldObject, HeldTensor, held_tensor
+from dist_ckpt_mistral.model.layout.pipeline import ModelChunk, PipelineLayout, parse_pipeline_layout
+from dist_ckpt_mistral.model.table.rules import (
     Index,
     KeyStyle,
     LayerSpec,
@@ -27,13 +26,16 @@ from dist_ckpt_mistral.model.tensor_rules import (
     spell,
     spell_key,
 )
-from dist_ckpt_mistral.model.tensor_table import TIED_OUTPUT_NAME, TensorTable
+from dist_ckpt_mistral.model.table.table import TIED_OUTPUT_NAME, TensorTable
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
 VOCABULARY_MULTIPLE: Final = 128
 #: More than any machine has: what lists all ranks must come to an end.
 _MAX_RANKS: Final = 1 << 20
 _TOO_MANY: Final = f"a layout may have {_MAX_RANKS} ranks at most"
+#: Megatron's default; ``--use-tp-pp-dp-mapping`` is tp-cp-ep-pp-dp.
+DEFAULT_ORDER: Final = "tp-cp-ep-dp-pp"
+_AXES: Final = tuple(DEFAULT_ORDER.split("-"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,3 +280,74 @@ def _rows(rule: TensorRule, tp: int, vocab_rows: int | None) -> int:
     if rows < rule.shape[0] or rows % tp:
         raise LayoutError(f"padded vocabulary size {rows} must be a multiple of tp={tp}, at least {rule.shape[0]}")
     return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankCoordinates:
+    """Where a rank stands: its index on every axis, of the dense grid and of the expert grid.
+
+    ``dp_cp`` is the rank among all copies of the same dense weights: Megatron's data-parallel rank with context
+    parallelism. ``etp``, ``ep`` and ``edp`` are expert-tensor, expert and expert-data parallelism.
+    """
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    dp_cp: int
+    etp: int
+    ep: int
+    edp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGrid:
+    """The sizes of all axes: ``dense`` and ``expert`` have the keys tp, cp, ep, dp and pp.
+
+    ``order`` names the axes from the one that counts fastest; axes of size 1 may be left out, except tp: its name is
+    part of another axis's in 0.19, which then takes it for given.
+    """
+
+    order: str
+    dense: Mapping[str, int]
+    expert: Mapping[str, int]
+
+    def coordinates(self, rank: int) -> RankCoordinates:
+        """Where ``rank`` stands."""
+        dense, expert = self._indices(rank, self.dense), self._indices(rank, self.expert)
+        dp_cp = 0
+        for axis in reversed([axis for axis in self.order.split("-") if axis in ("dp", "cp")]):
+            dp_cp = dp_cp * self.dense[axis] + dense[axis]
+        own = {axis: dense[axis] for axis in ("tp", "cp", "dp", "pp")}
+        return RankCoordinates(**own, dp_cp=dp_cp, etp=expert["tp"], ep=expert["ep"], edp=expert["dp"])
+
+    def _indices(self, rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
+        indices = dict.fromkeys(_AXES, 0)
+        for axis in self.order.split("-"):
+            rank, indices[axis] = divmod(rank, sizes[axis])
+        return indices
+
+    def problems(self) -> Iterator[str]:
+        """Why Megatron would refuse to count like this."""
+        named = self.order.split("-")
+        if len(set(named)) != len(named) or not set(named) <= set(_AXES):
+            yield f"order must name each of {', '.join(_AXES)} once with - between them, got {self.order!r}"
+            return
+        needed = [axis for axis in _AXES if axis == "tp" or max(self.dense[axis], self.expert[axis]) > 1]
+        if not set(needed) <= set(named):
+            yield f"order must name {', '.join(needed)}, got {self.order!r}"
+            return
+        if self.dense["pp"] == 1:
+            return
+        strides = [self._stride(sizes) for sizes in (self.dense, self.expert)]
+        same_dp = named[-1] == "pp" or self.dense["dp"] == self.expert["dp"]
+        if not same_dp or strides[0] != strides[1]:
+            yield (
+                f"order={self.order!r} would give dense layers and experts other pipeline stages or, without pp last, "
+                f"other data parallelism: {dict(self.dense)} against {dict(self.expert)}"
+            )
+
+    def _stride(self, sizes: Mapping[str, int]) -> int:
+        """The distance between ranks of neighbouring pipeline stages."""
+        faster = self.order.split("-")
+        return math.prod(sizes[axis] for axis in faster[: faster.index("pp")])

@@ -6,11 +6,10 @@ import re
 from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.latent_attention import LatentAttention
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts, LatentAttention
+from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule
 
 _HERE: Final = "decoder.layers.{layer}."
 _OWN: Final = "layers.{layer}."

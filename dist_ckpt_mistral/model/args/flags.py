@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, LayoutError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import to_megatron_args
-from dist_ckpt_mistral.model.megatron_fields import FIELDS, LATENT_YARN, Field
-from dist_ckpt_mistral.model.parallel_layout import VOCABULARY_MULTIPLE, ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.rank_grid import DEFAULT_ORDER
+from dist_ckpt_mistral.model.args.fields import FIELDS, LATENT_YARN, Field
+from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import DEFAULT_ORDER, VOCABULARY_MULTIPLE, ParallelLayout, padded_vocab_size
 
 _LOG = logging.getLogger(__name__)
 

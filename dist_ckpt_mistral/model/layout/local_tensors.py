@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_ckpt_mistral.model.tensor_rules import Index, KeyStyle, ModuleTensor, TensorRule
-from dist_ckpt_mistral.model.tensor_table import StoredRows, TensorTable
+from dist_ckpt_mistral.model.table.rules import Index, KeyStyle, ModuleTensor, TensorRule
+from dist_ckpt_mistral.model.table.table import StoredRows, TensorTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
