@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from dist_ckpt_mistral import libraries
-from dist_ckpt_mistral._version import VERSION
+from dist_ckpt_mistral._version import __version__
 from dist_ckpt_mistral.commands import (
     demo,
     from_hf,
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Mistral checkpoints between Megatron's distributed format and Hugging Face.",
         epilog="Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, 3 verify found a difference.",
     )
-    version = f"%(prog)s {VERSION}"
+    version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:

@@ -14,7 +14,7 @@ from typing import Any, Final, Self, TypeAlias
 import numpy as np
 from zlib_ng import zlib_ng
 
-from dist_ckpt_mistral._version import VERSION
+from dist_ckpt_mistral._version import __version__
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import Lost
 from dist_ckpt_mistral.gather.execute import Copied
@@ -57,7 +57,7 @@ class Recipe:
         for s in plan.segments:
             digest.update(f"{s.tensor} {s.file} {s.position} {s.source_dtype} {s.dtype} {s.num_bytes}\n".encode())
             digest.update(s.copies.tobytes())
-        facts = {"version of dist-ckpt-mistral": VERSION}
+        facts = {"version of dist-ckpt-mistral": __version__}
         facts |= {option: json.dumps(value, sort_keys=True) for option, value in self.options.items()}
         for path, stamp in self.inputs.first.items():
             facts[str(path.absolute())] = f"{stamp.num_bytes} bytes of {np.datetime64(stamp.mtime_ns, 'ns')}"

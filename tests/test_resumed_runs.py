@@ -124,7 +124,7 @@ def test_another_source_or_option_is_refused(hf: Path, tmp_path: Path, monkeypat
     line = refusal(tmp_path, "from-hf", hf, tmp_path / "out", "--resume", "--iteration", 3)
     assert "--iteration was null, is 3" in line
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "VERSION", "99")
+        patch.setattr(journal, "__version__", "99")
         line = refusal(tmp_path, "from-hf", hf, tmp_path / "out", "--resume")
     assert "version of dist-ckpt-mistral was" in line
     for name in ("config.json", "model-00001-of-00004.safetensors"):
