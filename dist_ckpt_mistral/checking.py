@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedFormatError
 from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
 from dist_ckpt_mistral.formats import archive_checksums, checkpoint_directory, hf_directory, stored_checkpoint
@@ -20,19 +19,18 @@ from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, SHARDED_KEY
-from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.manifest import tensor_spans
-from dist_ckpt_mistral.mapping import CheckpointMap, Twin
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Twin
+from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
+from dist_ckpt_mistral.mapping.source import open_hf, twin_differences
 from dist_ckpt_mistral.messages import listed, printable
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key
-from dist_ckpt_mistral.model_source import open_hf
-from dist_ckpt_mistral.verify import twin_differences
 
 T = TypeVar("T")
-_DEFAULT_EFFORT: Final = Effort()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +52,7 @@ class Check:
         return {"sound": self.is_sound, **asdict(self), "directory": str(self.directory)}
 
 
-def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort = _DEFAULT_EFFORT) -> Check:
+def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort = DEFAULT_EFFORT) -> Check:
     """Look for damage in a Megatron checkpoint (root or iteration), a Hugging Face directory or a hub id.
 
     Every file is read once and held against integrity.json, every record of a checkpoint against the CRC-32 in its

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.losses import Loss
-from dist_ckpt_mistral.mapping import PADDING, Ignored
+from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, Ignored
 from dist_ckpt_mistral.messages import human_bytes
 
 

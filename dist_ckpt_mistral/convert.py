@@ -14,29 +14,27 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import Kind, locate, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
 from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
+from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_hf, open_megatron, require_equal_twins
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.rules import ParamState
-from dist_ckpt_mistral.model_source import ModelSource, completed, open_hf, open_megatron
 from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
 from dist_ckpt_mistral.new_hf_directory import hf_files, texts
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import Sources, TargetFile
-from dist_ckpt_mistral.verify import require_equal_twins
 from dist_ckpt_mistral.writing import Checksums, write_output
 
 _LOG = logging.getLogger(__name__)
 
 #: ``save_pretrained``'s unit, and a size that every file system and browser takes.
 DEFAULT_FILE_BYTES: Final = 5_000_000_000
-_DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
 
 
@@ -53,7 +51,7 @@ def to_hf(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
@@ -146,7 +144,7 @@ def from_hf(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
     """Import a Hugging Face directory or hub id into a new Megatron checkpoint root.

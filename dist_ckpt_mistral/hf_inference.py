@@ -15,7 +15,7 @@ from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint
-from dist_ckpt_mistral.model_source import ModelSource
+from dist_ckpt_mistral.mapping.source import ModelSource
 from dist_ckpt_mistral.storage import documents, hub
 
 if TYPE_CHECKING:

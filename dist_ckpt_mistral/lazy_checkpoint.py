@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Self
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.gather.bands import BandReader
+from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, require_equal_twins
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
-from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources
-from dist_ckpt_mistral.verify import require_equal_twins
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,11 @@ from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
 from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.rewriting import Rewriting, new_objects, own_boxes, rewrite
 
-_DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
 #: How much a data file holds, unless one chunk or object has more.
 FILE_BYTES: Final = 5_000_000_000
@@ -38,7 +37,7 @@ def migrate(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
     """Write a legacy ``zarr`` checkpoint (root or iteration) as ``torch_dist``.

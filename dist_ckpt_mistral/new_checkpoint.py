@@ -8,9 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_ckpt_mistral import embedded
-from dist_ckpt_mistral.checkpoint_config import RUN_CONFIG_FILE
-from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
 from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE, untrained
@@ -19,15 +16,17 @@ from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
-from dist_ckpt_mistral.mapping import CheckpointMap, new_checkpoint_map
+from dist_ckpt_mistral.mapping import configuration
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, new_checkpoint_map
+from dist_ckpt_mistral.mapping.chunking import cuts
+from dist_ckpt_mistral.mapping.configuration import RUN_CONFIG_FILE
+from dist_ckpt_mistral.mapping.source import ModelSource, require_equal_twins
 from dist_ckpt_mistral.model.args.bridge import to_run_config
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import OLD_EXTRA_STATES, TensorTable
-from dist_ckpt_mistral.model_source import ModelSource
 from dist_ckpt_mistral.storage import documents
-from dist_ckpt_mistral.verify import require_equal_twins
 
 
 def plan_import(
@@ -106,7 +105,7 @@ def write_beside_shards(
         "content_metadata": {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
-            embedded.KEY: embedded.to_record(source.config, source.table, source.hf_files),
+            configuration.KEY: configuration.to_record(source.config, source.table, source.hf_files),
         },
     }
     documents.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))

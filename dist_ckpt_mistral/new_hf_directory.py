@@ -12,8 +12,8 @@ from dist_ckpt_mistral.formats import hf_directory
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
 from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.mapping.source import ModelSource
 from dist_ckpt_mistral.model.config.quantization import described_method
-from dist_ckpt_mistral.model_source import ModelSource
 
 _LOG = logging.getLogger(__name__)
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.checkpoint_config import directory_config
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
-from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
+from dist_ckpt_mistral.mapping.configuration import directory_config
+from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
+from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source
 from dist_ckpt_mistral.messages import command_line
 from dist_ckpt_mistral.model.args.flags import pretrain_flags
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state
-from dist_ckpt_mistral.model_source import ModelSource, open_megatron, open_source
 
 _LOG = logging.getLogger(__name__)
 

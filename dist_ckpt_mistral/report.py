@@ -7,20 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
 from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
-from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
-from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.matching import match_hf, match_own
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
+from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched
+from dist_ckpt_mistral.mapping.consolidated import own_shapes
+from dist_ckpt_mistral.mapping.matching import match_hf, match_own
+from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import model_prefix, why_ignored
 from dist_ckpt_mistral.model.table.table import TensorTable, tensor_table
-from dist_ckpt_mistral.own_links import own_shapes
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
 JSON_VERSION: Final = 1

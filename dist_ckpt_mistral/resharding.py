@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
-from dist_ckpt_mistral.chunking import Cut, cuts
 from dist_ckpt_mistral.conversion import Conversion
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
-from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
+from dist_ckpt_mistral.mapping.chunking import Cut, cuts
+from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
+from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state, model_prefix, split_state_key
@@ -29,7 +29,6 @@ from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.rewriting import Rewriting, new_objects, own_boxes, rewrite
 
 _LOG = logging.getLogger(__name__)
-_DEFAULT_EFFORT: Final = Effort()
 _ALONE: Final = Ranks()
 
 
@@ -44,7 +43,7 @@ def reshard(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = _ALONE,
 ) -> Conversion:
     """Write a checkpoint again, cut so that every rank of ``layout`` reads only whole chunks.

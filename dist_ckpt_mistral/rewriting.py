@@ -28,7 +28,7 @@ from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.journal import Recipe
 from dist_ckpt_mistral.manifest import NewManifest
-from dist_ckpt_mistral.mapping import Ignored
+from dist_ckpt_mistral.mapping.checkpoint_map import Ignored
 from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources, TargetFile

@@ -15,19 +15,18 @@ from dist_ckpt_mistral.formats.torch_dist.archive_writer import PICKLE, pickle_i
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, Entry
 from dist_ckpt_mistral.formats.torch_dist.writer import object_bytes
 from dist_ckpt_mistral.gather.compare import Difference, compare_bits
-from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_reading
 from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.verify import Comparison
 
-_DEFAULT_EFFORT: Final = Effort()
 #: The records of an object's archive that hold the data of its tensors; others tell of the archive.
 _STORAGES: Final = "data/"
 
 
-def compare_stored(a: str | Path, b: str | Path, *, effort: Effort = _DEFAULT_EFFORT) -> Comparison:
+def compare_stored(a: str | Path, b: str | Path, *, effort: Effort = DEFAULT_EFFORT) -> Comparison:
     """Compare two Megatron checkpoints by their own keys: optimizer state, objects and common state, too.
 
     How tensors are cut does not matter, nor whether they lie in ``torch_dist`` or in legacy ``zarr``. Objects are the

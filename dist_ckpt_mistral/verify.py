@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
+from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.gather.compare import Difference, compare_bits
-from dist_ckpt_mistral.gather.execute import Effort
-from dist_ckpt_mistral.gather.index import TensorIndex
-from dist_ckpt_mistral.gather.links import whole
-from dist_ckpt_mistral.gather.plan import only_dtype, plan_reading
-from dist_ckpt_mistral.mapping import Twin
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
+from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, twin_differences
 from dist_ckpt_mistral.model.config.agreement import Disagreement
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
-from dist_ckpt_mistral.model_source import ModelSource, completed, open_source
-
-_DEFAULT_EFFORT: Final = Effort()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +72,7 @@ def compare(
     b: str | Path,
     *,
     config: GivenConfig | None = None,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
 ) -> Comparison:
     """Compare two models tensor by tensor and bit by bit: Megatron checkpoints, Hugging Face directories or hub ids.
 
@@ -138,36 +131,3 @@ def _not_compared(a: ModelSource, b: ModelSource) -> tuple[str, ...]:
         return ()
     in_a, in_b = (Counter(reason for _, reason in source.ignored) for source in (a, b))
     return tuple(f"{reason}: {in_a[reason]} entries in A, {in_b[reason]} in B" for reason in sorted({*in_a, *in_b}))
-
-
-def twin_differences(
-    index: TensorIndex, twins: Sequence[Twin], effort: Effort = _DEFAULT_EFFORT
-) -> Iterator[tuple[Twin, str]]:
-    """The twins that are stored with two different values, and how they differ."""
-    apart = [twin for twin in twins if not index.tensors[twin.name].shares_bytes(index.tensors[twin.main])]
-    found = {
-        twin.name: f"{dtypes[0]}, not {dtypes[1]}"
-        for twin in apart
-        if len(set(dtypes := (index.tensors[twin.name].dtype, only_dtype(index, twin.links)))) > 1
-    }
-    same = {twin.name: twin for twin in apart if twin.name not in found}
-    own = plan_reading(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
-    others = plan_reading(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
-    found |= {each.hf_name: each.what for each in compare_bits(own, others, [*same], effort)}
-    for twin in apart:
-        if twin.name in found:
-            yield twin, f"differs from {twin.main!r}, which is stored for the same weights: {found[twin.name]}"
-
-
-def require_equal_twins(source: ModelSource, *, only_hidden: bool = False) -> None:
-    """Raise TensorMismatchError, which names both, unless what is stored a second time is the same: only one is used.
-
-    ``only_hidden`` leaves out those that ``source`` lists by a Hugging Face name of their own.
-    """
-    found = [*twin_differences(source.index, source.hidden_twins if only_hidden else source.twins)]
-    if found:
-        told = "; ".join(f"{twin.name!r} {what}" for twin, what in found)
-        remove = "remove the tensor that is not meant"
-        tied = f"The configuration ties them. Set tie_word_embeddings to false in config.json, or {remove}"
-        advice = tied if any(twin.is_head for twin, _ in found) else remove.capitalize()
-        raise TensorMismatchError(f"{source.path} contradicts itself: {told}. {advice}.")

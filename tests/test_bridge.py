@@ -548,7 +548,9 @@ def test_the_size_is_looked_at_before_reading(tmp_path: Path) -> None:
 
 def test_yaml_is_imported_for_bridge_alone() -> None:
     """An export that needs no run_config.yaml does not import PyYAML."""
-    script = "import sys, dist_ckpt_mistral.convert, dist_ckpt_mistral.checkpoint_config; print('yaml' in sys.modules)"
+    script = (
+        "import sys, dist_ckpt_mistral.convert, dist_ckpt_mistral.mapping.configuration; print('yaml' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
 

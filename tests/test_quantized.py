@@ -19,8 +19,8 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.mapping.source import open_hf
 from dist_ckpt_mistral.model.config.quantization import described_method, is_readable, unquantized, weight_block_size
-from dist_ckpt_mistral.model_source import open_hf
 from dist_ckpt_mistral.verify import compare_sources
 
 Tensors = dict[str, torch.Tensor]

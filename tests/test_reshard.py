@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import described, edited_metadata, load_in_own_shapes, load_tensors, read_metadata
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import FormatError, LayoutError, OutputError, TensorMismatchError
-from dist_ckpt_mistral.mapping import new_checkpoint_map
+from dist_ckpt_mistral.mapping.checkpoint_map import new_checkpoint_map
+from dist_ckpt_mistral.mapping.chunking import cuts
 from dist_ckpt_mistral.model.table.table import tensor_table
 
 RESHARDABLE: Final = [case for case in GENUINE if case != "opt_dr_0161"]

@@ -107,6 +107,10 @@ class Effort:
         return max(_LEAST_BAND_BYTES // readers, min(BAND_BYTES, share))
 
 
+#: What functions use that are given no effort.
+DEFAULT_EFFORT: Final = Effort()
+
+
 def execute(
     plan: BytePlan,
     targets: Mapping[int, Target],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.mapping import CheckpointMap
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import HeldBox, HeldTensor
 from dist_ckpt_mistral.model.table.rules import LayerSpec

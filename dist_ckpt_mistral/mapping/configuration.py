@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from dist_ckpt_mistral import embedded
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
+from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
-from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.matching import match_checkpoint
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
+from dist_ckpt_mistral.mapping.matching import match_checkpoint
 from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, model_fields
 from dist_ckpt_mistral.model.args.megatron_args import args_disagreements, from_megatron_args, is_padding
 from dist_ckpt_mistral.model.config.agreement import Disagreement, disagreements, listed_disagreements
@@ -29,10 +29,60 @@ from dist_ckpt_mistral.model.table.rules import ParamState
 from dist_ckpt_mistral.model.table.table import TensorTable, config_as_stored, tensor_table
 from dist_ckpt_mistral.storage import documents, paths
 
+#: The key in ``content_metadata``.
+KEY: Final = "dist_ckpt_mistral"
+#: Raised when an older reader could no longer make sense of the record.
+_VERSION: Final = 1
 _LOG = logging.getLogger(__name__)
 
 #: Megatron-Bridge's configuration of a run, beside the shards (training/utils/checkpoint_utils.py, 0.1 to 0.7).
 RUN_CONFIG_FILE: Final = "run_config.yaml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """The Hugging Face configuration, and the headers of the files that the weights came from (None: not kept)."""
+
+    config: MistralConfig
+    hf_files: FileSet | None
+
+
+def to_record(config: MistralConfig, table: TensorTable, files: FileSet | None) -> dict[str, Any]:
+    """The record to store under ``KEY``. ``tensor_map`` is for readers without this package."""
+    tensor_map = [
+        {
+            "hf_name": part.hf_name,
+            "mcore_key": rule.mcore_key,
+            "row_blocks": [part.rows.count, part.rows.stride, part.rows.offset, part.rows.length],
+        }
+        for rule in table.rules
+        for part in rule.parts
+    ]
+    return {
+        "version": _VERSION,
+        "hf_config": config.to_hf(),
+        "tensor_map": tensor_map,
+        "hf_files": None if files is None else files.to_record(),
+    }
+
+
+def from_common_state(common_state: Mapping[str, Any], where: str) -> Embedded | None:
+    """The record in a checkpoint's common state, or None if there is none. Raises FormatError if it is damaged."""
+    content = common_state.get("content_metadata")
+    record = content.get(KEY) if isinstance(content, Mapping) else None
+    if record is None:
+        return None
+    where = f"content_metadata[{KEY!r}] of {where}"
+    if not isinstance(record, Mapping) or record.get("version") != _VERSION:
+        found = record.get("version") if isinstance(record, Mapping) else record
+        raise FormatError(f"{where} has version {found!r}: this release reads version {_VERSION}. Update it.")
+    if not isinstance(record.get("hf_config"), Mapping):
+        raise FormatError(f"{where} has no hf_config")
+    files = record.get("hf_files")
+    return Embedded(
+        config=MistralConfig.from_hf(record["hf_config"], where=f"hf_config in {where}"),
+        hf_files=None if files is None else FileSet.from_record(files, where),
+    )
 
 
 class Description(Protocol):
@@ -192,9 +242,9 @@ def _params_files(directory: Path) -> list[Path]:
     return [path] if what_is(directory).kind is Kind.OWN and path.is_file() else []
 
 
-def read_embedded(checkpoint: StoredCheckpoint) -> embedded.Embedded | None:
+def read_embedded(checkpoint: StoredCheckpoint) -> Embedded | None:
     """What an import left in the checkpoint, if training has not dropped it since."""
-    return embedded.from_common_state(checkpoint.common_state, str(checkpoint.directory))
+    return from_common_state(checkpoint.common_state, str(checkpoint.directory))
 
 
 def checkpoint_config(checkpoint: StoredCheckpoint, chosen: ChosenConfig | None = None) -> Agreed:

@@ -12,7 +12,8 @@ from typing import Final
 
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.mapping import CheckpointMap, Ignored
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Ignored
+from dist_ckpt_mistral.mapping.consolidated import own_shapes
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.table.entries import (
     flat_state,
@@ -25,7 +26,6 @@ from dist_ckpt_mistral.model.table.entries import (
 from dist_ckpt_mistral.model.table.rules import KeyStyle, ParamState, TensorRule
 from dist_ckpt_mistral.model.table.table import FileSpelling, HfTensor, TensorTable
 from dist_ckpt_mistral.model.table.vision import is_carried
-from dist_ckpt_mistral.own_links import own_shapes
 
 _NO_STATES: Final[Mapping[str, str]] = {}
 

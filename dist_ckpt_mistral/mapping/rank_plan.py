@@ -9,10 +9,10 @@ from pathlib import Path
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
-from dist_ckpt_mistral.mapping import new_checkpoint_map
+from dist_ckpt_mistral.mapping.checkpoint_map import new_checkpoint_map
+from dist_ckpt_mistral.mapping.source import ModelSource
 from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
 from dist_ckpt_mistral.model.table.rules import Index
-from dist_ckpt_mistral.model_source import ModelSource
 
 
 def live_rows(held: HeldTensor) -> int:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dist_ckpt_mistral import embedded
-from dist_ckpt_mistral.checkpoint_config import Agreed, checkpoint_config, directory_config, matched, read_embedded
 from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
 from dist_ckpt_mistral.formats import hf_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.pickles.reader import paused_collector
 from dist_ckpt_mistral.formats.places import Kind, locate
-from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
+from dist_ckpt_mistral.gather.compare import compare_bits
 from dist_ckpt_mistral.gather.dequantize import dequantized
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, whole
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_reading
-from dist_ckpt_mistral.mapping import PADDING, CheckpointMap, Ignored, Twin, hf_links
-from dist_ckpt_mistral.matching import match_hf, match_own
+from dist_ckpt_mistral.mapping import configuration
+from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, CheckpointMap, Ignored, Twin, hf_links
+from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched, read_embedded
+from dist_ckpt_mistral.mapping.consolidated import indexed_shapes, own_links
+from dist_ckpt_mistral.mapping.matching import match_hf, match_own
+from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.messages import listed
-from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralConfig, require_config_file
+from dist_ckpt_mistral.model.config.mistral_config import (
+    ChosenConfig,
+    MistralConfig,
+    require_config_file,
+)
 from dist_ckpt_mistral.model.table.rules import ParamState, Place
 from dist_ckpt_mistral.model.table.table import HfTensor, TensorTable, tensor_table
-from dist_ckpt_mistral.own_links import indexed_shapes, own_links
 
 _LOG = logging.getLogger(__name__)
 
@@ -233,7 +239,7 @@ def completed(source: ModelSource, directory: Path | None) -> ModelSource:
     )
 
 
-def _described(table: TensorTable, remembered: embedded.Embedded | None) -> tuple[HfTensor, ...]:
+def _described(table: TensorTable, remembered: configuration.Embedded | None) -> tuple[HfTensor, ...]:
     """All usual tensors of the table; aliases only where the original files had them besides."""
     files = remembered.hf_files if remembered and remembered.hf_files else FileSet(files={})
     return table.spelling(files.by_name("the record of the original files", table.usual_name)).tensors
@@ -250,3 +256,36 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
             if rows > rule.shape[0]:
                 padded.append((f"{name}[{rule.shape[0]}:{rows}]", PADDING))
     return tuple(padded)
+
+
+def twin_differences(
+    index: TensorIndex, twins: Sequence[Twin], effort: Effort = DEFAULT_EFFORT
+) -> Iterator[tuple[Twin, str]]:
+    """The twins that are stored with two different values, and how they differ."""
+    apart = [twin for twin in twins if not index.tensors[twin.name].shares_bytes(index.tensors[twin.main])]
+    found = {
+        twin.name: f"{dtypes[0]}, not {dtypes[1]}"
+        for twin in apart
+        if len(set(dtypes := (index.tensors[twin.name].dtype, only_dtype(index, twin.links)))) > 1
+    }
+    same = {twin.name: twin for twin in apart if twin.name not in found}
+    own = plan_reading(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
+    others = plan_reading(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
+    found |= {each.hf_name: each.what for each in compare_bits(own, others, [*same], effort)}
+    for twin in apart:
+        if twin.name in found:
+            yield twin, f"differs from {twin.main!r}, which is stored for the same weights: {found[twin.name]}"
+
+
+def require_equal_twins(source: ModelSource, *, only_hidden: bool = False) -> None:
+    """Raise TensorMismatchError, which names both, unless what is stored a second time is the same: only one is used.
+
+    ``only_hidden`` leaves out those that ``source`` lists by a Hugging Face name of their own.
+    """
+    found = [*twin_differences(source.index, source.hidden_twins if only_hidden else source.twins)]
+    if found:
+        told = "; ".join(f"{twin.name!r} {what}" for twin, what in found)
+        remove = "remove the tensor that is not meant"
+        tied = f"The configuration ties them. Set tie_word_embeddings to false in config.json, or {remove}"
+        advice = tied if any(twin.is_head for twin, _ in found) else remove.capitalize()
+        raise TensorMismatchError(f"{source.path} contradicts itself: {told}. {advice}.")

@@ -10,12 +10,12 @@ from typing import Any
 from dist_ckpt_mistral import ranks
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens, tokenizer_directories
+from dist_ckpt_mistral.mapping.source import ModelSource, open_source
 from dist_ckpt_mistral.megatron.inference import generate, greedy
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model_source import ModelSource, open_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

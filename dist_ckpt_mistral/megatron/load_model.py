@@ -17,21 +17,19 @@ from megatron.core import parallel_state
 
 from dist_ckpt_mistral import ranks
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
-from dist_ckpt_mistral.gather.execute import Effort, execute
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, execute
 from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
+from dist_ckpt_mistral.mapping.rank_plan import live_rows, plan_held
+from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
-from dist_ckpt_mistral.model_source import ModelSource, open_source
-from dist_ckpt_mistral.rank_plan import live_rows, plan_held
-from dist_ckpt_mistral.verify import require_equal_twins
 
 _ALONE: Final = ParallelLayout()
 _NOTHING: Final[Mapping[str, Any]] = {}
-_DEFAULT_EFFORT: Final = Effort()
 
 
 def load_model(
@@ -44,7 +42,7 @@ def load_model(
     padded_vocab_size: int | None = None,
     transformer_config: Mapping[str, Any] = _NOTHING,
     allow_lossy: bool = False,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
 ) -> Model:
     """This rank's GPTModel with the weights in ``path``, or the list of them with virtual pipeline stages.
 
@@ -96,7 +94,7 @@ def load_source(
     padded_vocab_size: int | None = None,
     transformer_config: Mapping[str, Any] = _NOTHING,
     allow_lossy: bool = False,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
 ) -> Model:
     """As ``load_model``, from an opened model."""
     layout.check(source.config)

@@ -15,8 +15,6 @@ from typing import Final
 
 import numpy as np
 
-from dist_ckpt_mistral.checkpoint_config import checkpoint_config, matched
-from dist_ckpt_mistral.chunking import SPEC
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
@@ -24,8 +22,10 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.matching import FLAT_STATE_ADVICE, match_checkpoint
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
+from dist_ckpt_mistral.mapping.chunking import SPEC
+from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
+from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE, match_checkpoint
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
