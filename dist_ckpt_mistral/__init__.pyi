@@ -3,9 +3,11 @@
 from ._version import __version__ as __version__
 from .checking import Check as Check
 from .checking import check as check
-from .conversion import Conversion as Conversion
-from .convert import from_hf as from_hf
-from .convert import to_hf as to_hf
+from .convert.conversion import Conversion as Conversion
+from .convert.from_hf import from_hf as from_hf
+from .convert.migrate import migrate as migrate
+from .convert.reshard import reshard as reshard
+from .convert.to_hf import to_hf as to_hf
 from .errors import ConfigError as ConfigError
 from .errors import DistCkptMistralError as DistCkptMistralError
 from .errors import FormatError as FormatError
@@ -26,7 +28,6 @@ from .megatron.load_model import load_model as load_model
 from .megatron.optimizer_state import optimizer_state_dict as optimizer_state_dict
 from .megatron.runtime import initialize_megatron as initialize_megatron
 from .megatron.sharded_state_dict import sharded_state_dict as sharded_state_dict
-from .migration import migrate as migrate
 from .model.config.mistral_config import ConfigOverride as ConfigOverride
 from .model.config.mistral_config import MistralConfig as MistralConfig
 from .model.layout.layout import ParallelLayout as ParallelLayout
@@ -38,7 +39,6 @@ from .reading.plan import ReadingPlan as ReadingPlan
 from .reading.planner import plan_reading as plan_reading
 from .report import Report as Report
 from .report import inspect as inspect
-from .resharding import reshard as reshard
 from .stored_comparison import compare_stored as compare_stored
 from .verify import Comparison as Comparison
 from .verify import compare as compare

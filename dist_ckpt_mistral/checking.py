@@ -13,7 +13,7 @@ from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, Unsuppor
 from dist_ckpt_mistral.file_checks import Contents, Finding, check_files
 from dist_ckpt_mistral.formats import archive_checksums, checkpoint_directory, hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.archive_checksums import Part, Piece
-from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, read_manifest
 from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
@@ -22,7 +22,6 @@ from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, SHARD
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
-from dist_ckpt_mistral.manifest import tensor_spans
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Twin
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.source import open_hf, twin_differences

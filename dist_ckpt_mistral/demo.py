@@ -16,7 +16,8 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral import convert, libraries, verify
+from dist_ckpt_mistral import libraries, verify
+from dist_ckpt_mistral.convert import from_hf, to_hf
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
@@ -84,7 +85,7 @@ def _make(original: Path, say: Say) -> None:
 def _import(original: Path, checkpoint: Path, say: Say) -> None:
     say("\n2. Import it: from-hf writes a Megatron checkpoint. It copies bytes; Megatron takes no part in it.")
     with _timed() as seconds:
-        done = convert.from_hf(original, checkpoint)
+        done = from_hf.from_hf(original, checkpoint)
     say(f"   {done.num_tensors} tensors, {human_bytes(done.num_bytes)} in {seconds():.2f} s:")
     _say_files(checkpoint, say)
 
@@ -106,7 +107,7 @@ def _load(original: Path, checkpoint: Path, say: Say) -> None:
 def _export(checkpoint: Path, export: Path, say: Say) -> None:
     say("\n4. Export it: to-hf gathers the Hugging Face files out of the checkpoint.")
     with _timed() as seconds:
-        done = convert.to_hf(checkpoint, export)
+        done = to_hf.to_hf(checkpoint, export)
     say(f"   {done.num_tensors} tensors, {human_bytes(done.num_bytes)} in {seconds():.2f} s.")
 
 

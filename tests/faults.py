@@ -28,11 +28,12 @@ from typing import Any, Final, NoReturn
 
 import tqdm
 
-from dist_ckpt_mistral import cli, commands, convert, migration, report, resharding, rewriting
+from dist_ckpt_mistral import cli, commands, report
+from dist_ckpt_mistral.convert import migrate, reshard, rewrite, to_hf
+from dist_ckpt_mistral.convert.output import write_output
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import DistCkptMistralError
-from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import local, staging
-from dist_ckpt_mistral.writing import write_output
 
 #: In place of an error number: the process is killed.
 KILL: Final = 0
@@ -53,7 +54,7 @@ REMOVING: Final = ("unlink", "rmdir")
 READING: Final = ("preadv", "pread")
 #: What is written in two steps: tensors, and not what stands around them.
 _MUCH_BYTES: Final = 900
-_WARM: Final = (commands, convert, migration, report, resharding, tqdm)  # imported before the forks
+_WARM: Final = (commands, to_hf, migrate, report, reshard, tqdm)  # imported before the forks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +178,7 @@ class Driver:
     def run(self) -> list[Outcome]:
         """The outcomes of all faults, until a run ends before it comes to the call."""
         self._set_up()
-        for module in (convert, rewriting):
+        for module in (to_hf, rewrite):
             module.write_output = functools.partial(self._instead, write_output)  # type: ignore[attr-defined]
         try:
             with contextlib.redirect_stdout(io.StringIO()):

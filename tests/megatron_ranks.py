@@ -33,6 +33,8 @@ from megatron.core.dist_checkpointing.mapping import (
 from safetensors.torch import load_file
 from torch_reading import load_tensors
 
+from dist_ckpt_mistral.convert.ranks import from_environment
+from dist_ckpt_mistral.convert.reshard import reshard
 from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensor, add_hf_metadata
 from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
@@ -40,8 +42,6 @@ from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
 from dist_ckpt_mistral.model.table.rules import KeyStyle
-from dist_ckpt_mistral.ranks import from_environment
-from dist_ckpt_mistral.resharding import reshard
 
 
 def compare_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 
 if TYPE_CHECKING:
     from pathlib import Path

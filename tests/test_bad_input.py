@@ -29,7 +29,7 @@ from torch_reading import edited_metadata
 from transformers import LlamaConfig
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.storage import local
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"

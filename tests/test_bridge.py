@@ -28,7 +28,8 @@ from torch_reading import described
 from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.convert import from_hf, to_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, OutputError, UnsupportedModelError
 from dist_ckpt_mistral.formats.checkpoint_directory import MAX_STEP, read_step, untrained
 from dist_ckpt_mistral.formats.places import resolve_directory
@@ -212,7 +213,7 @@ def test_the_link_for_bridge_is_made_anew_by_a_resumed_run(
 ) -> None:
     """A run that fails when all is written but the manifest leaves the link, and the next one goes on."""
     with monkeypatch.context() as patch:
-        patch.setattr("dist_ckpt_mistral.writing.write_manifest", lambda *_, **__: 1 / 0)
+        patch.setattr("dist_ckpt_mistral.convert.output.write_manifest", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             from_hf(hf, tmp_path / "root")
     from_hf(hf, tmp_path / "root", resume=True)
@@ -548,9 +549,8 @@ def test_the_size_is_looked_at_before_reading(tmp_path: Path) -> None:
 
 def test_yaml_is_imported_for_bridge_alone() -> None:
     """An export that needs no run_config.yaml does not import PyYAML."""
-    script = (
-        "import sys, dist_ckpt_mistral.convert, dist_ckpt_mistral.mapping.configuration; print('yaml' in sys.modules)"
-    )
+    modules = "dist_ckpt_mistral.convert.to_hf, dist_ckpt_mistral.mapping.configuration"
+    script = f"import sys, {modules}; print('yaml' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
 

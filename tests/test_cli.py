@@ -26,12 +26,12 @@ from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
-from dist_ckpt_mistral import migration
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert import migrate
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.gather.execute import no_progress
-from dist_ckpt_mistral.ranks import Ranks
 
 HEAVY = [
     *("numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"),
@@ -362,7 +362,7 @@ def test_what_the_operating_system_refuses_is_told_in_words(tmp_path: Path, monk
         error.add_note("Nothing was published.")
         raise error
 
-    monkeypatch.setattr(migration, "migrate", fail)
+    monkeypatch.setattr(migrate, "migrate", fail)
     line = run("migrate", tmp_path, tmp_path / "new").err[-1]
     assert line == "error: cannot open it: Permission denied. Nothing was published."
 

@@ -24,7 +24,7 @@ from torch_reading import described
 from transformers import AutoConfig
 from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 
-from dist_ckpt_mistral.convert import to_hf
+from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.gather.dtypes import TorchDtype
 from dist_ckpt_mistral.model.args.bridge import from_run_config, to_run_config

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch_reading import described, raw_bytes, read_metadata
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats.pickles import reader, writer
 from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, Items, Pairs, PersistentId

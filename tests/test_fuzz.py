@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from mutations import PLACES, misplace, restore, spoiled
 from test_bridge import PROVIDER, save_train_state
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 
 EXAMPLES: Final = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 LIMIT_SECONDS: Final = 5

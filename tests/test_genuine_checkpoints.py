@@ -24,7 +24,7 @@ from torch_reading import described, edited_metadata, load_in_own_shapes, load_t
 from transformers import AutoModelForCausalLM
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.convert import to_hf
+from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
 from dist_ckpt_mistral.lazy_checkpoint import open_checkpoint
 from dist_ckpt_mistral.verify import compare

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 from processes import until
 
-from dist_ckpt_mistral import local_ranks
+from dist_ckpt_mistral.convert import local_ranks
+from dist_ckpt_mistral.convert.local_ranks import join, meeting_point
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
-from dist_ckpt_mistral.local_ranks import join, meeting_point
 
 #: Exchanges twice; the rank of the first argument is killed in between.
 EXCHANGES = """
 import os, signal, sys
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.convert.ranks import from_environment
 ranks = from_environment()
 print(ranks.exchange(ranks.rank), flush=True)
 if ranks.rank == int(sys.argv[1]):

@@ -25,7 +25,7 @@ from hf_models import random_model, saved
 from test_yarn import BASE, CASES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.model.args.megatron_args import from_megatron_args, to_megatron_args
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig

@@ -48,10 +48,10 @@ from zarr_checkpoints import (
 )
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
 from dist_ckpt_mistral.formats.torch_dist.archive import CENTRAL, END
-from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:
     from conftest import LaunchRanks

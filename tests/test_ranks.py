@@ -19,10 +19,10 @@ from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.convert.ranks import Ranks, from_environment
 from dist_ckpt_mistral.formats import places
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.rank_processes import run_ranks
-from dist_ckpt_mistral.ranks import Ranks, from_environment
 from dist_ckpt_mistral.storage import local
 
 
@@ -182,7 +182,7 @@ def test_a_rank_that_is_killed_fails_the_others(hf: Path, tmp_path: Path, victim
     """A rank is killed while it copies: one that is left says so in one line, and nothing is published."""
     code = f"""
 import os, signal, sys
-from dist_ckpt_mistral import writing
+from dist_ckpt_mistral.convert import output as writing
 from dist_ckpt_mistral.cli import main
 if os.environ["RANK"] == "{victim}":
     writing.execute = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
@@ -206,7 +206,7 @@ def test_ranks_of_several_machines_use_gloo(missing: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: joined.append(backend))
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr("dist_ckpt_mistral.ranks.leave_at_exit", lambda: None)
+    monkeypatch.setattr("dist_ckpt_mistral.convert.ranks.leave_at_exit", lambda: None)
     assert (from_environment().rank, joined) == (1, ["gloo"])
 
 
@@ -216,7 +216,7 @@ def test_ranks_leave_before_python_ends(tmp_path: Path) -> None:
 import atexit, os, torch.distributed as dist
 atexit.register(lambda: print("joined" if dist.is_initialized() else "left"))  # handlers run last in, first out
 del os.environ["LOCAL_WORLD_SIZE"]  # the ranks may be on several machines
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.convert.ranks import from_environment
 print(from_environment().exchange(dist.get_rank()))
 """
     run_ranks([[sys.executable, "-c", code]] * 2, tmp_path, timeout_s=120)
@@ -241,7 +241,7 @@ def test_torchrun(hf: Path, tmp_path: Path) -> None:
     logs = [path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")]
     imported = [{line.rpartition("|")[2].strip() for line in log.splitlines()} for log in logs]
     assert ["torch" in names for names in imported] == [False, False]
-    assert all("dist_ckpt_mistral.local_ranks" in names for names in imported)
+    assert all("dist_ckpt_mistral.convert.local_ranks" in names for names in imported)
     again = launch()
     assert again.returncode != 0
     assert again.stderr.count("error: ") == 1

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import without
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import kind_of

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import edited_metadata, load_tensors, read_metadata
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.gather.chunk_reads import ChunkList, ChunkReads, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex

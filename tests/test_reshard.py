@@ -357,7 +357,7 @@ def test_a_damaged_train_state_is_told_before_copying(tmp_path: Path, monkeypatc
     root = tmp_path / "root"
     shutil.copytree(shards("common_0192"), root / "iter_0000007")
     (root / "latest_train_state.pt").write_bytes(b"damaged")
-    monkeypatch.setattr("dist_ckpt_mistral.rewriting.write_output", lambda *_, **__: pytest.fail("it writes"))
+    monkeypatch.setattr("dist_ckpt_mistral.convert.rewrite.write_output", lambda *_, **__: pytest.fail("it writes"))
     with pytest.raises(FormatError, match=r"latest_train_state\.pt"):
         dcm.reshard(root / "iter_0000007", tmp_path / "out", dcm.ParallelLayout(), config=folder("common_0192"))
 

@@ -16,7 +16,7 @@ from command_line import refusal, run, tree
 from hf_models import contents, random_model, saved
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral import journal
+from dist_ckpt_mistral.convert import journal
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.storage import local
 from dist_ckpt_mistral.storage.local import TargetFile

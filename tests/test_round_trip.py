@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import described, hf_tensors, load_tensors, raw_bytes, read_metadata
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from dist_ckpt_mistral.convert import from_hf, to_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]])

@@ -15,7 +15,7 @@ from genuine import folder
 from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 
 TOOL: Final = f"{sys.executable} -m dist_ckpt_mistral"
 #: A pipe whose reader is gone before anything is written: the exit code is that of the command in front of it.

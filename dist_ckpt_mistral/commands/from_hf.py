@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.convert.ranks import from_environment
 
 
 def add(commands: options.Commands) -> None:
@@ -35,11 +35,11 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Import, and say what was written, or would be."""
-    from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert import from_hf  # noqa: PLC0415  (--help must not wait for numpy)
 
     ranks = from_environment()
     with options.effort("importing", arguments, ranks) as effort:
-        done = convert.from_hf(
+        done = from_hf.from_hf(
             arguments.hf,
             arguments.checkpoint,
             tp=arguments.tp,

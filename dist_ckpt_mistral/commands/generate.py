@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dist_ckpt_mistral import libraries, ranks
+from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.commands import options, output
+from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.messages import command_line
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.convert.ranks import from_environment
 
 
 def add(commands: options.Commands) -> None:
@@ -20,11 +20,11 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Migrate, and say what was written, or would be."""
-    from dist_ckpt_mistral import migration  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert import migrate  # noqa: PLC0415  (--help must not wait for numpy)
 
     ranks = from_environment()
     with options.effort("migrating", arguments, ranks) as effort:
-        done = migration.migrate(
+        done = migrate.migrate(
             arguments.checkpoint,
             arguments.output,
             max_file_bytes=arguments.max_file_size,

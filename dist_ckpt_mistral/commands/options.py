@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from dist_ckpt_mistral.commands import output
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.ranks import Ranks
 
 if TYPE_CHECKING:
-    from dist_ckpt_mistral.conversion import Conversion
+    from dist_ckpt_mistral.convert.conversion import Conversion
     from dist_ckpt_mistral.gather.execute import Effort
     from dist_ckpt_mistral.model.config.mistral_config import GivenConfig
     from dist_ckpt_mistral.model.layout.layout import ParallelLayout
@@ -258,7 +258,7 @@ def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[E
 
 def tell_conversion(done: Conversion, arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Say on the first rank what a command wrote; after a dry run what it would write, file by file."""
-    from dist_ckpt_mistral.conversion import conversion_line  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert.conversion import conversion_line  # noqa: PLC0415  (--help must not wait for numpy)
 
     if ranks.is_first:
         output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))

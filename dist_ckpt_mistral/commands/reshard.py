@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.convert.ranks import from_environment
 
 
 def add(commands: options.Commands) -> None:
@@ -22,11 +22,11 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Reshard, and say what was written, or would be."""
-    from dist_ckpt_mistral import resharding  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert import reshard  # noqa: PLC0415  (--help must not wait for numpy)
 
     ranks = from_environment()
     with options.effort("resharding", arguments, ranks) as effort:
-        done = resharding.reshard(
+        done = reshard.reshard(
             arguments.checkpoint,
             arguments.output,
             options.given_layout(arguments),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.convert.ranks import from_environment
 
 
 def add(commands: options.Commands) -> None:
@@ -31,11 +31,11 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, and say what was written, or would be."""
-    from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert import to_hf  # noqa: PLC0415  (--help must not wait for numpy)
 
     ranks = from_environment()
     with options.effort("exporting", arguments, ranks) as effort:
-        done = convert.to_hf(
+        done = to_hf.to_hf(
             arguments.checkpoint,
             arguments.hf,
             config=options.given_config(arguments),

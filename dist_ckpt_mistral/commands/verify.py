@@ -6,7 +6,7 @@ import argparse
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.commands import options, output
-from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.convert.ranks import Ranks
 
 
 def add(commands: options.Commands) -> None:

@@ -23,6 +23,7 @@ from dist_ckpt_mistral.formats.places import (
 )
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.digest import Span
 from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.messages import listed
@@ -31,6 +32,8 @@ from dist_ckpt_mistral.storage import documents, paths
 _LOG = logging.getLogger(__name__)
 
 _SAFETENSORS: Final = ".safetensors"
+#: Where the data of tensors lie: name of the file -> name of the tensor -> span, ascending.
+TensorSpans = Mapping[str, Mapping[str, Span]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,3 +265,11 @@ def text_of(path: Path | None, content: Mapping[str, Any]) -> bytes | None:
     """The text of a JSON file if there is one, and it says just this ``content``."""
     text = None if path is None else documents.read_bytes(path)
     return text if text is not None and documents.parse_json(text, str(path)) == content else None
+
+
+def tensor_spans(files: FileSet) -> TensorSpans:
+    """Where the tensors of safetensors files lie."""
+    return {
+        name: {t.name: Span(file.data_start + t.begin, t.end - t.begin) for t in file.tensors}
+        for name, file in files.files.items()
+    }

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_ckpt_mistral import ranks
+from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.hf_inference import Sampling, load_tokenizer, stop_tokens, tokenizer_directories
 from dist_ckpt_mistral.mapping.source import ModelSource, open_source

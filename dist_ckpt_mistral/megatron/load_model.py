@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from dist_ckpt_mistral import ranks
+from dist_ckpt_mistral.convert import ranks
+from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, execute
-from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
 from dist_ckpt_mistral.mapping.rank_plan import live_rows, plan_held
 from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks

@@ -30,7 +30,7 @@ _STEPS = {
     ),
     "inspect": ("from dist_ckpt_mistral.cli import main", "main(['inspect', str(path)])"),
     "open, locate and plan": (
-        "from dist_ckpt_mistral.cli import main; import dist_ckpt_mistral.convert",
+        "from dist_ckpt_mistral.cli import main; import dist_ckpt_mistral.convert.to_hf",
         "main(['to-hf', str(path), str(path) + '-hf', '--dry-run'])",
     ),
     "torch: pickle.load": (

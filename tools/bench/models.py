@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, places, stored_checkpoint
 from dist_ckpt_mistral.formats.pickles.reader import paused_collector
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer

@@ -1,41 +1,36 @@
-"""The conversions: a source, a target, the byte plan between them, and its publication."""
+"""A new Hugging Face directory: what its files hold, and what lies beside them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from dist_ckpt_mistral.conversion import Conversion
+from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy
+from dist_ckpt_mistral.convert.journal import Recipe
+from dist_ckpt_mistral.convert.manifest import NewManifest
+from dist_ckpt_mistral.convert.output import Checksums, write_output
+from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.formats import checkpoint_directory, small_files
-from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.formats.places import Kind, locate, require_not_swapped, resolve_directory
-from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout
+from dist_ckpt_mistral.formats import hf_directory, small_files
+from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.journal import Recipe
-from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
-from dist_ckpt_mistral.manifest import NewManifest, tensor_spans
-from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_hf, open_megatron, require_equal_twins
-from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_megatron, require_equal_twins
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
-from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.config.quantization import described_method
 from dist_ckpt_mistral.model.table.rules import ParamState
-from dist_ckpt_mistral.new_checkpoint import plan_import, write_beside_shards
-from dist_ckpt_mistral.new_hf_directory import hf_files, texts
-from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage import paths
 from dist_ckpt_mistral.storage.local import Sources, TargetFile
-from dist_ckpt_mistral.writing import Checksums, write_output
-
-_LOG = logging.getLogger(__name__)
 
 #: ``save_pretrained``'s unit, and a size that every file system and browser takes.
 DEFAULT_FILE_BYTES: Final = 5_000_000_000
-_ALONE: Final = Ranks()
+_LOG = logging.getLogger(__name__)
 
 
 def to_hf(
@@ -52,7 +47,7 @@ def to_hf(
     resume: bool = False,
     dry_run: bool = False,
     effort: Effort = DEFAULT_EFFORT,
-    ranks: Ranks = _ALONE,
+    ranks: Ranks = ALONE,
 ) -> Conversion:
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
 
@@ -130,77 +125,65 @@ def _which_weights(weights: str) -> ParamState:
     return states[weights]
 
 
-def from_hf(
-    hf: str | Path,
-    checkpoint: str | Path,
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    ep: int = 1,
-    dtype: str | None = None,
-    allow_lossy: bool = False,
-    iteration: int | None = None,
-    manifest: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    effort: Effort = DEFAULT_EFFORT,
-    ranks: Ranks = _ALONE,
-) -> Conversion:
-    """Import a Hugging Face directory or hub id into a new Megatron checkpoint root.
+def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
+    """The files to write: the original ones where they still fit the tensors, else as ``save_pretrained`` would."""
+    known = source.table.hf_tensors()
 
-    A directory may also hold Mistral AI's own files, or weights in FP8, whose values are imported. ``tp``, ``pp`` and
-    ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the checkpoint is a
-    ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every tensor keeps its
-    own; where it destroys values (finite ones become infinite, others zero) that is an error that counts them, or with
-    ``allow_lossy`` a warning. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify.
-    ``resume`` goes on with what a run that was killed or failed has copied; ``dry_run`` checks everything and touches
-    nothing. Raises DistCkptMistralError; then nothing is published.
+    def stored(names: Iterable[str]) -> dict[str, tuple[str, Shape]]:
+        return {name: (dtype or source.dtype_of(known[name]), known[name].shape) for name in names}
+
+    if source.hf_files is not None:
+        held = source.hf_files.by_name(str(source.path), source.table.usual_name)
+        original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in held.items()}
+        is_whole = original.keys() <= source.links.keys() and not source.table.spelling(original).missing
+        if is_whole and original == stored(original):
+            return source.hf_files
+        _LOG.info("the tensors differ in name or dtype from the original files: the files are laid out anew")
+    usual = stored(tensor.hf_name for tensor in source.tensors if not tensor.is_alias)
+    tensors = [(name, *each) for name, each in usual.items()]
+    return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
+
+
+def texts(source: ModelSource, files: FileSet, carried: Mapping[str, Path]) -> dict[str, bytes | None]:
+    """What describes the weights in ``files``, by name: the text in ``carried`` where it is true of them; None is none.
+
+    The index comes last, as it makes a model in several files visible.
     """
-    output = Path(checkpoint)
-    layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
-    checkpoint_directory.require_iteration(iteration)
-    step = Path(checkpoint_directory.iteration_name(iteration))
+    if method := described_method(source.config.hf_config or {}):
+        _LOG.info("%s describes quantized weights (%s): that is left out, these are not quantized", CONFIG_FILE, method)
+    return {
+        CONFIG_FILE: _config_json(source, files, carried.get(CONFIG_FILE)),
+        INDEX_FILE: files.index_json(carried.get(INDEX_FILE)),
+    }
 
-    def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan]:
-        dtypes.require_weight_dtype(dtype)
-        require_not_swapped(hf, output, Kind.HF, Kind.OWN)
-        paths.require_writable(output, overwrite=overwrite)
-        directory = locate(hf, Kind.HF, Kind.OWN).path
-        paths.require_apart(directory, output)
-        with Sources() as inputs:
-            inputs.look_at(directory.glob("*"))
-            source = open_hf(directory, dtype=dtype and "float32")  # FP8 values: rounded once, where losses are counted
-            return inputs, source, *plan_import(source, layout, dtype, step)
 
-    inputs, source, written, plan = ranks.each(prepare)
-    carried = small_files.small_files(source.path)
-    if folders := small_files.other_folders(source.path):
-        _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
-    inputs.look_at(carried.values())
+def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> bytes:
+    """config.json: the original text where it is still true, else with the dtype that most of the weights have.
 
-    def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
-        written.finish(targets, plan, checksums)
-        write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
-        documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
-        checkpoint_directory.write_tracker(staging, step.name)
+    A text is true that says no dtype. So is one that says another than the weights have, if it came with these very
+    weights.
+    """
+    sizes: Counter[str] = Counter()
+    for file in files.files.values():
+        for tensor in file.tensors:
+            sizes[tensor.dtype] += tensor.end - tensor.begin
+    dtype = sizes.most_common(1)[0][0]
+    if source.config.hf_config is None:
+        _LOG.warning(
+            "config.json is made from %s, which has no bos_token_id, eos_token_id and pad_token_id: transformers takes "
+            "its defaults for this family. Give the original Hugging Face directory with --config to keep its own.",
+            source.config_from,
+        )
+    content = source.config.to_hf()
+    text = hf_directory.text_of(original, content)
+    if text is not None and (source.config.dtype in {None, dtype} or _is_imported(source, files, content)):
+        return text
+    if source.config.dtype != dtype:
+        content["dtype" if "dtype" in content else "torch_dtype"] = dtype
+    return hf_directory.config_json(content, original)
 
-    sizes = written.file_sizes(step)
-    options = {"--tp": tp, "--pp": pp, "--ep": ep, "--dtype": dtype, "--iteration": iteration}
-    losses = write_output(
-        output,
-        plan,
-        sizes,
-        complete=complete,
-        manifest=NewManifest(folder=step) if manifest else None,
-        checksums=True,
-        recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
-        beside=[*carried.values()],
-        overwrite=overwrite,
-        resume=resume,
-        dry_run=dry_run,
-        effort=effort,
-        ranks=ranks,
-        losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),
-    )
-    return Conversion.of(output, plan, sizes, source, num_tensors=len(source.tensors), losses=losses)
+
+def _is_imported(source: ModelSource, files: FileSet, content: Mapping[str, Any]) -> bool:
+    """Whether configuration and files are those that an import left in the checkpoint."""
+    left = [folder / CONFIG_FILE for folder in source.assets if (folder / CONFIG_FILE).is_file()]
+    return files is source.hf_files and any(hf_directory.text_of(path, content) for path in left)

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.convert.ranks import Ranks
+from dist_ckpt_mistral.formats.hf_directory import TensorSpans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
-from dist_ckpt_mistral.gather.digest import Digest, Span, digest
+from dist_ckpt_mistral.gather.digest import Digest, digest
 from dist_ckpt_mistral.gather.execute import Effort, run_all
-from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import documents
-
-#: Where the data of tensors lie: name of the file -> name of the tensor -> span, ascending.
-TensorSpans = Mapping[str, Mapping[str, Span]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,14 +20,6 @@ class NewManifest:
 
     folder: Path
     tensors: TensorSpans = field(default_factory=dict)
-
-
-def tensor_spans(files: FileSet) -> TensorSpans:
-    """Where the tensors of safetensors files lie."""
-    return {
-        name: {t.name: Span(file.data_start + t.begin, t.end - t.begin) for t in file.tensors}
-        for name, file in files.files.items()
-    }
 
 
 def write_manifest(output: Path, new: NewManifest, *, effort: Effort, ranks: Ranks) -> None:

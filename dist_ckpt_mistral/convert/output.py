@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
+from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
+from dist_ckpt_mistral.convert.manifest import NewManifest, write_manifest
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
-from dist_ckpt_mistral.losses import REFUSE, Loss, LossPolicy
-from dist_ckpt_mistral.manifest import NewManifest, write_manifest
-from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import documents, local
 from dist_ckpt_mistral.storage.local import TargetFile
 from dist_ckpt_mistral.storage.staging import Staging

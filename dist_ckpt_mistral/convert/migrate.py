@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral.conversion import Conversion
+from dist_ckpt_mistral.convert.conversion import Conversion
+from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
+from dist_ckpt_mistral.convert.rewrite import Rewriting, new_objects, own_boxes, rewrite
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
@@ -20,10 +22,7 @@ from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
-from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.rewriting import Rewriting, new_objects, own_boxes, rewrite
 
-_ALONE: Final = Ranks()
 #: How much a data file holds, unless one chunk or object has more.
 FILE_BYTES: Final = 5_000_000_000
 
@@ -38,7 +37,7 @@ def migrate(
     resume: bool = False,
     dry_run: bool = False,
     effort: Effort = DEFAULT_EFFORT,
-    ranks: Ranks = _ALONE,
+    ranks: Ranks = ALONE,
 ) -> Conversion:
     """Write a legacy ``zarr`` checkpoint (root or iteration) as ``torch_dist``.
 

@@ -64,6 +64,10 @@ class Ranks:
         return result
 
 
+#: A job of this process only.
+ALONE: Final = Ranks()
+
+
 def leave_at_exit() -> None:
     """End the process group that was joined before Python itself ends: torch's threads may abort the process else.
 
@@ -114,7 +118,7 @@ def _has_process_group() -> bool:
 @functools.cache
 def _on_one_machine(rank: int, world_size: int) -> Ranks:
     """The ranks of this machine, which meet once and then stay connected."""
-    from dist_ckpt_mistral import local_ranks  # noqa: PLC0415  (one process needs no sockets)
+    from dist_ckpt_mistral.convert import local_ranks  # noqa: PLC0415  (one process needs no sockets)
 
     return Ranks(rank=rank, world_size=world_size, exchange=local_ranks.join(rank, world_size))
 

@@ -10,9 +10,10 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
 
-from dist_ckpt_mistral.conversion import Conversion
+from dist_ckpt_mistral.convert.conversion import Conversion
+from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
+from dist_ckpt_mistral.convert.rewrite import Rewriting, new_objects, own_boxes, rewrite
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
@@ -25,11 +26,8 @@ from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state, model_prefix, split_state_key
-from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.rewriting import Rewriting, new_objects, own_boxes, rewrite
 
 _LOG = logging.getLogger(__name__)
-_ALONE: Final = Ranks()
 
 
 def reshard(
@@ -44,7 +42,7 @@ def reshard(
     resume: bool = False,
     dry_run: bool = False,
     effort: Effort = DEFAULT_EFFORT,
-    ranks: Ranks = _ALONE,
+    ranks: Ranks = ALONE,
 ) -> Conversion:
     """Write a checkpoint again, cut so that every rank of ``layout`` reads only whole chunks.
 

@@ -3,30 +3,118 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
+from dist_ckpt_mistral.convert.journal import Recipe
+from dist_ckpt_mistral.convert.manifest import NewManifest
+from dist_ckpt_mistral.convert.output import Checksums, write_output
+from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
 from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE, untrained
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, locate, require_not_swapped
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk, NewObject
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.mapping import configuration
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, new_checkpoint_map
 from dist_ckpt_mistral.mapping.chunking import cuts
 from dist_ckpt_mistral.mapping.configuration import RUN_CONFIG_FILE
-from dist_ckpt_mistral.mapping.source import ModelSource, require_equal_twins
+from dist_ckpt_mistral.mapping.source import ModelSource, open_hf, require_equal_twins
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.args.bridge import to_run_config
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import OLD_EXTRA_STATES, TensorTable
-from dist_ckpt_mistral.storage import documents
+from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage.local import Sources, TargetFile
+
+_LOG = logging.getLogger(__name__)
+
+
+def from_hf(
+    hf: str | Path,
+    checkpoint: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    dtype: str | None = None,
+    allow_lossy: bool = False,
+    iteration: int | None = None,
+    manifest: bool = True,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    effort: Effort = DEFAULT_EFFORT,
+    ranks: Ranks = ALONE,
+) -> Conversion:
+    """Import a Hugging Face directory or hub id into a new Megatron checkpoint root.
+
+    A directory may also hold Mistral AI's own files, or weights in FP8, whose values are imported. ``tp``, ``pp`` and
+    ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the checkpoint is a
+    ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every tensor keeps its
+    own; where it destroys values (finite ones become infinite, others zero) that is an error that counts them, or with
+    ``allow_lossy`` a warning. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify.
+    ``resume`` goes on with what a run that was killed or failed has copied; ``dry_run`` checks everything and touches
+    nothing. Raises DistCkptMistralError; then nothing is published.
+    """
+    output = Path(checkpoint)
+    layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
+    checkpoint_directory.require_iteration(iteration)
+    step = Path(checkpoint_directory.iteration_name(iteration))
+
+    def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan]:
+        dtypes.require_weight_dtype(dtype)
+        require_not_swapped(hf, output, Kind.HF, Kind.OWN)
+        paths.require_writable(output, overwrite=overwrite)
+        directory = locate(hf, Kind.HF, Kind.OWN).path
+        paths.require_apart(directory, output)
+        with Sources() as inputs:
+            inputs.look_at(directory.glob("*"))
+            source = open_hf(directory, dtype=dtype and "float32")  # FP8 values: rounded once, where losses are counted
+            return inputs, source, *plan_import(source, layout, dtype, step)
+
+    inputs, source, written, plan = ranks.each(prepare)
+    carried = small_files.small_files(source.path)
+    if folders := small_files.other_folders(source.path):
+        _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
+    inputs.look_at(carried.values())
+
+    def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
+        written.finish(targets, plan, checksums)
+        write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
+        documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
+        checkpoint_directory.write_tracker(staging, step.name)
+
+    sizes = written.file_sizes(step)
+    options = {"--tp": tp, "--pp": pp, "--ep": ep, "--dtype": dtype, "--iteration": iteration}
+    losses = write_output(
+        output,
+        plan,
+        sizes,
+        complete=complete,
+        manifest=NewManifest(folder=step) if manifest else None,
+        checksums=True,
+        recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
+        beside=[*carried.values()],
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        effort=effort,
+        ranks=ranks,
+        losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),
+    )
+    return Conversion.of(output, plan, sizes, source, num_tensors=len(source.tensors), losses=losses)
 
 
 def plan_import(

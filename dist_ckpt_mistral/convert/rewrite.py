@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.conversion import Conversion
+from dist_ckpt_mistral.convert.conversion import Conversion
+from dist_ckpt_mistral.convert.journal import Recipe
+from dist_ckpt_mistral.convert.manifest import NewManifest
+from dist_ckpt_mistral.convert.output import Checksums, write_output
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRAIN_STATE_FILE, read_step
@@ -26,13 +30,9 @@ from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
-from dist_ckpt_mistral.journal import Recipe
-from dist_ckpt_mistral.manifest import NewManifest
 from dist_ckpt_mistral.mapping.checkpoint_map import Ignored
-from dist_ckpt_mistral.ranks import Ranks
 from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources, TargetFile
-from dist_ckpt_mistral.writing import Checksums, write_output
 
 _LOG = logging.getLogger(__name__)
 #: Files that were read and understood, wherever links lead.
