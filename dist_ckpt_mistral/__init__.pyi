@@ -1,8 +1,17 @@
 # The public names, each beside the module that it is imported from on first use.
 
 from ._version import __version__ as __version__
-from .checking import Check as Check
-from .checking import check as check
+from .analysis.compare import Comparison as Comparison
+from .analysis.compare import compare as compare
+from .analysis.compare import compare_stored as compare_stored
+from .analysis.damage import Check as Check
+from .analysis.damage import check as check
+from .analysis.pretrain_command import PretrainCommand as PretrainCommand
+from .analysis.pretrain_command import megatron_args as megatron_args
+from .analysis.read_plan import ReadingPlan as ReadingPlan
+from .analysis.read_planner import plan_reading as plan_reading
+from .analysis.report import Report as Report
+from .analysis.report import inspect as inspect
 from .convert.conversion import Conversion as Conversion
 from .convert.from_hf import from_hf as from_hf
 from .convert.migrate import migrate as migrate
@@ -20,8 +29,6 @@ from .errors import TensorMismatchError as TensorMismatchError
 from .errors import UnsafePickleError as UnsafePickleError
 from .errors import UnsupportedFormatError as UnsupportedFormatError
 from .errors import UnsupportedModelError as UnsupportedModelError
-from .lazy_checkpoint import LazyCheckpoint as LazyCheckpoint
-from .lazy_checkpoint import open_checkpoint as open_checkpoint
 from .megatron.build_model import build_model as build_model
 from .megatron.hf_metadata import add_hf_metadata as add_hf_metadata
 from .megatron.load_model import load_model as load_model
@@ -33,12 +40,5 @@ from .model.config.mistral_config import MistralConfig as MistralConfig
 from .model.layout.layout import ParallelLayout as ParallelLayout
 from .model.table.rules import KeyStyle as KeyStyle
 from .model.table.rules import LayerSpec as LayerSpec
-from .pretrain_command import PretrainCommand as PretrainCommand
-from .pretrain_command import megatron_args as megatron_args
-from .reading.plan import ReadingPlan as ReadingPlan
-from .reading.planner import plan_reading as plan_reading
-from .report import Report as Report
-from .report import inspect as inspect
-from .stored_comparison import compare_stored as compare_stored
-from .verify import Comparison as Comparison
-from .verify import compare as compare
+from .views.lazy import LazyCheckpoint as LazyCheckpoint
+from .views.lazy import open_checkpoint as open_checkpoint

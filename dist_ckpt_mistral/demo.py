@@ -16,7 +16,8 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral import libraries, verify
+from dist_ckpt_mistral import libraries
+from dist_ckpt_mistral.analysis import compare
 from dist_ckpt_mistral.convert import from_hf, to_hf
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import checkpoint_directory
@@ -114,7 +115,7 @@ def _export(checkpoint: Path, export: Path, say: Say) -> None:
 def _compare(original: Path, checkpoint: Path, export: Path, say: Say) -> None:
     say("\n5. Compare.")
     for other in (checkpoint, export):
-        outcome = verify.compare(original, other)
+        outcome = compare.compare(original, other)
         if not outcome.is_equal:
             raise DistCkptMistralError(f"{other} differs from {original}: {outcome.differences}")
         say(

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.places import Kind, what_is
-from dist_ckpt_mistral.lazy_checkpoint import LazyCheckpoint
 from dist_ckpt_mistral.mapping.source import ModelSource
 from dist_ckpt_mistral.storage import documents, hub
+from dist_ckpt_mistral.views.lazy import LazyCheckpoint
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,8 @@ from typing import Any, Final, NoReturn
 
 import tqdm
 
-from dist_ckpt_mistral import cli, commands, report
+from dist_ckpt_mistral import cli, commands
+from dist_ckpt_mistral.analysis import report
 from dist_ckpt_mistral.convert import migrate, reshard, rewrite, to_hf
 from dist_ckpt_mistral.convert.output import write_output
 from dist_ckpt_mistral.convert.ranks import Ranks

@@ -24,10 +24,10 @@ from torch_reading import described, edited_metadata, load_in_own_shapes, load_t
 from transformers import AutoModelForCausalLM
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.analysis.compare import compare
 from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
-from dist_ckpt_mistral.lazy_checkpoint import open_checkpoint
-from dist_ckpt_mistral.verify import compare
+from dist_ckpt_mistral.views.lazy import open_checkpoint
 
 PADDING = "rows that pad the vocabulary"
 OPTIMIZER_KEYS = {"opt_fr_0192": 27, "opt_plain_0161": 27, "opt_fsms_0140": 27, "opt_dr_0161": 6}

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch_reading import described
 from transformers import AutoConfig
 
+from dist_ckpt_mistral.analysis.pretrain_command import megatron_args
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.model.args.bridge import from_run_config
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.pretrain_command import megatron_args
 from dist_ckpt_mistral.storage import documents
 
 if TYPE_CHECKING:

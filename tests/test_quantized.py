@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.analysis.compare import compare_sources
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.mapping.source import open_hf
 from dist_ckpt_mistral.model.config.quantization import described_method, is_readable, unquantized, weight_block_size
-from dist_ckpt_mistral.verify import compare_sources
 
 Tensors = dict[str, torch.Tensor]
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -126,9 +126,9 @@ def test_a_locale_without_the_letters(places: Path) -> None:
 def test_advice_that_the_command_can_follow(command: str, advice: str, places: Path) -> None:
     """Out of memory, only a command that has options for it is told to use them."""
     script = (
-        "import sys; from dist_ckpt_mistral import checking, cli, report\n"
+        "import sys; from dist_ckpt_mistral import cli; from dist_ckpt_mistral.analysis import damage, report\n"
         "def fail(*_, **__): raise MemoryError\n"
-        "report.inspect = checking.check = fail; sys.exit(cli.main(sys.argv[1:]))"
+        "report.inspect = damage.check = fail; sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, command, folder("td_0161")], capture_output=True, text=True, check=False,

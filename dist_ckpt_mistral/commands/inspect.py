@@ -18,14 +18,14 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look, and show; problems that were found are the exit code's business too."""
-    from dist_ckpt_mistral import report, report_page  # noqa: PLC0415  (--help must not wait for it)
+    from dist_ckpt_mistral.analysis import report  # noqa: PLC0415  (--help must not wait for it)
 
     found = report.inspect(arguments.path, config=options.given_config(arguments))
     if arguments.html is not None:
-        report_page.save_html(found, arguments.html)
+        report.save_html(found, arguments.html)
         output.say(f"wrote {arguments.html}")
     elif arguments.json:
         output.say_json(found.to_json())
     else:
-        output.show(report_page.render(found))
+        output.show(report.render(found))
     return options.EXIT_DATA if found.problems else options.EXIT_DONE

@@ -20,7 +20,7 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one text that can be pasted behind ``pretrain_gpt.py``."""
-    from dist_ckpt_mistral.pretrain_command import megatron_args  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis.pretrain_command import megatron_args  # noqa: PLC0415  (--help must not wait for numpy)
 
     command = megatron_args(
         arguments.path, config=options.given_config(arguments), layout=options.given_layout(arguments)

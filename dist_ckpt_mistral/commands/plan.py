@@ -25,11 +25,12 @@ def add(commands: options.Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, show, and draw if asked."""
-    from dist_ckpt_mistral.reading import picture, planner, table  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis import read_planner, read_table  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis.picture import picture  # noqa: PLC0415  (--help must not wait for numpy)
 
     if arguments.svg is not None:
         picture.require_matplotlib()
-    found = planner.plan_reading(
+    found = read_planner.plan_reading(
         arguments.checkpoint,
         options.given_layout(arguments),
         config=options.given_config(arguments),
@@ -41,5 +42,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         output.say_json(found.to_json())
     else:
-        output.show(table.render(found))
+        output.show(read_table.render(found))
     return options.EXIT_DONE

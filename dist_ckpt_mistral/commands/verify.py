@@ -48,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral import checking  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis import damage  # noqa: PLC0415  (--help must not wait for numpy)
 
     with options.effort("checking", arguments, Ranks()) as effort:
-        outcome = checking.check(arguments.a, config=options.given_config(arguments), effort=effort)
+        outcome = damage.check(arguments.a, config=options.given_config(arguments), effort=effort)
     if arguments.json:
         output.say_json(outcome.to_json())
     else:
@@ -66,14 +66,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _compare_bits(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral import stored_comparison, verify  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis import compare  # noqa: PLC0415  (--help must not wait for numpy)
     from dist_ckpt_mistral.messages import human_bytes  # noqa: PLC0415
 
     with options.effort("comparing", arguments, Ranks()) as effort:
         if arguments.stored:
-            outcome = stored_comparison.compare_stored(arguments.a, arguments.b, effort=effort)
+            outcome = compare.compare_stored(arguments.a, arguments.b, effort=effort)
         else:
-            outcome = verify.compare(arguments.a, arguments.b, config=options.given_config(arguments), effort=effort)
+            outcome = compare.compare(arguments.a, arguments.b, config=options.given_config(arguments), effort=effort)
     if arguments.json:
         output.say_json(outcome.to_json())
     else:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from dist_ckpt_mistral.analysis.compare import open_pair
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
@@ -17,7 +18,6 @@ from dist_ckpt_mistral.megatron.inference import forward, require_tokens
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.verify import open_pair
 
 #: Float32 on both sides leaves rounding; anything that is computed differently is orders of magnitude above this.
 TOLERANCE: Final = 1e-4

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dist_ckpt_mistral.analysis.read_plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
+from dist_ckpt_mistral.analysis.sheet import sheet
 from dist_ckpt_mistral.messages import human_bytes
-from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
-from dist_ckpt_mistral.sheet import sheet
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from dist_ckpt_mistral.analysis.picture import style
+from dist_ckpt_mistral.analysis.read_plan import RankReads, ReadingPlan, factor
 from dist_ckpt_mistral.messages import counted, human_bytes, spans
-from dist_ckpt_mistral.reading import style
-from dist_ckpt_mistral.reading.plan import RankReads, ReadingPlan, factor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

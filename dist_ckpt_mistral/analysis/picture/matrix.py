@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
+from dist_ckpt_mistral.analysis.picture import style
+from dist_ckpt_mistral.analysis.read_plan import ReadingPlan
 from dist_ckpt_mistral.messages import human_bytes
-from dist_ckpt_mistral.reading import style
-from dist_ckpt_mistral.reading.plan import ReadingPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

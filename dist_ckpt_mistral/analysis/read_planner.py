@@ -15,12 +15,21 @@ from typing import Final
 
 import numpy as np
 
+from dist_ckpt_mistral.analysis.read_plan import (
+    OPTIMIZER,
+    WEIGHTS,
+    ChunkList,
+    RankReads,
+    ReadingPlan,
+    WantedBox,
+    chunk_list,
+    chunk_reads,
+)
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
-from dist_ckpt_mistral.gather.chunk_reads import ChunkList, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.chunking import SPEC
@@ -31,7 +40,6 @@ from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinate
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
 from dist_ckpt_mistral.model.table.entries import flat_state, kind_of, split_state_key
 from dist_ckpt_mistral.model.table.rules import ParamState
-from dist_ckpt_mistral.reading.plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
 
 _LOG = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral import libraries
+from dist_ckpt_mistral.analysis.picture import matrix, ribbons, style
+from dist_ckpt_mistral.analysis.read_plan import ReadingPlan
+from dist_ckpt_mistral.analysis.read_table import layout_text
 from dist_ckpt_mistral.messages import counted, printable
-from dist_ckpt_mistral.reading import matrix, ribbons, style
-from dist_ckpt_mistral.reading.plan import ReadingPlan
-from dist_ckpt_mistral.reading.table import layout_text
 from dist_ckpt_mistral.storage import documents
 
 if TYPE_CHECKING:
