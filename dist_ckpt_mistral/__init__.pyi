@@ -32,8 +32,8 @@ from .errors import UnsupportedModelError as UnsupportedModelError
 from .megatron.build_model import build_model as build_model
 from .megatron.hf_metadata import add_hf_metadata as add_hf_metadata
 from .megatron.load_model import load_model as load_model
-from .megatron.optimizer_state import optimizer_state_dict as optimizer_state_dict
 from .megatron.runtime import initialize_megatron as initialize_megatron
+from .megatron.sharded_state_dict import optimizer_state_dict as optimizer_state_dict
 from .megatron.sharded_state_dict import sharded_state_dict as sharded_state_dict
 from .model.config.mistral_config import ConfigOverride as ConfigOverride
 from .model.config.mistral_config import MistralConfig as MistralConfig

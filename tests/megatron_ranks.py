@@ -36,8 +36,7 @@ from torch_reading import load_tensors
 from dist_ckpt_mistral.convert.ranks import from_environment
 from dist_ckpt_mistral.convert.reshard import reshard
 from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensor, add_hf_metadata
-from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
-from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
+from dist_ckpt_mistral.megatron.sharded_state_dict import optimizer_state_dict, sharded_state_dict
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor

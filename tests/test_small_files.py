@@ -20,7 +20,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, find_adapter_config_file
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.small_files import folders_beside
-from dist_ckpt_mistral.hf_inference import load_tokenizer
+from dist_ckpt_mistral.megatron.hf_inference import load_tokenizer
 from dist_ckpt_mistral.storage.paths import leads_outside
 
 CONFIG = "config.json"

@@ -12,8 +12,8 @@ from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.messages import command_line
 
 if TYPE_CHECKING:
-    from dist_ckpt_mistral.hf_inference import Sampling
     from dist_ckpt_mistral.megatron.generate import Completion
+    from dist_ckpt_mistral.megatron.hf_inference import Sampling
 
 
 def add(commands: options.Commands) -> None:
@@ -89,7 +89,7 @@ def _require_ranks(arguments: argparse.Namespace) -> None:
 
 def _sampling(arguments: argparse.Namespace) -> Sampling | None:
     """What the sampling options ask for, or None if none was given."""
-    from dist_ckpt_mistral.hf_inference import Sampling  # noqa: PLC0415  (--help must not wait)
+    from dist_ckpt_mistral.megatron.hf_inference import Sampling  # noqa: PLC0415  (--help must not wait)
 
     given = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -34,7 +34,7 @@ from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
 from dist_ckpt_mistral.model.table.entries import state_key, why_ignored
-from dist_ckpt_mistral.model.table.rules import KeyStyle, LayerSpec, spell_key
+from dist_ckpt_mistral.model.table.rules import KeyStyle, LayerSpec, ParamState, spell_key
 from dist_ckpt_mistral.model.table.table import tensor_table
 
 #: Produces the tensor that a ``HeldTensor`` describes, of its ``local_shape`` and the given dtype.
@@ -267,3 +267,56 @@ def _supplied(supplier: Supplier, held: HeldTensor, dtype: torch.dtype) -> torch
     if problems:
         raise TensorMismatchError("the supplier gave another tensor: " + "; ".join(problems))
     return tensor
+
+
+def optimizer_state_dict(
+    config: MistralConfig,
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    distributed: bool = True,
+    data: Mapping[str, Mapping[str, Any] | Supplier] | None = None,
+    style: KeyStyle = KeyStyle.STACKED,
+    spec: LayerSpec = LayerSpec.LOCAL,
+    padded_vocab_size: int | None = None,
+) -> dict[str, ShardedStateDict]:
+    """What ``rank`` of ``layout`` holds of the optimizer: master weights and both moments of Adam, in float32.
+
+    Under each of Megatron's names for these stands a dict like that of ``sharded_state_dict``, keyed by the names of
+    the parameters in the local module; entries say which Hugging Face tensors they hold rows of, as those of the
+    weights do. Megatron's optimizers number parameters instead, in an order that only they know: entries are the same,
+    their place is not.
+
+    Args:
+        config: The model.
+        layout: The parallel layout.
+        rank: Counts as Megatron does for ``layout``.
+        distributed: Whether it is Megatron's distributed optimizer (``fully_reshardable``), which calls the master
+            weights ``param``; the ordinary one (``plain``) calls them ``fp32_param``.
+        data: None to let ``load`` allocate; or under each of the names what ``sharded_state_dict`` takes as ``data``.
+        style: How keys of layers are spelled; a load must ask in the style of the checkpoint.
+        spec: Which modules the model's layers are made of.
+        padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to.
+
+    Raises:
+        LayoutError: The layout does not fit the model, or ``rank`` or ``padded_vocab_size`` the layout.
+        TensorMismatchError: As for ``sharded_state_dict``.
+    """
+    which = -1 if distributed else 0
+    names = [state.value[which] for state in ParamState if state is not ParamState.WEIGHTS]
+    return {
+        name: nested(
+            tensor_entries(
+                config,
+                layout,
+                rank,
+                data=None if data is None else data[name],
+                dtype=torch.float32,
+                style=style,
+                spec=spec,
+                vocab_rows=padded_vocab_size,
+                state=name,
+            )
+        )
+        for name in names
+    }
