@@ -15,6 +15,7 @@ from .analysis.report import inspect as inspect
 from .convert.conversion import Conversion as Conversion
 from .convert.from_hf import from_hf as from_hf
 from .convert.migrate import migrate as migrate
+from .convert.output import Output as Output
 from .convert.reshard import reshard as reshard
 from .convert.to_hf import to_hf as to_hf
 from .errors import ConfigError as ConfigError

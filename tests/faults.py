@@ -28,8 +28,8 @@ from typing import Any, Final, NoReturn
 
 import tqdm
 
-from dist_ckpt_mistral import cli, commands
 from dist_ckpt_mistral.analysis import report
+from dist_ckpt_mistral.cli import main
 from dist_ckpt_mistral.convert import migrate, reshard, rewrite, to_hf
 from dist_ckpt_mistral.convert.output import write_output
 from dist_ckpt_mistral.convert.ranks import Ranks
@@ -55,7 +55,7 @@ REMOVING: Final = ("unlink", "rmdir")
 READING: Final = ("preadv", "pread")
 #: What is written in two steps: tensors, and not what stands around them.
 _MUCH_BYTES: Final = 900
-_WARM: Final = (commands, to_hf, migrate, report, reshard, tqdm)  # imported before the forks
+_WARM: Final = (to_hf, migrate, report, reshard, tqdm)  # imported before the forks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +183,7 @@ class Driver:
             module.write_output = functools.partial(self._instead, write_output)  # type: ignore[attr-defined]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                code = cli.main([*self.scenario.command, "--workers", "1"])
+                code = main.main([*self.scenario.command, "--workers", "1"])
         except BaseException:
             if self.report is None:
                 raise

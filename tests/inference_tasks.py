@@ -10,7 +10,7 @@ import torch
 from gpt_stage import Stage
 from safetensors.torch import load_file
 
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 from dist_ckpt_mistral.megatron.build_model import as_chunks
 from dist_ckpt_mistral.megatron.generate import forward, generate
 from dist_ckpt_mistral.megatron.load_model import load_model

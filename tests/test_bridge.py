@@ -191,7 +191,9 @@ def test_bridge_finds_what_from_hf_wrote(iteration: int | None, name: str, hf: P
     assert files == {name, "latest_checkpointed_iteration.txt"}
     assert state_of(root / name / "train_state.pt")["step"] == (torch.int64, iteration or 0)
     assert run("verify", root, hf).code == 0
-    from_hf(hf, root, iteration=iteration, overwrite=True)  # one checkpoint, although two names lead to it
+    from_hf(
+        hf, root, iteration=iteration, output=dcm.Output(overwrite=True)
+    )  # one checkpoint, although two names lead to it
     dcm.reshard(root, tmp_path / "cut", dcm.ParallelLayout(tp=2, pp=2))
     assert found_by_auto_bridge(tmp_path / "cut").resolve() == (tmp_path / "cut" / name).resolve()
     assert found_by_training(tmp_path / "cut") == found_by_training(root)
@@ -216,7 +218,7 @@ def test_the_link_for_bridge_is_made_anew_by_a_resumed_run(
         patch.setattr("dist_ckpt_mistral.convert.output.write_manifest", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             from_hf(hf, tmp_path / "root")
-    from_hf(hf, tmp_path / "root", resume=True)
+    from_hf(hf, tmp_path / "root", output=dcm.Output(resume=True))
     assert (tmp_path / "root" / "iter_0000000").readlink() == Path("release")
 
 

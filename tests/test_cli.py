@@ -26,7 +26,7 @@ from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.cli import options
 from dist_ckpt_mistral.convert import migrate
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.convert.ranks import Ranks
@@ -50,7 +50,7 @@ class Absent(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 for command in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
@@ -436,7 +436,7 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     """Many small files are written under a limit of open files that can be raised, and read under one that cannot."""
     original = saved(random_model(num_hidden_layers=64), tmp_path / "original")
     script = (
-        "import resource, sys; from dist_ckpt_mistral.cli import main; "
+        "import resource, sys; from dist_ckpt_mistral.cli.main import main; "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (48, int(sys.argv[1]))); "
         "sys.exit(main(sys.argv[2:]))"
     )
@@ -455,7 +455,7 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
 #: Exports, but stops for ever at the fifth write. Shells have what they run in the background ignore interrupts.
 STALLED = """
 import signal, sys, time
-from dist_ckpt_mistral import cli; from dist_ckpt_mistral.storage import local
+from dist_ckpt_mistral.cli import main as cli; from dist_ckpt_mistral.storage import local
 signal.signal(signal.SIGINT, signal.default_int_handler)
 write, calls = local.TargetFile.write, []
 def stalling(*arguments):

@@ -244,7 +244,7 @@ def test_a_mount_point_of_the_same_device(pristine: Path, tmp_path: Path) -> Non
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "with blank" / "precious").touch()
     (tmp_path / "elsewhere").mkdir()
-    line = "import sys; from dist_ckpt_mistral.cli import main; sys.exit(main())"
+    line = "import sys; from dist_ckpt_mistral.cli.main import main; sys.exit(main())"
     script = f"""
         cd '{tmp_path}' && mount --bind elsewhere volume && mount --bind elsewhere 'with blank/volume' || exit 77
         for output in volume 'with blank/volume' 'with blank'; do

@@ -135,7 +135,7 @@ def test_weights_under_a_second_key_are_told(tmp_path: Path) -> None:
     """An export names the norms that lie there twice, once for each layer spec, as what it leaves out, and why."""
     family_model("mixtral").save_pretrained(tmp_path / "hf")
     dcm.from_hf(tmp_path / "hf", tmp_path / "ckpt")
-    done = dcm.to_hf(tmp_path / "ckpt", tmp_path / "back", dry_run=True)
+    done = dcm.to_hf(tmp_path / "ckpt", tmp_path / "back", output=dcm.Output(dry_run=True))
     again = [name for name, reason in done.ignored if reason.startswith("the same weights again")]
     assert again == ["decoder.layers.mlp.linear_fc1.layer_norm_weight"]
 

@@ -53,7 +53,12 @@ def test_export_equals_the_live_model(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", GENUINE)
 def test_whatever_stays_behind_is_listed_with_its_reason(case: str, tmp_path: Path) -> None:
     """Each stored entry is a weight or is ignored for a reason; padded vocabulary rows are named by their numbers."""
-    done = to_hf(folder(case) / "checkpoint", tmp_path / "hf", config=folder(case) / "config.json", dry_run=True)
+    done = to_hf(
+        folder(case) / "checkpoint",
+        tmp_path / "hf",
+        config=folder(case) / "config.json",
+        output=dcm.Output(dry_run=True),
+    )
     assert not (tmp_path / "hf").exists()
     stored = read_metadata(shards(case)).state_dict_metadata
     padding = [entry for entry, reason in done.ignored if reason == PADDING]

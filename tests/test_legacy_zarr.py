@@ -326,7 +326,7 @@ def test_many_chunks(tmp_path: Path) -> None:
     open_stored(old)
     assert time.process_time() - start < 1
     script = (
-        "import resource, sys; from dist_ckpt_mistral.cli import main; "
+        "import resource, sys; from dist_ckpt_mistral.cli.main import main; "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)); sys.exit(main(sys.argv[1:]))"
     )
     for command in (("migrate", old, tmp_path / "new", "--workers", "4"), ("verify", tmp_path / "new")):

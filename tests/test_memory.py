@@ -21,7 +21,7 @@ _LIMIT_BYTES = 176 << 20
 
 _LIMITED = """
 import resource, sys
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]), int(sys.argv[1])))
 sys.exit(main(sys.argv[2:]))
 """

@@ -250,7 +250,7 @@ def test_master_weights_and_vision(trip: Trip, tmp_path: Path) -> None:
         again = {index: at for index, at in stored.items() if index.fqn in of_model}
         stored |= {type(index)(state + index.fqn, index.offset): at for index, at in again.items()}
     for weights in ("model", "master"):
-        dcm.to_hf(tmp_path / "ckpt", tmp_path / "hf", overwrite=True, weights=weights)
+        dcm.to_hf(tmp_path / "ckpt", tmp_path / "hf", output=dcm.Output(overwrite=True), weights=weights)
         assert contents(tmp_path / "hf") == contents(trip.original)
 
 

@@ -24,7 +24,7 @@ from test_cli import Page
 from test_reading_picture import Picture
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
-from dist_ckpt_mistral.commands import output
+from dist_ckpt_mistral.cli import output
 from dist_ckpt_mistral.messages import command_line
 
 #: matplotlib's formulas (one that does not parse), rich's markup, emoji and links, HTML, formats of Python's.

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import models
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.cli import options
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size

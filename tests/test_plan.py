@@ -574,8 +574,10 @@ def test_writes_begin_where_the_page_cache_takes_them_whole(tmp_path: Path, dtyp
         TensorIndex(files=(tmp_path / "target",), tensors={"t": target}),
         [Link(source="s", source_offset=(0,), target="t", target_offset=(0,), shape=shape)],
     )
-    written = SimpleNamespace(write=lambda position, data: writes.append((position, len(data))))
-    effort = Effort(workers=1, durable=False)
+    written = SimpleNamespace(
+        write=lambda position, data: writes.append((position, len(data))), start_writeback=lambda *_: None
+    )
+    effort = Effort(workers=1)
     execute(plan, {0: cast("TargetFile", written)}, effort=effort, numbers=[0], checksums=False)
     stored, band = shape[0] * DTYPES[dtype], BAND_BYTES // 4 * DTYPES[dtype]
     begins = [1000, *range(band, 1000 + stored, band)]

@@ -19,10 +19,10 @@ from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.cli.processes import run_ranks
 from dist_ckpt_mistral.convert.ranks import Ranks, from_environment
 from dist_ckpt_mistral.formats import places
 from dist_ckpt_mistral.gather.execute import Effort
-from dist_ckpt_mistral.rank_processes import run_ranks
 from dist_ckpt_mistral.storage import local
 
 
@@ -77,11 +77,15 @@ def test_what_ranks_lose_is_counted_together(hf: Path, tmp_path: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
     options: dict[str, Any] = {"tp": 2, "pp": 2, "dtype": "float16"}
     for resume in (False, True):
-        out = tmp_path / "out"
-        failures = on_ranks(3, lambda ranks: dcm.from_hf(tmp_path / "hf", out, **options, resume=resume, ranks=ranks))  # noqa: B023
+        out, output = tmp_path / "out", dcm.Output(resume=resume)
+        failures = on_ranks(
+            3,
+            lambda ranks: dcm.from_hf(tmp_path / "hf", out, **options, output=output, ranks=ranks),  # noqa: B023
+        )
         assert all("lm_head.weight: 3 become infinite; model.embed_tokens.weight: 3" in str(each) for each in failures)
         assert not out.exists()
-    losses = dcm.from_hf(tmp_path / "hf", tmp_path / "out", **options, allow_lossy=True, resume=True).losses
+    resumed = dcm.Output(resume=True)
+    losses = dcm.from_hf(tmp_path / "hf", tmp_path / "out", **options, allow_lossy=True, output=resumed).losses
     assert [(loss.tensors, loss.overflowed) for loss in losses] == [
         (("lm_head.weight",), 3),
         (("model.embed_tokens.weight",), 3),
@@ -109,7 +113,10 @@ def test_a_rank_that_fails_fails_all(hf: Path, tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == [".out.incomplete"]
     assert "--resume continues" in failures[0].__notes__[-1]  # type: ignore[union-attr]
     monkeypatch.undo()
-    assert on_ranks(2, lambda ranks: dcm.from_hf(hf, tmp_path / "out", tp=2, resume=True, ranks=ranks)) == [None] * 2
+    assert (
+        on_ranks(2, lambda ranks: dcm.from_hf(hf, tmp_path / "out", tp=2, output=dcm.Output(resume=True), ranks=ranks))
+        == [None] * 2
+    )
     dcm.from_hf(hf, tmp_path / "one", tp=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
@@ -167,7 +174,7 @@ def test_ranks_of_one_machine_need_no_torch(hf: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules["torch"] = None
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 sys.exit(any(main(command) for command in {commands}))
 """
     run_ranks([[sys.executable, "-c", code]] * 2, tmp_path, timeout_s=60)
@@ -183,7 +190,7 @@ def test_a_rank_that_is_killed_fails_the_others(hf: Path, tmp_path: Path, victim
     code = f"""
 import os, signal, sys
 from dist_ckpt_mistral.convert import output as writing
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 if os.environ["RANK"] == "{victim}":
     writing.execute = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 print(main(["from-hf", {str(hf)!r}, {str(tmp_path / "out")!r}]))

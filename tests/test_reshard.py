@@ -377,7 +377,7 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
         dcm.reshard(shards(OPT), tmp_path / "full", dcm.ParallelLayout(), config=case)
-    dcm.reshard(shards(OPT), tmp_path / "full", dcm.ParallelLayout(), config=case, overwrite=True)
+    dcm.reshard(shards(OPT), tmp_path / "full", dcm.ParallelLayout(), config=case, output=dcm.Output(overwrite=True))
     assert "file" not in contents(tmp_path / "full")
     assert not (tmp_path / "out").exists()
 

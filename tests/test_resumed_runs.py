@@ -74,7 +74,7 @@ def test_what_was_copied_is_not_copied_again(
     """A resumed run writes the tensors that are missing, what stands around tensors, and no other."""
     begun(hf, tmp_path / "out", monkeypatch)
     sizes = at_write(0, full, monkeypatch)
-    dcm.from_hf(hf, tmp_path / "out", resume=True, effort=ALONE)
+    dcm.from_hf(hf, tmp_path / "out", output=dcm.Output(resume=True), effort=ALONE)
     resumed, sizes[:] = sum(sizes), []
     dcm.from_hf(hf, tmp_path / "again", effort=ALONE)
     assert contents(tmp_path / "out") == contents(tmp_path / "again") == expected
@@ -94,7 +94,7 @@ def test_what_is_kept_is_checked(
     notes = staging / "copied-0"
     notes.write_bytes(notes.read_bytes()[:-3] + b"\n\xff\xfe torn")
     (staging / "output" / "config.json").write_text("half-written")
-    dcm.from_hf(hf, tmp_path / "out", resume=True)
+    dcm.from_hf(hf, tmp_path / "out", output=dcm.Output(resume=True))
     assert contents(tmp_path / "out") == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
@@ -227,7 +227,7 @@ def test_a_file_system_without_locks(
     staging = begun(hf, tmp_path / "out", monkeypatch)
     line = refusal(tmp_path, "from-hf", hf, tmp_path / "out")
     assert f"remove {staging} or give --resume" in line
-    dcm.from_hf(hf, tmp_path / "out", resume=True)
+    dcm.from_hf(hf, tmp_path / "out", output=dcm.Output(resume=True))
     assert contents(tmp_path / "out") == expected
     assert not staging.exists()
 

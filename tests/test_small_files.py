@@ -352,7 +352,7 @@ def test_an_index_of_any_writer_comes_back(writer: str, end: str, hf: Path, tmp_
     dcm.from_hf(hf, tmp_path / "ckpt", tp=2)
     dcm.to_hf(tmp_path / "ckpt", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(hf)
-    dcm.to_hf(tmp_path / "ckpt", tmp_path / "wide", dtype="float32", max_file_bytes=5000)
+    dcm.to_hf(tmp_path / "ckpt", tmp_path / "wide", dtype="float32", output=dcm.Output(max_file_bytes=5000))
     said = json.loads((tmp_path / "wide" / INDEX).read_bytes())
     assert said["metadata"]["total_size"] == 2 * index["metadata"]["total_size"]
 

@@ -22,7 +22,7 @@ RESHARDED = ("opt_plain_0161", "opt_fr_0192", "opt_fsms_0140", "moe_grouped_0161
 @pytest.mark.parametrize("case", OLD)
 def test_what_was_migrated_is_the_same(case: str, tmp_path: Path) -> None:
     """Optimizer state, objects with tensors and common state count, and no configuration is needed."""
-    dcm.migrate(shards(case), tmp_path / "new", max_file_bytes=50_000)
+    dcm.migrate(shards(case), tmp_path / "new", output=dcm.Output(max_file_bytes=50_000))
     outcome = dcm.compare_stored(shards(case), tmp_path / "new")
     assert outcome.is_equal, outcome.differences
     arrays = [path for path in shards(case).glob("*/.zarray") if path.is_file() and path.stat().st_size]

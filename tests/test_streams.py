@@ -93,7 +93,8 @@ def test_a_reader_who_has_seen_enough(places: Path) -> None:
 def test_no_file_gets_the_number_of_a_closed_stream(places: Path, tmp_path: Path) -> None:
     """What native code or a child process writes to descriptors 1 and 2 ends up in no file."""
     script = (
-        "import os, subprocess, sys; from dist_ckpt_mistral import cli; from dist_ckpt_mistral.storage import local\n"
+        "import os, subprocess, sys\n"
+        "from dist_ckpt_mistral.cli import main as cli; from dist_ckpt_mistral.storage import local\n"
         "opened = local.TargetFile.__init__\n"
         "def opening(self, *arguments, **options):\n"
         "    opened(self, *arguments, **options)\n"
@@ -126,7 +127,8 @@ def test_a_locale_without_the_letters(places: Path) -> None:
 def test_advice_that_the_command_can_follow(command: str, advice: str, places: Path) -> None:
     """Out of memory, only a command that has options for it is told to use them."""
     script = (
-        "import sys; from dist_ckpt_mistral import cli; from dist_ckpt_mistral.analysis import damage, report\n"
+        "import sys; from dist_ckpt_mistral.cli import main as cli\n"
+        "from dist_ckpt_mistral.analysis import damage, report\n"
         "def fail(*_, **__): raise MemoryError\n"
         "report.inspect = damage.check = fail; sys.exit(cli.main(sys.argv[1:]))"
     )

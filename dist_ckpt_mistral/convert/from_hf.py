@@ -12,9 +12,9 @@ from typing import Any
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.manifest import NewManifest
-from dist_ckpt_mistral.convert.output import Checksums, write_output
+from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
-from dist_ckpt_mistral.errors import for_all
+from dist_ckpt_mistral.errors import LayoutError, for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
 from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE, untrained
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, locate, require_not_swapped
@@ -45,44 +45,61 @@ def from_hf(
     hf: str | Path,
     checkpoint: str | Path,
     *,
+    layout: ParallelLayout | None = None,
     tp: int = 1,
     pp: int = 1,
     ep: int = 1,
     dtype: str | None = None,
     allow_lossy: bool = False,
     iteration: int | None = None,
-    manifest: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
+    output: Output = DEFAULT_OUTPUT,
     effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = ALONE,
 ) -> Conversion:
-    """Import a Hugging Face directory or hub id into a new Megatron checkpoint root.
+    """Import a Hugging Face model into a new Megatron checkpoint root.
 
-    A directory may also hold Mistral AI's own files, or weights in FP8, whose values are imported. ``tp``, ``pp`` and
-    ``ep`` choose how the stored chunks are cut, never what can be loaded. Without ``iteration`` the checkpoint is a
-    ``release``, Megatron's name for weights without training state. ``dtype`` converts, else every tensor keeps its
-    own; where it destroys values (finite ones become infinite, others zero) that is an error that counts them, or with
-    ``allow_lossy`` a warning. ``manifest`` adds integrity.json, which megatron-core 0.18 and newer can verify.
-    ``resume`` goes on with what a run that was killed or failed has copied; ``dry_run`` checks everything and touches
-    nothing. Raises DistCkptMistralError; then nothing is published.
+    Args:
+        hf: Hugging Face directory or hub id. It may also hold Mistral AI's own (consolidated) files, or weights in FP8,
+            whose values are imported.
+        checkpoint: Checkpoint root to create.
+        layout: How the stored chunks are cut, never what can be loaded.
+        tp: Tensor parallelism, short for ``layout=ParallelLayout(tp=tp, pp=pp, ep=ep)``.
+        pp: Pipeline parallelism, likewise.
+        ep: Expert parallelism, likewise.
+        dtype: Converts all weights to ``"bfloat16"``, ``"float16"`` or ``"float32"``; None keeps the dtype of each.
+        allow_lossy: Warn where ``dtype`` destroys values (finite ones become infinite, others zero), and count them.
+        iteration: Stores the weights as this iteration. None makes a ``release``, Megatron's name for weights without
+            training state.
+        output: How the checkpoint is written.
+        effort: How much of the machine to use.
+        ranks: The processes that share the work; by default this one alone.
+
+    Returns:
+        What was written, or with ``output.dry_run`` would be.
+
+    Raises:
+        LayoutError: The model cannot be cut so, or ``layout`` is given together with ``tp``, ``pp`` or ``ep``.
+        DistCkptMistralError: The directory is damaged, contradicts itself, or holds another model; the checkpoint
+            cannot be written; values would be destroyed without ``allow_lossy``. Then nothing is published.
     """
-    output = Path(checkpoint)
-    layout = ParallelLayout(tp=tp, pp=pp, ep=ep)
+    target = Path(checkpoint)
+    shorthand = ParallelLayout(tp=tp, pp=pp, ep=ep)
+    if layout is not None and shorthand != ParallelLayout():
+        raise LayoutError("give either a layout, or tp, pp and ep")
+    cut_for = layout or shorthand
     checkpoint_directory.require_iteration(iteration)
     step = Path(checkpoint_directory.iteration_name(iteration))
 
     def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
-        require_not_swapped(hf, output, Kind.HF, Kind.OWN)
-        paths.require_writable(output, overwrite=overwrite)
+        require_not_swapped(hf, target, Kind.HF, Kind.OWN)
+        paths.require_writable(target, overwrite=output.overwrite)
         directory = locate(hf, Kind.HF, Kind.OWN).path
-        paths.require_apart(directory, output)
+        paths.require_apart(directory, target)
         with Sources() as inputs:
             inputs.look_at(directory.glob("*"))
             source = open_hf(directory, dtype=dtype and "float32")  # FP8 values: rounded once, where losses are counted
-            return inputs, source, *plan_import(source, layout, dtype, step)
+            return inputs, source, *plan_import(source, cut_for, dtype, step)
 
     inputs, source, written, plan = ranks.each(prepare)
     carried = small_files.small_files(source.path)
@@ -92,29 +109,24 @@ def from_hf(
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         written.finish(targets, plan, checksums)
-        write_beside_shards(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
+        write_beside_shards(staging / step, source, carried, cut_for, dtype or source.main_dtype, iteration)
         documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
         checkpoint_directory.write_tracker(staging, step.name)
 
     sizes = written.file_sizes(step)
-    options = {"--tp": tp, "--pp": pp, "--ep": ep, "--dtype": dtype, "--iteration": iteration}
-    losses = write_output(
-        output,
-        plan,
-        sizes,
+    options = {"layout": repr(cut_for), "--dtype": dtype, "--iteration": iteration}
+    new = NewFiles(
+        plan=plan,
+        file_bytes=sizes,
         complete=complete,
-        manifest=NewManifest(folder=step) if manifest else None,
+        manifest=NewManifest(folder=step),
         checksums=True,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
         beside=[*carried.values()],
-        overwrite=overwrite,
-        resume=resume,
-        dry_run=dry_run,
-        effort=effort,
-        ranks=ranks,
         losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),
     )
-    return Conversion.of(output, plan, sizes, source, num_tensors=len(source.tensors), losses=losses)
+    losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
+    return Conversion.of(target, plan, sizes, source, num_tensors=len(source.tensors), losses=losses)
 
 
 def plan_import(

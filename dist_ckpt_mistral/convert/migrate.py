@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 from dist_ckpt_mistral.convert.conversion import Conversion
+from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
-from dist_ckpt_mistral.convert.rewrite import Rewriting, new_objects, own_boxes, rewrite
-from dist_ckpt_mistral.errors import ConfigError, FormatError
+from dist_ckpt_mistral.convert.rewrite import Rewriting, chunk_boxes, new_objects, rewrite
+from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
 from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
@@ -23,37 +23,39 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 
-#: How much a data file holds, unless one chunk or object has more.
-FILE_BYTES: Final = 5_000_000_000
-
 
 def migrate(
     checkpoint: str | Path,
-    output: str | Path,
+    target: str | Path,
     *,
-    max_file_bytes: int = FILE_BYTES,
-    manifest: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
+    output: Output = DEFAULT_OUTPUT,
     effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = ALONE,
 ) -> Conversion:
-    """Write a legacy ``zarr`` checkpoint (root or iteration) as ``torch_dist``.
+    """Write a legacy ``zarr`` checkpoint as ``torch_dist``.
 
     All tensors keep keys, shapes, chunks and bits, optimizer state included; objects keep their values, common state
-    and small files their bytes. A data file holds ``max_file_bytes`` of tensors, or one chunk that is larger.
-    ``manifest`` adds integrity.json. ``resume`` goes on with what a run that was killed or failed has copied;
-    ``dry_run`` checks everything and touches nothing. Raises DistCkptMistralError; then nothing is published.
+    and small files their bytes.
+
+    Args:
+        checkpoint: Root of a zarr checkpoint (megatron-core 0.15 or older), or one ``iter_*`` directory in it.
+        target: Checkpoint to create.
+        output: How the checkpoint is written; a data file holds ``max_file_bytes`` of tensors, or one larger chunk.
+        effort: How much of the machine to use.
+        ranks: The processes that share the work; by default this one alone.
+
+    Returns:
+        What was written, or with ``output.dry_run`` would be.
+
+    Raises:
+        DistCkptMistralError: The checkpoint is damaged or no zarr checkpoint, or ``target`` cannot be written. Then
+            nothing is published.
     """
     return rewrite(
         Path(checkpoint),
-        Path(output),
-        lambda stored: _as_it_is(stored, max_file_bytes),
-        manifest=manifest,
-        overwrite=overwrite,
-        resume=resume,
-        dry_run=dry_run,
+        Path(target),
+        lambda stored: _as_it_is(stored, output.max_file_bytes),
+        output=output,
         effort=effort,
         ranks=ranks,
     )
@@ -70,8 +72,6 @@ def _as_it_is(stored: StoredCheckpoint, max_file_bytes: int) -> Rewriting:
             f"{stored.directory} has no {COMMON_FILE}, without which no Megatron loads it. "
             "Copy the checkpoint again, whole."
         )
-    if max_file_bytes < 1:
-        raise ConfigError(f"max_file_bytes: expected at least 1, got {max_file_bytes}")
     tensors = stored.index(stored.tensors)
     chunks, objects = [*_chunks(tensors)], new_objects(stored, {})
     sizes = [math.prod(each.shape) * dtypes.itemsize_bytes(each.dtype) for each in chunks]
@@ -90,7 +90,7 @@ def _as_it_is(stored: StoredCheckpoint, max_file_bytes: int) -> Rewriting:
 def _chunks(tensors: TensorIndex) -> Iterator[NewChunk]:
     """The chunks as they are."""
     for tensor in tensors.tensors.values():
-        for offset, shape in own_boxes(tensor):
+        for offset, shape in chunk_boxes(tensor):
             yield NewChunk(
                 mcore_key=tensor.name,
                 dtype=tensor.dtype,

@@ -1,17 +1,19 @@
-"""Carrying out a byte plan into a new output: every rank copies its share, one of them publishes, all or nothing."""
+"""How an output becomes whole or nothing: every rank copies its share of a plan, and the first one publishes."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
 from dist_ckpt_mistral.convert.manifest import NewManifest, write_manifest
 from dist_ckpt_mistral.convert.ranks import Ranks
-from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral.errors import ConfigError, OutputError
 from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage import documents, local
@@ -24,116 +26,146 @@ _LOG = logging.getLogger(__name__)
 Checksums = Mapping[int, int]
 
 
-def write_output(
-    output: Path,
-    plan: BytePlan,
-    file_bytes: Mapping[str, int],
-    *,
-    complete: Callable[[Path, Mapping[int, TargetFile], Checksums], None],
-    manifest: NewManifest | None,
-    checksums: bool,
-    recipe: Recipe,
-    beside: Sequence[Path],
-    overwrite: bool,
-    resume: bool,
-    dry_run: bool,
-    effort: Effort,
-    ranks: Ranks,
-    losses: LossPolicy = REFUSE,
-) -> tuple[Loss, ...]:
-    """Write ``plan`` into new files (names relative to ``output``, sizes in bytes; in the order of its target files).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """How a conversion writes what it makes.
 
-    ``complete`` then adds what else belongs to the output, copies of ``beside`` among it, on the first rank, given the
-    directory that will become ``output``, the open files and the checksums; ``manifest`` then tells what all files
-    hold. Nothing appears at ``output`` unless all of this succeeds on all ranks.
+    Args:
+        overwrite: Replace an existing output, once the new one is complete.
+        resume: Keep what an interrupted run has copied into the same output, where its checksums are right.
+        dry_run: Check everything that can be checked before the first byte is written, and touch nothing.
+        manifest: Add integrity.json, the checksums of all files, for ``check`` and megatron-core 0.18 or newer.
+        durable: Publish the output only when its bytes are on the disk, not when the operating system has them.
+        max_file_bytes: Maximum size of one file of tensors, for ``to_hf`` and ``migrate``; a larger tensor or chunk
+            gets a file of its own. ``from_hf`` and ``reshard`` write a file for each rank of the layout.
 
-    With ``dry_run`` all is checked that can be known before the first byte is written, and nothing is touched.
+    Raises:
+        ConfigError: ``max_file_bytes`` is below 1.
 
-    A run that fails, is interrupted or is killed leaves the parts that it has copied, if any, beside ``output``: with
-    ``resume`` the next run keeps those that still have their checksums, unless ``recipe`` or plan are others; without,
-    it removes them. So a full disk after hours costs no more than a kill: the error says how to go on.
-
-    Returns which values a conversion of element types destroyed, where ``losses`` allows that.
-
-    Raises OutputError where the output cannot be written or the run not be resumed, or where values would be destroyed,
-    FormatError where a source changes while it is read, and whatever went wrong on any rank.
+    Example:
+        >>> dist_ckpt_mistral.to_hf("ckpt", "out", output=Output(overwrite=True))  # doctest: +SKIP
     """
-    names, staging = list(file_bytes), Staging(output)
+
+    overwrite: bool = False
+    resume: bool = False
+    dry_run: bool = False
+    manifest: bool = True
+    durable: bool = True
+    max_file_bytes: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        """Refuse a size that no file can have."""
+        if self.max_file_bytes < 1:
+            raise ConfigError(f"max_file_bytes: expected at least 1, got {self.max_file_bytes}")
+
+
+#: A new output, whole, on the disk and with its checksums.
+DEFAULT_OUTPUT: Final = Output()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NewFiles:
+    """What one run writes.
+
+    ``file_bytes`` has the files that ``plan`` fills: names relative to the output -> sizes in bytes, in the order of
+    the plan's target files. ``complete`` adds what else belongs to the output, copies of ``beside`` among it: it gets
+    the directory that will become the output, the open files, and the CRC-32 of all segments if ``checksums`` is set.
+    ``manifest`` says what a manifest is to tell of. ``recipe`` is what the output depends on, and ``losses`` what to do
+    where a conversion of element types destroys values.
+    """
+
+    plan: BytePlan
+    file_bytes: Mapping[str, int]
+    complete: Callable[[Path, Mapping[int, TargetFile], Checksums], None]
+    manifest: NewManifest
+    checksums: bool
+    recipe: Recipe
+    beside: Sequence[Path]
+    losses: LossPolicy = REFUSE
+
+
+def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks) -> tuple[Loss, ...]:
+    """Write ``new`` to ``target``: every rank copies its share of the plan, and the first one publishes.
+
+    Nothing appears at ``target`` unless all of it succeeds on all ranks. With ``output.dry_run`` all is checked that
+    can be known before the first byte is written, and nothing is touched.
+
+    A run that fails, is interrupted or is killed leaves the parts that it has copied, if any, beside ``target``: with
+    ``output.resume`` the next run keeps those that still have their checksums, unless recipe or plan are others;
+    without, it removes them. So a full disk after hours costs no more than a kill: the error says how to go on.
+
+    Returns:
+        Which values a conversion of element types destroyed, where that was allowed.
+
+    Raises:
+        OutputError: The output cannot be written, the run not be resumed, or values would be destroyed.
+        FormatError: A source changed while it was read.
+        DistCkptMistralError: Whatever went wrong on another rank.
+    """
+    plan, recipe = new.plan, new.recipe
+    names, staging = list(new.file_bytes), Staging(target)
     with _left_behind(staging, recipe), recipe.inputs:
-        must_prove = ranks.on_first(
-            lambda: _begin(
-                staging, plan, file_bytes, recipe, beside, overwrite=overwrite, resume=resume, dry_run=dry_run
-            )
-        )
-        if dry_run:
+        must_prove = ranks.on_first(lambda: _begin(staging, new, output))
+        if output.dry_run:
             return ()
 
         numbers = share(plan, ranks)
-        own = {
+        my_files = {
             file: staging.output / names[file] for file in sorted({plan.segments[number].file for number in numbers})
         }
 
         def copy_share() -> dict[int, Copied]:
             with (
                 _as_output_errors(staging),
-                _opened(own) as targets,
+                _opened(my_files, durable=output.durable) as targets,
                 contextlib.closing(Journal(staging.path, ranks.rank, plan, targets, must_prove=must_prove)) as journal,
             ):
-                return execute(plan, targets, effort=effort, numbers=numbers, checksums=checksums, record=journal)
+                return execute(plan, targets, effort=effort, numbers=numbers, checksums=new.checksums, record=journal)
 
         copied = {number: each for share in ranks.together(copy_share) for number, each in share.items()}
-        found = ranks.on_first(lambda: losses.accept(plan, copied))
+        found = ranks.on_first(lambda: new.losses.accept(plan, copied))
 
         def finish() -> None:
             everything = {file: staging.output / name for file, name in enumerate(names)}
             with _as_output_errors(staging), _opened(everything) as targets:
-                complete(staging.output, targets, {number: each.crc32 for number, each in copied.items()})
+                new.complete(staging.output, targets, {number: each.crc32 for number, each in copied.items()})
 
         def sync_share() -> None:
-            with _as_output_errors(staging), _opened(own) as targets:
+            with _as_output_errors(staging), _opened(my_files) as targets:
                 _sync(targets, effort)
 
         def publish() -> None:
             with _as_output_errors(staging):
-                staging.publish(overwrite=overwrite, durable=effort.durable)
+                staging.publish(overwrite=output.overwrite, durable=output.durable)
 
         ranks.on_first(finish)
         ranks.together(lambda: local.require_unchanged(recipe.inputs))  # each rank what it has read
-        if manifest is not None:
+        if output.manifest:
             with _as_output_errors(staging):
-                write_manifest(staging.output, manifest, effort=effort, ranks=ranks)
-        if effort.durable:
+                write_manifest(staging.output, new.manifest, effort=effort, ranks=ranks)
+        if output.durable:
             ranks.together(sync_share)  # the disk has been writing meanwhile
         ranks.on_first(publish)
     return found
 
 
-def _begin(
-    staging: Staging,
-    plan: BytePlan,
-    file_bytes: Mapping[str, int],
-    recipe: Recipe,
-    beside: Sequence[Path],
-    *,
-    overwrite: bool,
-    resume: bool,
-    dry_run: bool,
-) -> bool:
+def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:
     """Hold the staging directory, with all files in their final sizes: new ones, or those of a run to resume.
 
     Returns whether what is kept must be proven: then sources are not the very files any more that it was copied from.
     """
+    plan, file_bytes, recipe = new.plan, new.file_bytes, new.recipe
     documents.total_bytes([path for path in plan.files_to_read if path not in recipe.inputs.opened])  # or raises
-    staging.require_room(sum(file_bytes.values()) + documents.total_bytes(beside))
+    staging.require_room(sum(file_bytes.values()) + documents.total_bytes(new.beside))
     fingerprint = recipe.fingerprint(plan, file_bytes)
-    if dry_run:
-        staging.require_free(overwrite=overwrite, resume=resume)
+    if output.dry_run:
+        staging.require_free(overwrite=output.overwrite, resume=output.resume)
     else:
-        staging.hold(overwrite=overwrite, resume=resume)
+        staging.hold(overwrite=output.overwrite, resume=output.resume)
     with _as_output_errors(staging):
-        resumed = resume and may_resume(staging, fingerprint)
+        resumed = output.resume and may_resume(staging, fingerprint)
         must_prove = resumed and not has_seen(staging, recipe)
-        if dry_run:
+        if output.dry_run:
             return must_prove
         if resumed:
             _LOG.info(
@@ -190,12 +222,12 @@ def share(plan: BytePlan, ranks: Ranks) -> list[int]:
 
 
 @contextlib.contextmanager
-def _opened(paths: Mapping[int, Path]) -> Iterator[dict[int, TargetFile]]:
+def _opened(paths: Mapping[int, Path], *, durable: bool = False) -> Iterator[dict[int, TargetFile]]:
     local.allow_open_files(len(paths))
     targets: dict[int, TargetFile] = {}
     try:
         for number, path in paths.items():
-            targets[number] = TargetFile(path)
+            targets[number] = TargetFile(path, durable=durable)
         yield targets
     finally:
         for target in targets.values():

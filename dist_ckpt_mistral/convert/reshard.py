@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dist_ckpt_mistral.convert.conversion import Conversion
+from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
-from dist_ckpt_mistral.convert.rewrite import Rewriting, new_objects, own_boxes, rewrite
+from dist_ckpt_mistral.convert.rewrite import Rewriting, chunk_boxes, new_objects, rewrite
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
@@ -32,34 +33,44 @@ _LOG = logging.getLogger(__name__)
 
 def reshard(
     checkpoint: str | Path,
-    output: str | Path,
+    target: str | Path,
     layout: ParallelLayout,
     *,
     config: GivenConfig | None = None,
     weights_only: bool = False,
-    manifest: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
+    output: Output = DEFAULT_OUTPUT,
     effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = ALONE,
 ) -> Conversion:
     """Write a checkpoint again, cut so that every rank of ``layout`` reads only whole chunks.
 
     Weights and optimizer state keep keys, shapes and bits; the common state, all objects and the small files come
-    along byte for byte. ``config`` is for checkpoints that do not tell theirs. With ``weights_only`` all optimizer
-    state stays behind, as it must where it lies in flat buffers. ``manifest`` adds integrity.json, which tells of the
-    new files what an old one told of the old. ``resume`` goes on with what a run that was killed or failed has copied;
-    ``dry_run`` checks everything and touches nothing. Raises DistCkptMistralError; then nothing is published.
+    along byte for byte.
+
+    Args:
+        checkpoint: Root of a Megatron checkpoint, or one ``iter_*`` or ``release`` directory in it.
+        target: Checkpoint to create.
+        layout: What to cut for.
+        config: For checkpoints that do not tell their configuration, as in ``to_hf``.
+        weights_only: Leaves all optimizer state behind, as it must be where it lies in flat buffers.
+        output: How the checkpoint is written.
+        effort: How much of the machine to use.
+        ranks: The processes that share the work; by default this one alone.
+
+    Returns:
+        What was written, or with ``output.dry_run`` would be.
+
+    Raises:
+        LayoutError: The model cannot be cut so.
+        TensorMismatchError: Optimizer state lies in flat buffers, or belongs to no weight.
+        DistCkptMistralError: The checkpoint is damaged or contradicts itself, or ``target`` cannot be written. Then
+            nothing is published.
     """
     return rewrite(
         Path(checkpoint),
-        Path(output),
+        Path(target),
         lambda stored: _cut_for(stored, layout, chosen_config(config), weights_only=weights_only),
-        manifest=manifest,
-        overwrite=overwrite,
-        resume=resume,
-        dry_run=dry_run,
+        output=output,
         effort=effort,
         ranks=ranks,
     )
@@ -107,7 +118,7 @@ def _chunks(stored: StoredCheckpoint, tensors: TensorIndex, cut: Mapping[str, li
         if name in cut:
             boxes = [(each.offset, each.shape, file_of[each.rank]) for each in cut[name]]
         else:
-            boxes = [(offset, shape, 0) for offset, shape in own_boxes(tensor)]
+            boxes = [(offset, shape, 0) for offset, shape in chunk_boxes(tensor)]
         if as_block and len({shape for _, shape, _ in boxes}) > 1:  # only equal blocks can be stored so
             boxes = [((0,) * len(tensor.global_shape), tensor.global_shape, boxes[0][2])]
         for offset, shape, file in boxes:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.convert.conversion import Conversion
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.manifest import NewManifest
-from dist_ckpt_mistral.convert.output import Checksums, write_output
+from dist_ckpt_mistral.convert.output import Checksums, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
@@ -85,25 +85,22 @@ class Rewriting:
 
 def rewrite(
     checkpoint: Path,
-    output: Path,
+    target: Path,
     choose: Callable[[StoredCheckpoint], Rewriting],
     *,
-    manifest: bool,
-    overwrite: bool,
-    resume: bool,
-    dry_run: bool,
+    output: Output,
     effort: Effort,
     ranks: Ranks,
 ) -> Conversion:
-    """Write what ``choose`` says of ``checkpoint``; on all ranks, if there are several. ``dry_run`` only checks.
+    """Write what ``choose`` says of ``checkpoint`` to ``target``; on all ranks, if there are several.
 
     Raises DistCkptMistralError; then nothing is published.
     """
 
     def find() -> tuple[Path, bytes | None]:
-        require_not_swapped(checkpoint, output, Kind.CHECKPOINT)
-        paths.require_apart(checkpoint, output)
-        paths.require_writable(output, overwrite=overwrite)
+        require_not_swapped(checkpoint, target, Kind.CHECKPOINT)
+        paths.require_apart(checkpoint, target)
+        paths.require_writable(target, overwrite=output.overwrite)
         directory = resolve_directory(checkpoint)
         return directory, _train_state(directory)
 
@@ -112,9 +109,9 @@ def rewrite(
             inputs.look_at(directory.rglob("*"))
             new = choose(stored_checkpoint.open_stored(directory))
             written = new.layout()
-            target = written.index(new.step)
-            links = [whole(tensor.name, tensor.global_shape) for tensor in target.tensors.values()]
-            return inputs, new, written, plan_gather(new.index(), target, links)
+            into = written.index(new.step)
+            links = [whole(tensor.name, tensor.global_shape) for tensor in into.tensors.values()]
+            return inputs, new, written, plan_gather(new.index(), into, links)
 
     directory, train_state = ranks.on_first(find)  # for all ranks: training may save another iteration meanwhile
     inputs, new, written, plan = ranks.each(prepare)
@@ -129,26 +126,21 @@ def rewrite(
         _write_root(new.step, train_state, staging)
 
     sizes = written.file_sizes(new.step)
-    write_output(
-        output,
-        plan,
-        sizes,
+    files = NewFiles(
+        plan=plan,
+        file_bytes=sizes,
         complete=complete,
-        manifest=NewManifest(folder=new.step) if manifest else None,
+        manifest=NewManifest(folder=new.step),
         checksums=True,
         recipe=Recipe.of(plan, inputs, new.options),
         beside=[*beside.values()],
-        overwrite=overwrite,
-        resume=resume,
-        dry_run=dry_run,
-        effort=effort,
-        ranks=ranks,
     )
-    return Conversion.of(output, plan, sizes, new, num_tensors=len(new.tensors.tensors))
+    write_output(target, files, output=output, effort=effort, ranks=ranks)
+    return Conversion.of(target, plan, sizes, new, num_tensors=len(new.tensors.tensors))
 
 
-def own_boxes(tensor: IndexedTensor) -> list[tuple[Shape, Shape]]:
-    """Offset and shape in elements of each chunk as a tensor is cut; an empty one may have none, and needs one."""
+def chunk_boxes(tensor: IndexedTensor) -> list[tuple[Shape, Shape]]:
+    """(offset, shape) of every stored chunk, in elements. An empty tensor without chunks counts as one chunk."""
     boxes = zip(tensor.offsets.tolist(), tensor.shapes.tolist(), strict=True)
     empty = (0,) * len(tensor.global_shape), tensor.global_shape
     return [(tuple(offset), tuple(shape)) for offset, shape in boxes] or [empty]

@@ -6,12 +6,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.manifest import NewManifest
-from dist_ckpt_mistral.convert.output import Checksums, write_output
+from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import hf_directory, small_files
@@ -28,46 +28,53 @@ from dist_ckpt_mistral.model.table.rules import ParamState
 from dist_ckpt_mistral.storage import paths
 from dist_ckpt_mistral.storage.local import Sources, TargetFile
 
-#: ``save_pretrained``'s unit, and a size that every file system and browser takes.
-DEFAULT_FILE_BYTES: Final = 5_000_000_000
 _LOG = logging.getLogger(__name__)
 
 
 def to_hf(
     checkpoint: str | Path,
-    output: str | Path,
+    hf: str | Path,
     *,
     config: GivenConfig | None = None,
     weights: str = "model",
     dtype: str | None = None,
     allow_lossy: bool = False,
-    max_file_bytes: int = DEFAULT_FILE_BYTES,
-    manifest: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
+    output: Output = DEFAULT_OUTPUT,
     effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = ALONE,
 ) -> Conversion:
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
 
-    ``config`` is for checkpoints that lost theirs: itself, a config.json, or a directory with one and the tokenizer.
-    A directory also gives the vision tower and projector of a multimodal model, which training in Megatron drops.
-    ``weights`` is ``model``, or ``master`` for the optimizer's float32 copy. ``dtype`` converts, else every tensor
-    keeps its own; where it destroys values (finite ones become infinite, others zero) that is an error that counts
-    them, or with ``allow_lossy`` a warning. A checkpoint that ``from_hf`` wrote gives back the original files, byte for
-    byte; ``manifest`` adds integrity.json to them, for ``check``. ``resume`` goes on with what a run that was killed or
-    failed has copied; ``dry_run`` checks everything and touches nothing. Raises DistCkptMistralError; then nothing is
-    published.
+    A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte.
+
+    Args:
+        checkpoint: Root of a Megatron checkpoint, or one ``iter_*`` or ``release`` directory in it.
+        hf: Directory to create.
+        config: For checkpoints that lost their configuration: a ``MistralConfig``, a config.json, or a directory or hub
+            id with one and the tokenizer. A directory also gives the vision tower and projector of a multimodal model,
+            which training in Megatron drops.
+        weights: ``"model"``, or ``"master"`` for the optimizer's float32 copy of the weights.
+        dtype: Converts all weights to ``"bfloat16"``, ``"float16"`` or ``"float32"``; None keeps the dtype of each.
+        allow_lossy: Warn where ``dtype`` destroys values (finite ones become infinite, others zero), and count them.
+        output: How the directory is written.
+        effort: How much of the machine to use.
+        ranks: The processes that share the work; by default this one alone.
+
+    Returns:
+        What was written, or with ``output.dry_run`` would be.
+
+    Raises:
+        DistCkptMistralError: The checkpoint is damaged, contradicts itself or its configuration, or the directory
+            cannot be written; values would be destroyed without ``allow_lossy``. Then nothing is published.
     """
-    checkpoint, output = Path(checkpoint), Path(output)
+    checkpoint, target = Path(checkpoint), Path(hf)
     state = _which_weights(weights)
 
     def find() -> Path:
         dtypes.require_weight_dtype(dtype)
-        require_not_swapped(checkpoint, output, Kind.CHECKPOINT)
-        paths.require_apart(checkpoint, output)
-        paths.require_writable(output, overwrite=overwrite)
+        require_not_swapped(checkpoint, target, Kind.CHECKPOINT)
+        paths.require_apart(checkpoint, target)
+        paths.require_writable(target, overwrite=output.overwrite)
         return resolve_directory(checkpoint)
 
     def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
@@ -77,8 +84,8 @@ def to_hf(
             opened = open_megatron(directory, config=chosen_config(config), state=state)
             require_equal_twins(opened)
             source = completed(opened, given)
-            file_set = hf_files(source, dtype, max_file_bytes)
-            plan = source.plan_into(file_set.tensor_index(output, source.table.usual_name))
+            file_set = hf_files(source, dtype, output.max_file_bytes)
+            plan = source.plan_into(file_set.tensor_index(target, source.table.usual_name))
         return inputs, source, file_set, plan
 
     directory = ranks.on_first(find)  # once, for all ranks: training may save another iteration meanwhile
@@ -97,24 +104,19 @@ def to_hf(
         small_files.write_small_files(staging, carried, beside)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
-    options = {"--weights": weights, "--dtype": dtype, "--max-file-size": max_file_bytes}
-    losses = write_output(
-        output,
-        plan,
-        sizes,
+    options = {"--weights": weights, "--dtype": dtype, "--max-file-size": output.max_file_bytes}
+    new = NewFiles(
+        plan=plan,
+        file_bytes=sizes,
         complete=complete,
-        manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)) if manifest else None,
+        manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)),
         checksums=False,
         recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
         beside=[*carried.values()],
-        overwrite=overwrite,
-        resume=resume,
-        dry_run=dry_run,
-        effort=effort,
-        ranks=ranks,
         losses=LossPolicy(allowed=allow_lossy),
     )
-    return Conversion.of(output, plan, sizes, source, num_tensors=len(plan.segments), losses=losses)
+    losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
+    return Conversion.of(target, plan, sizes, source, num_tensors=len(plan.segments), losses=losses)
 
 
 def _which_weights(weights: str) -> ParamState:

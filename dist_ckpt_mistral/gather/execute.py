@@ -25,7 +25,7 @@ _MOST_WORKERS: Final = 4096
 _LEAST_BAND_BYTES: Final = 64 << 10
 #: What one thread takes at a time of a segment that needs no checksum, so that threads end together.
 _PART_BYTES: Final = 64 << 20
-#: How much is written before the disk is told to begin with it, if the output is to be durable.
+#: How much is written before a target may begin to bring it onto the disk.
 _WRITEBACK_BYTES: Final = 16 << 20
 
 Progress = Callable[[int], None]
@@ -80,15 +80,19 @@ def no_progress(num_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much of a machine to use. ``memory_bytes`` bounds the buffers of all threads together.
+    """How much of a machine to use.
 
-    With ``durable`` an output appears only when its bytes are on the disk; without, when the operating system has them.
-    Raises ConfigError for more ``workers`` than any machine has cores.
+    Args:
+        workers: Threads that copy; 0 means one a core, at most 8.
+        memory_bytes: Size of the buffers of all threads together.
+        progress: Called with the number of bytes that were just copied or compared, from any thread.
+
+    Raises:
+        ConfigError: There are more ``workers`` than any machine has cores.
     """
 
     workers: int = 0
     memory_bytes: int = 32 << 20
-    durable: bool = True
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:
@@ -167,7 +171,7 @@ def _copy(
         target.write(position, stored)
         crc32 = zlib_ng.crc32(stored, crc32) if checksum else 0
         position += len(stored)
-        if effort.durable and position - begun >= _WRITEBACK_BYTES:
+        if position - begun >= _WRITEBACK_BYTES:
             target.start_writeback(begun, position - begun)
             begun = position
         effort.progress(len(stored))

@@ -301,12 +301,14 @@ def allow_open_files(count: int) -> int:
 class TargetFile:
     """One file to write at positions, from several threads and processes."""
 
-    def __init__(self, path: Path, num_bytes: int | None = None, *, kept: bool = False) -> None:
+    def __init__(self, path: Path, num_bytes: int | None = None, *, kept: bool = False, durable: bool = False) -> None:
         """Create ``path`` with ``num_bytes`` reserved, or join in writing an existing one.
 
-        A file to create must not exist, unless what it holds is to be ``kept``, as far as it fits.
+        A file to create must not exist, unless what it holds is to be ``kept``, as far as it fits. Of a file that is to
+        be ``durable`` the disk gets to work early.
         """
         self.path = path
+        self._durable = durable
         created = 0 if num_bytes is None else os.O_CREAT | (0 if kept else os.O_EXCL)
         self._descriptor = os.open(path, os.O_RDWR | created | os.O_CLOEXEC, 0o666)  # the umask applies
         try:
@@ -330,7 +332,9 @@ class TargetFile:
         return self._call(os.pread, num_bytes, position)
 
     def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Have the kernel begin to write bytes to the disk, without waiting: a later ``sync`` has less to wait for."""
+        """Have the kernel begin to write bytes to the disk, without waiting, if a later ``sync`` would wait for it."""
+        if not self._durable:
+            return
         sync_file_range = linux_call("sync_file_range", "c_int", "c_int64", "c_int64", "c_uint")
         sync_file_range(self._descriptor, position, num_bytes, _SYNC_FILE_RANGE_WRITE)  # a hint: may fail
 

@@ -28,9 +28,9 @@ _STEPS = {
         "import numpy; from dist_ckpt_mistral.formats.stored_checkpoint import open_stored",
         "open_stored(path)",
     ),
-    "inspect": ("from dist_ckpt_mistral.cli import main", "main(['inspect', str(path)])"),
+    "inspect": ("from dist_ckpt_mistral.cli.main import main", "main(['inspect', str(path)])"),
     "open, locate and plan": (
-        "from dist_ckpt_mistral.cli import main; import dist_ckpt_mistral.convert.to_hf",
+        "from dist_ckpt_mistral.cli.main import main; import dist_ckpt_mistral.convert.to_hf",
         "main(['to-hf', str(path), str(path) + '-hf', '--dry-run'])",
     ),
     "torch: pickle.load": (

@@ -1,1 +1,1 @@
-"""To be written."""
+"""Parallel layouts: which rank holds which layers, and which box of which tensor."""

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from dist_ckpt_mistral.commands import output
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.gather import dtypes
 
 if TYPE_CHECKING:
-    from dist_ckpt_mistral.convert.conversion import Conversion
+    from dist_ckpt_mistral.convert.output import Output
     from dist_ckpt_mistral.gather.execute import Effort
     from dist_ckpt_mistral.model.config.mistral_config import GivenConfig
     from dist_ckpt_mistral.model.layout.layout import ParallelLayout
@@ -75,6 +74,20 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help=help_text)
     help_text = "check everything that can be checked before the first byte is written, and say what would be written"
     command.add_argument("--dry-run", action="store_true", help=help_text)
+
+
+def given_output(arguments: argparse.Namespace) -> Output:
+    """How the output is written that the options of ``add_output`` and ``add_file_size`` describe."""
+    from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output  # noqa: PLC0415  (--help must not wait)
+
+    return Output(
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        dry_run=arguments.dry_run,
+        manifest=not arguments.no_manifest,
+        durable=not arguments.no_sync,
+        max_file_bytes=getattr(arguments, "max_file_size", DEFAULT_OUTPUT.max_file_bytes),
+    )
 
 
 def add_allow_lossy(command: argparse.ArgumentParser) -> None:
@@ -244,9 +257,7 @@ def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[E
     """The effort that was asked for, with a progress bar in bytes on stderr if that is a terminal."""
     from dist_ckpt_mistral.gather.execute import Effort  # noqa: PLC0415  (--help must not wait for numpy)
 
-    asked = Effort(
-        workers=arguments.workers, memory_bytes=arguments.memory, durable=not getattr(arguments, "no_sync", False)
-    )
+    asked = Effort(workers=arguments.workers, memory_bytes=arguments.memory)
     if not (ranks.is_first and sys.stderr.isatty()):
         yield asked
         return
@@ -254,14 +265,3 @@ def effort(what: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[E
 
     with tqdm(desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
         yield dataclasses.replace(asked, progress=bar.update)
-
-
-def tell_conversion(done: Conversion, arguments: argparse.Namespace, ranks: Ranks) -> None:
-    """Say on the first rank what a command wrote; after a dry run what it would write, file by file."""
-    from dist_ckpt_mistral.convert.conversion import conversion_line  # noqa: PLC0415  (--help must not wait for numpy)
-
-    if ranks.is_first:
-        output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))
-    if ranks.is_first and arguments.dry_run:
-        for name, num_bytes in done.files.items():
-            output.say(f"  {name}  {num_bytes} bytes")

@@ -1,18 +1,81 @@
-"""``verify``."""
+"""The commands that only ask: inspect, plan, verify, megatron-args."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 
 from dist_ckpt_mistral import libraries
-from dist_ckpt_mistral.commands import options, output
+from dist_ckpt_mistral.cli import options, output
 from dist_ckpt_mistral.convert.ranks import Ranks
 
+_LOG = logging.getLogger(__name__)
 
-def add(commands: options.Commands) -> None:
-    """Declare the command."""
+
+def add_inspect(commands: options.Commands) -> None:
+    """Declare ``inspect``."""
+    command = options.declare(commands, "inspect", _inspect, "Say what is in a checkpoint or a Hugging Face directory.")
+    command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
+    options.add_config(command)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--html", type=options.path, metavar="FILE", help="write a page instead")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    """Look, and show; problems that were found are the exit code's business too."""
+    from dist_ckpt_mistral.analysis import report  # noqa: PLC0415  (--help must not wait for it)
+
+    found = report.inspect(arguments.path, config=options.given_config(arguments))
+    if arguments.html is not None:
+        report.save_html(found, arguments.html)
+        output.say(f"wrote {arguments.html}")
+    elif arguments.json:
+        output.say_json(found.to_json())
+    else:
+        output.show(report.render(found))
+    return options.EXIT_DATA if found.problems else options.EXIT_DONE
+
+
+def add_plan(commands: options.Commands) -> None:
+    """Declare ``plan``."""
+    command = options.declare(
+        commands, "plan", _plan, "Say what every rank of a layout would read of a checkpoint.", with_numpy=True
+    )
+    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
+    options.add_layout(command, "to load with")
+    options.add_config(command)
+    command.add_argument("--weights-only", action="store_true", help="leave optimizer state out")
+    command.add_argument("--json", action="store_true", help="print JSON, with every rank")
+    command.add_argument("--svg", type=options.path, metavar="FILE", help="draw, too, which chunk goes to which rank")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Plan, show, and draw if asked."""
+    from dist_ckpt_mistral.analysis import read_planner, read_table  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis.picture import picture  # noqa: PLC0415  (--help must not wait for numpy)
+
+    if arguments.svg is not None:
+        picture.require_matplotlib()
+    found = read_planner.plan_reading(
+        arguments.checkpoint,
+        options.given_layout(arguments),
+        config=options.given_config(arguments),
+        weights_only=arguments.weights_only,
+    )
+    if arguments.svg is not None:
+        picture.save_svg(found, arguments.svg)
+        _LOG.info("wrote %s", arguments.svg)
+    if arguments.json:
+        output.say_json(found.to_json())
+    else:
+        output.show(read_table.render(found))
+    return options.EXIT_DONE
+
+
+def add_verify(commands: options.Commands) -> None:
+    """Declare ``verify``."""
     summary = "Compare two models, whatever they are stored as; or look for damage in one."
-    command = options.declare(commands, "verify", run, summary, on_all_ranks=True, with_numpy=True)
+    command = options.declare(commands, "verify", _verify, summary, on_all_ranks=True, with_numpy=True)
     command.add_argument("a", metavar="A", type=options.path, help=options.CKPT_OR_HF)
     help_text = "another, to compare bit for bit; without it, A is held against its own checksums and integrity.json"
     command.add_argument("b", metavar="B", type=options.path, nargs="?", help=help_text)
@@ -32,7 +95,7 @@ def add(commands: options.Commands) -> None:
     command.add_argument("--tolerance", type=options.positive_number, default=1e-4, metavar="X", help=help_text)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace) -> int:
     """Compare, and list the differences. Under torchrun all ranks take part in running models, one reads bits."""
     if arguments.logits and arguments.b is None:
         arguments.wrong_usage("--logits compares two models: give B")
@@ -125,3 +188,28 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
             f"Megatron on {outcome.in_megatron})"
         )
     return code
+
+
+def add_megatron_args(commands: options.Commands) -> None:
+    """Declare ``megatron-args``."""
+    summary = "Print the flags with which Megatron-LM's pretrain_gpt.py trains a model on."
+    command = options.declare(commands, "megatron-args", _megatron_args, summary)
+    command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
+    options.add_config(command)
+    options.add_layout(command, "to train with (default 1)")
+    command.add_argument("--json", action="store_true", help="print JSON: the flags as a list, and the args they set")
+
+
+def _megatron_args(arguments: argparse.Namespace) -> int:
+    """Print one text that can be pasted behind ``pretrain_gpt.py``."""
+    from dist_ckpt_mistral.analysis.pretrain_command import megatron_args  # noqa: PLC0415  (--help must not wait for numpy)
+
+    command = megatron_args(
+        arguments.path, config=options.given_config(arguments), layout=options.given_layout(arguments)
+    )
+    _LOG.info("configuration: %s", command.config_from)
+    if arguments.json:
+        output.say_json(command.to_json())
+    else:
+        output.say_text(command.text)
+    return options.EXIT_DONE

@@ -1,4 +1,4 @@
-"""``generate``."""
+"""The commands that run a model: generate and demo."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral import libraries
-from dist_ckpt_mistral.commands import options, output
+from dist_ckpt_mistral.cli import options, output
 from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.messages import command_line
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.megatron.hf_inference import Sampling
 
 
-def add(commands: options.Commands) -> None:
-    """Declare the command."""
-    command = options.declare(commands, "generate", run, "Let a model write: it runs on Megatron.", on_all_ranks=True)
+def add_generate(commands: options.Commands) -> None:
+    """Declare ``generate``."""
+    command = options.declare(
+        commands, "generate", _generate, "Let a model write: it runs on Megatron.", on_all_ranks=True
+    )
     command.add_argument("path", type=options.name, metavar="CKPT_OR_HF", help=options.CKPT_OR_HF)
     command.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="what to go on from; may be given repeatedly"
@@ -43,7 +45,7 @@ def add(commands: options.Commands) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _generate(arguments: argparse.Namespace) -> int:
     """Generate on all ranks, and print the texts on the first."""
     with libraries.needed("generate", "torch", "megatron.core", "transformers", extra="inference"):
         _require_ranks(arguments)
@@ -94,3 +96,17 @@ def _sampling(arguments: argparse.Namespace) -> Sampling | None:
     given = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     return Sampling(**given) if given else None
+
+
+def add_demo(commands: options.Commands) -> None:
+    """Declare ``demo``."""
+    command = options.declare(commands, "demo", _demo, "Show it all on a small model made on the spot, offline.")
+    command.add_argument("--keep", type=options.path, metavar="DIR", help="work in DIR and leave everything there")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    """Tell the story as it happens: it takes a while, also through a pipe."""
+    from dist_ckpt_mistral.cli import demo  # noqa: PLC0415  (--help must not wait for numpy)
+
+    demo.run(arguments.keep, say=output.say_text)
+    return options.EXIT_DONE

@@ -18,13 +18,13 @@ from typing import Any, Final
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.analysis import compare
+from dist_ckpt_mistral.cli.processes import run_ranks
 from dist_ckpt_mistral.convert import from_hf, to_hf
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.messages import human_bytes
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.rank_processes import run_ranks
 
 #: What the demo needs beyond this package.
 _NEEDED: Final = ("torch", "megatron.core", "transformers", "safetensors", "mistral_common")

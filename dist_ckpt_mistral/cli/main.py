@@ -1,4 +1,4 @@
-"""The command line: its commands, its exit codes, and its one voice for errors.
+"""The command line: its commands, its exit codes, and one format for all errors.
 
 Exit codes: 0 done, 1 a problem with the data (one line on stderr), 2 wrong usage, 3 ``verify`` found a difference.
 Progress and notes go to stderr, results to stdout.
@@ -17,24 +17,24 @@ from typing import Final, NoReturn
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral._version import __version__
-from dist_ckpt_mistral.commands import (
-    demo,
-    from_hf,
-    generate,
-    inspect,
-    megatron_args,
-    migrate,
-    output,
-    plan,
-    reshard,
-    to_hf,
-    verify,
-)
-from dist_ckpt_mistral.commands.options import EXIT_DATA, EXIT_DONE, is_first_rank
+from dist_ckpt_mistral.cli import convert, examine, output, run
+from dist_ckpt_mistral.cli.options import EXIT_DATA, EXIT_DONE, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
 from dist_ckpt_mistral.messages import printable
 
-_COMMANDS: Final = (from_hf, to_hf, plan, reshard, migrate, inspect, verify, generate, megatron_args, demo)
+#: What declares the commands, in the order of --help.
+_COMMANDS: Final = (
+    convert.add_from_hf,
+    convert.add_to_hf,
+    examine.add_plan,
+    convert.add_reshard,
+    convert.add_migrate,
+    examine.add_inspect,
+    examine.add_verify,
+    run.add_generate,
+    examine.add_megatron_args,
+    run.add_demo,
+)
 _EXIT_INTERRUPTED: Final = 130
 #: More than imports make. After every 700, Python's default, the cyclic collector would walk them again and again.
 _COLLECT_AFTER_OBJECTS: Final = 100_000
@@ -142,6 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in _COMMANDS:
-        command.add(commands)
+    for declare in _COMMANDS:
+        declare(commands)
     return parser
