@@ -39,7 +39,7 @@ from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensor, add_hf_metad
 from dist_ckpt_mistral.megatron.sharded_state_dict import optimizer_state_dict, sharded_state_dict
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 
@@ -201,7 +201,7 @@ def save_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, 
     tensors = _hf_tensors(hf)
     asked = []
 
-    def supply(held: HeldTensor, dtype: torch.dtype) -> torch.Tensor:
+    def supply(held: LocalTensor, dtype: torch.dtype) -> torch.Tensor:
         asked.append(held.module_name)
         return hf_rows(tensors, stage, held.module_name, held.layer).to(dtype)
 

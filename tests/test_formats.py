@@ -41,11 +41,11 @@ from torch_reading import described, raw_bytes, read_metadata
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats.pickles import reader, writer
-from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, Items, Pairs, PersistentId
+from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, LazyDict, LazyList, PersistentId
 from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
 from dist_ckpt_mistral.formats.torch_dist import common_state
-from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader, StoredTensor
+from dist_ckpt_mistral.formats.torch_dist.archive import ArchivedTensor, ArchiveReader
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout, object_archive
 from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import STORAGES, row_major_strides
 from dist_ckpt_mistral.gather.dtypes import KNOWN_DTYPES, to_safetensors
@@ -131,7 +131,7 @@ def test_archives_beyond_four_gibibytes(num_bytes: int, tmp_path: Path) -> None:
     assert (found.data.position, found.data.num_bytes, found.data.crc32) == (layout.data_offset, num_bytes, 0x12345678)
 
 
-def read_archive(path: Path, position: int = 0, num_bytes: int | None = None) -> StoredTensor:
+def read_archive(path: Path, position: int = 0, num_bytes: int | None = None) -> ArchivedTensor:
     """What the reader makes of an archive inside a file."""
     with SourceFiles([path]) as files:
         size = files.size_bytes(0) - position if num_bytes is None else num_bytes
@@ -371,7 +371,7 @@ def test_plain_values_load_with_pickle(value: object) -> None:
 def test_long_lists_load_with_pickle() -> None:
     """Many items, made one by one, and repeated strings, which are stored once."""
     words = [f"word {number % 300}" for number in range(70_000)]
-    for value in (words, Items(iter(words))):
+    for value in (words, LazyList(iter(words))):
         written = writer.dumps(value)
         assert pickle.loads(written) == words  # noqa: S301  (our own bytes)
         assert len(written) < 6 * len(words) + 300 * 30
@@ -383,8 +383,8 @@ def test_records_load_with_pickle() -> None:
         "global": Global("collections", "OrderedDict"),
         "call": Call(Global("builtins", "complex"), (1.5, -2.0)),
         "instance": Instance(Global("types", "SimpleNamespace"), {"a": [1], "b": Global("builtins", "len")}),
-        "pairs": Pairs([(Call(Global("builtins", "complex"), (0.0, 1.0)), "i"), ("two", 2)]),
-        "lazy pairs": Pairs((number, str(number)) for number in range(2000)),
+        "pairs": LazyDict([(Call(Global("builtins", "complex"), (0.0, 1.0)), "i"), ("two", 2)]),
+        "lazy pairs": LazyDict((number, str(number)) for number in range(2000)),
     }
     written = writer.dumps(record)
     pickletools.dis(written, io.StringIO())

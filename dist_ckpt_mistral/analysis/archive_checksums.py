@@ -37,7 +37,7 @@ class Piece(NamedTuple):
     is_bare: bool = False
 
 
-class Part(NamedTuple):
+class CheckedSpan(NamedTuple):
     """Bytes of a file that belong to a piece, and the CRC-32 that they had (None: nothing tells)."""
 
     span: Span
@@ -53,12 +53,12 @@ class Fault(NamedTuple):
 
 
 #: The archives of one file: where each lies, and what it holds.
-Archives = dict[Span, Piece]
+ArchivesByPlace = dict[Span, Piece]
 
 
-def archives_by_file(checkpoint: StoredCheckpoint) -> tuple[dict[str, Archives], list[Fault]]:
+def archives_by_file(checkpoint: StoredCheckpoint) -> tuple[dict[str, ArchivesByPlace], list[Fault]]:
     """All archives of a checkpoint, and the tensors whose chunks are not each stored once, or leave gaps or overlap."""
-    files, found = list(checkpoint.file_bytes), defaultdict[str, Archives](dict)
+    files, found = list(checkpoint.file_bytes), defaultdict[str, ArchivesByPlace](dict)
     faults, is_bare = [], checkpoint.backend == ZARR
     for name, tensor in checkpoint.tensors.items():
         try:
@@ -79,15 +79,15 @@ def archives_by_file(checkpoint: StoredCheckpoint) -> tuple[dict[str, Archives],
     return found, faults
 
 
-def _add(archives: Archives, span: Span, piece: Piece) -> None:
+def _add(archives: ArchivesByPlace, span: Span, piece: Piece) -> None:
     """Add an archive; several names may share one."""
     known = archives.get(span)
     archives[span] = piece if known is None else known._replace(names=(*known.names, *piece.names))
 
 
-def read_parts(path: Path, archives: Archives) -> tuple[list[Part], list[Fault]]:
+def read_parts(path: Path, archives: ArchivesByPlace) -> tuple[list[CheckedSpan], list[Fault]]:
     """The parts of one data file in ascending order, and the pieces whose archives are not what they should be."""
-    parts, faults, end = list[Part](), list[Fault](), 0
+    parts, faults, end = list[CheckedSpan](), list[Fault](), 0
     with SourceFiles([path]) as files:
         size, locator = files.size_bytes(0), TensorLocator(files, [path])
         cut = {span for span, piece in archives.items() if sum(span) > size and not piece.is_bare}
@@ -103,14 +103,16 @@ def read_parts(path: Path, archives: Archives) -> tuple[list[Part], list[Fault]]
     return parts, faults
 
 
-def _parts(files: SourceFiles, locator: TensorLocator, span: Span, piece: Piece, *, begin: int) -> Sequence[Part]:
+def _parts(
+    files: SourceFiles, locator: TensorLocator, span: Span, piece: Piece, *, begin: int
+) -> Sequence[CheckedSpan]:
     """The records of one archive, which must hold what the metadata says and not begin before ``begin``."""
     if span.position < begin:
         raise FormatError(f"its archive at byte {span.position} overlaps the one before, which ends at {begin}")
     if piece.is_bare and files.size_bytes(0) != span.num_bytes:
         raise FormatError(f"its file has {files.size_bytes(0)} bytes: expected {span.num_bytes}")
     if piece.is_bare:
-        return [Part(span, None, piece)]
+        return [CheckedSpan(span, None, piece)]
     if piece.dtype in dtypes.KNOWN_DTYPES:
         [*locator.locate(piece.names[0], piece.dtype, piece.shape, span.num_bytes, [(0, span.position)])]
     parts = sorted(_records(files, span, piece), key=lambda part: part.span)
@@ -120,9 +122,9 @@ def _parts(files: SourceFiles, locator: TensorLocator, span: Span, piece: Piece,
     return parts
 
 
-def _records(files: SourceFiles, span: Span, piece: Piece) -> Iterator[Part]:
+def _records(files: SourceFiles, span: Span, piece: Piece) -> Iterator[CheckedSpan]:
     reader = ArchiveReader(files, 0, *span, f"the archive at byte {span.position}")
     for name in reader.names:
         member = reader.member(name)
         is_told = member.crc32 != 0 or member.num_bytes == 0
-        yield Part(Span(member.position, member.num_bytes), member.crc32 if is_told else None, piece)
+        yield CheckedSpan(Span(member.position, member.num_bytes), member.crc32 if is_told else None, piece)

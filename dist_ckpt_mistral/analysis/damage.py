@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from dist_ckpt_mistral.analysis import archive_checksums
-from dist_ckpt_mistral.analysis.archive_checksums import Fault, Part, Piece
+from dist_ckpt_mistral.analysis.archive_checksums import CheckedSpan, Fault, Piece
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, FormatError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
@@ -68,7 +68,7 @@ class Contents:
 
     directory: Path
     files: Collection[str] = ()
-    parts_of: Callable[[str], tuple[list[Part], list[Fault]]] = lambda _: ([], [])
+    parts_of: Callable[[str], tuple[list[CheckedSpan], list[Fault]]] = lambda _: ([], [])
     hf_names: Callable[[Piece], tuple[str, ...]] = lambda _: ()
     sums_in: str = MANIFEST_FILE
     named_in: str = METADATA_FILE
@@ -151,7 +151,7 @@ def _look(contents: Contents, name: str, sha256: str | None, effort: Effort) -> 
     return _Look(findings=findings, num_parts=len(parts) - num_bare_parts, num_bare_parts=num_bare_parts)
 
 
-def _wrong_parts(parts: list[Part], found: Digest, sums_in: str) -> Iterator[Fault]:
+def _wrong_parts(parts: list[CheckedSpan], found: Digest, sums_in: str) -> Iterator[Fault]:
     for part, crc32 in zip(parts, found.crc32, strict=True):
         if part.crc32 not in {None, crc32}:
             where = f"bytes {part.span.position} to {sum(part.span)}"
@@ -266,14 +266,14 @@ def _check_hf(directory: Path, config: ChosenConfig | None, effort: Effort) -> C
     return notes.check_files(contents, manifest, effort)
 
 
-def _tensor_parts(file_set: FileSet, crc32: Mapping[str, str], notes: _Notes) -> dict[str, list[Part]]:
+def _tensor_parts(file_set: FileSet, crc32: Mapping[str, str], notes: _Notes) -> dict[str, list[CheckedSpan]]:
     """The tensors of safetensors files, and the checksums that a manifest tells of them."""
     spans = tensor_spans(file_set)
     absent = crc32.keys() - {name for tensors in spans.values() for name in tensors}
     notes.findings.extend(Finding(file=MANIFEST_FILE, tensor=name, what="no file holds it") for name in sorted(absent))
     values = {name: int(value, 16) for name, value in crc32.items()}
     return {
-        file: [Part(span, values.get(name), Piece((name,))) for name, span in tensors.items()]
+        file: [CheckedSpan(span, values.get(name), Piece((name,))) for name, span in tensors.items()]
         for file, tensors in spans.items()
     }
 

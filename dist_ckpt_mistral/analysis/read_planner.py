@@ -173,7 +173,7 @@ def _wanted(
 ) -> Iterator[WantedBox]:
     """The boxes of a rank, under the keys that the checkpoint has for them."""
     for model_chunk in model_chunks:
-        for held in layout.held_tensors(found.table, model_chunk, at, style=found.style, spec=SPEC):
+        for held in layout.local_tensors(found.table, model_chunk, at, style=found.style, spec=SPEC):
             names = found.spelling(held.rule, held.index, held.mcore_key)
             for box in held.boxes:
                 yield WantedBox(names[box.mcore_key], box.global_offset, box.shape)

@@ -72,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(status)
 
 
-class _Notes(logging.Handler):
+class _NoteHandler(logging.Handler):
     """Prints each note once, however often a command reads what it is about. Notes may hold names that files gave."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not (arguments.on_all_ranks or is_first_rank()):
         return EXIT_DONE
     level = logging.INFO if is_first_rank() else logging.ERROR
-    logging.basicConfig(format="%(message)s", handlers=[_Notes()], level=max(level, logging.WARNING))
+    logging.basicConfig(format="%(message)s", handlers=[_NoteHandler()], level=max(level, logging.WARNING))
     logging.getLogger("dist_ckpt_mistral").setLevel(level)  # what other libraries note is not about what the user does
     for number in (signal.SIGINT, signal.SIGTERM):  # so that an unpublished output is removed, or can be resumed
         if signal.getsignal(number) is not signal.SIG_IGN:

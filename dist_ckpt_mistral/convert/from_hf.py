@@ -26,7 +26,7 @@ from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.mapping import configuration
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, new_checkpoint_map
-from dist_ckpt_mistral.mapping.chunking import cuts
+from dist_ckpt_mistral.mapping.chunking import cut_chunks
 from dist_ckpt_mistral.mapping.configuration import RUN_CONFIG_FILE
 from dist_ckpt_mistral.mapping.source import ModelSource, open_hf, require_equal_twins
 from dist_ckpt_mistral.messages import listed
@@ -159,7 +159,7 @@ def _chunks(
         into[link.target].append(link)
     dtypes = dict(zip(into, for_all(lambda name: dtype or only_dtype(source.index, into[name]), into), strict=True))
     others = new.also_written()
-    for cut in cuts(new, new.shapes(), layout):
+    for cut in cut_chunks(new, new.shapes(), layout):
         yield NewChunk(
             mcore_key=cut.name,
             dtype=dtypes[cut.name],

@@ -21,7 +21,7 @@ from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
-from dist_ckpt_mistral.mapping.chunking import Cut, cuts
+from dist_ckpt_mistral.mapping.chunking import ChunkBox, cut_chunks
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
@@ -109,7 +109,7 @@ def _cut_for(
     )
 
 
-def _chunks(stored: StoredCheckpoint, tensors: TensorIndex, cut: Mapping[str, list[Cut]]) -> Iterator[NewChunk]:
+def _chunks(stored: StoredCheckpoint, tensors: TensorIndex, cut: Mapping[str, list[ChunkBox]]) -> Iterator[NewChunk]:
     """The new chunks, in a file for every rank that saves any. What is not the model's stays cut as it is."""
     ranks = sorted({each.rank for group in cut.values() for each in group})
     file_of = {rank: file for file, rank in enumerate(ranks)}
@@ -142,10 +142,10 @@ def _require_no_flat_state(names: list[str], where: str) -> None:
 
 def _cuts(
     found: CheckpointMap, shapes: Mapping[str, tuple[int, ...]], layout: ParallelLayout, where: str
-) -> dict[str, list[Cut]]:
+) -> dict[str, list[ChunkBox]]:
     """The new chunks of all weights, and of all states of them: those are cut as their weights are."""
-    of_weights: dict[str, list[Cut]] = defaultdict(list)
-    for cut in cuts(found, shapes, layout):
+    of_weights: dict[str, list[ChunkBox]] = defaultdict(list)
+    for cut in cut_chunks(found, shapes, layout):
         of_weights[cut.name.removeprefix(found.prefix)].append(cut)
     by_name = {group[0].name: group for group in of_weights.values()}
     states = {name: split[1] for name in shapes if (split := split_state_key(name)) is not None}

@@ -49,7 +49,7 @@ class Copied(NamedTuple):
     lost: Lost
 
 
-class Record(Protocol):
+class CopiedParts(Protocol):
     """Which parts were copied, by an earlier run too (``journal.Journal``).
 
     ``must_prove`` says that sources may have changed since: what is recalled must still be what they hold.
@@ -122,7 +122,7 @@ def execute(
     effort: Effort,
     numbers: Sequence[int],
     checksums: bool,
-    record: Record | None = None,
+    record: CopiedParts | None = None,
 ) -> dict[int, Copied]:
     """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the plan's target file.
 

@@ -40,7 +40,7 @@ RUN_CONFIG_FILE: Final = "run_config.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Embedded:
+class HfRecord:
     """The Hugging Face configuration, and the headers of the files that the weights came from (None: not kept)."""
 
     config: MistralConfig
@@ -66,7 +66,7 @@ def to_record(config: MistralConfig, table: TensorTable, files: FileSet | None) 
     }
 
 
-def from_common_state(common_state: Mapping[str, Any], where: str) -> Embedded | None:
+def from_common_state(common_state: Mapping[str, Any], where: str) -> HfRecord | None:
     """The record in a checkpoint's common state, or None if there is none. Raises FormatError if it is damaged."""
     content = common_state.get("content_metadata")
     record = content.get(KEY) if isinstance(content, Mapping) else None
@@ -79,7 +79,7 @@ def from_common_state(common_state: Mapping[str, Any], where: str) -> Embedded |
     if not isinstance(record.get("hf_config"), Mapping):
         raise FormatError(f"{where} has no hf_config")
     files = record.get("hf_files")
-    return Embedded(
+    return HfRecord(
         config=MistralConfig.from_hf(record["hf_config"], where=f"hf_config in {where}"),
         hf_files=None if files is None else FileSet.from_record(files, where),
     )
@@ -242,7 +242,7 @@ def _params_files(directory: Path) -> list[Path]:
     return [path] if what_is(directory).kind is Kind.OWN and path.is_file() else []
 
 
-def read_embedded(checkpoint: StoredCheckpoint) -> Embedded | None:
+def read_embedded(checkpoint: StoredCheckpoint) -> HfRecord | None:
     """What an import left in the checkpoint, if training has not dropped it since."""
     return from_common_state(checkpoint.common_state, str(checkpoint.directory))
 

@@ -11,11 +11,11 @@ from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping.checkpoint_map import new_checkpoint_map
 from dist_ckpt_mistral.mapping.source import ModelSource
-from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
 from dist_ckpt_mistral.model.table.rules import Index
 
 
-def live_rows(held: HeldTensor) -> int:
+def live_rows(held: LocalTensor) -> int:
     """Rows of a local tensor, from the first on, that are no vocabulary padding."""
     rows = held.local_shape[0]
     if not held.rule.padded_vocabulary:
@@ -23,11 +23,11 @@ def live_rows(held: HeldTensor) -> int:
     return min(rows, max(0, held.rule.shape[0] - held.boxes[0].global_offset[0]))
 
 
-def plan_held(source: ModelSource, held: Sequence[HeldTensor], dtype: str) -> BytePlan:
+def plan_held(source: ModelSource, held: Sequence[LocalTensor], dtype: str) -> BytePlan:
     """The plan that fills the live rows of local tensors in ``dtype`` (a torch name) from ``source``.
 
     Target file ``i`` of the plan is the memory of ``held[i]``, from its first byte on. Local tensors must be described
-    in stacked style, as ``ParallelLayout.held_tensors`` does by default.
+    in stacked style, as ``ParallelLayout.local_tensors`` does by default.
     """
     names = [f"{number}: {each.module_name}" for number, each in enumerate(held)]
     tensors = {
@@ -39,7 +39,7 @@ def plan_held(source: ModelSource, held: Sequence[HeldTensor], dtype: str) -> By
     return plan_gather(source.index, target, _links(source, held, names))
 
 
-def _links(source: ModelSource, held: Sequence[HeldTensor], names: list[str]) -> Iterator[Link]:
+def _links(source: ModelSource, held: Sequence[LocalTensor], names: list[str]) -> Iterator[Link]:
     """Stored boxes -> Hugging Face rows -> Megatron's rows -> local rows, each step a link that exists already."""
     megatron = new_checkpoint_map(source.table)
     stored: dict[tuple[str, Index], list[Link]] = defaultdict(list)
@@ -63,7 +63,7 @@ def _links(source: ModelSource, held: Sequence[HeldTensor], names: list[str]) ->
                     yield found
 
 
-def _local_links(name: str, held: HeldTensor) -> Iterator[Link]:
+def _local_links(name: str, held: LocalTensor) -> Iterator[Link]:
     """The boxes of Megatron's tensors that make up a local tensor, one below the other."""
     row = 0
     for box in held.boxes:

@@ -239,7 +239,7 @@ def completed(source: ModelSource, directory: Path | None) -> ModelSource:
     )
 
 
-def _described(table: TensorTable, remembered: configuration.Embedded | None) -> tuple[HfTensor, ...]:
+def _described(table: TensorTable, remembered: configuration.HfRecord | None) -> tuple[HfTensor, ...]:
     """All usual tensors of the table; aliases only where the original files had them besides."""
     files = remembered.hf_files if remembered and remembered.hf_files else FileSet(files={})
     return table.spelling(files.by_name("the record of the original files", table.usual_name)).tensors

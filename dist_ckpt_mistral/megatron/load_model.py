@@ -26,7 +26,7 @@ from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatr
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import HeldTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
 
 _ALONE: Final = ParallelLayout()
 _NOTHING: Final[Mapping[str, Any]] = {}
@@ -123,16 +123,16 @@ def _only_dtype(source: ModelSource) -> str:
     return names[0]
 
 
-def _held(source: ModelSource, layout: ParallelLayout, vocab_rows: int | None) -> Iterator[list[HeldTensor]]:
+def _held(source: ModelSource, layout: ParallelLayout, vocab_rows: int | None) -> Iterator[list[LocalTensor]]:
     """What this rank holds of each of its model chunks."""
     at = layout.coordinates(dist.get_rank())
     for chunk in layout.model_chunks(source.table.num_layers, parallel_state.get_pipeline_model_parallel_rank()):
-        yield list(layout.held_tensors(source.table, chunk, at, vocab_rows=vocab_rows))
+        yield list(layout.local_tensors(source.table, chunk, at, vocab_rows=vocab_rows))
 
 
 def _pairs(
-    parameters: Mapping[str, torch.nn.Parameter], held: Sequence[HeldTensor]
-) -> list[tuple[HeldTensor, torch.nn.Parameter]]:
+    parameters: Mapping[str, torch.nn.Parameter], held: Sequence[LocalTensor]
+) -> list[tuple[LocalTensor, torch.nn.Parameter]]:
     """Every parameter of a model chunk with what it holds."""
     described = {each.module_name: each.local_shape for each in held}
     found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -162,7 +162,7 @@ class _Memory:
 @torch.no_grad()
 def _fill(
     source: ModelSource,
-    pairs: Sequence[tuple[HeldTensor, torch.nn.Parameter]],
+    pairs: Sequence[tuple[LocalTensor, torch.nn.Parameter]],
     dtype: str,
     losses: LossPolicy,
     effort: Effort,

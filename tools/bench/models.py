@@ -202,7 +202,7 @@ def _chunks(
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
         for chunk in layout.model_chunks(config.num_hidden_layers, at.pp):
-            for held in layout.held_tensors(table, chunk, at, style=style):
+            for held in layout.local_tensors(table, chunk, at, style=style):
                 for box in held.boxes if held.is_main_replica else ():
                     for prefix, dtype in prefixes.items():
                         yield NewChunk(

@@ -36,7 +36,7 @@ _MOST_RUNS: Final = 4
 _LEAST_EDGED: Final = 0.006
 
 
-class Span(NamedTuple):
+class Extent(NamedTuple):
     """A stretch of the height of the picture, 0 at the top and 1 at the bottom."""
 
     top: float
@@ -91,13 +91,13 @@ def _flows_of(plan: ReadingPlan, number: int, group: RankReads) -> Iterator[Flow
         )
 
 
-def stacked(heights: Sequence[float]) -> list[Span]:
+def stacked(heights: Sequence[float]) -> list[Extent]:
     """Blocks of these relative heights, one below the other with gaps between them, filling the whole height."""
     gap = min(_MOST_GAP, _GAPS / max(1, len(heights) - 1))
     scale = (1 - gap * (len(heights) - 1)) / (sum(heights) or 1)
     spans_, top = [], 0.0
     for height in heights:
-        spans_.append(Span(top, top + height * scale))
+        spans_.append(Extent(top, top + height * scale))
         top += height * scale + gap
     return spans_
 
@@ -114,12 +114,12 @@ def apart(centres: Sequence[float]) -> list[float]:
     return placed
 
 
-def _divided(within: Span, heights: Sequence[float]) -> list[Span]:
+def _divided(within: Extent, heights: Sequence[float]) -> list[Extent]:
     """``within`` cut into stretches of these relative heights."""
     total, top, cut = sum(heights) or 1, within.top, []
     for height in heights:
         bottom = top + (within.bottom - within.top) * height / total
-        cut.append(Span(top, bottom))
+        cut.append(Extent(top, bottom))
         top = bottom
     return cut
 
@@ -140,12 +140,12 @@ def draw(figure: Figure, plan: ReadingPlan, drawn: Sequence[Flow]) -> None:
     style.legend(figure, "Reads (bar beside a rank: share that it needs)", [whole, part], right=True)
 
 
-def _draw_files(axes: Axes, plan: ReadingPlan) -> list[Span]:
+def _draw_files(axes: Axes, plan: ReadingPlan) -> list[Extent]:
     """The stored side; gives the span of every chunk."""
     files, sizes = plan.chunks.files.tolist(), plan.chunks.num_bytes.tolist()
     of_file = [[chunk for chunk, file in enumerate(files) if file == number] for number in range(len(plan.files))]
     blocks = stacked([sum(sizes[chunk] for chunk in chunks) for chunks in of_file])
-    drawn: list[Span] = []
+    drawn: list[Extent] = []
     labels = apart([(block.top + block.bottom) / 2 for block in blocks])
     for name, chunks, block, label in zip(plan.files, of_file, blocks, labels, strict=True):
         for chunk, place in zip(chunks, _divided(block, [sizes[chunk] for chunk in chunks]), strict=True):
@@ -156,7 +156,7 @@ def _draw_files(axes: Axes, plan: ReadingPlan) -> list[Span]:
     return drawn
 
 
-def _draw_ranks(axes: Axes, plan: ReadingPlan, drawn: Sequence[Flow], chunks: Sequence[Span]) -> None:
+def _draw_ranks(axes: Axes, plan: ReadingPlan, drawn: Sequence[Flow], chunks: Sequence[Extent]) -> None:
     blocks = stacked([amount.read_bytes for amount in plan.amounts])
     layers = sum(amount.read_bytes for amount in plan.amounts) / (plan.stored_bytes or 1)  # of ribbons, on the left
     alpha = 0.42 / max(1.0, layers) ** 0.6
@@ -164,13 +164,13 @@ def _draw_ranks(axes: Axes, plan: ReadingPlan, drawn: Sequence[Flow], chunks: Se
     for number, (group, amount, block) in enumerate(zip(plan.groups, plan.amounts, blocks, strict=True)):
         own = [flow for flow in drawn if flow.group == number]
         for flow, end in zip(own, _divided(block, [flow.read_bytes for flow in own]), strict=True):
-            begin = Span(chunks[flow.chunks[0]].top, chunks[flow.chunks[1]].bottom)
+            begin = Extent(chunks[flow.chunks[0]].top, chunks[flow.chunks[1]].bottom)
             _ribbon(axes, begin, end, style.WHOLE if flow.is_whole else style.PART, alpha=alpha)
             for (kind, _), part in zip(flow.kinds, _divided(end, [size for _, size in flow.kinds]), strict=True):
                 _block(axes, _RIGHT, part, style.KINDS[kind])
         _block(axes, _NEED, block, style.PART)
         share = (block.bottom - block.top) * amount.needed_bytes / (amount.read_bytes or 1)
-        _block(axes, _NEED, Span(block.top, block.top + share), style.WHOLE, f"ranks-{group.ranks[0]}")
+        _block(axes, _NEED, Extent(block.top, block.top + share), style.WHOLE, f"ranks-{group.ranks[0]}")
         _label(axes, _NEED[1] + 0.008, labels[number], _who(plan, group), _how_much(plan, number), align="left")
 
 
@@ -190,7 +190,7 @@ def _how_much(plan: ReadingPlan, number: int) -> str:
     return f"reads {read}, {factor(amount.amplification)} the {needed} it needs"
 
 
-def _block(axes: Axes, columns: tuple[float, float], rows: Span, colour: str, name: str | None = None) -> None:
+def _block(axes: Axes, columns: tuple[float, float], rows: Extent, colour: str, name: str | None = None) -> None:
     from matplotlib.patches import Rectangle  # noqa: PLC0415  (only pictures need matplotlib)
 
     width, height = columns[1] - columns[0], rows.bottom - rows.top
@@ -200,7 +200,7 @@ def _block(axes: Axes, columns: tuple[float, float], rows: Span, colour: str, na
     )
 
 
-def _ribbon(axes: Axes, begin: Span, end: Span, colour: str, *, alpha: float) -> None:
+def _ribbon(axes: Axes, begin: Extent, end: Extent, colour: str, *, alpha: float) -> None:
     from matplotlib.patches import PathPatch  # noqa: PLC0415  (only pictures need matplotlib)
     from matplotlib.path import Path  # noqa: PLC0415
 

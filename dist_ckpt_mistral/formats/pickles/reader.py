@@ -43,7 +43,7 @@ class _RefusedError(Exception):
     """What a pickle asks for and may not have."""
 
 
-class Record:
+class Inert:
     """An unpickled object that is nothing but its class name and attributes. There may be millions: no code runs."""
 
 
@@ -62,7 +62,7 @@ class StateRecord(list[Any]):
         super().__init__()
 
 
-class OpaqueRecord(Record):
+class OpaqueRecord(Inert):
     """A record that also keeps what its class would have interpreted: constructor arguments and pickle state."""
 
     def __new__(cls, *args: object) -> OpaqueRecord:  # noqa: PYI034  (subclasses are made at run time)
@@ -79,7 +79,7 @@ class OpaqueRecord(Record):
         self.__dict__["state"] = state
 
 
-def record_class(name: str, base: type[Record | StateRecord] = StateRecord) -> type[Record | StateRecord]:
+def record_class(name: str, base: type[Inert | StateRecord] = StateRecord) -> type[Inert | StateRecord]:
     """A new stand-in class. Make one for every load: a pickle may set attributes of the classes that it names."""
     return type(name, (base,), {"__slots__": ()})
 

@@ -46,14 +46,14 @@ class PersistentId:
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
+class LazyDict:
     """A dict given as (key, value) pairs, which may be made one by one: keys that are records are not hashable here."""
 
     items: Iterable[tuple[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
+class LazyList:
     """A list whose items may be made one by one."""
 
     items: Iterable[Any]
@@ -165,6 +165,6 @@ _EMITTERS: Final[Mapping[type, Callable[[_Emitter, Any], None]]] = {
     Call: _Emitter.call,
     Instance: _Emitter.instance,
     PersistentId: _Emitter.persistent,
-    Pairs: lambda emitter, value: emitter.pairs(value.items),
-    Items: lambda emitter, value: emitter.listing(value.items),
+    LazyDict: lambda emitter, value: emitter.pairs(value.items),
+    LazyList: lambda emitter, value: emitter.listing(value.items),
 }

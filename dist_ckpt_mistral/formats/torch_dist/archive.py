@@ -64,7 +64,7 @@ class Listed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
+class ArchivedTensor:
     """A tensor of an archive: torch dtype name, shape in elements, and where its row-major bytes lie."""
 
     dtype: str
@@ -160,7 +160,7 @@ class ArchiveReader:
             raise FormatError(f"{self._where} is damaged: the checksum of {name} is wrong")
         return content
 
-    def tensor(self) -> StoredTensor:
+    def tensor(self) -> ArchivedTensor:
         """The archive's only tensor. Raises FormatError for a view, big-endian data and anything but one tensor."""
         if "byteorder" in self._members and self.read("byteorder") != LITTLE_ENDIAN:
             raise FormatError(f"{self._where} is big-endian, which is not supported")
@@ -171,7 +171,7 @@ class ArchiveReader:
             raise FormatError(
                 f"{self._where} is damaged: expected {expected} bytes ({dtype} {list(shape)}), got {data.num_bytes}"
             )
-        return StoredTensor(dtype=dtype, shape=shape, data=data)
+        return ArchivedTensor(dtype=dtype, shape=shape, data=data)
 
     def object(self, find: Callable[[str, str], Any]) -> Any:  # noqa: ANN401  (whatever was saved)
         """The archive's pickled object, through the allowlist ``find``. Tensors in it become inert."""

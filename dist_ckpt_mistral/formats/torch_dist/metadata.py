@@ -129,7 +129,7 @@ def parse(metadata: dict[str, Any]) -> StoredMetadata:
     require_names([*described, *numbers])
     require_bounded(described.values(), len(indices))
     names, tensors, objects = [*file_bytes], {}, {}
-    own_shapes = own_shapes_of(metadata)
+    own_shapes = unblocked_shapes(metadata)
     for name, record in described.items():
         stored = numbers.pop(name, [])
         if is_tensor(record):
@@ -186,7 +186,7 @@ def archives_of(places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], Ar
     )
 
 
-def own_shapes_of(metadata: Mapping[str, Any]) -> dict[str, Shape]:
+def unblocked_shapes(metadata: Mapping[str, Any]) -> dict[str, Shape]:
     """The shapes of the tensors that are stored as blocks, by key. Megatron says None where there are none."""
     about = metadata.get(MCORE_DATA)
     return {name: sizes_of(each[OWN_SHAPE]) for name, each in (about or {}).items() if OWN_SHAPE in each}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.formats.pickles import writer
-from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, Items, Pairs
+from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, LazyDict, LazyList
 from dist_ckpt_mistral.formats.torch_dist import archive_writer
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout
 from dist_ckpt_mistral.formats.torch_dist.metadata import MCORE_DATA, OWN_SHAPE
@@ -164,9 +164,9 @@ class CheckpointLayout:
         as_bytes = Instance(Global(_METADATA, "BytesStorageMetadata"), {})
         described += [(key, as_bytes) for _, each in self.objects for key in each.keys]
         fields: dict[str, Any] = {
-            "state_dict_metadata": Pairs(described),
+            "state_dict_metadata": LazyDict(described),
             "planner_data": None,
-            "storage_data": Pairs(self._storage_data()),
+            "storage_data": LazyDict(self._storage_data()),
             "storage_meta": None,
         }
         blocks = {key: group[0].chunk.global_shape for key, group in by_key.items() if group[0].chunk.as_block}
@@ -203,7 +203,7 @@ def _tensor_metadata(group: Sequence[_Placed]) -> Instance:
     fields = {
         "properties": Instance(Global(_METADATA, "TensorProperties"), properties),
         "size": _size(group[0].chunk.described[0]),
-        "chunks": Items(Instance(_CHUNK, chunk) for chunk in chunks),
+        "chunks": LazyList(Instance(_CHUNK, chunk) for chunk in chunks),
     }
     return Instance(Global(_METADATA, "TensorStorageMetadata"), fields)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import is_positive_int
-from dist_ckpt_mistral.model.layout.local_tensors import HeldObject, HeldTensor, held_tensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalObject, LocalTensor, local_tensor
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk, PipelineLayout, parse_pipeline_layout
 from dist_ckpt_mistral.model.table.rules import (
     Index,
@@ -193,7 +193,7 @@ class ParallelLayout(PipelineLayout):
         own = others(self.coordinates(rank))
         return [each for each in range(self.world_size) if others(self.coordinates(each)) == own]
 
-    def held_tensors(
+    def local_tensors(
         self,
         table: TensorTable,
         chunk: ModelChunk,
@@ -202,7 +202,7 @@ class ParallelLayout(PipelineLayout):
         style: KeyStyle = KeyStyle.STACKED,
         spec: LayerSpec = LayerSpec.LOCAL,
         vocab_rows: int | None = None,
-    ) -> Iterator[HeldTensor]:
+    ) -> Iterator[LocalTensor]:
         """Yield what one rank holds of one model chunk, in the order of the table.
 
         ``spec`` says which modules hold it. ``vocab_rows`` is the padded vocabulary size, by default what Megatron-LM
@@ -212,12 +212,12 @@ class ParallelLayout(PipelineLayout):
             rows, module = _rows(rule, self.tp, vocab_rows), rule.module(spec)
             part, copy = self._share(rule, module, at)
             for index, local in self._held_indices(rule, chunk, at):
-                yield held_tensor(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
+                yield local_tensor(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
             if TIED_OUTPUT_NAME in rule.other_keys and chunk.is_last and not chunk.is_first:
                 # Tied embeddings: the last stage describes its copy of the first stage's (language_module.py, 0.12+).
-                yield held_tensor(table, rule, module, rows, (), TIED_OUTPUT_NAME, part, style, (1, *copy))
+                yield local_tensor(table, rule, module, rows, (), TIED_OUTPUT_NAME, part, style, (1, *copy))
 
-    def held_objects(
+    def local_objects(
         self,
         table: TensorTable,
         chunk: ModelChunk,
@@ -225,7 +225,7 @@ class ParallelLayout(PipelineLayout):
         *,
         style: KeyStyle = KeyStyle.STACKED,
         spec: LayerSpec = LayerSpec.LOCAL,
-    ) -> Iterator[HeldObject]:
+    ) -> Iterator[LocalObject]:
         """Yield the objects that the modules of one rank save beside the tensors of one model chunk."""
         for rule in table.rules:
             module = rule.module(spec)
@@ -234,7 +234,7 @@ class ParallelLayout(PipelineLayout):
             key, name = module.extra_state
             (rank, _), (_, copy) = self._share(rule, module, at)
             for index, local in self._held_indices(rule, chunk, at):
-                yield HeldObject(
+                yield LocalObject(
                     mcore_key=spell_key(key, index, style),
                     module_name=spell(name, local),
                     global_shape=rule.lead[style.spelled_axes :] or (1,),

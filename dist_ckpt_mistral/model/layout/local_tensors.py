@@ -12,7 +12,7 @@ from dist_ckpt_mistral.model.table.table import StoredRows, TensorTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldBox:
+class LocalBox:
     """One box of a stored tensor. All tuples are in elements and have the axes of the stored tensor.
 
     ``fragments`` counts the boxes along each axis.
@@ -26,7 +26,7 @@ class HeldBox:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldTensor:
+class LocalTensor:
     """One local tensor of one rank. ``boxes`` are its rows in order: one box, or gate and up of ``linear_fc1``.
 
     ``mcore_key`` is that of ``rule`` which the boxes go by. ``local_shape`` is in elements; ``prepended_axes`` counts
@@ -41,7 +41,7 @@ class HeldTensor:
     module_name: str
     local_shape: tuple[int, ...]
     prepended_axes: int
-    boxes: tuple[HeldBox, ...]
+    boxes: tuple[LocalBox, ...]
     replica_id: tuple[int, int, int]
 
     @property
@@ -56,7 +56,7 @@ class HeldTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldObject:
+class LocalObject:
     """One object that a rank saves beside its tensors: shape and offset count elements of a stored array of objects."""
 
     mcore_key: str
@@ -66,7 +66,7 @@ class HeldObject:
     replica_id: tuple[int, int, int]
 
 
-def held_tensor(
+def local_tensor(
     table: TensorTable,
     rule: TensorRule,
     module: ModuleTensor,
@@ -76,7 +76,7 @@ def held_tensor(
     part: tuple[int, int],
     style: KeyStyle,
     replica_id: tuple[int, int, int],
-) -> HeldTensor:
+) -> LocalTensor:
     """One local tensor: ``part`` says which of how many tensor-parallel parts."""
     shape = [rows, *rule.shape[1:]]
     if module.tp_axis is not None:
@@ -89,7 +89,7 @@ def held_tensor(
             stored.first_row * halves // rule.shape[0], (stored.first_row + stored.rows) * halves // rule.shape[0]
         )
     )
-    return HeldTensor(
+    return LocalTensor(
         rule=rule,
         index=index,
         mcore_key=module.mcore_key,
@@ -103,7 +103,7 @@ def held_tensor(
 
 def _box(
     rule: TensorRule, module: ModuleTensor, rows: int, half: int, stored: StoredRows, part: tuple[int, int]
-) -> HeldBox:
+) -> LocalBox:
     """The part of ``stored`` that a rank holds of one half (of the only one, for most tensors)."""
     global_rows = rows if rule.padded_vocabulary else stored.rows
     half_rows = rows // rule.glu_halves
@@ -115,7 +115,7 @@ def _box(
         offset[module.tp_axis] += rank * shape[module.tp_axis]
         fragments[module.tp_axis] *= ways
     lead = stored.global_shape[: len(stored.index)]
-    return HeldBox(
+    return LocalBox(
         mcore_key=stored.mcore_key,
         global_shape=(*lead, global_rows, *rule.shape[1:]),
         global_offset=(*stored.index, *offset),
