@@ -117,7 +117,7 @@ def test_comparison_agrees_with_the_truth(a: str, b: str, differences: int) -> N
     differing = sorted(name for name in true_a if true_a[name] != true_b[name])
     assert len(differing) == differences
     outcome = compare(folder(a) / "checkpoint", folder(b) / "checkpoint", config=folder(a))
-    assert [difference.hf_name for difference in outcome.differences] == differing
+    assert [difference.name for difference in outcome.differences] == differing
     comparable = [name for name in true_a if true_a[name][:2] == true_b[name][:2]]
     assert outcome.num_tensors == len(comparable)
     assert outcome.num_bytes == sum(len(true_a[name][2]) for name in comparable)

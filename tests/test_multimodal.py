@@ -176,7 +176,7 @@ def test_without_the_original_there_is_no_export(trip: Trip, tmp_path: Path) -> 
 def test_training_and_original_are_compared(trip: Trip) -> None:
     """Against the original, what training saved lacks vision and nothing else; completed from it, they are equal."""
     outcome = dcm.compare(trip.original, trip.trained)
-    lacking = {(difference.hf_name, difference.what) for difference in outcome.differences}
+    lacking = {(difference.name, difference.what) for difference in outcome.differences}
     assert lacking == {(name, "only in A") for name in vision_of(trip.tensors)}
     assert dcm.compare(trip.original, trip.trained, config=trip.original).is_equal
     with dcm.open_checkpoint(trip.trained, config=trip.original) as opened:
@@ -211,7 +211,7 @@ def test_args_alone_tell_of_a_language_model(trip: Trip, tmp_path: Path) -> None
     assert line.endswith("Give the config.json of the whole multimodal model with --config.")
     for sides in ((trip.original, tmp_path / "trained"), (tmp_path / "trained", trip.original)):
         compared = dcm.compare(*sides)
-        assert {difference.hf_name for difference in compared.differences} == set(vision_of(trip.tensors))
+        assert {difference.name for difference in compared.differences} == set(vision_of(trip.tensors))
         assert compared.num_tensors == len(text)
 
 

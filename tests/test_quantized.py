@@ -141,7 +141,7 @@ def test_verify_compares_values(tmp_path: Path) -> None:
     }
     source, wider = open_hf(hf), open_hf(hf, dtype="float32")
     assert compare_sources(source, source, Effort()).is_equal
-    what = {each.hf_name: each.what for each in compare_sources(source, wider, Effort()).differences}
+    what = {each.name: each.what for each in compare_sources(source, wider, Effort()).differences}
     assert what[Q] == "bfloat16 [40, 24] in A, float32 [40, 24] in B"
 
 

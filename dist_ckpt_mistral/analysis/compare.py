@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import PICKLE, pickle_in_list
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, Entry
 from dist_ckpt_mistral.formats.torch_dist.writer import object_bytes
-from dist_ckpt_mistral.gather.compare import Difference, compare_bits
+from dist_ckpt_mistral.gather.compare import compare_bits
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
@@ -25,6 +25,7 @@ from dist_ckpt_mistral.gather.plan import BytePlan, plan_reading
 from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, twin_differences
 from dist_ckpt_mistral.model.config.agreement import Disagreement
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
+from dist_ckpt_mistral.model.table.table import HfTensor
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 #: The records of an object's archive that hold the data of its tensors; others tell of the archive.
@@ -32,10 +33,24 @@ _STORAGES: Final = "data/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """The outcome of a comparison; sizes in bytes. ``not_compared`` says what checkpoints hold besides the model.
+class Difference:
+    """One tensor or object that differs between A and B, and how."""
 
-    ``configurations`` are the values that the configurations of A and B give differently.
+    name: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The outcome of a comparison.
+
+    Args:
+        num_tensors: Number of tensors that both hold with equal shapes and dtypes.
+        num_bytes: Size of what was compared bit for bit.
+        differences: What differs, by ascending name.
+        not_compared: What checkpoints hold besides the model, in words.
+        configurations: Values that the configurations of A and B give differently.
+        named_by: What the names of ``differences`` are: ``"hf_name"``, or ``"mcore_key"`` for stored entries.
     """
 
     num_tensors: int
@@ -43,6 +58,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     not_compared: tuple[str, ...]
     configurations: tuple[Disagreement, ...] = ()
+    named_by: str = "hf_name"
 
     @property
     def is_equal(self) -> bool:
@@ -50,8 +66,42 @@ class Comparison:
         return not self.differences and not any(each.of_weights for each in self.configurations)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"equal": self.is_equal, **asdict(self)}
+        """Plain values; each difference has its name under ``hf_name`` or ``mcore_key``."""
+        content = asdict(self)
+        named_by = content.pop("named_by")
+        differences = [{named_by: each.name, "what": each.what} for each in self.differences]
+        return {"equal": self.is_equal, **content, "differences": differences}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Side:
+    """A or B: in words what stands under each name, and the plan that reads those whose bits are compared."""
+
+    described: Mapping[str, str]
+    tensors: Collection[str]
+    plan_of: Callable[[list[str]], BytePlan]
+
+
+def _compare(a: _Side, b: _Side, effort: Effort) -> tuple[list[Difference], list[str], int]:
+    """What differs; the names of the tensors whose bits were compared, and how many bytes that were."""
+    differences = [
+        Difference(name=name, what="only in A" if name in a.described else "only in B")
+        for name in a.described.keys() ^ b.described.keys()
+    ]
+    common = []
+    for name in (name for name in a.described if name in b.described):
+        in_a, in_b = a.described[name], b.described[name]
+        if in_a != in_b:
+            differences.append(Difference(name=name, what=f"{in_a} in A, {in_b} in B"))
+        elif name in a.tensors:
+            common.append(name)
+    plan_a, plan_b = a.plan_of(common), b.plan_of(common)
+    differences += [Difference(name=name, what=what) for name, what in compare_bits(plan_a, plan_b, common, effort)]
+    return differences, common, plan_a.num_bytes
+
+
+def _sorted(differences: Iterable[Difference]) -> tuple[Difference, ...]:
+    return tuple(sorted(differences, key=lambda difference: difference.name))
 
 
 def open_pair(a: Path, b: Path, *, config: ChosenConfig | None = None) -> tuple[ModelSource, ModelSource]:
@@ -114,29 +164,26 @@ def compare_sources(a: ModelSource, b: ModelSource, effort: Effort) -> Compariso
     )
     besides = (in_a.keys() ^ in_b.keys()) & aliases_a.keys() & aliases_b.keys()
     in_a, in_b = in_a | {name: aliases_a[name] for name in besides}, in_b | {name: aliases_b[name] for name in besides}
-    differences = [
-        Difference(hf_name=name, what="only in A" if name in in_a else "only in B") for name in in_a.keys() ^ in_b
-    ]
+    side_a, side_b = _side_of(a, in_a), _side_of(b, in_b)
+    differences, common, num_bytes = _compare(side_a, side_b, effort)
     for source, where in ((a, "A"), (b, "B")):
         found = twin_differences(source.index, source.hidden_twins, effort)
-        differences += [Difference(hf_name=twin.name, what=f"in {where}, {what}") for twin, what in found]
-    common = []
-    for name in (name for name in in_a if name in in_b):
-        described = [
-            f"{source.dtype_of(held[name])} {list(held[name].shape)}" for source, held in ((a, in_a), (b, in_b))
-        ]
-        if described[0] == described[1]:
-            common.append(name)
-        else:
-            differences.append(Difference(hf_name=name, what=f"{described[0]} in A, {described[1]} in B"))
-    plan_a, plan_b = a.plan_of(in_a[name] for name in common), b.plan_of(in_b[name] for name in common)
-    differences += compare_bits(plan_a, plan_b, common, effort)
+        differences += [Difference(name=twin.name, what=f"in {where}, {what}") for twin, what in found]
     return Comparison(
         num_tensors=len(common),
-        num_bytes=plan_a.num_bytes,
-        differences=tuple(sorted(differences, key=lambda difference: difference.hf_name)),
+        num_bytes=num_bytes,
+        differences=_sorted(differences),
         not_compared=_not_compared(a, b),
         configurations=tuple(a.agreed.disagreements(b.agreed)),
+    )
+
+
+def _side_of(source: ModelSource, tensors: Mapping[str, HfTensor]) -> _Side:
+    """The tensors of a model that are compared, by Hugging Face name."""
+    return _Side(
+        described={name: f"{source.dtype_of(each)} {list(each.shape)}" for name, each in tensors.items()},
+        tensors=tensors.keys(),
+        plan_of=lambda names: source.plan_of(tensors[name] for name in names),
     )
 
 
@@ -156,23 +203,13 @@ def compare_stored(a: str | Path, b: str | Path, *, effort: Effort = DEFAULT_EFF
     cannot be read.
     """
     in_a, in_b = (_Stored.of(Path(path)) for path in (a, b))
-    differences = [
-        Difference(hf_name=name, what="only in A" if name in in_a.described else "only in B")
-        for name in in_a.described.keys() ^ in_b.described
-    ]
-    common = []
-    for name in (name for name in in_a.described if name in in_b.described):
-        one, other = in_a.described[name], in_b.described[name]
-        if one != other:
-            differences.append(Difference(hf_name=name, what=f"{one} in A, {other} in B"))
-        elif name in in_a.index.tensors:
-            common.append(name)
-    differences += compare_bits(in_a.plan_of(common), in_b.plan_of(common), common, effort)
+    differences, _, num_bytes = _compare(in_a.side, in_b.side, effort)
     return Comparison(
         num_tensors=len(in_a.keys & in_b.keys),
-        num_bytes=sum(in_a.index.tensors[name].num_bytes for name in common),
-        differences=tuple(sorted(differences, key=lambda difference: difference.hf_name)),
+        num_bytes=num_bytes,
+        differences=_sorted(differences),
         not_compared=("files beside the shards",),
+        named_by="mcore_key",
     )
 
 
@@ -201,7 +238,12 @@ class _Stored:
         whole_index = TensorIndex(files=tuple(files), tensors=tensors)
         return cls(keys=frozenset(stored.tensors), index=whole_index, described=described | pickles)
 
-    def plan_of(self, names: list[str]) -> BytePlan:
+    @property
+    def side(self) -> _Side:
+        """What is compared of it, by Megatron's keys."""
+        return _Side(described=self.described, tensors=self.index.tensors.keys(), plan_of=self._plan_of)
+
+    def _plan_of(self, names: list[str]) -> BytePlan:
         """A plan for reading: one segment for each of ``names``, in this order."""
         shapes = {name: self.index.tensors[name].global_shape for name in names}
         return plan_reading(self.index, {name: (shape, [whole(name, shape)]) for name, shape in shapes.items()})

@@ -141,7 +141,7 @@ def _compare_bits(arguments: argparse.Namespace) -> int:
         output.say_json(outcome.to_json())
     else:
         for difference in outcome.differences:
-            output.say(f"{difference.hf_name}: {difference.what}")
+            output.say(f"{difference.name}: {difference.what}")
         for disagreement in outcome.configurations:
             output.say(f"the configurations of A and B differ in {disagreement}")
         for note in outcome.not_compared:

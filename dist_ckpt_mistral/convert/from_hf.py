@@ -11,8 +11,7 @@ from typing import Any
 
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.journal import Recipe
-from dist_ckpt_mistral.convert.manifest import NewManifest
-from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, Output, write_output
+from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, NewManifest, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import LayoutError, for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files

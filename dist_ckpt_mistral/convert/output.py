@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
-from dist_ckpt_mistral.convert.manifest import NewManifest, write_manifest
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, OutputError
+from dist_ckpt_mistral.formats.hf_directory import TensorSpans
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
+from dist_ckpt_mistral.gather.digest import Digest, digest
 from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage import documents, local
@@ -244,3 +246,44 @@ def _as_output_errors(staging: Staging) -> Iterator[None]:
         if path.is_relative_to(staging.output):
             path = staging.target / path.relative_to(staging.output)
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewManifest:
+    """A manifest to write into ``folder`` of an output, and which tensors it shall tell the CRC-32 of."""
+
+    folder: Path
+    tensors: TensorSpans = field(default_factory=dict)
+
+
+def write_manifest(output: Path, new: NewManifest, *, effort: Effort, ranks: Ranks) -> None:
+    """Write the manifest of ``new.folder`` in ``output``, whose files are complete."""
+    directory = output / new.folder
+    names = ranks.on_first(lambda: _by_size(directory))[ranks.rank :: ranks.world_size]
+    shares = ranks.together(lambda: _digests(directory, names, new.tensors, effort))
+    ranks.on_first(
+        lambda: _write_file(directory, new.tensors, {name: each for own in shares for name, each in own.items()})
+    )
+
+
+def _by_size(directory: Path) -> list[str]:
+    """The files, the largest first, so that ranks and threads end together."""
+    return sorted(files_in(directory), key=lambda name: (directory / name).stat().st_size, reverse=True)
+
+
+def _digests(directory: Path, names: Sequence[str], tensors: TensorSpans, effort: Effort) -> dict[str, Digest]:
+    def work(number: int) -> Digest:
+        spans = tensors.get(names[number], {})
+        return digest(directory / names[number], [*spans.values()], sha256=True, effort=effort)
+
+    return dict(zip(names, run_all(work, range(len(names)), workers=effort.threads), strict=True))
+
+
+def _write_file(directory: Path, tensors: TensorSpans, found: Mapping[str, Digest]) -> None:
+    crc32 = {
+        name: f"{value:08x}"
+        for file, spans in tensors.items()
+        for name, value in zip(spans, found[file].crc32, strict=True)
+    }
+    files = {name: str(each.sha256) for name, each in found.items()}
+    documents.write_bytes(directory / MANIFEST_FILE, Manifest(files=files, crc32=crc32).to_json())

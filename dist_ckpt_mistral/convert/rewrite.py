@@ -11,8 +11,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.convert.conversion import Conversion
 from dist_ckpt_mistral.convert.journal import Recipe
-from dist_ckpt_mistral.convert.manifest import NewManifest
-from dist_ckpt_mistral.convert.output import Checksums, NewFiles, Output, write_output
+from dist_ckpt_mistral.convert.output import Checksums, NewFiles, NewManifest, Output, write_output
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint

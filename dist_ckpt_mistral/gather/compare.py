@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,16 +12,11 @@ from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """One tensor that differs between A and B, and how; of stored entries, ``hf_name`` is the key."""
+def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: Effort) -> Iterator[tuple[str, str]]:
+    """Compare tensors of the same dtypes and shapes; segment ``i`` of both plans is the one called ``names[i]``.
 
-    hf_name: str
-    what: str
-
-
-def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: Effort) -> Iterator[Difference]:
-    """Compare tensors of the same dtypes and shapes, and yield those that differ: a segment of each plan for each."""
+    Yields the name of each tensor that differs, and where its bits begin to differ.
+    """
     with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
         reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
 
@@ -37,7 +31,7 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
             return None
 
         found = run_all(work, range(len(names)), workers=effort.threads, stop=reader_a.stop)
-    return (Difference(hf_name=name, what=what) for name, what in zip(names, found, strict=True) if what is not None)
+    return ((name, what) for name, what in zip(names, found, strict=True) if what is not None)
 
 
 def _opened(plan: BytePlan) -> SourceFiles:

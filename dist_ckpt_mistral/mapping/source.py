@@ -271,7 +271,7 @@ def twin_differences(
     same = {twin.name: twin for twin in apart if twin.name not in found}
     own = plan_reading(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
     others = plan_reading(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
-    found |= {each.hf_name: each.what for each in compare_bits(own, others, [*same], effort)}
+    found |= dict(compare_bits(own, others, [*same], effort))
     for twin in apart:
         if twin.name in found:
             yield twin, f"differs from {twin.main!r}, which is stored for the same weights: {found[twin.name]}"
