@@ -19,7 +19,7 @@ from dist_ckpt_mistral.model.vision import Vision
 
 ROOT: Final = Path(dist_ckpt_mistral.__file__).parent
 _MODULES: Final = """
-errors shell amounts shapes name_ranges dtypes strict_json local_ranks ranks rank_processes hub package_version
+errors shell amounts shapes name_ranges dtypes strict_json ranks rank_processes hub package_version
 stamps storage paths staging strict_yaml libraries
 formats.pickle_opcodes formats.pickle_reading formats.pickle_records formats.tensor_pickle formats.read_ahead
 formats.torch_archive formats.torch_archive_writer formats.train_state formats.checkpoint_directory formats.integrity

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.ranks import of_nodes
 
 
 def add(commands: options.Commands) -> None:
@@ -15,7 +15,7 @@ def add(commands: options.Commands) -> None:
         "from-hf",
         run,
         "Import a Hugging Face model into a Megatron checkpoint.",
-        on_all_ranks=True,
+        on_each_node=True,
         with_numpy=True,
     )
     command.add_argument(
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Import, and say what was written, or would be."""
     from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
 
-    ranks = from_environment()
+    ranks = of_nodes()
     with options.effort("importing", arguments, ranks) as effort:
         done = convert.from_hf(
             arguments.hf,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.ranks import of_nodes
 
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     summary = "Write a legacy zarr checkpoint as torch_dist, the format of every later Megatron."
-    command = options.declare(commands, "migrate", run, summary, on_all_ranks=True, with_numpy=True)
+    command = options.declare(commands, "migrate", run, summary, on_each_node=True, with_numpy=True)
     command.add_argument("checkpoint", metavar="OLD", type=options.path, help="zarr checkpoint: root or iteration")
     command.add_argument("output", metavar="CKPT", type=options.path, help="checkpoint to create")
     options.add_file_size(command)
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Migrate, and say what was written, or would be."""
     from dist_ckpt_mistral import migration  # noqa: PLC0415  (--help must not wait for numpy)
 
-    ranks = from_environment()
+    ranks = of_nodes()
     with options.effort("migrating", arguments, ranks) as effort:
         done = migration.migrate(
             arguments.checkpoint,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.commands import output
-from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.ranks import Ranks, works_here
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.conversion import Conversion
@@ -47,17 +47,20 @@ def declare(
     run: Callable[[argparse.Namespace], int],
     summary: str,
     *,
+    on_each_node: bool = False,
     on_all_ranks: bool = False,
     with_numpy: bool = False,
 ) -> argparse.ArgumentParser:
     """A new command ``name`` that ``run`` carries out; ``run`` returns the exit code.
 
-    Under torchrun the first rank alone runs it, unless ``on_all_ranks``. ``with_numpy`` says that it needs numpy, which
-    is then imported first, as cheaply as can be. ``arguments.wrong_usage(message)`` ends the program as argparse does.
+    Under torchrun the first rank alone runs it, unless ``on_each_node`` (that node's first rank) or ``on_all_ranks``.
+    ``with_numpy`` says that it needs numpy, which is then imported first, as cheaply as can be.
+    ``arguments.wrong_usage(message)`` ends the program as argparse does.
     """
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(command=run, on_all_ranks=on_all_ranks, with_numpy=with_numpy, wrong_usage=command.error)
+    runs_here = on_all_ranks or (works_here() if on_each_node else is_first_rank())
+    command.set_defaults(command=run, runs_here=runs_here, with_numpy=with_numpy, wrong_usage=command.error)
     return command
 
 

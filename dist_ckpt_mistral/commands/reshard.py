@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.ranks import of_nodes
 
 
 def add(commands: options.Commands) -> None:
     """Declare the command."""
     summary = "Cut a Megatron checkpoint anew, so that every rank of a layout reads only whole chunks."
-    command = options.declare(commands, "reshard", run, summary, on_all_ranks=True, with_numpy=True)
+    command = options.declare(commands, "reshard", run, summary, on_each_node=True, with_numpy=True)
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
     command.add_argument("output", metavar="OUT", type=options.path, help="checkpoint to create")
     options.add_layout(command, "to cut for")
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Reshard, and say what was written, or would be."""
     from dist_ckpt_mistral import resharding  # noqa: PLC0415  (--help must not wait for numpy)
 
-    ranks = from_environment()
+    ranks = of_nodes()
     with options.effort("resharding", arguments, ranks) as effort:
         done = resharding.reshard(
             arguments.checkpoint,

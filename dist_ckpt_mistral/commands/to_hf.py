@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.ranks import from_environment
+from dist_ckpt_mistral.ranks import of_nodes
 
 
 def add(commands: options.Commands) -> None:
@@ -15,7 +15,7 @@ def add(commands: options.Commands) -> None:
         "to-hf",
         run,
         "Export a Megatron checkpoint to a Hugging Face directory.",
-        on_all_ranks=True,
+        on_each_node=True,
         with_numpy=True,
     )
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Export, and say what was written, or would be."""
     from dist_ckpt_mistral import convert  # noqa: PLC0415  (--help must not wait for numpy)
 
-    ranks = from_environment()
+    ranks = of_nodes()
     with options.effort("exporting", arguments, ranks) as effort:
         done = convert.to_hf(
             arguments.checkpoint,
