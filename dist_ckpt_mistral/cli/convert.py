@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral.cli import options, output
-from dist_ckpt_mistral.convert.ranks import Ranks, from_environment
+from dist_ckpt_mistral.convert.ranks import Ranks, of_nodes
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.convert.conversion import Conversion
@@ -22,7 +22,7 @@ def add_from_hf(commands: options.Commands) -> None:
         "from-hf",
         _from_hf,
         "Import a Hugging Face model into a Megatron checkpoint.",
-        on_all_ranks=True,
+        on_each_node=True,
         with_numpy=True,
     )
     command.add_argument(
@@ -68,7 +68,7 @@ def add_to_hf(commands: options.Commands) -> None:
         "to-hf",
         _to_hf,
         "Export a Megatron checkpoint to a Hugging Face directory.",
-        on_all_ranks=True,
+        on_each_node=True,
         with_numpy=True,
     )
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
@@ -104,7 +104,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 def add_reshard(commands: options.Commands) -> None:
     """Declare ``reshard``."""
     summary = "Cut a Megatron checkpoint anew, so that every rank of a layout reads only whole chunks."
-    command = options.declare(commands, "reshard", _reshard, summary, on_all_ranks=True, with_numpy=True)
+    command = options.declare(commands, "reshard", _reshard, summary, on_each_node=True, with_numpy=True)
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
     command.add_argument("output", metavar="OUT", type=options.path, help="checkpoint to create")
     options.add_layout(command, "to cut for")
@@ -135,7 +135,7 @@ def _reshard(arguments: argparse.Namespace) -> int:
 def add_migrate(commands: options.Commands) -> None:
     """Declare ``migrate``."""
     summary = "Write a legacy zarr checkpoint as torch_dist, the format of every later Megatron."
-    command = options.declare(commands, "migrate", _migrate, summary, on_all_ranks=True, with_numpy=True)
+    command = options.declare(commands, "migrate", _migrate, summary, on_each_node=True, with_numpy=True)
     command.add_argument("checkpoint", metavar="OLD", type=options.path, help="zarr checkpoint: root or iteration")
     command.add_argument("output", metavar="CKPT", type=options.path, help="checkpoint to create")
     options.add_file_size(command)
@@ -155,7 +155,7 @@ def _write(what: str, arguments: argparse.Namespace, convert: Callable[[Output, 
     """Convert with the options of ``options.add_output``, and say on the first rank what was written, or would be."""
     from dist_ckpt_mistral.convert.conversion import conversion_line  # noqa: PLC0415  (--help must not wait for numpy)
 
-    ranks = from_environment()
+    ranks = of_nodes()
     with options.effort(what, arguments, ranks) as effort:
         done = convert(options.given_output(arguments), effort, ranks)
     if ranks.is_first:

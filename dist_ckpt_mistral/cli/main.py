@@ -89,7 +89,7 @@ class _NoteHandler(logging.Handler):
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if not (arguments.on_all_ranks or is_first_rank()):
+    if not arguments.runs_here:
         return EXIT_DONE
     level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(format="%(message)s", handlers=[_NoteHandler()], level=max(level, logging.WARNING))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from dist_ckpt_mistral.convert.ranks import Ranks
+from dist_ckpt_mistral.convert.ranks import Ranks, works_here
 from dist_ckpt_mistral.gather import dtypes
 
 if TYPE_CHECKING:
@@ -46,17 +46,20 @@ def declare(
     run: Callable[[argparse.Namespace], int],
     summary: str,
     *,
+    on_each_node: bool = False,
     on_all_ranks: bool = False,
     with_numpy: bool = False,
 ) -> argparse.ArgumentParser:
     """A new command ``name`` that ``run`` carries out; ``run`` returns the exit code.
 
-    Under torchrun the first rank alone runs it, unless ``on_all_ranks``. ``with_numpy`` says that it needs numpy, which
-    is then imported first, as cheaply as can be. ``arguments.wrong_usage(message)`` ends the program as argparse does.
+    Under torchrun the first rank alone runs it, unless ``on_each_node`` (that node's first rank) or ``on_all_ranks``.
+    ``with_numpy`` says that it needs numpy, which is then imported first, as cheaply as can be.
+    ``arguments.wrong_usage(message)`` ends the program as argparse does.
     """
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(command=run, on_all_ranks=on_all_ranks, with_numpy=with_numpy, wrong_usage=command.error)
+    runs_here = on_all_ranks or (works_here() if on_each_node else is_first_rank())
+    command.set_defaults(command=run, runs_here=runs_here, with_numpy=with_numpy, wrong_usage=command.error)
     return command
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
-from dist_ckpt_mistral.errors import DistCkptMistralError, LayoutError
+from dist_ckpt_mistral.errors import DistCkptMistralError, LayoutError, LostRankError
 
 T = TypeVar("T")
 
@@ -21,10 +19,14 @@ PATIENCE: Final = timedelta(hours=24)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process among the processes of a job. ``exchange`` gives every rank the values of all, in rank order."""
+    """This process among the processes of a job. ``exchange`` gives every rank the values of all, in rank order.
+
+    ``kind`` is what errors call each: "rank", or "node" where one rank stands for all of its node.
+    """
 
     rank: int = 0
     world_size: int = 1
+    kind: str = "rank"
     exchange: Callable[[Any], list[Any]] = field(default=lambda value: [value], repr=False)
 
     @property
@@ -36,7 +38,7 @@ class Ranks:
         """Run ``work`` on every rank and give every rank all results, in rank order.
 
         A failure on any rank fails all: the rank's own error where it happened, a DistCkptMistralError that names rank
-        and reason on the others.
+        and reason on the others; a LostRankError if one of them is gone.
         """
         own: Exception | None = None
         outcome: tuple[Any, str | None]
@@ -49,7 +51,7 @@ class Ranks:
             raise own
         for rank, (_, reason) in enumerate(outcomes):
             if reason is not None:
-                raise DistCkptMistralError(f"rank {rank} of {self.world_size}: {reason}")
+                raise DistCkptMistralError(f"{self.kind} {rank} of {self.world_size}: {reason}")
         return [result for result, _ in outcomes]
 
     def each(self, work: Callable[[], T]) -> T:
@@ -83,18 +85,39 @@ def leave_at_exit() -> None:
 
 
 def from_environment() -> Ranks:
-    """The ranks that ``torchrun`` announces in the environment (RANK, WORLD_SIZE, MASTER_ADDR ...), else this process.
+    """All ranks that the environment announces (RANK, WORLD_SIZE, MASTER_ADDR ...), else this process alone.
 
-    Where torch's process group is there already, or some ranks are on other machines, they exchange over that group
-    (gloo, if it is made here). Ranks of one machine need no torch, which takes seconds to import.
+    They exchange over torch's process group: the one that is there, else one over gloo that is made here.
     """
     size = world_size()
     if size == 1 or "RANK" not in os.environ:
         return Ranks()
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and "MASTER_PORT" in os.environ
-    if one_machine and not _has_process_group():
-        return _on_one_machine(_number("RANK", least=0), size)
-    return _in_process_group()
+    return _in_process_group(_number("RANK", least=0), size, kind="rank")
+
+
+def of_nodes() -> Ranks:
+    """The ranks that share a conversion: under torchrun the first of every node (see ``works_here``), else all.
+
+    On one node that is this process alone, which needs no torch. Only a rank that ``works_here`` may call it.
+    """
+    if not _knows_nodes():
+        return from_environment()
+    nodes = _number("GROUP_WORLD_SIZE", least=1)
+    return Ranks() if nodes == 1 else _in_process_group(_number("GROUP_RANK", least=0), nodes, kind="node")
+
+
+def works_here() -> bool:
+    """Whether this rank takes part in a conversion. Under torchrun only the first rank of every node does.
+
+    On two cores several ranks were no faster than the threads of one, which the interpreter lock limits to some 10 GB/s
+    (tools/bench/README.md). torchrun takes the others' early exit with code 0 as success and waits for the first. Other
+    launchers may not wait (srun with --wait ends the rest), so with them every rank works.
+    """
+    return not _knows_nodes() or os.environ["LOCAL_RANK"] == "0"
+
+
+def _knows_nodes() -> bool:
+    return all(name in os.environ for name in ("LOCAL_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"))  # torchrun's alone
 
 
 def world_size() -> int:
@@ -110,37 +133,23 @@ def _number(name: str, *, least: int) -> int:
     return int(text)
 
 
-def _has_process_group() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and bool(distributed.is_initialized())
-
-
-@functools.cache
-def _on_one_machine(rank: int, world_size: int) -> Ranks:
-    """The ranks of this machine, which meet once and then stay connected."""
-    from dist_ckpt_mistral.convert import local_ranks  # noqa: PLC0415  (one process needs no sockets)
-
-    return Ranks(rank=rank, world_size=world_size, exchange=local_ranks.join(rank, world_size))
-
-
-def _in_process_group() -> Ranks:
-    """The ranks of torch's process group."""
+def _in_process_group(rank: int, world_size: int, *, kind: str) -> Ranks:
+    """The ranks of torch's process group. If there is none yet, this process joins it as ``rank`` of ``world_size``."""
     import torch.distributed as dist  # noqa: PLC0415  (one process needs no torch)
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=PATIENCE)
         leave_at_exit()
-    world_size = dist.get_world_size()
+    own, count = dist.get_rank(), dist.get_world_size()
 
     def exchange(value: Any) -> list[Any]:  # noqa: ANN401  (whatever the ranks have to say)
-        values: list[Any] = [None] * world_size
+        values: list[Any] = [None] * count
         try:
             dist.all_gather_object(values, value)
         except RuntimeError as error:  # gloo's, of a connection that was closed
-            reason = str(error).partition("\n")[0]
-            raise DistCkptMistralError(
-                f"rank {dist.get_rank()} lost the other ranks: one has ended ({reason})."
-            ) from error
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            said = f"one has ended ({reason}). What it printed, or torchrun, says why."
+            raise LostRankError(f"{kind} {own} of {count} lost the others: {said}") from error
         return values
 
-    return Ranks(rank=dist.get_rank(), world_size=world_size, exchange=exchange)
+    return Ranks(rank=own, world_size=count, kind=kind, exchange=exchange)
