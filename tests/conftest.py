@@ -17,8 +17,9 @@ from dist_ckpt_mistral.rank_processes import run_ranks
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-_WORKER = Path(__file__).with_name("megatron_ranks.py")
-_MEGATRON_LM_WORKER = Path(__file__).with_name("megatron_lm_ranks.py")
+_HELPERS = Path(__file__).with_name("helpers")
+_WORKER = _HELPERS / "megatron_ranks.py"
+_MEGATRON_LM_WORKER = _HELPERS / "megatron_lm_ranks.py"
 
 #: One launch: (number of ranks, {name of a job: its task and arguments}) -> per rank {name of a job: its result}.
 LaunchRanks = Callable[[int, Mapping[str, Mapping[str, Any]]], list[dict[str, Any]]]

@@ -155,7 +155,7 @@ def test_the_command_that_installs_in_a_checkout(tmp_path: Path) -> None:
     """A checkout, installed or only on the path, is installed from where it lies; another project's folder is not."""
     checkout = tmp_path / "a b"
     shutil.copytree(Path(str(dcm.__file__)).parent, checkout / "dist_ckpt_mistral")
-    shutil.copy(Path(__file__).parents[1] / "pyproject.toml", checkout)
+    shutil.copy(Path(__file__).parents[3] / "pyproject.toml", checkout)
     assert installed_by(checkout) == [sys.executable, "-m", "pip", "install", "-e", f"{checkout}[plot]"]
     (checkout / "pyproject.toml").write_text('[project]\nname = "something-else"\n')
     assert str(checkout) not in " ".join(installed_by(checkout))

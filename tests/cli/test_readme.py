@@ -16,7 +16,7 @@ import pytest
 
 from dist_ckpt_mistral.cli import main
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text()
 _NOT_YET = _README[_README.index("Not there yet:") :].partition("\n\n")[0]
 _TODAY = _README.replace(_NOT_YET, "")

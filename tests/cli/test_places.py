@@ -14,7 +14,7 @@ from command_line import refusal, run
 from genuine import folder, shards
 from hf_models import random_model, saved
 from safetensors.torch import load_file
-from test_own_files import save_own
+from test_consolidated import save_own
 from torch.distributed.checkpoint import state_dict_saver
 from transformers import MistralForCausalLM
 

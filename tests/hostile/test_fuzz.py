@@ -1,7 +1,7 @@
 """Spoiled input of every kind: each command does what it should or says in one line why not, soon and in little memory.
 
-A run has a fixed number of examples, the same each time. ``FUZZ_EXAMPLES=100000 pytest tests/test_fuzz.py`` looks for
-new ones.
+A run has a fixed number of examples, the same each time. ``FUZZ_EXAMPLES=100000 pytest tests/hostile/test_fuzz.py``
+looks for new ones.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from command_line import run
 from fake_hub import FakeHub
 from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
-from test_own_files import save_own
+from test_consolidated import save_own
 
 from dist_ckpt_mistral import hub as hub_module
 

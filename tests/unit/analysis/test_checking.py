@@ -24,7 +24,7 @@ from genuine import GENUINE, folder, shards, truth
 from hf_models import SIZES, contents, megatron_tensors, random_model, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_own_files import DENSE, model_of, save_own
+from test_consolidated import DENSE, model_of, save_own
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import edited_metadata, hf_tensors, read_metadata

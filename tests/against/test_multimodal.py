@@ -19,7 +19,7 @@ from fake_hub import FakeHub
 from hf_models import contents
 from multimodal_models import MULTIMODAL, logits
 from safetensors.torch import save_file
-from test_own_files import own_tensors
+from test_consolidated import own_tensors
 from torch_reading import described, edited_metadata, hf_tensors, load_tensors
 from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGeneration
 

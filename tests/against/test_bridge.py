@@ -202,7 +202,8 @@ def test_auto_bridge_loads_what_from_hf_wrote(written: dict[str, int], tmp_path:
     """The real AutoBridge opens the root, and exports every tensor of the original bit for bit."""
     hf = saved(random_model(vocab_size=250), tmp_path / "hf")
     from_hf(hf, tmp_path / "root", **written)  # type: ignore[arg-type]  # all are numbers
-    script, out = Path(__file__).with_name("bridge_loads.py"), tmp_path / "out.safetensors"
+    script = Path(__file__).parents[1] / "helpers" / "bridge_loads.py"
+    out = tmp_path / "out.safetensors"
     subprocess.run([sys.executable, script, hf, tmp_path / "root", out], check=True, timeout=300)
     assert described(load_file(out)) == described(load_file(hf / "model.safetensors"))
 

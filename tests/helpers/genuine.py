@@ -1,4 +1,4 @@
-"""The genuine checkpoints under fixtures/ and their true tensors."""
+"""The genuine checkpoints under tests/fixtures/ and their true tensors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ZARR: Final = {
 
 def folder(case: str) -> Path:
     """Everything that belongs to a case."""
-    return Path(__file__).with_name("fixtures") / case
+    return Path(__file__).parents[1] / "fixtures" / case
 
 
 def shards(case: str) -> Path:

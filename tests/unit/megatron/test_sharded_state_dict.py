@@ -1,6 +1,6 @@
 """The sharded state dict factory and its Hugging Face metadata, in one process.
 
-tests/test_against_gpt_model.py holds the same against real models.
+tests/against/test_gpt_model.py holds the same against real models.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The sharded state dicts that the models of genuine checkpoints gave on every rank.
 
 Among them is one of Transformer Engine's layers, which no machine of the tests can build.
-tests/test_against_gpt_model.py holds the same against live models.
+tests/against/test_gpt_model.py holds the same against live models.
 """
 
 from __future__ import annotations

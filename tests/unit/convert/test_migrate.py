@@ -1,6 +1,6 @@
 """``migrate``: everything of a legacy zarr checkpoint is there afterwards, as torch and Megatron read it.
 
-tests/test_legacy_zarr.py has what is refused.
+tests/unit/formats/test_legacy_zarr.py has what is refused.
 """
 
 from __future__ import annotations

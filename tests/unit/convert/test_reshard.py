@@ -1,6 +1,6 @@
 """``reshard``: everything of a checkpoint is there afterwards, and ranks of the layout read whole chunks.
 
-tests/test_against_optimizers.py has Megatron itself load what was resharded.
+tests/against/test_optimizers.py has Megatron itself load what was resharded.
 """
 
 from __future__ import annotations

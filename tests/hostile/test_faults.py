@@ -31,7 +31,7 @@ import dist_ckpt_mistral as dcm
 
 COMMANDS: Final = ("from-hf", "to-hf", "reshard", "migrate")
 RENAMING: Final = ("rename", "renameat2", "replace")
-_FAULTS: Final = Path(__file__).with_name("faults.py")
+_FAULTS: Final = Path(__file__).parents[1] / "helpers" / "faults.py"
 #: The first two hit every call of a run, with no output there before or an old one; the others are samples.
 SCENARIOS: Final[dict[str, dict[str, Any]]] = {
     "killed": {"step": 2},

@@ -382,7 +382,7 @@ def test_urls_are_not_taken_for_directories(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_version_is_told() -> None:
     """--version is the one that pyproject.toml finds in the code, and that of the package where it is installed."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     source = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["version"]
     (version,) = re.findall(source["pattern"], (root / source["path"]).read_text())
     assert run("--version") == Outcome(code=0, out=[f"dist-ckpt-mistral {version}"], err=[])
