@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import warnings
@@ -16,6 +15,7 @@ import torch
 import yaml
 from command_line import run
 from drawn_configs import configs, experts_of_any_router
+from family_args import args_of, config_of, megatron
 from family_models import FAMILY, family_model
 from genuine import folder, truth
 from hypothesis import given, settings
@@ -36,25 +36,6 @@ from dist_ckpt_mistral.model.megatron_args import from_megatron_args, to_megatro
 from dist_ckpt_mistral.model.yarn import YarnScaling
 
 LATENT = ["mistral4", "mistral4, groups, plain queries"]
-
-
-def megatron(module: str) -> Any:  # noqa: ANN401  (a module of megatron-core, which is untyped)
-    """A module of the installed megatron-core; what importing it warns of is not ours to mend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module(f"megatron.core.{module}")
-
-
-def config_of(case: str, **changes: object) -> MistralConfig:
-    """The configuration of a model that transformers knows."""
-    sizes = family_model(case).config.to_dict() | {"dtype": "bfloat16"} | changes
-    return MistralConfig.from_hf(sizes)
-
-
-def args_of(case: str, **changes: object) -> dict[str, Any]:
-    """The args of a small model, with changes; a change to ``...`` takes the field away."""
-    args = to_megatron_args(config_of(case), dtype="bfloat16", tp=1, pp=1) | changes
-    return {name: value for name, value in args.items() if value is not ...}
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from command_line import refusal, run
+from consolidated_models import consolidated_tensors
 from fake_hub import FakeHub
 from hf_models import contents
 from multimodal_models import MULTIMODAL, logits
 from safetensors.torch import save_file
-from test_consolidated import own_tensors
 from torch_reading import described, edited_metadata, hf_tensors, load_tensors
 from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -469,7 +469,7 @@ def test_files_of_mistral_ai(tmp_path: Path) -> None:
     tensors = hf_tensors(original)
     vision = vision_of(tensors)
     text = {name.removeprefix("language_model."): each for name, each in tensors.items() if name not in vision}
-    own = own_tensors(text, config.text_config) | own_vision(vision, config.vision_config.head_dim)
+    own = consolidated_tensors(text, config.text_config) | own_vision(vision, config.vision_config.head_dim)
     (tmp_path / "own").mkdir()
     save_file(own, tmp_path / "own" / "consolidated.safetensors")
     shutil.copy(original / "config.json", tmp_path / "own")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from hf_models import contents
-from test_gpt_model import EXPERT_MODELS, save_hf
+from models_of_many_layers import EXPERT_MODELS, save_hf
 from torch_reading import described, load_tensors
 
 import dist_ckpt_mistral as dcm

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from family_args import args_of, megatron
 from family_models import FAMILY
-from test_family_args import args_of, megatron
 
 #: Who reads which fields without a default of its own.
 READERS: Final = {

@@ -14,15 +14,16 @@ import signal
 import subprocess
 import sys
 import tomllib
-from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from absent_modules import WITHOUT, without
 from command_line import Outcome, refusal, run, tree
 from genuine import folder, shards, truth
 from hf_models import contents, random_model, saved
+from pages import Page
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
@@ -38,36 +39,6 @@ HEAVY = [
     "matplotlib",
 ]
 COMMANDS = ["from-hf", "to-hf", "plan", "reshard", "migrate", "inspect", "verify", "generate", "megatron-args", "demo"]
-
-#: Runs commands (JSON in the first argument) where the modules of the second cannot be imported; tells each one's code.
-WITHOUT = """
-import contextlib, io, json, sys
-from importlib.abc import MetaPathFinder
-
-class Absent(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in json.loads(sys.argv[2]):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-from dist_ckpt_mistral.cli import main
-for command in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        try:
-            code = main(command)
-        except SystemExit as stop:
-            code = stop.code
-    print(json.dumps([code, out.getvalue(), sorted(name for name in sys.modules if "." not in name)]))
-"""
-
-
-def without(modules: list[str], commands: list[list[str]]) -> list[tuple[int, str, set[str]]]:
-    """Exit code, output and imported modules after each of some commands, in a fresh process that lacks ``modules``."""
-    arguments = [json.dumps(commands), json.dumps(modules)]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=True, timeout=60
-    )
-    return [(code, out, set(names)) for code, out, names in map(json.loads, done.stdout.splitlines())]
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -266,25 +237,6 @@ def test_tables_of_many_tensors_stay_short(tmp_path: Path) -> None:
     assert row[4] == "11"
     assert float(row[5]) == round(sum(tensor["num_bytes"] for tensor in down) / 1000, 1)
     assert row[6:] == ["kB", down[0]["name"], "and", "10", "more"]
-
-
-class Page(HTMLParser):
-    """The text of an HTML page, and every address in it."""
-
-    def __init__(self, path: Path) -> None:
-        """Parse the page at ``path``."""
-        super().__init__()
-        self.text = ""
-        self.addresses: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_data(self, data: str) -> None:
-        """Collect text."""
-        self.text += data
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Collect addresses."""
-        self.addresses += [f"{tag}:{value}" for name, value in attrs if name in ("src", "href") and value]
 
 
 def test_inspection_as_a_page(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import refusal, run
+from consolidated_models import save_consolidated
 from genuine import folder, shards
 from hf_models import random_model, saved
 from safetensors.torch import load_file
-from test_consolidated import save_own
 from torch.distributed.checkpoint import state_dict_saver
 from transformers import MistralForCausalLM
 
@@ -369,7 +369,7 @@ def test_an_index_of_the_single_file(tmp_path: Path) -> None:
 
 def test_other_weights_are_named(tmp_path: Path) -> None:
     """Beside the model's own files others may lie, such as another rendering: they are not read, and that is said."""
-    save_own(random_model(), tmp_path / "hf", tmp_path / "own")
+    save_consolidated(random_model(), tmp_path / "hf", tmp_path / "own")
     for name in ("consolidated.safetensors", "params.json"):
         shutil.copy(tmp_path / "own" / name, tmp_path / "hf")
     shutil.copy(tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "model-00003-of-00005.safetensors")

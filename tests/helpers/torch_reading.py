@@ -110,3 +110,24 @@ def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, 
 def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory, as the safetensors library reads them."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def objects(directory: Path) -> dict[str, bytes]:
+    """The archive of every object, byte for byte."""
+    metadata: Any = read_metadata(directory)
+    return {
+        index.fqn: (directory / at.relative_path).read_bytes()[at.offset : at.offset + at.length]
+        for index, at in metadata.storage_data.items()
+        if index.offset is None
+    }
+
+
+def stored_boxes(directory: Path) -> dict[tuple[str, tuple[int, ...], tuple[int, ...]], str]:
+    """Every chunk of every tensor, by name, offset and sizes: the file that it lies in."""
+    metadata: Any = read_metadata(directory)
+    files = {(index.fqn, index.offset): at.relative_path for index, at in metadata.storage_data.items()}
+    return {
+        (name, tuple(chunk.offsets), tuple(chunk.sizes)): files[name, chunk.offsets]
+        for name, entry in metadata.state_dict_metadata.items()
+        for chunk in getattr(entry, "chunks", ())
+    }

@@ -12,8 +12,8 @@ from typing import Final
 
 import pytest
 from command_line import run
+from failing_writes import ALONE, at_write, begun, full
 from hf_models import contents, random_model, saved
-from test_resumed_runs import ALONE, at_write, begun, full
 
 import dist_ckpt_mistral as dcm
 

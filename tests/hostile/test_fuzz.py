@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from bridge_files import PROVIDER, save_train_state
 from command_line import Outcome, run
 from genuine import folder, shards
 from hf_models import random_model, saved
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import PLACES, misplace, restore, spoiled
-from test_bridge import PROVIDER, save_train_state
 
 from dist_ckpt_mistral.convert import from_hf
 

@@ -19,9 +19,8 @@ import torch
 from command_line import Outcome, run
 from genuine import folder, shards
 from hf_models import random_model, saved
+from pages import Page, Picture
 from safetensors.torch import load_file, save_file
-from test_cli import Page
-from test_reading_picture import Picture
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from dist_ckpt_mistral.commands import output

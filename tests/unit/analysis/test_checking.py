@@ -11,27 +11,26 @@ import json
 import shutil
 import zipfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pytest
 import torch
 from command_line import run
+from consolidated_models import DENSE, model_of, save_consolidated
+from flipped_bytes import damaged, flip, some
 from fp8_models import PER_BLOCK, save_fp8
 from genuine import GENUINE, folder, shards, truth
 from hf_models import SIZES, contents, megatron_tensors, random_model, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_consolidated import DENSE, model_of, save_own
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import edited_metadata, hf_tensors, read_metadata
 
 import dist_ckpt_mistral as dcm
 
-T = TypeVar("T")
 MANIFEST: Final = "integrity.json"
 #: Cases whose weights are stacked over layers, as ``megatron_tensors`` makes them.
 STACKED: Final = ("td_0123", "td_0161", "td_0192", "common_0192", "fullpar_0192", "tied_tp2pp2_0161", "opt_fr_0192")
@@ -98,37 +97,10 @@ def stored(directory: Path) -> list[Stored]:
     ]
 
 
-def flip(path: Path, position: int, mask: int = 1) -> None:
-    """Change bits of one byte of a file; doing it again undoes it."""
-    with path.open("r+b") as file:
-        file.seek(position)
-        [byte] = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte ^ mask]))
-
-
-def damaged(directory: Path, file: str, position: int, **options: Any) -> list[dict[str, Any]]:  # noqa: ANN401  (of check)
-    """What a check finds with one bit of one byte changed; it must find something, and name the file."""
-    path = directory / file
-    flip(path, position, 1 << position % 8)
-    try:
-        found: list[dict[str, Any]] = dcm.check(directory, **options).to_json()["findings"]
-    finally:
-        flip(path, position, 1 << position % 8)
-    assert found, f"byte {position} of {file} went unnoticed"
-    assert any(file == finding["file"] or file in finding["what"] for finding in found), (file, position, found)
-    return found
-
-
 def owners(hf: dict[str, torch.Tensor], sizes: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Megatron's tensors, every element of which is the number of the Hugging Face tensor that it is from."""
     numbered = {name: torch.full(tensor.shape, float(number)) for number, (name, tensor) in enumerate(hf.items())}
     return megatron_tensors(numbered, sizes)
-
-
-def some(of: Sequence[T], count: int) -> Sequence[T]:
-    """About so many, the first and others at equal distances."""
-    return of[:: max(1, len(of) // count)]
 
 
 # What is sound
@@ -434,7 +406,7 @@ def test_one_model_has_no_logits_to_compare(pristine: Path) -> None:
 
 def test_mistrals_own_files(tmp_path: Path) -> None:
     """Mistral AI's own rendering is checked in the same way, and damage named in both renderings' names."""
-    save_own(model_of(DENSE), tmp_path / "hf", tmp_path / "own")
+    save_consolidated(model_of(DENSE), tmp_path / "hf", tmp_path / "own")
     assert run("verify", tmp_path / "own").code == 0
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "own").iterdir()}
     name = "layers.1.attention.wq.weight"

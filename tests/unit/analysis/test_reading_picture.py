@@ -12,12 +12,13 @@ from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
 import pytest
+from absent_modules import without
 from command_line import refusal, run
 from genuine import folder
 from hf_models import random_model, saved
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import without
+from pages import SVG, Picture
 
 from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.model.config import MistralConfig
@@ -30,24 +31,6 @@ from dist_ckpt_mistral.reading.picture import save_svg
 from dist_ckpt_mistral.reading.planner import plan_reading
 from dist_ckpt_mistral.reading.ribbons import apart
 from dist_ckpt_mistral.reading.style import KINDS
-
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-class Picture:
-    """A parsed SVG file: the identifiers of its marks, and its texts."""
-
-    def __init__(self, path: Path) -> None:
-        """Parse the file at ``path``, which must be well-formed."""
-        root = ET.fromstring(path.read_text(encoding="utf-8"))  # noqa: S314  (our own)
-        assert root.tag == f"{SVG}svg"
-        self.ids = [name for each in root.iter() if (name := each.get("id"))]
-        self.texts = ["".join(each.itertext()) for each in root.iter(f"{SVG}text")]
-        assert len(set(self.ids)) == len(self.ids)
-
-    def marks(self, kind: str) -> list[int]:
-        """The numbers of the marks called ``kind-N``."""
-        return [int(name.removeprefix(f"{kind}-")) for name in self.ids if name.startswith(f"{kind}-")]
 
 
 def test_ribbons_join_every_chunk_and_every_rank(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import pytest
 from command_line import Outcome, refusal, run, tree
+from failing_writes import at_write, full
 from genuine import folder
 from hf_models import contents, random_model, saved
-from test_resumed_runs import at_write, full
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import storage

@@ -19,8 +19,8 @@ from genuine import folder, shards
 from hf_models import contents, random_model, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_threads import on_ranks
 from safetensors.torch import load_file
-from test_ranks import on_ranks
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.gather.digests import Span, digest

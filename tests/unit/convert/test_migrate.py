@@ -22,16 +22,15 @@ import numpy as np
 import pytest
 import torch
 from command_line import refusal, run, tree
+from failing_writes import ALONE, at_write, full
+from flipped_bytes import damaged, some
 from genuine import ZARR, folder, shards, truth
 from hf_models import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_threads import on_ranks
 from safetensors.torch import load_file
-from test_checking import damaged, some
-from test_ranks import on_ranks
-from test_reshard import objects, stored_boxes
-from test_resumed_runs import ALONE, at_write, full
-from torch_reading import described, load_tensors, raw_bytes
+from torch_reading import described, load_tensors, objects, raw_bytes, stored_boxes
 from zarr_checkpoints import (
     DTYPES,
     chunk_files,

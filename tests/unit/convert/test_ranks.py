@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_models import contents, random_model, saved
+from rank_threads import on_ranks
 from safetensors.torch import load_file, save_file
 
 import dist_ckpt_mistral as dcm
@@ -30,29 +30,6 @@ from dist_ckpt_mistral.ranks import Ranks, from_environment
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real model in several files."""
     return saved(random_model(), tmp_path_factory.mktemp("ranks") / "hf", max_shard_size=6_000)
-
-
-def on_ranks(world_size: int, work: Callable[[Ranks], object]) -> list[BaseException | None]:
-    """Run ``work`` as every rank of a job, in threads; what each of them raised."""
-    barrier = threading.Barrier(world_size)
-    values: list[Any] = [None] * world_size
-
-    def exchange(rank: int, value: object) -> list[Any]:
-        values[rank] = value
-        barrier.wait(30)
-        everything = list(values)
-        barrier.wait(30)
-        return everything
-
-    def run(rank: int) -> BaseException | None:
-        try:
-            work(Ranks(rank=rank, world_size=world_size, exchange=lambda value: exchange(rank, value)))
-        except dcm.DistCkptMistralError as error:
-            return error
-        return None
-
-    with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(run, range(world_size)))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])

@@ -24,10 +24,18 @@ from genuine import GENUINE, folder, shards
 from hf_models import contents, random_model, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ranks import on_ranks
+from rank_threads import on_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch_reading import described, edited_metadata, load_in_own_shapes, load_tensors, read_metadata
+from torch_reading import (
+    described,
+    edited_metadata,
+    load_in_own_shapes,
+    load_tensors,
+    objects,
+    read_metadata,
+    stored_boxes,
+)
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.chunking import cuts
@@ -50,27 +58,6 @@ def resharded(case: str, to: Path, layout: dcm.ParallelLayout, **options: Any) -
     """Reshard a genuine checkpoint; where the shards then lie."""
     dcm.reshard(shards(case), to, layout, config=folder(case), **options)
     return to / GENUINE[case]
-
-
-def objects(directory: Path) -> dict[str, bytes]:
-    """The archive of every object, byte for byte."""
-    metadata: Any = read_metadata(directory)
-    return {
-        index.fqn: (directory / at.relative_path).read_bytes()[at.offset : at.offset + at.length]
-        for index, at in metadata.storage_data.items()
-        if index.offset is None
-    }
-
-
-def stored_boxes(directory: Path) -> dict[tuple[str, tuple[int, ...], tuple[int, ...]], str]:
-    """Every chunk of every tensor, by name, offset and sizes: the file that it lies in."""
-    metadata: Any = read_metadata(directory)
-    files = {(index.fqn, index.offset): at.relative_path for index, at in metadata.storage_data.items()}
-    return {
-        (name, tuple(chunk.offsets), tuple(chunk.sizes)): files[name, chunk.offsets]
-        for name, entry in metadata.state_dict_metadata.items()
-        for chunk in getattr(entry, "chunks", ())
-    }
 
 
 @pytest.mark.parametrize("case", RESHARDABLE)

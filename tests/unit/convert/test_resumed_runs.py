@@ -8,20 +8,16 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_line import refusal, run, tree
+from failing_writes import ALONE, at_write, begun, full
 from hf_models import contents, random_model, saved
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import journal, storage
-from dist_ckpt_mistral.gather.executor import Effort
 from dist_ckpt_mistral.staging import Staging
-from dist_ckpt_mistral.storage import TargetFile
-
-ALONE = Effort(workers=1)
 
 
 @pytest.fixture
@@ -36,35 +32,6 @@ def expected(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     output = tmp_path_factory.mktemp("expected") / "out"
     dcm.from_hf(hf, output)
     return contents(output)
-
-
-def at_write(number: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Have ``act`` happen before a write, counted from 1; gives the sizes of all writes from now on."""
-    write, sizes = TargetFile.write, list[int]()
-
-    def counting(self: TargetFile, position: int, data: memoryview | bytes) -> None:
-        sizes.append(len(data))
-        if len(sizes) == number:
-            act()
-        write(self, position, data)
-
-    monkeypatch.setattr(TargetFile, "write", counting)
-    return sizes
-
-
-def full() -> None:
-    """Act like a full disk."""
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def begun(hf: Path, output: Path, monkeypatch: pytest.MonkeyPatch, number: int = 20) -> Path:
-    """An import that fails at a late write; what it leaves behind."""
-    with monkeypatch.context() as patch:
-        at_write(number, full, patch)
-        with pytest.raises(dcm.OutputError, match="No space left on device"):
-            dcm.from_hf(hf, output, effort=ALONE)
-    assert not output.exists()
-    return output.parent / f".{output.name}.incomplete"
 
 
 def test_what_was_copied_is_not_copied_again(

@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 import torch
 import yaml
+from bridge_files import run_config
 from command_line import Outcome, refusal, run
 from drawn_configs import configs
 from family_models import FAMILY, SIZES
@@ -19,7 +20,6 @@ from genuine import folder, shards, truth
 from hf_models import random_model, saved
 from hypothesis import given
 from safetensors.torch import load_file
-from test_bridge import run_config
 from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm

@@ -22,8 +22,8 @@ import transformers
 from command_line import refusal, run
 from genuine import folder, shards
 from hf_models import random_model, saved
-from test_yarn import BASE, CASES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from yarn_cases import BASE, CASES
 
 from dist_ckpt_mistral.convert import from_hf
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
+from consolidated_models import save_consolidated
 from fake_hub import FakeHub
 from hf_models import contents, random_model, saved
 from safetensors.torch import load_file, save_file
-from test_consolidated import save_own
 
 from dist_ckpt_mistral import hub as hub_module
 
@@ -27,7 +27,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     saved(random_model(), folder / "main")
     saved(random_model(num_hidden_layers=1), folder / "v1")
     (folder / "main" / "pytorch_model.bin").write_bytes(b"never")
-    save_own(random_model(), folder / "both", folder / "own")
+    save_consolidated(random_model(), folder / "both", folder / "own")
     for name in ("consolidated.safetensors", "params.json"):
         shutil.copy(folder / "own" / name, folder / "both")
     for name in ("adapter", "gguf"):
