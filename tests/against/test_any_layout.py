@@ -26,6 +26,8 @@ from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pipeline_layout import PipelineLayout, parse_pipeline_layout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 
+pytestmark = pytest.mark.megatron
+
 #: Megatron warns of much that is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
 

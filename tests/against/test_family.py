@@ -12,7 +12,7 @@ import torch
 from command_line import refusal
 from family_models import FAMILY, family_model, model_class
 from genuine import folder, shards
-from hf_models import contents
+from plain_models import contents
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch_reading import described, load_tensors, read_metadata

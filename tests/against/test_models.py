@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.megatron
+
 TOLERANCE = 1e-4
 NEW_TOKENS = 20
 #: Genuine checkpoints of all generations, key styles and layouts.

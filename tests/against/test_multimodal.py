@@ -17,8 +17,8 @@ import torch
 from command_line import refusal, run
 from consolidated_models import consolidated_tensors
 from fake_hub import FakeHub
-from hf_models import contents
 from multimodal_models import MULTIMODAL, logits
+from plain_models import contents
 from safetensors.torch import save_file
 from torch_reading import described, edited_metadata, hf_tensors, load_tensors
 from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGeneration

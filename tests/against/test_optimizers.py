@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from hf_models import contents
 from models_of_many_layers import EXPERT_MODELS, save_hf
+from plain_models import contents
 from torch_reading import described, load_tensors
 
 import dist_ckpt_mistral as dcm

@@ -13,7 +13,8 @@ import torch
 from command_line import refusal, run
 from family_models import FAMILY, family_model
 from fp8_models import PER_BLOCK, PER_TENSOR, WEIGHTS, in_transformers, is_quantized, save_fp8, tell
-from hf_models import contents, random_model, saved
+from hf_models import random_model, saved
+from plain_models import contents
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 

@@ -17,6 +17,8 @@ from genuine import folder
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.model.tensor_rules import LayerSpec
 
+pytestmark = pytest.mark.megatron
+
 #: Case -> the layers that it was made of.
 SPECS: Final = {
     "moe_seq_0192": LayerSpec.LOCAL,

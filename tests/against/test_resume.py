@@ -39,6 +39,8 @@ from resume_runs import (
 
 from dist_ckpt_mistral.formats.places import resolve_directory
 
+pytestmark = [pytest.mark.megatron, pytest.mark.ranks, pytest.mark.slow]
+
 #: Names in ``optimizer.state`` of the moments and of the float32 master weights.
 STATES = {"distributed": ("exp_avg", "exp_avg_sq", "param"), "float16": ("exp_avg", "exp_avg_sq", "fp32_param")}
 TOOLS = Path(resume_demo.__file__).parent

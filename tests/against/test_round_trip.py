@@ -20,10 +20,11 @@ import pytest
 import torch
 from command_line import refusal
 from genuine import folder, shards
-from hf_models import SIZES, contents, logits, megatron_tensors, random_model, saved
+from hf_models import logits, megatron_tensors, random_model, saved
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils._paths import filter_repo_objects
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from plain_models import SIZES, contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter

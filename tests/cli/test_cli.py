@@ -22,8 +22,9 @@ import torch
 from absent_modules import WITHOUT, without
 from command_line import Outcome, refusal, run, tree
 from genuine import folder, shards, truth
-from hf_models import contents, random_model, saved
+from hf_models import random_model, saved
 from pages import Page
+from plain_models import contents
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 

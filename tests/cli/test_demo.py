@@ -20,6 +20,8 @@ from dist_ckpt_mistral import demo
 from dist_ckpt_mistral.cli import main
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
+pytestmark = [pytest.mark.megatron, pytest.mark.ranks]
+
 _CLI = [sys.executable, "-m", "dist_ckpt_mistral"]
 _CHECK = [sys.executable, "-m", "dist_ckpt_mistral.megatron.load_check"]
 

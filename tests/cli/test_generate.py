@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from conftest import LaunchRanks
 
+pytestmark = pytest.mark.megatron
+
 NEW_TOKENS = 12
 TEXT = "Mistral, naïve?"
 #: All that may go wrong at once: tied, grouped queries, a window, a vocabulary that needs padding.

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
+from plain_models import SIZES
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
-
-#: Sizes that differ from each other wherever they can: a swap of two must not go unnoticed.
-SIZES: Final[dict[str, Any]] = {
-    "vocab_size": 50,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "max_position_embeddings": 64,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-}
 
 
 def random_model(dtype: torch.dtype = torch.bfloat16, **sizes: object) -> PreTrainedModel:
@@ -45,12 +32,6 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(tokens).logits
     return result
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files under ``folder``, hidden ones included, by their relative names; not what only tells of the others."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "integrity.json"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def megatron_tensors(hf: dict[str, torch.Tensor], sizes: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -21,9 +21,10 @@ import pytest
 import torch
 from command_line import refusal, run
 from genuine import folder
-from hf_models import SIZES, contents, random_model, saved
+from hf_models import random_model, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_models import SIZES, contents
 from safetensors.torch import load_file, save_file
 from torch_reading import edited_metadata
 from transformers import LlamaConfig

@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 from command_line import run
 from failing_writes import ALONE, at_write, begun, full
-from hf_models import contents, random_model, saved
+from plain_models import contents, save_model
 
 import dist_ckpt_mistral as dcm
 
@@ -24,7 +24,7 @@ LAST: Final = "model-00004-of-00004.safetensors"
 @pytest.fixture
 def hf(tmp_path: Path) -> Path:
     """A small model in four files."""
-    return saved(random_model(), tmp_path / "hf", max_shard_size=6000)
+    return save_model(tmp_path / "hf", max_shard_size=6000)
 
 
 def other_of(victim: Path) -> Path:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import torch
 from faults import READING, REMOVING, WRITING, Outcome, Scenario, Seen
-from hf_models import contents, random_model, saved
+from genuine import shards
+from plain_models import contents, save_model
 
 import dist_ckpt_mistral as dcm
 
@@ -65,7 +65,7 @@ def arguments(command: str, work: Path, output: Path, *, old: bool = False) -> l
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model in both forms, and what each command makes of it if nothing happens, under the command's name."""
     work = tmp_path_factory.mktemp("faults")
-    saved(random_model(num_hidden_layers=1), work / "hf", max_shard_size=4000)
+    save_model(work / "hf", max_shard_size=4000, num_hidden_layers=1)
     dcm.from_hf(work / "hf", work / "ckpt", tp=2)
     make_zarr_checkpoint(work / "zarr")
     for command in COMMANDS:
@@ -75,7 +75,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_zarr_checkpoint(directory: Path) -> None:
-    """A legacy checkpoint: two arrays, one of several chunks, and an object."""
+    """A legacy checkpoint: two arrays, one of several chunks, and the objects of a genuine one."""
     for key, dtype, shape, chunks in (("weight", "bfloat16", (2, 64, 32), (1, 32, 32)), ("bias", "<f4", (64,), (64,))):
         described = {"zarr_format": 2, "shape": shape, "chunks": chunks, "dtype": dtype, "order": "C"}
         (directory / key).mkdir(parents=True)
@@ -84,9 +84,9 @@ def make_zarr_checkpoint(directory: Path) -> None:
         for place in itertools.product(*grid):
             content = random.Random(f"{key}{place}").randbytes(math.prod(chunks) * (2 if len(shape) > 1 else 4))  # noqa: S311
             (directory / key / ".".join(map(str, place))).write_bytes(content)
-    (directory / "_extra_state").mkdir()
-    torch.save(torch.arange(300.0), directory / "_extra_state" / "shard_0_1.pt")
-    torch.save({"iteration": 7}, directory / "common.pt")
+    genuine = shards("dpzero_zarr_0153")
+    shutil.copytree(genuine / "rng_state", directory / "rng_state")
+    shutil.copy(genuine / "common.pt", directory)
     (directory / "metadata.json").write_text('{"sharded_backend": "zarr"}')
 
 

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from bridge_files import PROVIDER, save_train_state
 from command_line import Outcome, run
 from genuine import folder, shards
-from hf_models import random_model, saved
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import PLACES, misplace, restore, spoiled
+from plain_models import save_model
 
 from dist_ckpt_mistral.convert import from_hf
 
@@ -58,8 +57,8 @@ def fuzzed(examples: int) -> settings:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small inputs of every kind, by name; the command line takes ``NAME/it``, and ``--config NAME/config.json``."""
     where = tmp_path_factory.mktemp("inputs")
-    saved(random_model(), where / "hf one" / "it")
-    saved(random_model(), where / "hf many" / "it", max_shard_size=4000)
+    save_model(where / "hf one" / "it")
+    save_model(where / "hf many" / "it", max_shard_size=4000)
     from_hf(where / "hf many" / "it", where / "ckpt own" / "it", tp=2, pp=2)
     shutil.copytree(shards(ARRAYS), where / f"zarr {ARRAYS}" / "it")
     shutil.copy(folder(ARRAYS) / "config.json", where / f"zarr {ARRAYS}")
@@ -67,9 +66,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder(case) / "checkpoint", where / f"ckpt {case}" / "it")
         if case != "mlm_0161":
             shutil.copy(folder(case) / "config.json", where / f"ckpt {case}")
-    shutil.copytree(folder("td_0161") / "checkpoint", where / "ckpt bridge" / "it" / "iter_0000010")
-    (where / "ckpt bridge" / "it" / "iter_0000010" / "run_config.yaml").write_text(PROVIDER)
-    save_train_state(where / "ckpt bridge" / "it", 10)
+    shutil.copytree(folder("bridge_0062") / "checkpoint", where / "ckpt bridge" / "it")
     (where / "elsewhere").mkdir()
     (where / "elsewhere" / "secret").write_bytes(SECRET)
     return where

@@ -22,7 +22,8 @@ from consolidated_models import DENSE, model_of, save_consolidated
 from flipped_bytes import damaged, flip, some
 from fp8_models import PER_BLOCK, save_fp8
 from genuine import GENUINE, folder, shards, truth
-from hf_models import SIZES, contents, megatron_tensors, random_model, saved
+from hf_models import megatron_tensors, random_model, saved
+from plain_models import SIZES, contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter

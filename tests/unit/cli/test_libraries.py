@@ -63,10 +63,10 @@ MEGATRON: Final = {
     ("absent", "expected"),
     [
         (["torch", "megatron", "transformers", "matplotlib"], MEGATRON | {"tensors", "picture"}),
-        (["megatron"], MEGATRON),
-        (["megatron.core"], MEGATRON),
-        (["matplotlib"], {"picture"}),
-        (["megatron.core.parallel_state"], MEGATRON),
+        pytest.param(["megatron"], MEGATRON, marks=pytest.mark.megatron),
+        pytest.param(["megatron.core"], MEGATRON, marks=pytest.mark.megatron),
+        pytest.param(["matplotlib"], {"picture"}, marks=pytest.mark.megatron),
+        pytest.param(["megatron.core.parallel_state"], MEGATRON, marks=pytest.mark.megatron),
     ],
     ids=str,
 )

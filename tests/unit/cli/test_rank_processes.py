@@ -12,6 +12,8 @@ from processes import until_none_is_left
 from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.rank_processes import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 #: Starts a process that would outlive it by far.
 LEAVES_A_CHILD = (
     "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', {0!r}]);"

@@ -17,7 +17,7 @@ import pytest
 from command_line import Outcome, refusal, run, tree
 from failing_writes import at_write, full
 from genuine import folder
-from hf_models import contents, random_model, saved
+from plain_models import contents, save_model
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import storage
@@ -42,7 +42,7 @@ sys.addaudithook(_audit)
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each command reads, under the name of the command."""
     where = tmp_path_factory.mktemp("sources")
-    saved(random_model(), where / "from-hf", max_shard_size=6000)
+    save_model(where / "from-hf", max_shard_size=6000)
     dcm.from_hf(where / "from-hf", where / "to-hf", tp=2)
     shutil.copytree(where / "to-hf", where / "reshard")
     shutil.copytree(folder("zarr_ckpt") / "checkpoint", where / "migrate")

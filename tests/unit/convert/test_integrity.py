@@ -16,9 +16,10 @@ import pytest
 import torch
 from command_line import run
 from genuine import folder, shards
-from hf_models import contents, random_model, saved
+from hf_models import random_model, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_models import contents
 from rank_threads import on_ranks
 from safetensors.torch import load_file
 
@@ -72,6 +73,7 @@ def test_every_tensor_of_an_export_is_listed(outputs: Path) -> None:
     }
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("root", ["ckpt", "cut"])
 def test_megatron_verifies_it(root: str, outputs: Path, tmp_path: Path) -> None:
     """megatron-core's own verification accepts a new checkpoint, and refuses it once any listed file has changed."""

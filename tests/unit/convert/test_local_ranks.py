@@ -20,6 +20,8 @@ from dist_ckpt_mistral import local_ranks
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
 from dist_ckpt_mistral.local_ranks import join, meeting_point
 
+pytestmark = pytest.mark.ranks
+
 #: Exchanges twice; the rank of the first argument is killed in between.
 EXCHANGES = """
 import os, signal, sys

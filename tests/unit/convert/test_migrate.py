@@ -25,9 +25,9 @@ from command_line import refusal, run, tree
 from failing_writes import ALONE, at_write, full
 from flipped_bytes import damaged, some
 from genuine import ZARR, folder, shards, truth
-from hf_models import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_models import contents
 from rank_threads import on_ranks
 from safetensors.torch import load_file
 from torch_reading import described, load_tensors, objects, raw_bytes, stored_boxes
@@ -115,11 +115,10 @@ def test_the_rest_keeps_its_bytes(case: str, migrated: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("case", ZARR)
-def test_exports_equal_the_live_model(case: str, migrated: dict[str, Path], tmp_path: Path) -> None:
-    """From the old checkpoint and from the new one leave the tensors of the live model, in the same files."""
+def test_exports_stay_the_same(case: str, migrated: dict[str, Path], tmp_path: Path) -> None:
+    """The old checkpoint and the new one leave in the same files; test_genuine_exports.py has what is in them."""
     dcm.to_hf(shards(case), tmp_path / "old", **OPTIONS[case])
     dcm.to_hf(migrated[case], tmp_path / "new", **OPTIONS[case])
-    assert described(load_file(tmp_path / "old" / "model.safetensors")) == described(truth(case))
     assert contents(tmp_path / "old") == contents(tmp_path / "new")
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_models import contents, random_model, saved
+from hf_models import random_model, saved
+from plain_models import contents
 from rank_threads import on_ranks
 from safetensors.torch import load_file, save_file
 
@@ -134,6 +135,7 @@ def test_a_refusal_on_one_rank_keeps_the_others_from_starting(hf: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ranks
 def test_ranks_of_one_machine_need_no_torch(hf: Path, tmp_path: Path) -> None:
     """Where torch cannot even be imported, two processes import, export and reshard, and meet once for all of it."""
     commands = [
@@ -155,6 +157,7 @@ sys.exit(any(main(command) for command in {commands}))
 
 
 @pytest.mark.parametrize(("victim", "speaker"), [(0, 1), (1, 0)])
+@pytest.mark.ranks
 def test_a_rank_that_is_killed_fails_the_others(hf: Path, tmp_path: Path, victim: int, speaker: int) -> None:
     """A rank is killed while it copies: one that is left says so in one line, and nothing is published."""
     code = f"""
@@ -187,6 +190,7 @@ def test_ranks_of_several_machines_use_gloo(missing: str, monkeypatch: pytest.Mo
     assert (from_environment().rank, joined) == (1, ["gloo"])
 
 
+@pytest.mark.ranks
 def test_ranks_leave_before_python_ends(tmp_path: Path) -> None:
     """The process group that a rank joined is ended at exit, before the interpreter shuts down."""
     code = """
@@ -200,6 +204,7 @@ print(from_environment().exchange(dist.get_rank()))
     assert [(tmp_path / f"rank{rank}.log").read_text().splitlines()[-2:] for rank in (0, 1)] == [["[0, 1]", "left"]] * 2
 
 
+@pytest.mark.ranks
 def test_torchrun(hf: Path, tmp_path: Path) -> None:
     """``torchrun -m dist_ckpt_mistral`` splits the work over processes without torch, prints once, publishes once."""
     dcm.from_hf(hf, tmp_path / "checkpoint", tp=2)

@@ -21,9 +21,10 @@ import pytest
 import torch
 from command_line import run
 from genuine import GENUINE, folder, shards
-from hf_models import contents, random_model, saved
+from hf_models import random_model, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_models import contents
 from rank_threads import on_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_line import refusal, run, tree
 from failing_writes import ALONE, at_write, begun, full
-from hf_models import contents, random_model, saved
+from plain_models import contents, save_model
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral import journal, storage
@@ -23,7 +23,7 @@ from dist_ckpt_mistral.staging import Staging
 @pytest.fixture
 def hf(tmp_path: Path) -> Path:
     """A small model in several files."""
-    return saved(random_model(), tmp_path / "hf", max_shard_size=6000)
+    return save_model(tmp_path / "hf", max_shard_size=6000)
 
 
 @pytest.fixture

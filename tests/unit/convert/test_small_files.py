@@ -12,7 +12,8 @@ import pytest
 from command_line import refusal, run, tree
 from fp8_models import PER_TENSOR, save_fp8
 from genuine import folder
-from hf_models import contents, random_model, saved
+from hf_models import random_model, saved
+from plain_models import contents
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import CHAT_TEMPLATE_DIR, find_adapter_config_file

@@ -18,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -394,6 +393,7 @@ def test_a_target_of_another_element_type() -> None:
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
 def test_element_types_are_mixed_only_where_one_is_chosen(target: str, tmp_path: Path) -> None:
     """Sources of several dtypes have none in common, but fill a target of any: each value as torch converts it."""
+    torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     halves = {"a": torch.randn(3, 4), "b": torch.randn(3, 4).half(), "c": torch.randn(3, 4).bfloat16()}
     path, tensors, position = tmp_path / "source", {}, 5

@@ -13,8 +13,9 @@ import pytest
 import torch
 from command_line import refusal, run
 from family_models import family_model
-from hf_models import SIZES, contents, megatron_tensors, random_model, saved
+from hf_models import megatron_tensors, random_model, saved
 from multimodal_models import MULTIMODAL
+from plain_models import SIZES, contents
 from safetensors.torch import load_file, save_file, save_model
 from small_models import small_model
 from torch.distributed import checkpoint as dcp

@@ -22,6 +22,8 @@ from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.row_blocks import RowBlocks
 from dist_ckpt_mistral.model.tensor_rules import HfPart, KeyStyle
 
+pytestmark = pytest.mark.megatron
+
 CONFIG = MistralConfig(
     vocab_size=250,
     hidden_size=32,

@@ -87,6 +87,7 @@ def stored_args(checkpoint: Path) -> argparse.Namespace:
     return args
 
 
+@pytest.mark.megatron
 def test_bridge_finds_every_attribute_that_it_reads(imported: Path) -> None:
     """All of them are in the args of an import, and the TransformerConfig made of them, as Bridge makes it, fits."""
     args = stored_args(imported)

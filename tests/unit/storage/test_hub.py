@@ -12,7 +12,8 @@ import torch
 from command_line import run
 from consolidated_models import save_consolidated
 from fake_hub import FakeHub
-from hf_models import contents, random_model, saved
+from hf_models import random_model, saved
+from plain_models import contents
 from safetensors.torch import load_file, save_file
 
 from dist_ckpt_mistral import hub as hub_module

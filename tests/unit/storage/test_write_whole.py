@@ -28,6 +28,7 @@ def save_page(path: Path) -> None:
 
 def save_picture(path: Path) -> None:
     """Draw what ranks read of a checkpoint."""
+    pytest.importorskip("matplotlib")
     save_svg(plan_reading(shards("td_0161"), ParallelLayout(), config=folder("td_0161")), path)
 
 
