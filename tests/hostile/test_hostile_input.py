@@ -179,6 +179,16 @@ def test_bombs_of_zip_and_yaml(tmp_path: Path) -> None:
         assert expected in bounded_refusal("to-hf", path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("levels", [100, 3000, 100_000])
+def test_lists_in_lists(levels: int, tmp_path: Path) -> None:
+    """A config.json of a hundred lists in each other is refused, however many this version of Python can parse."""
+    path = hugging_face(tmp_path / "hf")
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text.replace("{", '{"x": ' + "[" * levels + "]" * levels + ",", 1))
+    for arguments in (("from-hf", path, tmp_path / "out"), ("inspect", path)):
+        assert "invalid JSON in" in bounded_refusal(*arguments)
+
+
 def test_a_record_that_stands_twice(tmp_path: Path) -> None:
     """Readers differ about which of two records of a name holds: an archive with such is refused."""
     path = checkpoint(tmp_path)
