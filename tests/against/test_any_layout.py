@@ -26,10 +26,8 @@ from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
 from dist_ckpt_mistral.model.pipeline_layout import PipelineLayout, parse_pipeline_layout
 from dist_ckpt_mistral.model.tensor_rules import KeyStyle
 
-pytestmark = pytest.mark.megatron
-
 #: Megatron warns of much that is not ours to mend.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.megatron, pytest.mark.filterwarnings("ignore")]
 
 #: How Megatron says no.
 _REFUSALS: Final = (AssertionError, RuntimeError, ValueError, LookupError, ZeroDivisionError)
@@ -199,7 +197,10 @@ def test_its_own_parallel_state_is_accepted(
 ) -> None:
     """Whatever the layout is: the groups of its parallel state are those that it expects, on any rank."""
     layout = model[1]
-    set_up_for(megatron, data.draw(st.integers(0, layout.world_size - 1)), layout, layout)
+    with as_rank(megatron, layout, data.draw(st.integers(0, layout.world_size - 1))):
+        there = megatron.state.get_tensor_model_parallel_group()
+        megatron.runtime.initialize_megatron(layout, device="cpu")
+        assert megatron.state.get_tensor_model_parallel_group() is there  # it was taken, and none made in its place
 
 
 def test_dp_is_by_default_the_fewest_that_experts_allow() -> None:

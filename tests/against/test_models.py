@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.megatron
-
 TOLERANCE = 1e-4
 NEW_TOKENS = 20
 #: Genuine checkpoints of all generations, key styles and layouts.
@@ -37,7 +35,8 @@ GENUINE = [
 #: What transformers wants safetensors files to say.
 _FORMAT = {"format": "pt"}
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # megatron warns of much that is not ours to mend
+#: megatron warns of much that is not ours to mend.
+pytestmark = [pytest.mark.megatron, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,7 @@ def test_pictures(told: Told) -> None:
 def test_nothing_is_left(told: Told) -> None:
     """No rank, and no writer that Megatron started, outlives the demo."""
     until_none_is_left(told.folder)
+    assert processes_about(told.folder) == []
 
 
 def test_ranks_end_with_the_demo(tmp_path: Path) -> None:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from conftest import LaunchRanks
 
-pytestmark = pytest.mark.megatron
-
 NEW_TOKENS = 12
 TEXT = "Mistral, naïve?"
 #: All that may go wrong at once: tied, grouped queries, a window, a vocabulary that needs padding.
@@ -57,7 +55,8 @@ RUNS = [
     *(("tp2-pp2", kind) for kind in ("mistral4", "ministral", "ministral3")),
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # megatron warns of much that is not ours to mend
+#: megatron warns of much that is not ours to mend.
+pytestmark = [pytest.mark.megatron, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

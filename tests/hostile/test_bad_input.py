@@ -840,6 +840,7 @@ def test_an_old_output_survives_a_failing_run(hf: Path, ckpt: Path, tmp_path: Pa
         output.mkdir()
         (output / "precious").write_text("old")
         refusal(tmp_path, command, source, output, "--overwrite")
+        assert contents(output) == {"precious": b"old"}
 
 
 def test_outputs_in_inputs(hf: Path, ckpt: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import until_none_is_left
+from processes import processes_about, until_none_is_left
 
 from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.rank_processes import run_ranks
@@ -69,6 +69,7 @@ def test_nothing_is_left_of_ranks_that_end_well(tmp_path: Path) -> None:
     """Processes that a rank started and left behind are ended with it."""
     run_ranks([python(LEAVES_A_CHILD, tmp_path)] * 2, tmp_path, timeout_s=60)
     until_none_is_left(tmp_path)
+    assert processes_about(tmp_path) == []
 
 
 def test_a_failing_rank_is_named(tmp_path: Path) -> None:

@@ -463,7 +463,7 @@ def test_any_change_is_found_afterwards(case: str, migrated: dict[str, Path], tm
     new = shutil.copytree(migrated[case], tmp_path / "new")
     for name, content in tree(new).items():
         for position in some(range(len(content or b"")), 25):
-            damaged(new, name, position, **OPTIONS[case])
+            assert damaged(new, name, position, **OPTIONS[case])
 
 
 def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
