@@ -67,7 +67,7 @@ def test_set_up_commands(name: str) -> None:
     assert len(found) == 1
     extras = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert re.search(r"-e '\.\[(\w+)\]'", found[0])[1] in extras  # type: ignore[index]
-    assert re.search(rf"in_environment 3\.1\d {name}$", (_ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert re.search(rf"(in_environment|from_wheel) 3\.1\d {name}$", (_ROOT / ".ci" / "run").read_text(), re.MULTILINE)
 
 
 def test_linked_files_exist() -> None:
