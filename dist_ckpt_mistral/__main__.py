@@ -11,9 +11,9 @@ def run() -> int:
     """Run the command line; an interrupt ends it with one line at any moment, also while Python still imports it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else they are ignored, as in the background
         signal.signal(signal.SIGINT, _leave)
-    from dist_ckpt_mistral import cli  # noqa: PLC0415  (takes most of the time until a command begins)
+    from dist_ckpt_mistral.cli import main  # noqa: PLC0415  (takes most of the time until a command begins)
 
-    code = cli.main()
+    code = main.main()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends there is nobody to catch an exception
     return code
 

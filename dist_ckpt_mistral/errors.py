@@ -22,25 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
+from dist_ckpt_mistral.messages import printable
+
 S = TypeVar("S")
 T = TypeVar("T")
 #: More errors than this are counted, not told.
 _MOST_ERRORS: Final = 50
 #: Messages spell out names, and a hostile file may have one of a gigabyte.
 _MOST_LETTERS: Final = 20_000
-
-
-def printable(text: str) -> str:
-    """``text`` in one line, with everything escaped that could steer a terminal or that has no letter.
-
-    Names in files may hold escape sequences, halves of surrogate pairs, or letters that turn the writing round.
-    """
-    return escaped(text.replace("\n", " "), is_harmless=str.isprintable)
-
-
-def escaped(text: str, *, is_harmless: Callable[[str], bool]) -> str:
-    """``text`` with all other characters than harmless ones written as Python's ``ascii`` writes them."""
-    return text if text.isprintable() else "".join(c if is_harmless(c) else ascii(c)[1:-1] for c in text)
 
 
 class DistCkptMistralError(Exception):

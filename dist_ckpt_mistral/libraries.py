@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import MissingLibraryError
-from dist_ckpt_mistral.shell import command_line
+from dist_ckpt_mistral.messages import command_line
 
 #: Module -> the package that brings it.
 _PACKAGES: Final = {
@@ -26,6 +26,8 @@ _PACKAGES: Final = {
     "mistral_common": "mistral-common",
     "matplotlib": "matplotlib",
 }
+#: What an extra of pyproject.toml brings of these, where all of it is needed.
+_BROUGHT: Final = {"megatron": ("torch", "megatron.core")}
 _NAME: Final = "dist-ckpt-mistral"
 _BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
 #: Loggers of libraries that say much which is not about what the user does.
@@ -41,11 +43,12 @@ def require(what: str, *modules: str, extra: str) -> None:
 
 @contextlib.contextmanager
 def needed(what: str, *modules: str, extra: str) -> Iterator[None]:
-    """The same before the block, which imports ``modules``, and for what they import in turn and is not installed."""
+    """The same before the block, which imports ``modules``, and for what else is imported in it and not installed."""
     require(what, *modules, extra=extra)
     try:
         yield
     except ModuleNotFoundError as error:
+        require(what, *_BROUGHT.get(extra, ()), extra=extra)
         raise _missing(what, [_PACKAGES.get(str(error.name), str(error.name))], extra) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 from hypothesis import HealthCheck, settings
 
-from dist_ckpt_mistral.rank_processes import run_ranks
+from dist_ckpt_mistral.cli.processes import run_ranks
 
 # How long an example takes depends on who else uses the machine: no deadline.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -44,8 +44,9 @@ from resume_runs import (
     runs,
 )
 
-from dist_ckpt_mistral.convert import from_hf, to_hf
-from dist_ckpt_mistral.rank_processes import run_ranks
+from dist_ckpt_mistral.cli.processes import run_ranks
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.convert.to_hf import to_hf
 
 #: Mistral's proportions in small. No layout pads the vocabulary, for padding has a share in Megatron's loss.
 _SIZES: Final = {

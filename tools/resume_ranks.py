@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from resume_runs import LAYOUTS, SAVED_AFTER, STEPS, Run
 
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.ranks import from_environment
-from dist_ckpt_mistral.resharding import reshard
+from dist_ckpt_mistral.convert.ranks import from_environment
+from dist_ckpt_mistral.convert.reshard import reshard
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 
 if TYPE_CHECKING:
     from resume_training import Training

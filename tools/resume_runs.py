@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 #: Steps of every training; after SAVED_AFTER of them there is a checkpoint.
 STEPS: Final = 10

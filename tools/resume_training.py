@@ -27,8 +27,8 @@ from dist_ckpt_mistral.formats import checkpoint_directory, places
 from dist_ckpt_mistral.megatron.build_model import as_chunks, build_model
 from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 #: What Megatron-LM keeps in a checkpoint as ``content_metadata`` and gives to an optimizer.
 _CONTENT: Final[Mapping[str, Any]] = {

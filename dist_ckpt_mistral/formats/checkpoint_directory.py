@@ -7,12 +7,18 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from reprlib import repr as short
+from typing import Any, Final
 
-from dist_ckpt_mistral import paths, storage
 from dist_ckpt_mistral.errors import ConfigError, FormatError
-from dist_ckpt_mistral.formats.train_state import MAX_STEP, TRAIN_STATE_FILE, read_step
+from dist_ckpt_mistral.formats.pickles import reader
+from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import scalars_archive
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 _LOG = logging.getLogger(__name__)
 
@@ -23,6 +29,19 @@ TRACKER_FILE: Final = "latest_checkpointed_iteration.txt"
 _RELEASE: Final = "release"
 #: What symlink(2) says where a file system has no links.
 _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+TRAIN_STATE_FILE: Final = "latest_train_state.pt"
+#: The same in the directory of an iteration.
+ITERATION_TRAIN_STATE_FILE: Final = "train_state.pt"
+_STEP_BYTES: Final = 8
+#: The other values and their dtypes as Bridge saves them, in its order (training/checkpointing.py, 0.6.2). All are zero
+#: where nothing was trained.
+_OTHERS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), "int64"),
+    "floating_point_operations_so_far": "float32",
+    **dict.fromkeys(("do_train", "do_valid", "do_test"), "bool"),
+}
+#: Iterations are below this; so is what Megatron-LM's tracker file may say.
+MAX_STEP: Final = 10**18
 
 
 def latest_iteration(root: Path) -> Path:
@@ -46,7 +65,7 @@ def latest_iteration(root: Path) -> Path:
 
 def _tracked(tracker: Path) -> str:
     """The directory that Megatron-LM's tracker file names."""
-    step = storage.read_bytes(tracker).decode(errors="replace").strip()
+    step = documents.read_bytes(tracker).decode(errors="replace").strip()
     if step != _RELEASE and not re.fullmatch(r"\d{1,18}", step):
         raise FormatError(f"{tracker} should hold an iteration or {_RELEASE!r}, got {step[:40]!r}")
     return _RELEASE if step == _RELEASE else iteration_name(int(step))
@@ -96,9 +115,70 @@ def write_tracker(root: Path, directory_name: str) -> None:
     """
     if directory_name == _RELEASE:
         try:
-            storage.write_link(root / iteration_name(0), _RELEASE)
+            documents.write_link(root / iteration_name(0), _RELEASE)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             _LOG.warning("no links here (%s): give AutoBridge of Megatron-Bridge %s itself", error.strerror, _RELEASE)
-    storage.write_bytes(root / TRACKER_FILE, (iteration_of(directory_name) or "").encode())
+    documents.write_bytes(root / TRACKER_FILE, (iteration_of(directory_name) or "").encode())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scalar:
+    """A tensor as far as it matters: the key of its storage, the torch name of that, and its shape."""
+
+    key: str
+    storage: str
+    shape: tuple[int, ...]
+
+
+def untrained(step: int) -> bytes:
+    """The train state of weights that are called iteration ``step``, and that Bridge has not trained."""
+    others = {name: (dtype, bytes(dtypes.itemsize_bytes(dtype))) for name, dtype in _OTHERS.items()}
+    return scalars_archive({"step": ("int64", step.to_bytes(_STEP_BYTES, "little")), **others})
+
+
+def read_step(path: Path) -> int:
+    """The iteration that the train state at ``path`` names.
+
+    Raises FormatError where it is not a train state, UnsafePickleError where its pickle asks for more than tensors.
+    """
+    where = str(path)
+    with SourceFiles([path]) as files:
+        archive = ArchiveReader(files, 0, 0, files.size_bytes(0), where)
+        state = reader.loads(archive.read("data.pkl"), _find, where, persistent=_persistent)
+        step = state.get("step") if isinstance(state, dict) else None
+        if not isinstance(step, _Scalar) or (step.storage, step.shape) != ("LongStorage", ()):
+            raise FormatError(f"{where} is not a train state of Megatron-Bridge: it has no step, an int64 scalar")
+        if archive.read("byteorder") != b"little":
+            raise FormatError(f"{where} is big-endian, which is not supported")
+        content = archive.read(f"data/{step.key}")
+    value = int.from_bytes(content, "little", signed=True)
+    if len(content) != _STEP_BYTES or not 0 <= value < MAX_STEP:
+        raise FormatError(
+            f"step in {where}: expected a number of iterations in {_STEP_BYTES} bytes, got {short(content)}"
+        )
+    return value
+
+
+def _find(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
+    """The allowlist: plain tensors, nothing else."""
+    if module == "torch" and name.endswith("Storage"):
+        return name
+    return {
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+        ("collections", "OrderedDict"): reader.empty_dict,
+    }[module, name]
+
+
+def _persistent(pid: Any) -> tuple[str, str]:  # noqa: ANN401  (from a pickle)
+    """torch.save's persistent id: ("storage", type, key, device, elements)."""
+    kind, storage, key, _, _ = pid
+    if kind != "storage" or not isinstance(key, str) or not key.isdecimal():
+        raise FormatError(f"an unexpected persistent object {short(pid)}")
+    return key, storage
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, *_: Any) -> _Scalar:  # noqa: ANN401  (from a pickle)
+    key, name = storage
+    return _Scalar(key, name, shape if offset == 0 else (-1,))

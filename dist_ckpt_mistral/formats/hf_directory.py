@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes, paths, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.places import (
     CONFIG_FILE,
@@ -23,15 +22,18 @@ from dist_ckpt_mistral.formats.places import (
     locate,
 )
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
-from dist_ckpt_mistral.name_ranges import listed
-from dist_ckpt_mistral.shapes import Shape, is_countable
-
-if TYPE_CHECKING:
-    from dist_ckpt_mistral.gather.tensor_index import TensorIndex
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.digest import Span
+from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.storage import documents, paths
 
 _LOG = logging.getLogger(__name__)
 
 _SAFETENSORS: Final = ".safetensors"
+#: Where the data of tensors lie: name of the file -> name of the tensor -> span, ascending.
+TensorSpans = Mapping[str, Mapping[str, Span]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +67,6 @@ class FileSet:
 
         ``name_of`` is as in ``by_name``, and so is what is raised.
         """
-        from dist_ckpt_mistral.gather.tensor_index import (  # noqa: PLC0415  (inspect must not wait for numpy)
-            IndexedTensor,
-            TensorIndex,
-        )
-
         tensors = {
             name: IndexedTensor.whole(
                 name, tensor.dtype, tensor.shape, file=number, position=file.data_start + tensor.begin
@@ -88,8 +85,8 @@ class FileSet:
         weight_map = {tensor.name: name for tensor, name in tensors}
         metadata = {**self.index_metadata, "total_size": sum(tensor.end - tensor.begin for tensor, _ in tensors)}
         if original is not None:
-            text = storage.read_bytes(original)
-            said = strict_json.loads_object(text, str(original))
+            text = documents.read_bytes(original)
+            said = documents.parse_json(text, str(original))
             about = said["metadata"] if isinstance(said.get("metadata"), dict) else {}
             is_true = about == self.index_metadata or about.items() <= metadata.items()
             if is_true and said.get("weight_map") == weight_map:
@@ -180,7 +177,7 @@ def _counts_alone(directory: Path, single: str, index_file: str, indexed: set[st
 def _require_no_others_named(directory: Path, read: str) -> None:
     """Refuse a config.json whose ``transformers_weights`` names another file: transformers looks there first."""
     path = directory / CONFIG_FILE
-    config = strict_json.loads_object(storage.read_bytes(path), str(path)) if path.is_file() else {}
+    config = documents.read_json(path) if path.is_file() else {}
     named = config.get("transformers_weights")
     if named not in {None, read}:
         raise FormatError(
@@ -208,7 +205,7 @@ def _countable(file: SafetensorsFile, path: Path) -> SafetensorsFile:
 
 def _read_index(path: Path) -> dict[str, Any]:
     """The index, with a sound ``weight_map``."""
-    index = strict_json.loads_object(storage.read_bytes(path), str(path))
+    index = documents.read_json(path)
     if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise FormatError(f"{path} has no weight_map")
     for name in index["weight_map"].values():
@@ -266,5 +263,13 @@ def config_json(content: Mapping[str, Any], original: Path | None) -> bytes:
 
 def text_of(path: Path | None, content: Mapping[str, Any]) -> bytes | None:
     """The text of a JSON file if there is one, and it says just this ``content``."""
-    text = None if path is None else storage.read_bytes(path)
-    return text if text is not None and strict_json.loads_object(text, str(path)) == content else None
+    text = None if path is None else documents.read_bytes(path)
+    return text if text is not None and documents.parse_json(text, str(path)) == content else None
+
+
+def tensor_spans(files: FileSet) -> TensorSpans:
+    """Where the tensors of safetensors files lie."""
+    return {
+        name: {t.name: Span(file.data_start + t.begin, t.end - t.begin) for t in file.tensors}
+        for name, file in files.files.items()
+    }

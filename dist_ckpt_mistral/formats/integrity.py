@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final, TypeGuard
 
-from dist_ckpt_mistral import storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.storage import documents
 
 MANIFEST_FILE: Final = "integrity.json"
 _ALGORITHM: Final = "sha256"
@@ -43,7 +43,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     path = directory / MANIFEST_FILE
     if not path.is_file():
         return None
-    content = strict_json.loads_object(storage.read_bytes(path), str(path))
+    content = documents.read_json(path)
     if content.get("algorithm") != _ALGORITHM:
         raise FormatError(f"algorithm in {path}: expected {_ALGORITHM!r}, got {content.get('algorithm')!r}")
     files, crc32 = content.get("files"), content.get("crc32", {})

@@ -1,9 +1,9 @@
 """Reading Megatron's legacy ``zarr`` checkpoints (megatron-core to 0.15), without zarr and without tensorstore.
 
 A directory for every key: ``.zarray`` describes an array, and each chunk of it lies bare in a file of its own, named
-after its place in the grid, ``2.0.1``. Or the directory holds objects (``legacy_objects``). (mcore
-dist_checkpointing/strategies/zarr.py, 0.12 to 0.15; zarr storage specification, version 2.) A chunk that has no file
-would read as zeros in zarr and in tensorstore: here it is an error.
+after its place in the grid, ``2.0.1``. Or the directory holds objects, each as ``torch.save`` saved it, in
+``shard_2_4.pt``. (mcore dist_checkpointing/strategies/zarr.py, 0.12 to 0.15; zarr storage specification, version 2.)
+A chunk that has no file would read as zeros in zarr and in tensorstore: here it is an error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes, paths, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
-from dist_ckpt_mistral.formats.common_state import Entry
-from dist_ckpt_mistral.formats.legacy_objects import is_object, read_objects
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
-from dist_ckpt_mistral.formats.tensor_pickle import MAX_AXES
-from dist_ckpt_mistral.name_ranges import listed
-from dist_ckpt_mistral.shapes import Shape, is_countable
+from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
+from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import MAX_AXES
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
+from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.storage import documents, paths
 
 _ARRAY_FILE: Final = ".zarray"
 _ATTRIBUTES_FILE: Final = ".zattrs"
@@ -56,6 +56,10 @@ _DTYPES: Final = {
     "|u1": "uint8",
     "|b1": "bool",
 }
+_NUMBER: Final = r"(?:0|[1-9][0-9]*)"
+_NUMBERS: Final = rf"({_NUMBER}(?:\.{_NUMBER})*)"
+#: ``shard_INDEX_SHAPE.pt``; of a shape of several axes old writers lost the last number.
+_OBJECT: Final = re.compile(rf"shard_{_NUMBERS}_{_NUMBERS}\.pt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +166,7 @@ def _require_inside(directory: Path, places: Iterable[Path]) -> None:
 def _array(folder: Path, names: set[str]) -> _Array:
     """What ``.zarray`` in ``folder`` says, held against the files beside it."""
     where = f"{_ARRAY_FILE} in {folder}"
-    said = _LEFT_OUT | strict_json.loads_object(storage.read_bytes(folder / _ARRAY_FILE), where)
+    said = _LEFT_OUT | documents.parse_json(documents.read_bytes(folder / _ARRAY_FILE), where)
     for name, value in _PLAIN.items():
         if name not in said:
             raise FormatError(f"{name} for {where}: expected {value!r}, got nothing")
@@ -243,3 +247,44 @@ def _tensor(found: _Array, *, first: int) -> StoredTensor:
         stored_offsets=offsets,
         archives=array("q", range(first, first + len(boxes))),
     )
+
+
+def is_object(name: str) -> bool:
+    """Whether a file of this name holds an object."""
+    return _OBJECT.fullmatch(name) is not None
+
+
+def read_objects(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """The objects in ``folder`` by the keys that ``torch_dist`` has for them: ``KEY/shard_2_4``.
+
+    What has the name of an object and is no file counts as empty. Raises FormatError for other names, and for names
+    that contradict themselves or each other.
+    """
+    found = {name: _OBJECT.fullmatch(name) for name in sorted(names)}
+    unknown = [name for name, match in found.items() if match is None]
+    if unknown:
+        raise FormatError(
+            f"{folder} holds {listed(unknown)}: expected .zarray and its chunks, or objects (shard_0_1.pt). "
+            "Copy the checkpoint again, whole."
+        )
+    places = {name: (_extents(match[1]), _extents(match[2])) for name, match in found.items() if match}
+    extent = 1 + max(index[-1] for index, _ in places.values())
+    entries: dict[str, Entry] = {}
+    for name, (index, given) in places.items():
+        shape = given if len(given) == len(index) else (*given, extent)
+        if len(shape) != len(index) or not all(map(lt, index, shape)):
+            raise FormatError(f"{folder / name}: the object has an index outside of its shape")
+        key = f"{folder.name}/shard_{_dotted(index)}_{_dotted(shape)}"
+        if key in entries:
+            raise FormatError(f"{folder / name}: the object is stored twice, also in {Path(entries[key].file).name}")
+        path = folder / name
+        entries[key] = Entry(f"{folder.name}/{name}", 0, path.stat().st_size if path.is_file() else 0)
+    return entries
+
+
+def _extents(dotted: str) -> Shape:
+    return tuple(map(int, dotted.split(".")))
+
+
+def _dotted(sizes: Shape) -> str:
+    return ".".join(map(str, sizes))

@@ -17,12 +17,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import hub, paths
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRACKER_FILE, TRACKERS
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
-from dist_ckpt_mistral.name_ranges import listed
+from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.storage import hub, paths
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"

@@ -16,10 +16,11 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final, TypeGuard
 
-from dist_ckpt_mistral import dtypes, storage, strict_json
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.shell import command_line
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.messages import command_line
+from dist_ckpt_mistral.storage import documents, local
 
 _LENGTH_BYTES: Final = 8
 _METADATA_KEY: Final = "__metadata__"
@@ -70,10 +71,10 @@ class SafetensorsFile:
 
 def read_header(path: Path) -> SafetensorsFile:
     """Read and check the header of ``path``. Raises FormatError that names the file and what is wrong."""
-    if storage.is_lfs_pointer(path):
+    if documents.is_lfs_pointer(path):
         remedy = command_line(["git", "-C", str(path.parent), "lfs", "pull"])
         raise FormatError(f"{path} is a pointer of Git LFS, not the file itself. Get that with: {remedy}")
-    with storage.SourceFiles([path]) as files:
+    with local.SourceFiles([path]) as files:
         size = files.size_bytes(0)
         if size < _LENGTH_BYTES:
             raise FormatError(f"{path} is not a safetensors file: it has {size} bytes. {_COPY_AGAIN}")
@@ -91,7 +92,7 @@ def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> S
     """Parse a header; ``data_bytes`` is the size of the data part, if there is one to compare with."""
     if text.count(b"[") + text.count(b"{") > _FEW_BRACKETS + len(text) // _BYTES_OF_A_BRACKET:
         raise FormatError(f"{where} is not a safetensors header: it has more brackets than tensors of any name need")
-    header = strict_json.loads_object(text, where)
+    header = documents.parse_json(text, where)
     tensors = [_file_tensor(name, entry, where) for name, entry in header.items() if name != _METADATA_KEY]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     ends = [0, *(tensor.end for tensor in tensors)]

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral import paths, storage, strict_json
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.places import INDEX_FILE, PARAMS_FILE
+from dist_ckpt_mistral.storage import documents, paths
 
 _LOG = logging.getLogger(__name__)
 
@@ -137,10 +137,10 @@ def _why_this_stays(path: Path, directory: Path) -> str | None:
         return "is a link out of its directory"
     if not path.is_file():
         return "is no file"
-    if storage.is_lfs_pointer(path):
+    if documents.is_lfs_pointer(path):
         return "is a pointer of Git LFS, not the file itself (git lfs pull gets that)"
     key, why = _LEFT_BY_CONTENT.get(path.name, ("", None))
-    return why if why and strict_json.loads_object(storage.read_bytes(path), str(path)).get(key) else None
+    return why if why and documents.read_json(path).get(key) else None
 
 
 def _is_inside(folder: Path, directory: Path) -> bool:
@@ -170,11 +170,11 @@ def write_small_files(directory: Path, files: Mapping[str, Path], texts: Mapping
     copy_files({name: path for name, path in files.items() if name not in texts}, directory)
     for name, text in texts.items():
         if text is not None:
-            storage.write_bytes(directory / name, text)
+            documents.write_bytes(directory / name, text)
 
 
 def copy_files(files: Mapping[str, Path], directory: Path) -> None:
     """Copy files into ``directory`` by their names there, which may begin with folders."""
     for name, path in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        storage.copy_file(path, directory / name)
+        documents.copy_file(path, directory / name)

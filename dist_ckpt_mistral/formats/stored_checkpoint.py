@@ -6,25 +6,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from reprlib import repr as short
+from typing import Any, Final
 
-from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.errors import FormatError, for_all
-from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
-from dist_ckpt_mistral.formats.common_state import Entry
+import numpy as np
+
+from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
+from dist_ckpt_mistral.formats import legacy_zarr
+from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
+from dist_ckpt_mistral.formats.places import resolve_directory
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
-from dist_ckpt_mistral.formats.torch_archive import TensorLocator
-from dist_ckpt_mistral.name_ranges import listed
-from dist_ckpt_mistral.storage import SourceFiles
-
-if TYPE_CHECKING:
-    from dist_ckpt_mistral.gather.boxes import IntArray
-    from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.formats.torch_dist import common_state, metadata
+from dist_ckpt_mistral.formats.torch_dist.archive import TensorLocator
+from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.boxes import IntArray, equal_rows
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, in_own_shape
+from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.storage import documents
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 #: The backends. ``torch_dist`` keeps every chunk and every object in a ``torch.save`` archive, many to a file; objects
 #: are lists of one. ``zarr`` has a file for each: the bare bytes of a chunk, or the archive of an object itself.
 TORCH_DIST: Final = "torch_dist"
 ZARR: Final = "zarr"
+#: The names in metadata.json (mcore dist_checkpointing/core.py; ``zarr`` until 0.15), and what reads each.
+_READERS: Final = {TORCH_DIST: metadata.read_stored, ZARR: legacy_zarr.read_stored}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,8 +64,6 @@ class StoredCheckpoint:
         Raises FormatError for files that are missing or truncated (all of them), and for archives that are damaged or
         hold something else than the metadata says.
         """
-        from dist_ckpt_mistral.gather.tensor_index import TensorIndex  # noqa: PLC0415  (inspect must not wait for numpy)
-
         names = tuple(names)
         chunks = dict(zip(names, for_all(self.chunks, names), strict=True))
         files = tuple(self.file_bytes)
@@ -102,9 +107,6 @@ class StoredCheckpoint:
             raise FormatError(f"files in {self.directory} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
 
     def _locate(self, tensor: StoredTensor, chunks: Chunks, locator: TensorLocator) -> IndexedTensor:
-        from dist_ckpt_mistral.gather.flat_ranges import in_own_shape  # noqa: PLC0415  (inspect must not wait for numpy)
-        from dist_ckpt_mistral.gather.tensor_index import IndexedTensor  # noqa: PLC0415  (likewise)
-
         dtype = dtypes.require_known(tensor.dtype, repr(tensor.name))
         positions = chunks.positions if self.backend == ZARR else _data_positions(tensor.name, dtype, chunks, locator)
         located = IndexedTensor(
@@ -121,10 +123,6 @@ class StoredCheckpoint:
 
 def _data_positions(name: str, dtype: str, chunks: Chunks, locator: TensorLocator) -> IntArray:
     """Where the data of chunks begin inside their archives."""
-    import numpy as np  # noqa: PLC0415  (inspect must not wait for it)
-
-    from dist_ckpt_mistral.gather.boxes import equal_rows  # noqa: PLC0415  (likewise)
-
     kinds = np.column_stack([chunks.shapes, chunks.lengths])
     positions = np.empty_like(chunks.positions)
     for rows in equal_rows(kinds):
@@ -132,3 +130,36 @@ def _data_positions(name: str, dtype: str, chunks: Chunks, locator: TensorLocato
         places = zip(chunks.files[rows].tolist(), chunks.positions[rows].tolist(), strict=True)
         positions[rows] = [*locator.locate(name, dtype, tuple(shape), num_bytes, places)]
     return positions
+
+
+def open_stored(path: Path, *, with_common_state: bool = True) -> StoredCheckpoint:
+    """Open a checkpoint root or one iteration of it.
+
+    From megatron-core 0.17 on the common state lies in a data file; without it no data file is opened.
+    Raises FormatError where it is no checkpoint or its metadata is damaged, UnsafePickleError where a pickle asks for
+    anything outside the allowlist.
+    """
+    directory = resolve_directory(path)
+    backend = _backend(directory)
+    metadata = _READERS[backend](directory)
+    state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY)) if with_common_state else {}
+    return StoredCheckpoint(directory=directory, backend=backend, metadata=metadata, common_state=state)
+
+
+def require_loadable(directory: Path) -> None:
+    """Raise UnsupportedFormatError for an iteration's directory that Megatron's present versions do not load."""
+    if _backend(directory) == ZARR:
+        raise UnsupportedFormatError(
+            f"{directory} is a legacy zarr checkpoint, which Megatron does not load since megatron-core 0.16. "
+            "Make a torch_dist checkpoint of it first, with migrate."
+        )
+
+
+def _backend(directory: Path) -> str:
+    """What an iteration's directory says that it was saved with."""
+    path = directory / BACKEND_FILE
+    backend = documents.read_json(path).get("sharded_backend")
+    if not isinstance(backend, str) or backend not in _READERS:
+        expected = " or ".join(map(repr, _READERS))
+        raise FormatError(f"{path} says sharded_backend {short(backend)}: expected {expected}")
+    return backend

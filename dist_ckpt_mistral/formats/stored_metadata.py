@@ -11,15 +11,15 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.formats.common_state import Entry
-from dist_ckpt_mistral.name_ranges import listed
-from dist_ckpt_mistral.shapes import Shape
+import numpy as np
 
-if TYPE_CHECKING:
-    from dist_ckpt_mistral.gather.boxes import IntArray
+from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.boxes import IntArray, ascending
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.messages import listed
 
 
 class Archives(NamedTuple):
@@ -87,10 +87,6 @@ class StoredMetadata:
 
     def chunks(self, name: str) -> Chunks:
         """All chunks of a tensor. Raises ValueError unless those described are those stored, each once."""
-        import numpy as np  # noqa: PLC0415  (see above)
-
-        from dist_ckpt_mistral.gather.boxes import ascending  # noqa: PLC0415  (likewise)
-
         tensor = self.tensors[name]
         offsets, shapes = (_boxes(tensor, each, tensor.num_chunks) for each in (tensor.offsets, tensor.shapes))
         stored = _boxes(tensor, tensor.stored_offsets, len(tensor.archives))
@@ -103,8 +99,6 @@ class StoredMetadata:
 
 def _boxes(tensor: StoredTensor, column: array[int], count: int) -> IntArray:
     """A column as ``[count, ndim]``: its boxes have the axes of the tensor."""
-    import numpy as np  # noqa: PLC0415  (see above)
-
     return np.asarray(column).reshape(count, len(tensor.stored_shape))
 
 

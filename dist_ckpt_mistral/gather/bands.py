@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dist_ckpt_mistral import dtypes
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.plan import CopyArray, Segment
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 #: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
 BAND_BYTES: Final = 512 << 10

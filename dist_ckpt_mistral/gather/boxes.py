@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_ckpt_mistral.errors import PlanError
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.gather.dtypes import Shape
 
 #: More faults of one tensor than this are not told.
 _MOST_FAULTS: Final = 20

@@ -14,9 +14,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.index import IndexedTensor
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 #: Pairs of a dtype and another that has all of its range: between these no value is lost.
@@ -85,7 +85,7 @@ def widest(names: Sequence[str]) -> str | None:
 class WidenedFile:
     """Values of ``stored_dtype`` from byte ``position`` of file ``file`` on, as a file of them in the wider ``dtype``.
 
-    A ``storage.DerivedFile``. Buffers hold whole values.
+    A ``DerivedFile``. Buffers hold whole values.
     """
 
     file: int

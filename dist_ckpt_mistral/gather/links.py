@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import add, sub
 
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.gather.dtypes import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,15 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import PlanError, TensorMismatchError, for_all
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.casts import widened, widest
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.name_ranges import listed
-from dist_ckpt_mistral.shapes import Shape
-from dist_ckpt_mistral.storage import DerivedFile
+from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.storage.local import DerivedFile
 
 #: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
 #: target offsets from the start of the segment. All in bytes.

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -18,14 +19,18 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 
-from dist_ckpt_mistral.megatron.local_layers import layer_spec
+from dist_ckpt_mistral.errors import UnsupportedModelError
 from dist_ckpt_mistral.megatron.model_config import gpt_model_arguments, transformer_config
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron, on_device, without_cuda
 from dist_ckpt_mistral.megatron.sharded_state_dict import weight_dtype
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
 
 #: One rank's model: a GPTModel, or one for each of its virtual pipeline stages.
 Model: TypeAlias = GPTModel | list[GPTModel]
@@ -35,6 +40,7 @@ _NOTHING: Final[Mapping[str, Any]] = {}
 
 #: Megatron's tensor-parallel layers, and the axis along which each cuts its weight.
 _CUT_AXES: Final[Mapping[type, int]] = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+_LATENT_EPSILON: Final = 1e-6
 
 
 class CpuGPTModel(GPTModel):  # type: ignore[misc]  # megatron is untyped
@@ -139,3 +145,74 @@ def as_model(chunks: list[GPTModel]) -> Model:
 def as_chunks(model: Model) -> list[GPTModel]:
     """The chunks of a rank's model."""
     return model if isinstance(model, list) else [model]
+
+
+class LocalAttention(DotProductAttention):  # type: ignore[misc]  # megatron is untyped
+    """Megatron's attention, which may be latent and may scale queries by their position."""
+
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401  (as DotProductAttention)
+        k_channels: int | None = None,  # noqa: ARG002  (what latent attention tells, config.kv_channels says)
+        v_channels: int | None = None,  # noqa: ARG002
+        query_scaling: tuple[float, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Scale the query at position p by ``1 + beta * log(1 + p // period)``, given (beta, period)."""
+        super().__init__(*args, **kwargs)
+        self.query_scaling = query_scaling
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        """Attend. ``query`` ``[queries, batch, heads, size]`` stands at the last ones of the positions of ``key``."""
+        if self.query_scaling is not None:
+            beta, period = self.query_scaling
+            positions = torch.arange(len(key) - len(query), len(key), device=query.device)
+            scale = 1 + beta * torch.log(1 + torch.floor(positions / period))
+            query = query * scale[:, None, None, None].to(query.dtype)
+        attended: torch.Tensor = super().forward(query, key, *args, **kwargs)
+        return attended
+
+
+class LatentNorm(torch.nn.RMSNorm):
+    """The norm of a latent, as transformers has it."""
+
+    def __init__(self, hidden_size: int, config: object, eps: float) -> None:  # noqa: ARG002  (Megatron's)
+        """Take what Megatron tells every norm."""
+        super().__init__(hidden_size, eps=_LATENT_EPSILON)
+
+
+def layer_spec(config: MistralConfig) -> ModuleSpec:
+    """Megatron's spec of a layer of the model; experts are a ``SequentialMLP``.
+
+    Raises UnsupportedModelError for scaled queries without YaRN's original context.
+    """
+    _mend_without_transformer_engine()
+    is_latent = config.latent_attention is not None
+    spec = get_gpt_layer_local_spec(
+        num_experts=None if config.experts is None else config.experts.num_experts,
+        multi_latent_attention=is_latent,
+        normalization="RMSNorm",
+    )
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(module=LocalAttention, params={"query_scaling": _query_scaling(config)})
+    if is_latent:
+        attention.q_layernorm = attention.kv_layernorm = LatentNorm
+    return spec
+
+
+def _mend_without_transformer_engine() -> None:
+    """Megatron-core 0.16 uses two names without Transformer Engine that it has only with it."""
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+    if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
+        multi_latent_attention.HAVE_TE = False
+
+
+def _query_scaling(config: MistralConfig) -> tuple[float, int] | None:
+    """How queries are scaled by their position, as transformers does (``get_llama_4_attn_scale``, 5.23)."""
+    if config.llama_4_scaling_beta is None:
+        return None
+    if config.yarn is None:
+        raise UnsupportedModelError(
+            f"llama_4_scaling_beta={config.llama_4_scaling_beta} without YaRN, whose original context it counts in."
+        )
+    return config.llama_4_scaling_beta, config.yarn.original_max_position_embeddings

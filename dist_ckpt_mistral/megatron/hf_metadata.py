@@ -14,10 +14,10 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from dist_ckpt_mistral.errors import TensorMismatchError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.stored_entries import why_ignored
-from dist_ckpt_mistral.model.tensor_rules import HfPart, Index, KeyStyle, TensorRule, spell
-from dist_ckpt_mistral.model.tensor_table import StoredRows, TensorTable, tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.entries import why_ignored
+from dist_ckpt_mistral.model.table.rules import HfPart, Index, KeyStyle, TensorRule, spell
+from dist_ckpt_mistral.model.table.table import StoredRows, TensorTable, tensor_table
 
 ShardedStateDict: TypeAlias = dict[str, Any]
 

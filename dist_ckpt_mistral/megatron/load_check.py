@@ -26,8 +26,8 @@ from safetensors import safe_open
 
 from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensorFactory
 from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 #: prctl(2): the signal that a process gets when its parent dies.
 _PR_SET_PDEATHSIG: Final = 1

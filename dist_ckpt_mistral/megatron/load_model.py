@@ -15,23 +15,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from dist_ckpt_mistral import ranks
+from dist_ckpt_mistral.convert import ranks
+from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
-from dist_ckpt_mistral.gather.executor import Effort, execute
-from dist_ckpt_mistral.losses import LossPolicy, names_of_sources
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, execute
+from dist_ckpt_mistral.mapping.rank_plan import live_rows, plan_held
+from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
 from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
-from dist_ckpt_mistral.model.config import GivenConfig, chosen_config
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model_source import ModelSource, open_source
-from dist_ckpt_mistral.rank_plan import live_rows, plan_held
-from dist_ckpt_mistral.verify import require_equal_twins
+from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
 
 _ALONE: Final = ParallelLayout()
 _NOTHING: Final[Mapping[str, Any]] = {}
-_DEFAULT_EFFORT: Final = Effort()
 
 
 def load_model(
@@ -44,7 +42,7 @@ def load_model(
     padded_vocab_size: int | None = None,
     transformer_config: Mapping[str, Any] = _NOTHING,
     allow_lossy: bool = False,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
 ) -> Model:
     """This rank's GPTModel with the weights in ``path``, or the list of them with virtual pipeline stages.
 
@@ -96,7 +94,7 @@ def load_source(
     padded_vocab_size: int | None = None,
     transformer_config: Mapping[str, Any] = _NOTHING,
     allow_lossy: bool = False,
-    effort: Effort = _DEFAULT_EFFORT,
+    effort: Effort = DEFAULT_EFFORT,
 ) -> Model:
     """As ``load_model``, from an opened model."""
     layout.check(source.config)
@@ -125,16 +123,16 @@ def _only_dtype(source: ModelSource) -> str:
     return names[0]
 
 
-def _held(source: ModelSource, layout: ParallelLayout, vocab_rows: int | None) -> Iterator[list[HeldTensor]]:
+def _held(source: ModelSource, layout: ParallelLayout, vocab_rows: int | None) -> Iterator[list[LocalTensor]]:
     """What this rank holds of each of its model chunks."""
     at = layout.coordinates(dist.get_rank())
     for chunk in layout.model_chunks(source.table.num_layers, parallel_state.get_pipeline_model_parallel_rank()):
-        yield list(layout.held_tensors(source.table, chunk, at, vocab_rows=vocab_rows))
+        yield list(layout.local_tensors(source.table, chunk, at, vocab_rows=vocab_rows))
 
 
 def _pairs(
-    parameters: Mapping[str, torch.nn.Parameter], held: Sequence[HeldTensor]
-) -> list[tuple[HeldTensor, torch.nn.Parameter]]:
+    parameters: Mapping[str, torch.nn.Parameter], held: Sequence[LocalTensor]
+) -> list[tuple[LocalTensor, torch.nn.Parameter]]:
     """Every parameter of a model chunk with what it holds."""
     described = {each.module_name: each.local_shape for each in held}
     found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -164,7 +162,7 @@ class _Memory:
 @torch.no_grad()
 def _fill(
     source: ModelSource,
-    pairs: Sequence[tuple[HeldTensor, torch.nn.Parameter]],
+    pairs: Sequence[tuple[LocalTensor, torch.nn.Parameter]],
     dtype: str,
     losses: LossPolicy,
     effort: Effort,

@@ -9,15 +9,15 @@ from typing import Any, Final
 
 import torch
 
+from dist_ckpt_mistral.analysis.compare import open_pair
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.places import Kind, what_is
-from dist_ckpt_mistral.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
-from dist_ckpt_mistral.megatron.inference import forward, require_tokens
+from dist_ckpt_mistral.mapping.source import ModelSource, completed
+from dist_ckpt_mistral.megatron.generate import forward, require_tokens
+from dist_ckpt_mistral.megatron.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
 from dist_ckpt_mistral.megatron.load_model import load_source
-from dist_ckpt_mistral.model.config import GivenConfig, MistralConfig, chosen_config, given_directory
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model_source import ModelSource, completed
-from dist_ckpt_mistral.verify import open_pair
+from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 #: Float32 on both sides leaves rounding; anything that is computed differently is orders of magnitude above this.
 TOLERANCE: Final = 1e-4

@@ -13,14 +13,12 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.attention_args import latent_rope_args, window_args
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.expert_args import require_routable
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.latent_attention import LatentAttention
-from dist_ckpt_mistral.model.megatron_fields import LATENT
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.yarn import YarnScaling
+from dist_ckpt_mistral.model.args.fields import LATENT
+from dist_ckpt_mistral.model.args.layers import latent_rope_args, require_routable, window_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts, LatentAttention
+from dist_ckpt_mistral.model.config.yarn import YarnScaling
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 #: What every Mistral model is. The fusions need Apex or Transformer Engine, or compute in another order.
 _ARCHITECTURE: Final[Mapping[str, Any]] = {

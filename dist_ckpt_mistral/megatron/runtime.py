@@ -19,9 +19,9 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_p
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
-from dist_ckpt_mistral import ranks
+from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 #: What Megatron-LM adds to the seed from one pipeline stage to the next (megatron/training/initialize.py).
 _SEED_STEP: Final = 100

@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from dist_ckpt_mistral.dtypes import require_weight_dtype
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
+from dist_ckpt_mistral.gather.dtypes import require_weight_dtype
 from dist_ckpt_mistral.megatron.hf_metadata import (
     Data,
     HfShardedTensor,
@@ -30,15 +30,15 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
     StoredIndex,
     stored_index,
 )
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.stored_entries import state_key, why_ignored
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle, LayerSpec, spell_key
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
+from dist_ckpt_mistral.model.table.entries import state_key, why_ignored
+from dist_ckpt_mistral.model.table.rules import KeyStyle, LayerSpec, ParamState, spell_key
+from dist_ckpt_mistral.model.table.table import tensor_table
 
-#: Produces the tensor that a ``HeldTensor`` describes, of its ``local_shape`` and the given dtype.
-Supplier: TypeAlias = Callable[[HeldTensor, torch.dtype], torch.Tensor]
+#: Produces the tensor that a ``LocalTensor`` describes, of its ``local_shape`` and the given dtype.
+Supplier: TypeAlias = Callable[[LocalTensor, torch.dtype], torch.Tensor]
 
 
 def sharded_state_dict(
@@ -80,7 +80,7 @@ def sharded_state_dict(
         config, layout, rank, data=data, dtype=dtype, style=style, spec=spec, vocab_rows=padded_vocab_size
     )
     for chunk, own in zip(layout.model_chunks(table.num_layers, at.pp), entries, strict=True):
-        for each in layout.held_objects(table, chunk, at, style=style, spec=spec):
+        for each in layout.local_objects(table, chunk, at, style=style, spec=spec):
             own[each.module_name] = ShardedObject(
                 each.mcore_key, None, each.global_shape, each.global_offset, replica_id=each.replica_id
             )
@@ -107,7 +107,7 @@ def tensor_entries(
     at, table = layout.coordinates(rank), tensor_table(config)
     chunks = layout.model_chunks(table.num_layers, at.pp)
     held = [
-        tuple(layout.held_tensors(table, each, at, style=style, spec=spec, vocab_rows=vocab_rows)) for each in chunks
+        tuple(layout.local_tensors(table, each, at, style=style, spec=spec, vocab_rows=vocab_rows)) for each in chunks
     ]
     make = _Entries(stored_index(table), style, dtype, state)
     return [
@@ -146,7 +146,7 @@ class _Entries:
     dtype: torch.dtype
     state: str | None
 
-    def of(self, held: HeldTensor, data: Data) -> HfShardedTensor | HfShardedTensorFactory:
+    def of(self, held: LocalTensor, data: Data) -> HfShardedTensor | HfShardedTensorFactory:
         """What Megatron's ``make_sharded_tensors_for_checkpoint`` and ``apply_swiglu_sharded_factory`` would make."""
         # The factory of linear_fc1 has the key of the whole; singleton style names only gate and up.
         key = spell_key(held.mcore_key, held.index, self.style)
@@ -161,7 +161,7 @@ class _Entries:
 class _Build:
     """Megatron's ``build_fn`` of one local tensor."""
 
-    held: HeldTensor
+    held: LocalTensor
     own_key: str
     index: StoredIndex
     dtype: torch.dtype
@@ -218,8 +218,8 @@ def _pieces(data: Data, count: int) -> list[Data]:
 
 
 def _sources(
-    data: Mapping[str, Any] | Supplier | None, held: list[tuple[HeldTensor, ...]], dtype: torch.dtype
-) -> list[Callable[[HeldTensor], Data]]:
+    data: Mapping[str, Any] | Supplier | None, held: list[tuple[LocalTensor, ...]], dtype: torch.dtype
+) -> list[Callable[[LocalTensor], Data]]:
     """For every model chunk, what gives the data of its tensors."""
     if data is None:
         return [lambda _: None] * len(held)
@@ -235,11 +235,11 @@ def _sources(
     return [partial(_named, tensors) for tensors in given.values()]
 
 
-def _named(tensors: Mapping[str, torch.Tensor], held: HeldTensor) -> torch.Tensor:
+def _named(tensors: Mapping[str, torch.Tensor], held: LocalTensor) -> torch.Tensor:
     return tensors[held.module_name]
 
 
-def _problems(where: str, given: Mapping[str, Any], held: tuple[HeldTensor, ...], dtype: torch.dtype) -> Iterator[str]:
+def _problems(where: str, given: Mapping[str, Any], held: tuple[LocalTensor, ...], dtype: torch.dtype) -> Iterator[str]:
     expected = {each.module_name: each for each in held}
     unknown = [name for name in given if name not in expected and not why_ignored(name)]
     for name in unknown:
@@ -251,7 +251,7 @@ def _problems(where: str, given: Mapping[str, Any], held: tuple[HeldTensor, ...]
             yield from _misfits(where + name, given[name], each, dtype)
 
 
-def _misfits(name: str, tensor: object, held: HeldTensor, dtype: torch.dtype) -> Iterator[str]:
+def _misfits(name: str, tensor: object, held: LocalTensor, dtype: torch.dtype) -> Iterator[str]:
     if not isinstance(tensor, torch.Tensor):
         yield f"wrong type for {name!r}: expected a tensor, got {type(tensor).__name__}"
         return
@@ -261,9 +261,62 @@ def _misfits(name: str, tensor: object, held: HeldTensor, dtype: torch.dtype) ->
         yield f"dtype mismatch for {name!r}: expected {dtype}, got {tensor.dtype}"
 
 
-def _supplied(supplier: Supplier, held: HeldTensor, dtype: torch.dtype) -> torch.Tensor:
+def _supplied(supplier: Supplier, held: LocalTensor, dtype: torch.dtype) -> torch.Tensor:
     tensor = supplier(held, dtype)
     problems = list(_misfits(held.module_name, tensor, held, dtype))
     if problems:
         raise TensorMismatchError("the supplier gave another tensor: " + "; ".join(problems))
     return tensor
+
+
+def optimizer_state_dict(
+    config: MistralConfig,
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    distributed: bool = True,
+    data: Mapping[str, Mapping[str, Any] | Supplier] | None = None,
+    style: KeyStyle = KeyStyle.STACKED,
+    spec: LayerSpec = LayerSpec.LOCAL,
+    padded_vocab_size: int | None = None,
+) -> dict[str, ShardedStateDict]:
+    """What ``rank`` of ``layout`` holds of the optimizer: master weights and both moments of Adam, in float32.
+
+    Under each of Megatron's names for these stands a dict like that of ``sharded_state_dict``, keyed by the names of
+    the parameters in the local module; entries say which Hugging Face tensors they hold rows of, as those of the
+    weights do. Megatron's optimizers number parameters instead, in an order that only they know: entries are the same,
+    their place is not.
+
+    Args:
+        config: The model.
+        layout: The parallel layout.
+        rank: Counts as Megatron does for ``layout``.
+        distributed: Whether it is Megatron's distributed optimizer (``fully_reshardable``), which calls the master
+            weights ``param``; the ordinary one (``plain``) calls them ``fp32_param``.
+        data: None to let ``load`` allocate; or under each of the names what ``sharded_state_dict`` takes as ``data``.
+        style: How keys of layers are spelled; a load must ask in the style of the checkpoint.
+        spec: Which modules the model's layers are made of.
+        padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to.
+
+    Raises:
+        LayoutError: The layout does not fit the model, or ``rank`` or ``padded_vocab_size`` the layout.
+        TensorMismatchError: As for ``sharded_state_dict``.
+    """
+    which = -1 if distributed else 0
+    names = [state.value[which] for state in ParamState if state is not ParamState.WEIGHTS]
+    return {
+        name: nested(
+            tensor_entries(
+                config,
+                layout,
+                rank,
+                data=None if data is None else data[name],
+                dtype=torch.float32,
+                style=style,
+                spec=spec,
+                vocab_rows=padded_vocab_size,
+                state=name,
+            )
+        )
+        for name in names
+    }

@@ -1,1 +1,5 @@
-"""What a Mistral model is: its sizes, its tensors in both worlds, and how parallelism cuts them. Pure arithmetic."""
+"""What a Mistral model is: its configuration, its Megatron args, its tensors, and how layouts cut them.
+
+May enter: facts about models and layouts, from numbers and names; config.json and params.json are read here.
+May not: stored tensors, chunks, or bytes of weights.
+"""

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.pipeline_layout import PipelineLayout, parse_pipeline_layout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.pipeline import PipelineLayout, parse_pipeline_layout
+from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 #: Megatron warns of much that is not ours to mend.
 pytestmark = [pytest.mark.megatron, pytest.mark.filterwarnings("ignore")]

@@ -29,13 +29,14 @@ from torch_reading import described
 from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral import strict_yaml
-from dist_ckpt_mistral.convert import from_hf, to_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, OutputError, UnsupportedModelError
+from dist_ckpt_mistral.formats.checkpoint_directory import MAX_STEP, read_step, untrained
 from dist_ckpt_mistral.formats.places import resolve_directory
-from dist_ckpt_mistral.formats.train_state import MAX_STEP, read_step, untrained
-from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.args.bridge import from_run_config, to_run_config
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.storage import documents
 
 HAS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None
 
@@ -133,7 +134,9 @@ def test_bridge_finds_what_from_hf_wrote(iteration: int | None, name: str, hf: P
     assert files == {name, "latest_checkpointed_iteration.txt"}
     assert state_of(root / name / "train_state.pt")["step"] == (torch.int64, iteration or 0)
     assert run("verify", root, hf).code == 0
-    from_hf(hf, root, iteration=iteration, overwrite=True)  # one checkpoint, although two names lead to it
+    from_hf(
+        hf, root, iteration=iteration, output=dcm.Output(overwrite=True)
+    )  # one checkpoint, although two names lead to it
     dcm.reshard(root, tmp_path / "cut", dcm.ParallelLayout(tp=2, pp=2))
     assert found_by_auto_bridge(tmp_path / "cut").resolve() == (tmp_path / "cut" / name).resolve()
     assert found_by_training(tmp_path / "cut") == found_by_training(root)
@@ -156,10 +159,10 @@ def test_the_link_for_bridge_is_made_anew_by_a_resumed_run(
 ) -> None:
     """A run that fails when all is written but the manifest leaves the link, and the next one goes on."""
     with monkeypatch.context() as patch:
-        patch.setattr("dist_ckpt_mistral.writing.write_manifest", lambda *_, **__: 1 / 0)
+        patch.setattr("dist_ckpt_mistral.convert.output.write_manifest", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             from_hf(hf, tmp_path / "root")
-    from_hf(hf, tmp_path / "root", resume=True)
+    from_hf(hf, tmp_path / "root", output=dcm.Output(resume=True))
     assert (tmp_path / "root" / "iter_0000000").readlink() == Path("release")
 
 
@@ -207,7 +210,7 @@ def targets(value: object) -> list[str]:
 def test_run_config_is_what_bridge_takes(case: str) -> None:
     """Each field is one of the genuine save or of Megatron's latent attention, each target on Bridge's allowlist."""
     config = config_of(case)
-    written = yaml.safe_load(strict_yaml.dumps(to_run_config(config, dtype="bfloat16", tp=2, pp=4, ep=1)))
+    written = yaml.safe_load(documents.yaml_bytes(to_run_config(config, dtype="bfloat16", tp=2, pp=4, ep=1)))
     genuine = yaml.safe_load((shards("bridge_0062") / "run_config.yaml").read_text())
     latent = {field.name for field in fields(megatron("transformer.transformer_config").MLATransformerConfig)}
     known = {*genuine["model"], *(latent if config.latent_attention else ())}
@@ -487,12 +490,13 @@ def test_the_size_is_looked_at_before_reading(tmp_path: Path) -> None:
     with (tmp_path / "run_config.yaml").open("wb") as file:
         file.truncate(1 << 42)
     with pytest.raises(FormatError, match="too large: expected at most 131072 bytes, got 4398046511104"):
-        strict_yaml.read_object(tmp_path / "run_config.yaml")
+        documents.read_yaml(tmp_path / "run_config.yaml")
 
 
 def test_yaml_is_imported_for_bridge_alone() -> None:
     """An export that needs no run_config.yaml does not import PyYAML."""
-    script = "import sys, dist_ckpt_mistral.convert, dist_ckpt_mistral.checkpoint_config; print('yaml' in sys.modules)"
+    modules = "dist_ckpt_mistral.convert.to_hf, dist_ckpt_mistral.mapping.configuration"
+    script = f"import sys, {modules}; print('yaml' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
 

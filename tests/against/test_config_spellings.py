@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.hf_families import FAMILIES
+from dist_ckpt_mistral.model.config.families import FAMILIES
 
 BASE: dict[str, Any] = {
     "vocab_size": 50,

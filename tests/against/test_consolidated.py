@@ -17,9 +17,9 @@ from torch_reading import described
 from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.analysis.compare import compare
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.model.params_json import config_of_params
-from dist_ckpt_mistral.verify import compare
+from dist_ckpt_mistral.model.config.params_json import config_of_params
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
 CASES = (DENSE, *FAMILY)

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
 WITH_EXPERTS = [case for case in FAMILY if "experts_per_tok" in str(FAMILY[case])]
@@ -135,7 +135,7 @@ def test_weights_under_a_second_key_are_told(tmp_path: Path) -> None:
     """An export names the norms that lie there twice, once for each layer spec, as what it leaves out, and why."""
     family_model("mixtral").save_pretrained(tmp_path / "hf")
     dcm.from_hf(tmp_path / "hf", tmp_path / "ckpt")
-    done = dcm.to_hf(tmp_path / "ckpt", tmp_path / "back", dry_run=True)
+    done = dcm.to_hf(tmp_path / "ckpt", tmp_path / "back", output=dcm.Output(dry_run=True))
     again = [name for name, reason in done.ignored if reason.startswith("the same weights again")]
     assert again == ["decoder.layers.mlp.linear_fc1.layer_norm_weight"]
 

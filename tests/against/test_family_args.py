@@ -24,16 +24,16 @@ from torch_reading import described
 from transformers import AutoConfig
 from transformers.models.mistral4.modeling_mistral4 import Mistral4TopkRouter
 
-from dist_ckpt_mistral import strict_yaml
-from dist_ckpt_mistral.convert import to_hf
-from dist_ckpt_mistral.dtypes import TorchDtype
+from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.bridge_config import from_run_config, to_run_config
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.expert_args import expert_args
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.megatron_args import from_megatron_args, to_megatron_args
-from dist_ckpt_mistral.model.yarn import YarnScaling
+from dist_ckpt_mistral.gather.dtypes import TorchDtype
+from dist_ckpt_mistral.model.args.bridge import from_run_config, to_run_config
+from dist_ckpt_mistral.model.args.layers import expert_args
+from dist_ckpt_mistral.model.args.megatron_args import from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts
+from dist_ckpt_mistral.model.config.yarn import YarnScaling
+from dist_ckpt_mistral.storage import documents
 
 LATENT = ["mistral4", "mistral4, groups, plain queries"]
 
@@ -44,7 +44,7 @@ def test_every_model_survives_megatrons_args(config: MistralConfig) -> None:
     """Of whatever family and sizes, args give the model back, and so do its config.json and run_config.yaml."""
     args = to_megatron_args(config, dtype="bfloat16", tp=1, pp=1)
     again = from_megatron_args(args)
-    run_config = strict_yaml.dumps(to_run_config(config, dtype="bfloat16", tp=1, pp=1, ep=1))
+    run_config = documents.yaml_bytes(to_run_config(config, dtype="bfloat16", tp=1, pp=1, ep=1))
     assert from_run_config(yaml.safe_load(run_config), "run_config.yaml") == again
     scales = [1.0 if each.yarn is None else each.yarn.attention_scale for each in (config, again)]
     assert scales[0] == pytest.approx(scales[1], rel=1e-12)

@@ -24,10 +24,10 @@ from torch_reading import described, edited_metadata, load_in_own_shapes, load_t
 from transformers import AutoModelForCausalLM
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.convert import to_hf
-from dist_ckpt_mistral.formats.backends import open_stored
-from dist_ckpt_mistral.lazy_checkpoint import open_checkpoint
-from dist_ckpt_mistral.verify import compare
+from dist_ckpt_mistral.analysis.compare import compare
+from dist_ckpt_mistral.convert.to_hf import to_hf
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
+from dist_ckpt_mistral.views.lazy import open_checkpoint
 
 PADDING = "rows that pad the vocabulary"
 OPTIMIZER_KEYS = {"opt_fr_0192": 27, "opt_plain_0161": 27, "opt_fsms_0140": 27, "opt_dr_0161": 6}
@@ -42,7 +42,12 @@ EXTRA_STATES = {
 @pytest.mark.parametrize("case", GENUINE)
 def test_whatever_stays_behind_is_listed_with_its_reason(case: str, tmp_path: Path) -> None:
     """Each stored entry is a weight or is ignored for a reason; padded vocabulary rows are named by their numbers."""
-    done = to_hf(folder(case) / "checkpoint", tmp_path / "hf", config=folder(case) / "config.json", dry_run=True)
+    done = to_hf(
+        folder(case) / "checkpoint",
+        tmp_path / "hf",
+        config=folder(case) / "config.json",
+        output=dcm.Output(dry_run=True),
+    )
     assert not (tmp_path / "hf").exists()
     stored = read_metadata(shards(case)).state_dict_metadata
     padding = [entry for entry, reason in done.ignored if reason == PADDING]
@@ -101,7 +106,7 @@ def test_comparison_agrees_with_the_truth(a: str, b: str, differences: int) -> N
     differing = sorted(name for name in true_a if true_a[name] != true_b[name])
     assert len(differing) == differences
     outcome = compare(folder(a) / "checkpoint", folder(b) / "checkpoint", config=folder(a))
-    assert [difference.hf_name for difference in outcome.differences] == differing
+    assert [difference.name for difference in outcome.differences] == differing
     comparable = [name for name in true_a if true_a[name][:2] == true_b[name][:2]]
     assert outcome.num_tensors == len(comparable)
     assert outcome.num_bytes == sum(len(true_a[name][2]) for name in comparable)

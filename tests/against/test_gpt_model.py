@@ -14,7 +14,7 @@ from models_of_many_layers import EXPERT_MODELS, save_hf
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 
 if TYPE_CHECKING:
     from pathlib import Path

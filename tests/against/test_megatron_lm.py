@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch_reading import described
 from transformers import AutoConfig
 
-from dist_ckpt_mistral import strict_yaml
-from dist_ckpt_mistral.convert import from_hf, to_hf
-from dist_ckpt_mistral.model.bridge_config import from_run_config
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.pretrain_command import megatron_args
+from dist_ckpt_mistral.analysis.pretrain_command import megatron_args
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.convert.to_hf import to_hf
+from dist_ckpt_mistral.model.args.bridge import from_run_config
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.storage import documents
 
 if TYPE_CHECKING:
     from conftest import LaunchRanks
@@ -344,7 +345,7 @@ def test_flags_mean_the_model_to_megatrons_own_parser(name: str, results: Result
 def test_run_configs_from_megatrons_own_serializer(form: str, name: str, results: Results) -> None:
     """The model section that Megatron serializes, all fields in it, gives the configuration that transformers wrote."""
     path = results.run_configs / name / f"{form}.yaml"
-    read = from_run_config(strict_yaml.read_object(path), str(path))
+    read = from_run_config(documents.read_yaml(path), str(path))
     assert read == unscaled(MistralConfig.from_hf(results.hf[name]))
 
 

@@ -24,7 +24,7 @@ from torch_reading import described, edited_metadata, hf_tensors, load_tensors
 from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGeneration
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 if TYPE_CHECKING:
     from conftest import LaunchRanks
@@ -176,7 +176,7 @@ def test_without_the_original_there_is_no_export(trip: Trip, tmp_path: Path) -> 
 def test_training_and_original_are_compared(trip: Trip) -> None:
     """Against the original, what training saved lacks vision and nothing else; completed from it, they are equal."""
     outcome = dcm.compare(trip.original, trip.trained)
-    lacking = {(difference.hf_name, difference.what) for difference in outcome.differences}
+    lacking = {(difference.name, difference.what) for difference in outcome.differences}
     assert lacking == {(name, "only in A") for name in vision_of(trip.tensors)}
     assert dcm.compare(trip.original, trip.trained, config=trip.original).is_equal
     with dcm.open_checkpoint(trip.trained, config=trip.original) as opened:
@@ -211,7 +211,7 @@ def test_args_alone_tell_of_a_language_model(trip: Trip, tmp_path: Path) -> None
     assert line.endswith("Give the config.json of the whole multimodal model with --config.")
     for sides in ((trip.original, tmp_path / "trained"), (tmp_path / "trained", trip.original)):
         compared = dcm.compare(*sides)
-        assert {difference.hf_name for difference in compared.differences} == set(vision_of(trip.tensors))
+        assert {difference.name for difference in compared.differences} == set(vision_of(trip.tensors))
         assert compared.num_tensors == len(text)
 
 
@@ -250,7 +250,7 @@ def test_master_weights_and_vision(trip: Trip, tmp_path: Path) -> None:
         again = {index: at for index, at in stored.items() if index.fqn in of_model}
         stored |= {type(index)(state + index.fqn, index.offset): at for index, at in again.items()}
     for weights in ("model", "master"):
-        dcm.to_hf(tmp_path / "ckpt", tmp_path / "hf", overwrite=True, weights=weights)
+        dcm.to_hf(tmp_path / "ckpt", tmp_path / "hf", output=dcm.Output(overwrite=True), weights=weights)
         assert contents(tmp_path / "hf") == contents(trip.original)
 
 

@@ -21,12 +21,11 @@ from torch_reading import described, edited_metadata, load_in_own_shapes, read_m
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
-from dist_ckpt_mistral.formats.backends import open_stored
-from dist_ckpt_mistral.gather.flat_ranges import boxes_of_range, in_own_shape
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor
-from dist_ckpt_mistral.model.config import chosen_config
-from dist_ckpt_mistral.model.tensor_rules import ParamState
-from dist_ckpt_mistral.model_source import open_megatron
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
+from dist_ckpt_mistral.gather.index import IndexedTensor, boxes_of_range, in_own_shape
+from dist_ckpt_mistral.mapping.source import open_megatron
+from dist_ckpt_mistral.model.config.mistral_config import chosen_config
+from dist_ckpt_mistral.model.table.rules import ParamState
 
 #: Genuine checkpoints with readable optimizer state, and what each calls the master weights.
 READABLE: Final = {

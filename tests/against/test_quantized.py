@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.model.quantization import described_method, is_readable, unquantized, weight_block_size
-from dist_ckpt_mistral.model_source import open_hf
-from dist_ckpt_mistral.verify import compare_sources
+from dist_ckpt_mistral.analysis.compare import compare_sources
+from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.mapping.source import open_hf
+from dist_ckpt_mistral.model.config.quantization import described_method, is_readable, unquantized, weight_block_size
 
 Tensors = dict[str, torch.Tensor]
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -142,7 +142,7 @@ def test_verify_compares_values(tmp_path: Path) -> None:
     }
     source, wider = open_hf(hf), open_hf(hf, dtype="float32")
     assert compare_sources(source, source, Effort()).is_equal
-    what = {each.hf_name: each.what for each in compare_sources(source, wider, Effort()).differences}
+    what = {each.name: each.what for each in compare_sources(source, wider, Effort()).differences}
     assert what[Q] == "bfloat16 [40, 24] in A, float32 [40, 24] in B"
 
 

@@ -15,7 +15,7 @@ import pytest
 from genuine import folder
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.model.tensor_rules import LayerSpec
+from dist_ckpt_mistral.model.table.rules import LayerSpec
 
 pytestmark = pytest.mark.megatron
 

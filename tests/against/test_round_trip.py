@@ -33,7 +33,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import described, hf_tensors, load_tensors, raw_bytes, read_metadata
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from dist_ckpt_mistral.convert import from_hf, to_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.convert.output import Output
+from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]])
@@ -306,7 +308,7 @@ def special_values(dtype: torch.dtype) -> torch.Tensor:
 def test_files_are_split_as_transformers_splits_them(max_bytes: int, tied: bool, tmp_path: Path) -> None:
     """A float32 model exported as bfloat16 is, in every byte of every file, what transformers saves of it."""
     from_hf(saved(random_model(torch.float32, tie_word_embeddings=tied), tmp_path / "original"), tmp_path / "ckpt")
-    to_hf(tmp_path / "ckpt", tmp_path / "exported", dtype="bfloat16", max_file_bytes=max_bytes)
+    to_hf(tmp_path / "ckpt", tmp_path / "exported", dtype="bfloat16", output=Output(max_file_bytes=max_bytes))
     expected = saved(random_model(tie_word_embeddings=tied), tmp_path / "expected", max_shard_size=max_bytes)
     assert contents(tmp_path / "exported") == contents(expected)
 

@@ -14,8 +14,8 @@ from transformers.models.mistral4.modeling_mistral4 import yarn_apply_mscale
 from yarn_cases import BASE, CASES, YARN
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.yarn import YarnScaling
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.yarn import YarnScaling
 
 
 def read(case: str) -> tuple[MistralConfig, YarnScaling]:

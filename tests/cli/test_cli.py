@@ -28,12 +28,12 @@ from plain_models import contents
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
-from dist_ckpt_mistral import migration
-from dist_ckpt_mistral.commands import options
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.cli import options
+from dist_ckpt_mistral.convert import migrate
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.gather.executor import no_progress
-from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.gather.execute import no_progress
 
 HEAVY = [
     *("numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"),
@@ -315,7 +315,7 @@ def test_what_the_operating_system_refuses_is_told_in_words(tmp_path: Path, monk
         error.add_note("Nothing was published.")
         raise error
 
-    monkeypatch.setattr(migration, "migrate", fail)
+    monkeypatch.setattr(migrate, "migrate", fail)
     line = run("migrate", tmp_path, tmp_path / "new").err[-1]
     assert line == "error: cannot open it: Permission denied. Nothing was published."
 
@@ -389,7 +389,7 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     """Many small files are written under a limit of open files that can be raised, and read under one that cannot."""
     original = saved(random_model(num_hidden_layers=64), tmp_path / "original")
     script = (
-        "import resource, sys; from dist_ckpt_mistral.cli import main; "
+        "import resource, sys; from dist_ckpt_mistral.cli.main import main; "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (48, int(sys.argv[1]))); "
         "sys.exit(main(sys.argv[2:]))"
     )
@@ -408,9 +408,9 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
 #: Exports, but stops for ever at the fifth write. Shells have what they run in the background ignore interrupts.
 STALLED = """
 import signal, sys, time
-from dist_ckpt_mistral import cli, storage
+from dist_ckpt_mistral.cli import main as cli; from dist_ckpt_mistral.storage import local
 signal.signal(signal.SIGINT, signal.default_int_handler)
-write, calls = storage.TargetFile.write, []
+write, calls = local.TargetFile.write, []
 def stalling(*arguments):
     calls.append(arguments)
     if len(calls) == 5:
@@ -418,7 +418,7 @@ def stalling(*arguments):
         for _ in range(600):  # a signal that comes just before one sleep is noticed after it
             time.sleep(0.1)
     write(*arguments)
-storage.TargetFile.write = stalling
+local.TargetFile.write = stalling
 sys.exit(cli.main(sys.argv[1:]))
 """
 

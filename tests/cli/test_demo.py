@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from processes import processes_about, until
 
-from dist_ckpt_mistral import demo
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli import demo
+from dist_ckpt_mistral.cli.main import main
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
 pytestmark = [pytest.mark.megatron, pytest.mark.ranks]

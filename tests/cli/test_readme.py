@@ -14,7 +14,7 @@ from pathlib import Path
 import hf_models
 import pytest
 
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 
 _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text()

@@ -15,7 +15,7 @@ from genuine import folder
 from plain_models import contents, save_model
 from safetensors.numpy import load_file, save_file
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 
 TOOL: Final = f"{sys.executable} -m dist_ckpt_mistral"
 #: A pipe whose reader is gone before anything is written: the exit code is that of the command in front of it.
@@ -93,12 +93,14 @@ def test_a_reader_who_has_seen_enough(places: Path) -> None:
 def test_no_file_gets_the_number_of_a_closed_stream(places: Path, tmp_path: Path) -> None:
     """What native code or a child process writes to descriptors 1 and 2 ends up in no file."""
     script = (
-        "import os, subprocess, sys; from dist_ckpt_mistral import cli, storage; opened = storage.TargetFile.__init__\n"
+        "import os, subprocess, sys\n"
+        "from dist_ckpt_mistral.cli import main as cli; from dist_ckpt_mistral.storage import local\n"
+        "opened = local.TargetFile.__init__\n"
         "def opening(self, *arguments, **options):\n"
         "    opened(self, *arguments, **options)\n"
         "    for number in (1, 2): os.write(number, b'stray' * 1000)\n"
         "    subprocess.run(['sh', '-c', 'echo stray; echo stray >&2'], check=True)\n"
-        "storage.TargetFile.__init__ = opening; sys.exit(cli.main(sys.argv[1:]))"
+        "local.TargetFile.__init__ = opening; sys.exit(cli.main(sys.argv[1:]))"
     )
     (places / "stray.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -125,9 +127,10 @@ def test_a_locale_without_the_letters(places: Path) -> None:
 def test_advice_that_the_command_can_follow(command: str, advice: str, places: Path) -> None:
     """Out of memory, only a command that has options for it is told to use them."""
     script = (
-        "import sys; from dist_ckpt_mistral import checking, cli, report\n"
+        "import sys; from dist_ckpt_mistral.cli import main as cli\n"
+        "from dist_ckpt_mistral.analysis import damage, report\n"
         "def fail(*_, **__): raise MemoryError\n"
-        "report.inspect = checking.check = fail; sys.exit(cli.main(sys.argv[1:]))"
+        "report.inspect = damage.check = fail; sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, command, folder("td_0161")], capture_output=True, text=True, check=False,
@@ -162,9 +165,9 @@ def test_interrupts_are_ignored_where_the_shell_says_so(places: Path, tmp_path: 
     """A process that ignores interrupts, as one in the background of a script does, is not interrupted."""
     script = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from dist_ckpt_mistral import storage; write = storage.TargetFile.write\n"
+        "from dist_ckpt_mistral.storage import local; write = local.TargetFile.write\n"
         "def writing(*arguments): os.kill(os.getpid(), signal.SIGINT); write(*arguments)\n"
-        "storage.TargetFile.write = writing\n"
+        "local.TargetFile.write = writing\n"
         "from dist_ckpt_mistral.__main__ import run; sys.exit(run())"
     )
     subprocess.run(

@@ -17,7 +17,7 @@ class Absent(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 for command in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:

@@ -15,7 +15,7 @@ _LIMITED: Final = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
 resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]), int(sys.argv[2])))
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 sys.exit(main(sys.argv[3:]))
 """
 

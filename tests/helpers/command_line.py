@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 
 
 @dataclass(frozen=True, kw_only=True)

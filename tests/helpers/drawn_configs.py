@@ -6,10 +6,9 @@ from typing import Any, Final
 
 from hypothesis import strategies as st
 
-from dist_ckpt_mistral.model.config import FULL, SLIDING, MistralConfig
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.latent_attention import LatentAttention
-from dist_ckpt_mistral.model.yarn import YarnScaling
+from dist_ckpt_mistral.model.config.mistral_config import FULL, SLIDING, MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts, LatentAttention
+from dist_ckpt_mistral.model.config.yarn import YarnScaling
 
 _SIZE: Final = st.integers(1, 9)
 _SCALE: Final = st.floats(0.1, 3.0)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.gather.executor import Effort
-from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.storage.local import TargetFile
 
 ALONE = Effort(workers=1)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from family_models import family_model
 
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 
 
 def megatron(module: str) -> Any:  # noqa: ANN401  (a module of megatron-core, which is untyped)

@@ -28,10 +28,13 @@ from typing import Any, Final, NoReturn
 
 import tqdm
 
-from dist_ckpt_mistral import cli, commands, convert, migration, report, resharding, rewriting, staging, storage
+from dist_ckpt_mistral.analysis import report
+from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.convert import migrate, reshard, rewrite, to_hf
+from dist_ckpt_mistral.convert.output import write_output
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import DistCkptMistralError
-from dist_ckpt_mistral.ranks import Ranks
-from dist_ckpt_mistral.writing import write_output
+from dist_ckpt_mistral.storage import local, staging
 
 #: In place of an error number: the process is killed.
 KILL: Final = 0
@@ -52,7 +55,7 @@ REMOVING: Final = ("unlink", "rmdir")
 READING: Final = ("preadv", "pread")
 #: What is written in two steps: tensors, and not what stands around them.
 _MUCH_BYTES: Final = 900
-_WARM: Final = (commands, convert, migration, report, resharding, tqdm)  # imported before the forks
+_WARM: Final = (to_hf, migrate, report, reshard, tqdm)  # imported before the forks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,14 +119,14 @@ class Fault:
             setattr(os, name, self._before(name, getattr(os, name)))
         os.pwrite = functools.partial(self._torn_write, os.pwrite)
         pathlib.Path.open = self._before("open", pathlib.Path.open)  # type: ignore[method-assign]
-        real = storage.linux_call
+        real = local.linux_call
 
         def linux_call(name: str, *argument_types: str) -> Callable[..., int]:
             if name == "renameat2" and not self.exchange:
                 return lambda *_: 22  # EINVAL, of a file system that cannot do it
             return self._before(name, real(name, *argument_types), gives_code=True)
 
-        for module in (storage, staging):
+        for module in (local, staging):
             module.linux_call = linux_call  # type: ignore[attr-defined]
 
     def _before(self, name: str, call: Callable[..., Any], *, gives_code: bool = False) -> Callable[..., Any]:
@@ -176,11 +179,11 @@ class Driver:
     def run(self) -> list[Outcome]:
         """The outcomes of all faults, until a run ends before it comes to the call."""
         self._set_up()
-        for module in (convert, rewriting):
+        for module in (to_hf, rewrite):
             module.write_output = functools.partial(self._instead, write_output)  # type: ignore[attr-defined]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                code = cli.main([*self.scenario.command, "--workers", "1"])
+                code = main.main([*self.scenario.command, "--workers", "1"])
         except BaseException:
             if self.report is None:
                 raise

@@ -17,11 +17,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe import experts as moe_experts
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from dist_ckpt_mistral.megatron.local_layers import layer_spec
+from dist_ckpt_mistral.megatron.build_model import layer_spec
 from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 HfTensors = Mapping[str, torch.Tensor]
 

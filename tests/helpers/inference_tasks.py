@@ -10,13 +10,13 @@ import torch
 from gpt_stage import Stage
 from safetensors.torch import load_file
 
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 from dist_ckpt_mistral.megatron.build_model import as_chunks
-from dist_ckpt_mistral.megatron.inference import forward, generate
+from dist_ckpt_mistral.megatron.generate import forward, generate
 from dist_ckpt_mistral.megatron.load_model import load_model
 from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 
 def run_model(

@@ -11,10 +11,9 @@ from hypothesis import reject
 from hypothesis import strategies as st
 
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.latent_attention import LatentAttention
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts, LatentAttention
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 _SMALL = st.integers(1, 3)
 _ORDERS = ("tp-cp-ep-dp-pp", "tp-ep-dp-cp-pp", "dp-cp-tp-pp", "cp-tp-dp-ep-pp", "tp-cp-dp-pp")

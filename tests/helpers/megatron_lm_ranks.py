@@ -38,7 +38,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 from megatron_ranks import _hf_tensors, _pretend_cuda
 
 from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state
-from dist_ckpt_mistral.model.config import MistralConfig
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

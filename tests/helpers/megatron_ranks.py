@@ -33,15 +33,14 @@ from megatron.core.dist_checkpointing.mapping import (
 from safetensors.torch import load_file
 from torch_reading import load_tensors
 
+from dist_ckpt_mistral.convert.ranks import from_environment
+from dist_ckpt_mistral.convert.reshard import reshard
 from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensor, add_hf_metadata
-from dist_ckpt_mistral.megatron.optimizer_state import optimizer_state_dict
-from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
-from dist_ckpt_mistral.ranks import from_environment
-from dist_ckpt_mistral.resharding import reshard
+from dist_ckpt_mistral.megatron.sharded_state_dict import optimizer_state_dict, sharded_state_dict
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
+from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 
 def compare_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str) -> dict[str, Any]:
@@ -202,7 +201,7 @@ def save_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, 
     tensors = _hf_tensors(hf)
     asked = []
 
-    def supply(held: HeldTensor, dtype: torch.dtype) -> torch.Tensor:
+    def supply(held: LocalTensor, dtype: torch.dtype) -> torch.Tensor:
         asked.append(held.module_name)
         return hf_rows(tensors, stage, held.module_name, held.layer).to(dtype)
 

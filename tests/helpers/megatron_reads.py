@@ -19,9 +19,9 @@ from torch.distributed.checkpoint import filesystem
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch_reading import read_metadata
 
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata

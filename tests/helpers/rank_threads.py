@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.convert.ranks import Ranks
 
 
 def on_ranks(world_size: int, work: Callable[[Ranks], object]) -> list[BaseException | None]:

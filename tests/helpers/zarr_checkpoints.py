@@ -14,7 +14,7 @@ import tensorstore
 import torch
 from genuine import shards
 
-from dist_ckpt_mistral.shapes import Shape
+from dist_ckpt_mistral.gather.dtypes import Shape
 
 #: What Megatron's ``.zarray`` files call dtypes; ``bfloat16`` it puts there itself.
 DTYPES: Final = {

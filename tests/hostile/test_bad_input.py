@@ -30,8 +30,8 @@ from torch_reading import edited_metadata
 from transformers import LlamaConfig
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral import storage
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.storage import local
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 FC2 = "decoder.layers.mlp.linear_fc2.weight"
@@ -857,15 +857,15 @@ def test_outputs_in_inputs(hf: Path, ckpt: Path, tmp_path: Path) -> None:
 def test_an_output_appears_whole(ckpt: Path, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While data is written there is no output yet, and what makes it readable is written after all data."""
     seen = []
-    write = storage.TargetFile.write
+    write = local.TargetFile.write
 
-    def spy(target: storage.TargetFile, position: int, data: memoryview | bytes) -> None:
+    def spy(target: local.TargetFile, position: int, data: memoryview | bytes) -> None:
         seen.append((tmp_path / "out").exists())
         names = {path.name for path in target.path.parent.iterdir()}
         assert names.isdisjoint({".metadata", "model.safetensors.index.json", "latest_checkpointed_iteration.txt"})
         write(target, position, data)
 
-    monkeypatch.setattr(storage.TargetFile, "write", spy)
+    monkeypatch.setattr(local.TargetFile, "write", spy)
     for command, source in both_ways(hf, ckpt):
         assert run(command, source, tmp_path / "out").code == 0
         shutil.rmtree(tmp_path / "out")

@@ -111,7 +111,7 @@ def test_a_run_that_is_killed_after_the_change(hf: Path, tmp_path: Path, monkeyp
     """Of a file that changed while a run copied it, the next one keeps what it copied after that, and only that."""
     at_write(18, lambda: edited(hf / LAST, other_of(hf / LAST)), monkeypatch)
     begun(hf, tmp_path / "out", monkeypatch, 22)
-    dcm.from_hf(hf, tmp_path / "out", resume=True, effort=ALONE)
+    dcm.from_hf(hf, tmp_path / "out", output=dcm.Output(resume=True), effort=ALONE)
     assert contents(tmp_path / "out") == import_of(hf, tmp_path / "again")
 
 
@@ -127,7 +127,7 @@ def test_the_same_bytes_elsewhere(what: str, hf: Path, tmp_path: Path, monkeypat
         noted["stamps"] = {path: [*stamp[:-1], stamp[-1] + 1] for path, stamp in noted["stamps"].items()}
         (staging / "fingerprint.json").write_text(json.dumps(noted))
     sizes = at_write(0, full, monkeypatch)
-    dcm.from_hf(hf, tmp_path / "out", resume=True, effort=ALONE)
+    dcm.from_hf(hf, tmp_path / "out", output=dcm.Output(resume=True), effort=ALONE)
     resumed, sizes[:] = sum(sizes), []
     assert contents(tmp_path / "out") == import_of(hf, tmp_path / "again")
     assert resumed < sum(sizes) - 5000

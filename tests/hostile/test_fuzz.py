@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from mutations import PLACES, misplace, restore, spoiled
 from plain_models import save_model
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.convert.from_hf import from_hf
 
 EXAMPLES: Final = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 LIMIT_SECONDS: Final = 5

@@ -19,11 +19,11 @@ from bounded import bounded, bounded_refusal
 from command_line import run, tree
 from genuine import folder
 
-from dist_ckpt_mistral.errors import FormatError, LayoutError, printable
+from dist_ckpt_mistral.errors import FormatError, LayoutError
 from dist_ckpt_mistral.formats.hf_directory import FileSet, read_directory
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.name_ranges import grouped, listed
-from dist_ckpt_mistral.paths import leads_outside
+from dist_ckpt_mistral.messages import grouped, listed, printable
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.storage.paths import leads_outside
 
 CONFIG: Final[dict[str, Any]] = json.loads((folder("td_0161") / "config.json").read_bytes())
 ENTRY: Final = {"dtype": "BF16", "shape": [64], "data_offsets": [0, 128]}

@@ -13,8 +13,9 @@ from typing import Any, Final
 import pytest
 from genuine import GENUINE, shards
 
-from dist_ckpt_mistral.formats import metadata_pickle, pickle_opcodes, pickle_reading
-from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk, NewObject, lay_out
+from dist_ckpt_mistral.formats.pickles import opcodes, reader
+from dist_ckpt_mistral.formats.torch_dist import metadata
+from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk, NewObject, lay_out
 
 SIZE: Final = b"ctorch\nSize\n"
 CHUNK: Final = b"ctorch.distributed.checkpoint.metadata\nChunkStorageMetadata\n"
@@ -79,13 +80,13 @@ READER: Final = """
 import json, resource, sys, time
 from pathlib import Path
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import common_state, metadata_pickle
+from dist_ckpt_mistral.formats.torch_dist import common_state, metadata
 resource.setrlimit(resource.RLIMIT_AS, (400 << 20,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (60,) * 2)
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     told = {"name": folder.name}
     for place, read in {
-        "metadata": lambda: metadata_pickle.read_metadata((folder / ".metadata").read_bytes, "it"),
+        "metadata": lambda: metadata.read_metadata((folder / ".metadata").read_bytes, "it"),
         "common": lambda: common_state.read(folder, None),
     }.items():
         start = time.process_time()
@@ -134,12 +135,12 @@ def test_bombs_do_not_go_off(name: str, told: dict[str, dict[str, Any]]) -> None
 
 def as_read(pickled: bytes) -> object:
     """The attributes in a pickled ``Metadata``, as text that says all of it."""
-    metadata = metadata_pickle.read_metadata(lambda: pickled, "it")
+    found = metadata.read_metadata(lambda: pickled, "it")
     return [
-        metadata.file_bytes,
-        metadata.archives,
-        metadata.objects,
-        [[getattr(tensor, name) for name in tensor.__slots__] for tensor in metadata.tensors.values()],
+        found.file_bytes,
+        found.archives,
+        found.objects,
+        [[getattr(tensor, name) for name in tensor.__slots__] for tensor in found.tensors.values()],
     ]
 
 
@@ -147,12 +148,12 @@ def as_read(pickled: bytes) -> object:
 def test_genuine_metadata_is_plain(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's own files are left to the fast unpickler, with their plans and without; the other gives the same."""
     pickled = (shards(case) / ".metadata").read_bytes()
-    short = pickle_opcodes.ended_before(pickled, "all_local_plans", unless_behind="mcore_data")
+    short = opcodes.ended_before(pickled, "all_local_plans", unless_behind="mcore_data")
     assert short is not None
     for content in (pickled, short):
-        safe = pickle_opcodes.made_safe(content)
+        safe = opcodes.made_safe(content)
         assert safe is not None
-        before, after = (pickle_opcodes.unframed(each) for each in (content, safe))
+        before, after = (opcodes.unframed(each) for each in (content, safe))
         assert len(before) == len(after)
         changed = [at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
         assert changed
@@ -162,7 +163,7 @@ def test_genuine_metadata_is_plain(case: str, monkeypatch: pytest.MonkeyPatch) -
             assert before[other : other + 1] in (pickle.REDUCE, pickle.BUILD)
             assert after[one : other + 1] == before[other : other + 1] + pickle.MEMOIZE
     fast = as_read(pickled)
-    monkeypatch.setattr(pickle_reading, "made_safe", lambda _: None)
+    monkeypatch.setattr(reader, "made_safe", lambda _: None)
     assert as_read(pickled) == fast
 
 
@@ -174,9 +175,9 @@ def test_what_the_package_writes_is_plain() -> None:
         for at in range(2)
     ]
     written = lay_out(chunks, [NewObject.empty(["a"])], num_files=2).metadata()
-    safe = pickle_opcodes.made_safe(written)
+    safe = opcodes.made_safe(written)
     assert safe is not None
-    assert pickle_opcodes.unframed(safe) == pickle_opcodes.unframed(written)
+    assert opcodes.unframed(safe) == opcodes.unframed(written)
 
 
 @pytest.mark.parametrize("split", range(1, 22))
@@ -184,7 +185,7 @@ def test_frames_hide_nothing(split: int) -> None:
     """Where a frame ends in the middle of an argument, what was looked at is what is unpickled."""
     opcodes = b"]\x94(\x8c\x09r~~~\x7ftext\x94J\1\2\3\4e."
     framed = b"".join(b"\x95" + len(part).to_bytes(8, "little") + part for part in (opcodes[:split], opcodes[split:]))
-    assert pickle_reading.loads(b"\x80\x04" + framed, lambda _, name: name, "it") == ["r~~~\x7ftext", 0x04030201]
+    assert reader.loads(b"\x80\x04" + framed, lambda _, name: name, "it") == ["r~~~\x7ftext", 0x04030201]
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

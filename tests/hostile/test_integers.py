@@ -16,7 +16,7 @@ from genuine import folder
 from torch_reading import read_metadata
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats.metadata_pickle import read_metadata as parsed
+from dist_ckpt_mistral.formats.torch_dist.metadata import read_metadata as parsed
 
 NUMBERS: Final = (2**63, 2**64, 2**200, 2**63 - 1, 2**62, 2**59 + 1, -1, -(2**63), -(2**200))
 NAME: Final = "output_layer.weight"

@@ -23,8 +23,8 @@ from pages import Page, Picture
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
-from dist_ckpt_mistral.commands import output
-from dist_ckpt_mistral.shell import command_line
+from dist_ckpt_mistral.cli import output
+from dist_ckpt_mistral.messages import command_line
 
 #: matplotlib's formulas (one that does not parse), rich's markup, emoji and links, HTML, formats of Python's.
 HARMLESS: Final = "$x^$ \\$ [red]b[/red] [link=file:///x]c[/link] :smile: <b>d</b> &amp; %s %(prog)s {0}"

@@ -8,7 +8,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt_mistral.name_ranges import grouped, listed
+from dist_ckpt_mistral.messages import grouped, listed
 
 
 def expanded(pattern: str) -> list[str]:

@@ -17,20 +17,20 @@ from pathlib import Path
 
 from models import make_sparse_checkpoint
 
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.experts import Experts
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import Experts
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 #: Step -> (what it imports, what is timed).
 _STEPS = {
     "open .metadata": (
-        "import numpy; from dist_ckpt_mistral.formats.backends import open_stored",
+        "import numpy; from dist_ckpt_mistral.formats.stored_checkpoint import open_stored",
         "open_stored(path)",
     ),
-    "inspect": ("from dist_ckpt_mistral.cli import main", "main(['inspect', str(path)])"),
+    "inspect": ("from dist_ckpt_mistral.cli.main import main", "main(['inspect', str(path)])"),
     "open, locate and plan": (
-        "from dist_ckpt_mistral.cli import main; import dist_ckpt_mistral.convert",
+        "from dist_ckpt_mistral.cli.main import main; import dist_ckpt_mistral.convert.to_hf",
         "main(['to-hf', str(path), str(path) + '-hf', '--dry-run'])",
     ),
     "torch: pickle.load": (

@@ -19,24 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from dist_ckpt_mistral import dtypes
-from dist_ckpt_mistral.convert import from_hf
-from dist_ckpt_mistral.formats import (
-    backends,
-    checkpoint_directory,
-    common_state,
-    hf_directory,
-    places,
-    torch_dist_writer,
-)
-from dist_ckpt_mistral.formats.pickle_reading import paused_collector
-from dist_ckpt_mistral.formats.torch_dist_writer import NewChunk
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import to_megatron_args
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
-from dist_ckpt_mistral.model.tensor_table import tensor_table
-from dist_ckpt_mistral.storage import TargetFile
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, places, stored_checkpoint
+from dist_ckpt_mistral.formats.pickles.reader import paused_collector
+from dist_ckpt_mistral.formats.torch_dist import common_state, writer
+from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.rules import KeyStyle
+from dist_ckpt_mistral.model.table.table import tensor_table
+from dist_ckpt_mistral.storage.local import TargetFile
 
 #: Optimizer state beside the weights: prefix of the key -> dtype, as mcore's fully_reshardable format has it.
 OPTIMIZER = {
@@ -152,7 +146,7 @@ def make_sparse_checkpoint(
     """
     directory.mkdir(parents=True)
     prefixes = {"": "bfloat16", **(OPTIMIZER if with_optimizer else {})}
-    written = torch_dist_writer.lay_out(_chunks(config, layout, style, prefixes), [], num_files=layout.world_size)
+    written = writer.lay_out(_chunks(config, layout, style, prefixes), [], num_files=layout.world_size)
     targets = {number: TargetFile(directory / name, 0) for number, name in enumerate(written.file_names)}
     holes = tuple(OPTIMIZER) if weights_only else ()
     placed = tuple(each for each in written.placed if not each.chunk.mcore_key.startswith(holes))
@@ -162,7 +156,7 @@ def make_sparse_checkpoint(
         os.truncate(directory / written.file_names[number], written.file_bytes[number])
     args = to_megatron_args(config, dtype="bfloat16", tp=layout.tp, pp=layout.pp)
     (directory / common_state.COMMON_FILE).write_bytes(common_state.write({"args": args, "iteration": 0}))
-    (directory / checkpoint_directory.BACKEND_FILE).write_bytes(torch_dist_writer.BACKEND_JSON)
+    (directory / checkpoint_directory.BACKEND_FILE).write_bytes(writer.BACKEND_JSON)
     (directory / checkpoint_directory.METADATA_FILE).write_bytes(_as_megatron_pickles(written.metadata()))
     return len(written.placed)
 
@@ -208,7 +202,7 @@ def _chunks(
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
         for chunk in layout.model_chunks(config.num_hidden_layers, at.pp):
-            for held in layout.held_tensors(table, chunk, at, style=style):
+            for held in layout.local_tensors(table, chunk, at, style=style):
                 for box in held.boxes if held.is_main_replica else ():
                     for prefix, dtype in prefixes.items():
                         yield NewChunk(
@@ -223,7 +217,7 @@ def _chunks(
 
 def fill_holes(directory: Path) -> None:
     """Give the chunks of a sparse checkpoint random bytes; their checksums stay zero."""
-    checkpoint = backends.open_stored(directory)
+    checkpoint = stored_checkpoint.open_stored(directory)
     index = checkpoint.index(checkpoint.tensors)
     for tensor in index.tensors.values():
         chunk_bytes = tensor.shapes.prod(axis=1) * dtypes.itemsize_bytes(tensor.dtype)

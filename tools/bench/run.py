@@ -31,12 +31,12 @@ from pathlib import Path
 
 from models import CASES, config_of_size, model_bytes
 
-from dist_ckpt_mistral.commands.options import size
-from dist_ckpt_mistral.storage import total_bytes
+from dist_ckpt_mistral.cli.options import size
+from dist_ckpt_mistral.storage.documents import total_bytes
 
 HERE = Path(__file__).parent
 TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
-#: As many ranks as the comparison with as many threads has, each with one thread.
+#: The first rank works, with as many threads as it would have alone: this adds torchrun's start.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
 COMMANDS = ("to-hf", "to-hf-manifest", "from-hf", "verify", "reshard", "to-hf-2-ranks")
 PEERS = ("dcp-full", "model")
@@ -108,7 +108,7 @@ def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Itera
         elif name == "reshard":
             command, source = [*TOOL, name, str(checkpoint), str(output), "--tp", "4", *extra], checkpoint
         elif name == "to-hf-2-ranks":
-            command, source = [*TORCHRUN, "to-hf", str(checkpoint), str(output), "--workers", "1", *extra], checkpoint
+            command, source = [*TORCHRUN, "to-hf", str(checkpoint), str(output), *extra], checkpoint
         elif name == "to-hf-manifest":
             command, source = [*TOOL, "to-hf", str(checkpoint), str(output), *sync], checkpoint
         else:

@@ -183,7 +183,7 @@ def test_names_are_those_that_a_comparison_finds(case: str, tmp_path: Path) -> N
         differences = dcm.compare(directory, tmp_path / "hf", config=folder(case)).differences
         flip(directory / each.file, data[0])
         assert finding["tensor"] == each.key
-        assert {difference.hf_name for difference in differences} <= set(finding["hf_names"])
+        assert {difference.name for difference in differences} <= set(finding["hf_names"])
         assert len(differences) == 1
 
 

@@ -20,17 +20,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pages import SVG, Picture
 
-from dist_ckpt_mistral.convert import from_hf
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.stored_entries import kind_of
-from dist_ckpt_mistral.model.tensor_rules import ParamState
-from dist_ckpt_mistral.model.tensor_table import tensor_table
-from dist_ckpt_mistral.reading.matrix import bins
-from dist_ckpt_mistral.reading.picture import save_svg
-from dist_ckpt_mistral.reading.planner import plan_reading
-from dist_ckpt_mistral.reading.ribbons import apart
-from dist_ckpt_mistral.reading.style import KINDS
+from dist_ckpt_mistral.analysis.picture.matrix import bins
+from dist_ckpt_mistral.analysis.picture.picture import save_svg
+from dist_ckpt_mistral.analysis.picture.ribbons import apart
+from dist_ckpt_mistral.analysis.picture.style import KINDS
+from dist_ckpt_mistral.analysis.read_planner import plan_reading
+from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.entries import kind_of
+from dist_ckpt_mistral.model.table.rules import ParamState
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 
 def test_ribbons_join_every_chunk_and_every_rank(tmp_path: Path) -> None:

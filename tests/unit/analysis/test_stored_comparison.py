@@ -13,7 +13,7 @@ from command_line import run
 from genuine import folder, shards
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.formats.torch_archive_writer import pickled_archive
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import pickled_archive
 
 OLD = ("zarr_ckpt", "optzarr_0123", "moe_zarr_0153", "fsms_zarr_0153", "dpzero_zarr_0153")
 RESHARDED = ("opt_plain_0161", "opt_fr_0192", "opt_fsms_0140", "moe_grouped_0161", "common_0192")
@@ -22,7 +22,7 @@ RESHARDED = ("opt_plain_0161", "opt_fr_0192", "opt_fsms_0140", "moe_grouped_0161
 @pytest.mark.parametrize("case", OLD)
 def test_what_was_migrated_is_the_same(case: str, tmp_path: Path) -> None:
     """Optimizer state, objects with tensors and common state count, and no configuration is needed."""
-    dcm.migrate(shards(case), tmp_path / "new", max_file_bytes=50_000)
+    dcm.migrate(shards(case), tmp_path / "new", output=dcm.Output(max_file_bytes=50_000))
     outcome = dcm.compare_stored(shards(case), tmp_path / "new")
     assert outcome.is_equal, outcome.differences
     arrays = [path for path in shards(case).glob("*/.zarray") if path.is_file() and path.stat().st_size]
@@ -74,7 +74,7 @@ def test_objects(tmp_path: Path) -> None:
     torch.save({"iteration": 8}, copy / "common.pt")
     gone = next(copy.glob("rng_state/shard_0.1*"))
     gone.unlink()
-    found = {each.hf_name: each.what for each in dcm.compare_stored(shards("dpzero_zarr_0153"), copy).differences}
+    found = {each.name: each.what for each in dcm.compare_stored(shards("dpzero_zarr_0153"), copy).differences}
     assert found.pop("common.pt").startswith("an object whose pickle has the SHA-256 ")
     assert found.pop(f"rng_state/{gone.stem}") == "only in A"
     lost = [name for name in found if name.startswith(f"rng_state/{gone.stem} data/")]
@@ -95,7 +95,7 @@ def test_shapes_dtypes_and_keys() -> None:
     outcome = run("verify", shards("zarr_ckpt"), shards("optzarr_0123"), "--stored", "--json")
     assert outcome.code == 3
     told = json.loads("\n".join(outcome.out))
-    by_name = {each["hf_name"]: each["what"] for each in told["differences"]}
+    by_name = {each["mcore_key"]: each["what"] for each in told["differences"]}
     assert by_name["decoder.final_layernorm.weight"] == "float32 [64] in A, bfloat16 [64] in B"
     assert by_name["optimizer.state.exp_avg.output_layer.weight"] == "only in B"
     assert told["not_compared"] == ["files beside the shards"]

@@ -31,7 +31,7 @@ class Absent(MetaPathFinder):
 
 sys.meta_path.insert(0, Absent())
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.reading import picture
+from dist_ckpt_mistral.analysis.picture import picture
 
 case = Path(sys.argv[2])
 ckpt = dict(config=case)
@@ -165,7 +165,7 @@ def installed_by(site: Path) -> list[str]:
     """The words of the command that the package in ``site`` tells for matplotlib."""
     script = (
         f"import sys; sys.path.insert(0, {str(site)!r}); sys.modules['matplotlib'] = None\n"
-        "from dist_ckpt_mistral.reading import picture; picture.require_matplotlib()"
+        "from dist_ckpt_mistral.analysis.picture import picture; picture.require_matplotlib()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=site, timeout=60

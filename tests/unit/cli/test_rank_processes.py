@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from processes import processes_about, until_none_is_left
 
+from dist_ckpt_mistral.cli.processes import run_ranks
 from dist_ckpt_mistral.errors import DistCkptMistralError
-from dist_ckpt_mistral.rank_processes import run_ranks
 
 pytestmark = pytest.mark.ranks
 

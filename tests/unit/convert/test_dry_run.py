@@ -20,8 +20,8 @@ from genuine import folder
 from plain_models import contents, save_model
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral import storage
-from dist_ckpt_mistral.staging import Staging
+from dist_ckpt_mistral.storage import local
+from dist_ckpt_mistral.storage.staging import Staging
 
 COMMANDS: Final = ("from-hf", "to-hf", "reshard", "migrate")
 #: What Python reports of calls that change a file system.
@@ -244,7 +244,7 @@ def test_a_mount_point_of_the_same_device(pristine: Path, tmp_path: Path) -> Non
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "with blank" / "precious").touch()
     (tmp_path / "elsewhere").mkdir()
-    line = "import sys; from dist_ckpt_mistral.cli import main; sys.exit(main())"
+    line = "import sys; from dist_ckpt_mistral.cli.main import main; sys.exit(main())"
     script = f"""
         cd '{tmp_path}' && mount --bind elsewhere volume && mount --bind elsewhere 'with blank/volume' || exit 77
         for output in volume 'with blank/volume' 'with blank'; do
@@ -266,7 +266,7 @@ def test_a_mount_point_of_the_same_device(pristine: Path, tmp_path: Path) -> Non
 def test_mount_points_are_read_as_the_kernel_writes_them() -> None:
     """The file systems that df knows are among them."""
     told = subprocess.run(["df", "--output=target", "/proc", "/"], capture_output=True, text=True, check=True)
-    assert {*map(Path, told.stdout.splitlines()[1:])} <= {*storage.mount_points()}
+    assert {*map(Path, told.stdout.splitlines()[1:])} <= {*local.mount_points()}
 
 
 def test_the_current_directory(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

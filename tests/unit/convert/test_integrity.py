@@ -24,8 +24,8 @@ from rank_threads import on_ranks
 from safetensors.torch import load_file
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.gather.digests import Span, digest
-from dist_ckpt_mistral.gather.executor import Effort
+from dist_ckpt_mistral.gather.digest import Span, digest
+from dist_ckpt_mistral.gather.execute import Effort
 
 MANIFEST = "integrity.json"
 
@@ -100,7 +100,7 @@ def test_it_has_the_form_of_megatrons_own(outputs: Path) -> None:
 def test_none_is_carried_on(outputs: Path, tmp_path: Path) -> None:
     """The manifest of an export tells of nothing else: import, --config and reshard leave the old one behind."""
     altered = tmp_path / "altered"
-    dcm.to_hf(outputs / "ckpt", altered, max_file_bytes=10**6)
+    dcm.to_hf(outputs / "ckpt", altered, output=dcm.Output(max_file_bytes=10**6))
     (altered / "tokenizer.json").write_text("[]")  # so its manifest is stale now
     dcm.from_hf(altered, tmp_path / "ckpt")
     assert not (tmp_path / "ckpt" / "release" / "hf" / MANIFEST).exists()

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from dist_ckpt_mistral.formats import hf_directory
-from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout, object_archive
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 #: Private memory that a process of the tool may map, half of it reserved by python, numpy and thread stacks.
 _LIMIT_BYTES = 176 << 20
 
 _LIMITED = """
 import resource, sys
-from dist_ckpt_mistral.cli import main
+from dist_ckpt_mistral.cli.main import main
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]), int(sys.argv[1])))
 sys.exit(main(sys.argv[2:]))
 """

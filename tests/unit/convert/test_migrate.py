@@ -47,10 +47,10 @@ from zarr_checkpoints import (
 )
 
 import dist_ckpt_mistral as dcm
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, FormatError
-from dist_ckpt_mistral.formats.backends import open_stored
-from dist_ckpt_mistral.formats.torch_archive import CENTRAL, END
-from dist_ckpt_mistral.ranks import Ranks
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
+from dist_ckpt_mistral.formats.torch_dist.archive import CENTRAL, END
 
 if TYPE_CHECKING:
     from conftest import LaunchRanks
@@ -372,7 +372,7 @@ def test_any_arrays(drawn: list[tuple[torch.Tensor, tuple[int, ...]]], most: int
         expected = described(read_arrays(old))
         assert expected == described({f"key.{number}": tensor for number, (tensor, _) in enumerate(drawn)})
         assert described(indexed(old)) == expected
-        dcm.migrate(old, new, max_file_bytes=most, manifest=False)
+        dcm.migrate(old, new, output=dcm.Output(max_file_bytes=most, manifest=False))
         assert described(load_tensors(new)) == expected
 
 
@@ -424,18 +424,18 @@ def test_files_are_filled(tmp_path: Path) -> None:
     ]
     assert described(load_tensors(tmp_path / "new")) == described(read_arrays(old))
     with pytest.raises(ConfigError, match="max_file_bytes: expected at least 1, got 0"):
-        dcm.migrate(old, tmp_path / "again", max_file_bytes=0)
+        dcm.migrate(old, tmp_path / "again", output=dcm.Output(max_file_bytes=0))
 
 
 @pytest.mark.parametrize("case", ["moe_zarr_0153", "dpzero_zarr_0153"])
 def test_ranks_write_the_same(case: str, tmp_path: Path) -> None:
     """Two ranks, and three, write the bytes of one."""
-    dcm.migrate(shards(case), tmp_path / "1", max_file_bytes=100_000)
+    dcm.migrate(shards(case), tmp_path / "1", output=dcm.Output(max_file_bytes=100_000))
     for count in (2, 3):
         to = tmp_path / str(count)
 
         def work(ranks: Ranks, to: Path = to) -> object:
-            return dcm.migrate(shards(case), to, max_file_bytes=100_000, ranks=ranks)
+            return dcm.migrate(shards(case), to, output=dcm.Output(max_file_bytes=100_000), ranks=ranks)
 
         failures = on_ranks(count, work)
         assert failures == [None] * count
@@ -450,7 +450,7 @@ def test_a_run_that_failed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(dcm.OutputError, match="No space left on device"):
             dcm.migrate(old, tmp_path / "new", effort=ALONE)
     sizes = at_write(0, full, monkeypatch)
-    dcm.migrate(old, tmp_path / "new", resume=True, effort=ALONE)
+    dcm.migrate(old, tmp_path / "new", output=dcm.Output(resume=True), effort=ALONE)
     resumed, sizes[:] = sum(sizes), []
     dcm.migrate(old, tmp_path / "again", effort=ALONE)
     assert tree(tmp_path / "new") == tree(tmp_path / "again")

@@ -39,10 +39,10 @@ from torch_reading import (
 )
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.chunking import cuts
 from dist_ckpt_mistral.errors import FormatError, LayoutError, OutputError, TensorMismatchError
-from dist_ckpt_mistral.mapping import new_checkpoint_map
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.mapping.checkpoint_map import new_checkpoint_map
+from dist_ckpt_mistral.mapping.chunking import cut_chunks
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 RESHARDABLE: Final = [case for case in GENUINE if case != "opt_dr_0161"]
 LAYOUTS: Final = [
@@ -88,7 +88,7 @@ def test_ranks_read_whole_chunks(case: str, layout: dcm.ParallelLayout, tmp_path
         held = [
             box
             for chunk in layout.model_chunks(4, at.pp)
-            for each in layout.held_tensors(table, chunk, at, style=style or dcm.KeyStyle.STACKED)
+            for each in layout.local_tensors(table, chunk, at, style=style or dcm.KeyStyle.STACKED)
             for box in each.boxes
         ]
         for box in held:
@@ -112,14 +112,14 @@ def _box(chunk: Any, size: Any, own: Any) -> tuple[tuple[int, ...], tuple[int, .
     return tuple(at * extent for at, extent in zip(chunk.offsets, block, strict=False)), tuple(block)
 
 
-def _require_whole(box: Any, chunks: list[Any], name: str) -> None:  # noqa: ANN401  (a HeldBox)
+def _require_whole(box: Any, chunks: list[Any], name: str) -> None:  # noqa: ANN401  (a LocalBox)
     """Every chunk that meets the box lies inside of it."""
     low, high = box.global_offset, [a + b for a, b in zip(box.global_offset, box.shape, strict=True)]
     for offset, sizes in chunks:
         ends = [a + b for a, b in zip(offset, sizes, strict=True)]
         if all(a < d and c < b for a, b, c, d in zip(low, high, offset, ends, strict=True)):
             inside = all(a <= c and d <= b for a, b, c, d in zip(low, high, offset, ends, strict=True))
-            assert inside, f"{name}: {low} to {high} cuts the chunk {offset} to {ends}"
+            assert inside, f"{name}: {low} to {high} cut_chunks the chunk {offset} to {ends}"
 
 
 @settings(max_examples=50)
@@ -132,14 +132,14 @@ def test_chunks_tile_tensors_and_serve_ranks(model: tuple[dcm.MistralConfig, dcm
     padded = {stored.mcore_key for rule in table.rules if rule.padded_vocabulary for stored in found.stored(rule, ())}
     shapes = {name: (size + more * (name in padded), *rest) for name, (size, *rest) in found.shapes().items()}
     covered, chunks = {name: np.zeros(shape, int) for name, shape in shapes.items()}, defaultdict(list)
-    for cut in cuts(found, shapes, layout):
+    for cut in cut_chunks(found, shapes, layout):
         covered[cut.name][tuple(slice(a, a + b) for a, b in zip(cut.offset, cut.shape, strict=True))] += 1
         chunks[cut.name].append((cut.offset, cut.shape))
     assert all((count == 1).all() for count in covered.values())
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
         for part in layout.model_chunks(table.num_layers, at.pp):
-            for held in layout.held_tensors(table, part, at):
+            for held in layout.local_tensors(table, part, at):
                 for box in held.boxes:
                     _require_whole(box, chunks[box.mcore_key], box.mcore_key)
 
@@ -148,17 +148,17 @@ def test_copies_of_a_rank_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 16 times the ranks for data and context parallelism, the same chunks are cut, in as many steps."""
     config = dcm.MistralConfig.from_hf(folder("td_0161"))
     found, looked = new_checkpoint_map(tensor_table(config)), []
-    held_tensors = dcm.ParallelLayout.held_tensors
+    local_tensors = dcm.ParallelLayout.local_tensors
 
     def counted(layout: dcm.ParallelLayout, *args: Any, **options: Any) -> Any:  # noqa: ANN401  (passed through)
         looked.append(args)
-        return held_tensors(layout, *args, **options)
+        return local_tensors(layout, *args, **options)
 
-    monkeypatch.setattr(dcm.ParallelLayout, "held_tensors", counted)
+    monkeypatch.setattr(dcm.ParallelLayout, "local_tensors", counted)
     shapes = found.shapes()
-    alone = [replace(cut, rank=0) for cut in cuts(found, shapes, dcm.ParallelLayout(tp=2, pp=2))]
+    alone = [replace(cut, rank=0) for cut in cut_chunks(found, shapes, dcm.ParallelLayout(tp=2, pp=2))]
     steps = len(looked)
-    copied = [replace(cut, rank=0) for cut in cuts(found, shapes, dcm.ParallelLayout(tp=2, pp=2, dp=8, cp=2))]
+    copied = [replace(cut, rank=0) for cut in cut_chunks(found, shapes, dcm.ParallelLayout(tp=2, pp=2, dp=8, cp=2))]
     assert (copied, len(looked)) == (alone, 2 * steps)
 
 
@@ -345,7 +345,7 @@ def test_a_damaged_train_state_is_told_before_copying(tmp_path: Path, monkeypatc
     root = tmp_path / "root"
     shutil.copytree(shards("common_0192"), root / "iter_0000007")
     (root / "latest_train_state.pt").write_bytes(b"damaged")
-    monkeypatch.setattr("dist_ckpt_mistral.rewriting.write_output", lambda *_, **__: pytest.fail("it writes"))
+    monkeypatch.setattr("dist_ckpt_mistral.convert.rewrite.write_output", lambda *_, **__: pytest.fail("it writes"))
     with pytest.raises(FormatError, match=r"latest_train_state\.pt"):
         dcm.reshard(root / "iter_0000007", tmp_path / "out", dcm.ParallelLayout(), config=folder("common_0192"))
 
@@ -365,7 +365,7 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
         dcm.reshard(shards(OPT), tmp_path / "full", dcm.ParallelLayout(), config=case)
-    dcm.reshard(shards(OPT), tmp_path / "full", dcm.ParallelLayout(), config=case, overwrite=True)
+    dcm.reshard(shards(OPT), tmp_path / "full", dcm.ParallelLayout(), config=case, output=dcm.Output(overwrite=True))
     assert "file" not in contents(tmp_path / "full")
     assert not (tmp_path / "out").exists()
 

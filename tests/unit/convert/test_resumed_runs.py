@@ -16,8 +16,9 @@ from failing_writes import ALONE, at_write, begun, full
 from plain_models import contents, save_model
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral import journal, storage
-from dist_ckpt_mistral.staging import Staging
+from dist_ckpt_mistral.convert import journal
+from dist_ckpt_mistral.storage import local
+from dist_ckpt_mistral.storage.staging import Staging
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_what_was_copied_is_not_copied_again(
     """A resumed run writes the tensors that are missing, what stands around tensors, and no other."""
     begun(hf, tmp_path / "out", monkeypatch)
     sizes = at_write(0, full, monkeypatch)
-    dcm.from_hf(hf, tmp_path / "out", resume=True, effort=ALONE)
+    dcm.from_hf(hf, tmp_path / "out", output=dcm.Output(resume=True), effort=ALONE)
     resumed, sizes[:] = sum(sizes), []
     dcm.from_hf(hf, tmp_path / "again", effort=ALONE)
     assert contents(tmp_path / "out") == contents(tmp_path / "again") == expected
@@ -60,7 +61,7 @@ def test_what_is_kept_is_checked(
     notes = staging / "copied-0"
     notes.write_bytes(notes.read_bytes()[:-3] + b"\n\xff\xfe torn")
     (staging / "output" / "config.json").write_text("half-written")
-    dcm.from_hf(hf, tmp_path / "out", resume=True)
+    dcm.from_hf(hf, tmp_path / "out", output=dcm.Output(resume=True))
     assert contents(tmp_path / "out") == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
@@ -90,7 +91,7 @@ def test_another_source_or_option_is_refused(hf: Path, tmp_path: Path, monkeypat
     line = refusal(tmp_path, "from-hf", hf, tmp_path / "out", "--resume", "--iteration", 3)
     assert "--iteration was null, is 3" in line
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "VERSION", "99")
+        patch.setattr(journal, "__version__", "99")
         line = refusal(tmp_path, "from-hf", hf, tmp_path / "out", "--resume")
     assert "version of dist-ckpt-mistral was" in line
     for name in ("config.json", "model-00001-of-00004.safetensors"):
@@ -193,7 +194,7 @@ def test_a_file_system_without_locks(
     staging = begun(hf, tmp_path / "out", monkeypatch)
     line = refusal(tmp_path, "from-hf", hf, tmp_path / "out")
     assert f"remove {staging} or give --resume" in line
-    dcm.from_hf(hf, tmp_path / "out", resume=True)
+    dcm.from_hf(hf, tmp_path / "out", output=dcm.Output(resume=True))
     assert contents(tmp_path / "out") == expected
     assert not staging.exists()
 
@@ -219,7 +220,7 @@ def test_space_is_counted_whole(hf: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_write_that_writes_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that takes no bytes and reports no error does not hang the run."""
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
-    target = storage.TargetFile(tmp_path / "file", 10)
+    target = local.TargetFile(tmp_path / "file", 10)
     with pytest.raises(OSError, match="Input/output error"):
         target.write(0, b"content")
     target.close()

@@ -21,8 +21,8 @@ from transformers.utils import CHAT_TEMPLATE_DIR, find_adapter_config_file
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.small_files import folders_beside
-from dist_ckpt_mistral.hf_inference import load_tokenizer
-from dist_ckpt_mistral.paths import leads_outside
+from dist_ckpt_mistral.megatron.hf_inference import load_tokenizer
+from dist_ckpt_mistral.storage.paths import leads_outside
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -353,7 +353,7 @@ def test_an_index_of_any_writer_comes_back(writer: str, end: str, hf: Path, tmp_
     dcm.from_hf(hf, tmp_path / "ckpt", tp=2)
     dcm.to_hf(tmp_path / "ckpt", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(hf)
-    dcm.to_hf(tmp_path / "ckpt", tmp_path / "wide", dtype="float32", max_file_bytes=5000)
+    dcm.to_hf(tmp_path / "ckpt", tmp_path / "wide", dtype="float32", output=dcm.Output(max_file_bytes=5000))
     said = json.loads((tmp_path / "wide" / INDEX).read_bytes())
     assert said["metadata"]["total_size"] == 2 * index["metadata"]["total_size"]
 

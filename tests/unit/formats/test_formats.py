@@ -38,17 +38,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch_reading import described, raw_bytes, read_metadata
 
-from dist_ckpt_mistral.convert import from_hf
-from dist_ckpt_mistral.dtypes import KNOWN_DTYPES, to_safetensors
+from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
-from dist_ckpt_mistral.formats import common_state, pickle_reading, pickle_records
-from dist_ckpt_mistral.formats.backends import open_stored
-from dist_ckpt_mistral.formats.pickle_records import Call, Global, Instance, Items, Pairs, PersistentId
+from dist_ckpt_mistral.formats.pickles import reader, writer
+from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, LazyDict, LazyList, PersistentId
 from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
-from dist_ckpt_mistral.formats.tensor_pickle import STORAGES, row_major_strides
-from dist_ckpt_mistral.formats.torch_archive import ArchiveReader, StoredTensor
-from dist_ckpt_mistral.formats.torch_archive_writer import ArchiveLayout, object_archive
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
+from dist_ckpt_mistral.formats.torch_dist import common_state
+from dist_ckpt_mistral.formats.torch_dist.archive import ArchivedTensor, ArchiveReader
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout, object_archive
+from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import STORAGES, row_major_strides
+from dist_ckpt_mistral.gather.dtypes import KNOWN_DTYPES, to_safetensors
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (4, 0, 2), (1, 6, 2), (2, 3, 1, 2), (200, 400)]
 
@@ -130,7 +131,7 @@ def test_archives_beyond_four_gibibytes(num_bytes: int, tmp_path: Path) -> None:
     assert (found.data.position, found.data.num_bytes, found.data.crc32) == (layout.data_offset, num_bytes, 0x12345678)
 
 
-def read_archive(path: Path, position: int = 0, num_bytes: int | None = None) -> StoredTensor:
+def read_archive(path: Path, position: int = 0, num_bytes: int | None = None) -> ArchivedTensor:
     """What the reader makes of an archive inside a file."""
     with SourceFiles([path]) as files:
         size = files.size_bytes(0) - position if num_bytes is None else num_bytes
@@ -362,7 +363,7 @@ PLAIN = st.recursive(
 @given(PLAIN)
 def test_plain_values_load_with_pickle(value: object) -> None:
     """Python's own unpickler gives back what was written, types included, and its disassembler finds no fault."""
-    written = pickle_records.dumps(value)
+    written = writer.dumps(value)
     pickletools.dis(written, io.StringIO())
     assert repr(pickle.loads(written)) == repr(value)  # noqa: S301  (our own bytes)
 
@@ -370,8 +371,8 @@ def test_plain_values_load_with_pickle(value: object) -> None:
 def test_long_lists_load_with_pickle() -> None:
     """Many items, made one by one, and repeated strings, which are stored once."""
     words = [f"word {number % 300}" for number in range(70_000)]
-    for value in (words, Items(iter(words))):
-        written = pickle_records.dumps(value)
+    for value in (words, LazyList(iter(words))):
+        written = writer.dumps(value)
         assert pickle.loads(written) == words  # noqa: S301  (our own bytes)
         assert len(written) < 6 * len(words) + 300 * 30
 
@@ -382,10 +383,10 @@ def test_records_load_with_pickle() -> None:
         "global": Global("collections", "OrderedDict"),
         "call": Call(Global("builtins", "complex"), (1.5, -2.0)),
         "instance": Instance(Global("types", "SimpleNamespace"), {"a": [1], "b": Global("builtins", "len")}),
-        "pairs": Pairs([(Call(Global("builtins", "complex"), (0.0, 1.0)), "i"), ("two", 2)]),
-        "lazy pairs": Pairs((number, str(number)) for number in range(2000)),
+        "pairs": LazyDict([(Call(Global("builtins", "complex"), (0.0, 1.0)), "i"), ("two", 2)]),
+        "lazy pairs": LazyDict((number, str(number)) for number in range(2000)),
     }
-    written = pickle_records.dumps(record)
+    written = writer.dumps(record)
     pickletools.dis(written, io.StringIO())
     assert pickle.loads(written) == {  # noqa: S301  (our own bytes)
         "global": OrderedDict,
@@ -399,7 +400,7 @@ def test_records_load_with_pickle() -> None:
         def persistent_load(self, pid: object) -> object:
             return ["outside", pid]
 
-    written = pickle_records.dumps([PersistentId(("storage", 3))])
+    written = writer.dumps([PersistentId(("storage", 3))])
     assert Outside(io.BytesIO(written)).load() == [["outside", ("storage", 3)]]
 
 
@@ -409,33 +410,33 @@ def test_reading_asks_for_every_name() -> None:
 
     def find(module: str, name: str) -> object:
         asked.append((module, name))
-        return {("types", "SimpleNamespace"): pickle_reading.record_class("Stand-in")}[module, name]
+        return {("types", "SimpleNamespace"): reader.record_class("Stand-in")}[module, name]
 
     written = pickle.dumps(types.SimpleNamespace(a=[1, "x"]), protocol=2)
-    found = pickle_reading.loads(written, find, "it")
+    found = reader.loads(written, find, "it")
     assert (type(found).__name__, [*found]) == ("Stand-in", [{"a": [1, "x"]}])
     assert asked == [("types", "SimpleNamespace")]
     with pytest.raises(UnsafePickleError, match=r"^it is refused: its pickle asks for builtins.len, which is outside"):
-        pickle_reading.loads(pickle.dumps(len), find, "it")
+        reader.loads(pickle.dumps(len), find, "it")
     with pytest.raises(UnsafePickleError, match="asks for the persistent object 'x', which is outside"):
-        pickle_reading.loads(pickle_records.dumps(PersistentId("x")), find, "it")
+        reader.loads(writer.dumps(PersistentId("x")), find, "it")
     for size in range(len(written)):
         with pytest.raises(FormatError, match="it is not a readable pickle"):
-            pickle_reading.loads(written[:size], find, "it")
+            reader.loads(written[:size], find, "it")
 
 
 def test_the_collector_is_paused_and_goes_on() -> None:
     """It is off inside, on again behind, also after an error, and stays off for whoever had it off."""
     assert gc.isenabled()
-    with pickle_reading.paused_collector():
+    with reader.paused_collector():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ZeroDivisionError), pickle_reading.paused_collector():
+    with pytest.raises(ZeroDivisionError), reader.paused_collector():
         _ = 1 // 0
     assert gc.isenabled()
     gc.disable()
     try:
-        with pickle_reading.paused_collector():
+        with reader.paused_collector():
             pass
         assert not gc.isenabled()
     finally:

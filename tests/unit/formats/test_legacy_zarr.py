@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from torch_reading import described, load_tensors
 from zarr_checkpoints import copied, edit_array, new_checkpoint, numbered, read_arrays, write_array
 
-from dist_ckpt_mistral import dtypes
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import legacy_zarr
-from dist_ckpt_mistral.formats.backends import open_stored
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
 
 CASE: Final = "zarr_ckpt"
@@ -326,7 +326,7 @@ def test_many_chunks(tmp_path: Path) -> None:
     open_stored(old)
     assert time.process_time() - start < 1
     script = (
-        "import resource, sys; from dist_ckpt_mistral.cli import main; "
+        "import resource, sys; from dist_ckpt_mistral.cli.main import main; "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)); sys.exit(main(sys.argv[1:]))"
     )
     for command in (("migrate", old, tmp_path / "new", "--workers", "4"), ("verify", tmp_path / "new")):

@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch_reading import read_metadata as torch_reads
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats import pickle_opcodes
-from dist_ckpt_mistral.formats.metadata_pickle import read_metadata
+from dist_ckpt_mistral.formats.pickles import opcodes
 from dist_ckpt_mistral.formats.stored_metadata import StoredMetadata
+from dist_ckpt_mistral.formats.torch_dist.metadata import read_metadata
 
 #: (offset, shape, file, position, length) of a chunk.
 Row = tuple[tuple[int, ...], tuple[int, ...], str, int, int]
@@ -69,7 +69,7 @@ def as_read(pickled: bytes) -> StoredMetadata:
 
 def ended_before_plans(pickled: bytes) -> bytes | None:
     """The pickle without Megatron's plans."""
-    return pickle_opcodes.ended_before(pickled, "all_local_plans", unless_behind="mcore_data")
+    return opcodes.ended_before(pickled, "all_local_plans", unless_behind="mcore_data")
 
 
 @pytest.mark.parametrize("case", GENUINE)

@@ -15,12 +15,11 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.gather.bands import BandReader
-from dist_ckpt_mistral.gather.dequantize import dequantized
+from dist_ckpt_mistral.gather.dequantize import dequantized, scaled_tensor
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.plan import plan_gather
-from dist_ckpt_mistral.gather.scales import scaled_tensor
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles
 
 FP8 = torch.float8_e4m3fn
 DTYPES = st.sampled_from(["bfloat16", "float16", "float32"])

@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from dist_ckpt_mistral.errors import FormatError, PlanError, TensorMismatchError
 from dist_ckpt_mistral.gather.bands import BAND_BYTES, BandReader
 from dist_ckpt_mistral.gather.boxes import require_tiling
-from dist_ckpt_mistral.gather.executor import Effort, execute
+from dist_ckpt_mistral.gather.execute import Effort, execute
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
-from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_table import tensor_table
-from dist_ckpt_mistral.storage import SourceFiles, TargetFile
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.table import tensor_table
+from dist_ckpt_mistral.storage.local import SourceFiles, TargetFile
 
 Array = npt.NDArray[Any]
 #: Offset and shape in elements.
@@ -574,8 +574,10 @@ def test_writes_begin_where_the_page_cache_takes_them_whole(tmp_path: Path, dtyp
         TensorIndex(files=(tmp_path / "target",), tensors={"t": target}),
         [Link(source="s", source_offset=(0,), target="t", target_offset=(0,), shape=shape)],
     )
-    written = SimpleNamespace(write=lambda position, data: writes.append((position, len(data))))
-    effort = Effort(workers=1, durable=False)
+    written = SimpleNamespace(
+        write=lambda position, data: writes.append((position, len(data))), start_writeback=lambda *_: None
+    )
+    effort = Effort(workers=1)
     execute(plan, {0: cast("TargetFile", written)}, effort=effort, numbers=[0], checksums=False)
     stored, band = shape[0] * DTYPES[dtype], BAND_BYTES // 4 * DTYPES[dtype]
     begins = [1000, *range(band, 1000 + stored, band)]

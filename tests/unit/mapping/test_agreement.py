@@ -24,8 +24,8 @@ from transformers import AutoConfig
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError, UnsupportedModelError
-from dist_ckpt_mistral.model.agreement import disagreements
-from dist_ckpt_mistral.model.megatron_args import args_disagreements, from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.args.megatron_args import args_disagreements, from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.config.agreement import disagreements
 
 Change = dict[str, Any]
 

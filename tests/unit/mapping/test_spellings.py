@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import TensorMismatchError
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 WORDS: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"

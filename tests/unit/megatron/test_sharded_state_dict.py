@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_rules import HfPart, KeyStyle
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
+from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.rules import HfPart, KeyStyle
 
 pytestmark = pytest.mark.megatron
 
@@ -61,7 +61,7 @@ class Recorder:
         """Start with nothing asked."""
         self.asked: list[str] = []
 
-    def __call__(self, held: HeldTensor, dtype: torch.dtype) -> torch.Tensor:
+    def __call__(self, held: LocalTensor, dtype: torch.dtype) -> torch.Tensor:
         """Supply rows that tell themselves apart."""
         self.asked.append(held.module_name)
         rows, *columns = held.local_shape

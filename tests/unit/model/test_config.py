@@ -10,8 +10,8 @@ import pytest
 import transformers
 
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.args.megatron_args import from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 
 #: The config.json of models on the hub: what matters of it.
 FIRST: dict[str, Any] = {

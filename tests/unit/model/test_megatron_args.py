@@ -25,12 +25,12 @@ from hf_models import random_model, saved
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from yarn_cases import BASE, CASES
 
-from dist_ckpt_mistral.convert import from_hf
+from dist_ckpt_mistral.analysis.pretrain_command import megatron_args
+from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.megatron_args import from_megatron_args, to_megatron_args
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.pretrain_command import megatron_args
+from dist_ckpt_mistral.model.args.megatron_args import from_megatron_args, to_megatron_args
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 LITTLE: dict[str, Any] = {
     "model_type": "mistral",

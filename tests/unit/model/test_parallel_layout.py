@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import models
 
-from dist_ckpt_mistral.commands import options
+from dist_ckpt_mistral.cli import options
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.held_tensors import HeldTensor
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.tensor_rules import KeyStyle
-from dist_ckpt_mistral.model.tensor_table import tensor_table
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
+from dist_ckpt_mistral.model.table.rules import KeyStyle
+from dist_ckpt_mistral.model.table.table import tensor_table
 
 CONFIG = MistralConfig(
     vocab_size=10,
@@ -35,7 +35,7 @@ CONFIG = MistralConfig(
 
 def held_by_ranks(
     config: MistralConfig, layout: ParallelLayout, style: KeyStyle, vocab_rows: int | None = None
-) -> list[list[HeldTensor]]:
+) -> list[list[LocalTensor]]:
     """What every rank holds, model chunk after model chunk."""
     layout.check(config)
     table = tensor_table(config)
@@ -44,7 +44,7 @@ def held_by_ranks(
         [
             held
             for chunk in layout.model_chunks(table.num_layers, at.pp)
-            for held in layout.held_tensors(table, chunk, at, style=style, vocab_rows=vocab_rows)
+            for held in layout.local_tensors(table, chunk, at, style=style, vocab_rows=vocab_rows)
         ]
         for at in places
     ]

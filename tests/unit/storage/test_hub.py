@@ -16,7 +16,7 @@ from hf_models import random_model, saved
 from plain_models import contents
 from safetensors.torch import load_file, save_file
 
-from dist_ckpt_mistral import hub as hub_module
+from dist_ckpt_mistral.storage import hub as hub_module
 
 SMALL = {"config.json", "generation_config.json"}
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from genuine import GENUINE, shards
 
-from dist_ckpt_mistral.formats import read_ahead
-from dist_ckpt_mistral.formats.backends import open_stored
-from dist_ckpt_mistral.formats.read_ahead import ReadAhead
-from dist_ckpt_mistral.storage import SourceFiles
+from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
+from dist_ckpt_mistral.storage import local
+from dist_ckpt_mistral.storage.local import ReadAhead, SourceFiles
 
 BYTES = 10
 
@@ -48,7 +47,7 @@ def test_asking_resumes_where_reading_is(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "file").write_bytes(os.urandom(1000))
     asked: list[int] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _descriptor, position, *_: asked.append(position))
-    monkeypatch.setattr(read_ahead, "_TRUSTED", 3)
+    monkeypatch.setattr(local, "_TRUSTED", 3)
     with SourceFiles([tmp_path / "file"]) as files:
         reader = ReadAhead(files, [(0, position) for position in range(8)])
         assert [reader.read(0, position, BYTES) for position in range(3)]

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from genuine import folder, shards
 
-from dist_ckpt_mistral import report, report_page
+from dist_ckpt_mistral.analysis import report
+from dist_ckpt_mistral.analysis.picture.picture import save_svg
+from dist_ckpt_mistral.analysis.read_planner import plan_reading
 from dist_ckpt_mistral.errors import OutputError
-from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.reading.picture import save_svg
-from dist_ckpt_mistral.reading.planner import plan_reading
-from dist_ckpt_mistral.storage import write_whole
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.storage.documents import write_whole
 
 
 def save_page(path: Path) -> None:
     """Write a page about a checkpoint."""
-    report_page.save_html(report.inspect(shards("td_0161")), path)
+    report.save_html(report.inspect(shards("td_0161")), path)
 
 
 def save_picture(path: Path) -> None:
@@ -50,7 +50,10 @@ def test_an_old_file_stays_until_the_new_one_is_whole(
     """Where writing or renaming fails, the error names the file, which is as it was, and nothing lies beside it."""
     path = tmp_path / "page"
     path.write_text("old")
-    for broken, instead in (("dist_ckpt_mistral.storage.write_bytes", half), ("pathlib.Path.replace", refuse)):
+    for broken, instead in (
+        ("dist_ckpt_mistral.storage.documents.write_bytes", half),
+        ("pathlib.Path.replace", refuse),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(broken, instead)
             with pytest.raises(OutputError, match=re.escape(f"cannot write {path}: No space left on device")):

@@ -1,0 +1,1 @@
+"""Megatron's ``torch_dist`` format: .metadata, the torch.save archives in .distcp files, common.pt."""

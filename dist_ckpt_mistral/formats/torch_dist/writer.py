@@ -1,0 +1,246 @@
+"""Writing Megatron ``torch_dist`` checkpoints that every megatron-core from 0.12 on loads, without torch and Megatron.
+
+First the layout (which archive where), then the data through a byte plan, then what stands around it.
+Five-element ``TensorProperties`` and a ``common.pt`` are what all versions read (torch 2.6 to 2.15).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dist_ckpt_mistral.formats.pickles import writer
+from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, LazyDict, LazyList
+from dist_ckpt_mistral.formats.torch_dist import archive_writer
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout
+from dist_ckpt_mistral.formats.torch_dist.metadata import MCORE_DATA, OWN_SHAPE
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, as_range_of_blocks
+from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.storage.local import TargetFile
+
+#: The content of metadata.json (mcore dist_checkpointing/core.py, 0.12 to 0.16; later versions ignore the last two).
+BACKEND_JSON: Final = json.dumps(
+    {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+).encode()
+
+_METADATA: Final = "torch.distributed.checkpoint.metadata"
+_SIZE: Final = Global("torch", "Size")
+_CHUNK: Final = Global(_METADATA, "ChunkStorageMetadata")
+_INDEX: Final = Global(_METADATA, "MetadataIndex")
+_INFO: Final = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewChunk:
+    """One chunk to write: a box of the global tensor ``mcore_key``, in elements, into data file number ``file``.
+
+    ``other_keys`` stand for the same bytes. ``as_block`` stores the chunk as Megatron's ``fully_sharded_model_space``
+    does (0.14, see gather/flat_ranges.py): the bytes are the same, the metadata says other shapes. All chunks of such a
+    tensor must have one shape.
+    """
+
+    mcore_key: str
+    dtype: str
+    global_shape: Shape
+    offset: Shape
+    shape: Shape
+    file: int
+    other_keys: tuple[str, ...] = ()
+    as_block: bool = False
+
+    @property
+    def described(self) -> tuple[Shape, Shape, Shape]:
+        """What the metadata says: shape of the tensor, offset and shape of the chunk."""
+        if self.as_block:
+            return as_range_of_blocks(self.global_shape, self.offset, self.shape)
+        return self.global_shape, self.offset, self.shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewObject:
+    """The archive of an object that is stored under ``keys``, in data file number ``file``.
+
+    Its first ``copied_bytes`` bytes are to come, like those of chunks: the byte plan knows them by the first key.
+    ``rest`` follows them.
+    """
+
+    keys: tuple[str, ...]
+    copied_bytes: int
+    rest: bytes = b""
+    file: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the archive."""
+        return self.copied_bytes + len(self.rest)
+
+    @classmethod
+    def empty(cls, keys: Iterable[str]) -> NewObject:
+        """Objects that hold nothing, such as absent extra states: one archive serves all keys."""
+        return cls(keys=tuple(keys), copied_bytes=0, rest=_EMPTY_OBJECT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Placed:
+    """A chunk and the archive around it, which starts at byte ``position`` of its file."""
+
+    chunk: NewChunk
+    position: int
+    archive: ArchiveLayout
+
+    @property
+    def data_position(self) -> int:
+        return self.position + self.archive.data_offset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointLayout:
+    """Where everything of a new checkpoint lies, in its files: chunks, and objects with their positions."""
+
+    file_names: tuple[str, ...]
+    file_bytes: tuple[int, ...]
+    placed: tuple[_Placed, ...]
+    objects: tuple[tuple[int, NewObject], ...]
+
+    def index(self, directory: Path) -> TensorIndex:
+        """The chunks, and the objects whose bytes are to come, as a target of a byte plan."""
+        by_key: dict[str, list[_Placed]] = {}
+        for placed in self.placed:
+            by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
+        tensors = {
+            key: IndexedTensor.build(
+                key,
+                group[0].chunk.dtype,
+                group[0].chunk.global_shape,
+                [(p.chunk.offset, p.chunk.shape, p.chunk.file, p.data_position) for p in group],
+            )
+            for key, group in by_key.items()
+        }
+        for position, each in self.objects:
+            if each.copied_bytes:
+                key = each.keys[0]
+                tensors[key] = object_bytes(key, each.copied_bytes, file=each.file, position=position)
+        return TensorIndex(files=tuple(directory / name for name in self.file_names), tensors=tensors)
+
+    def file_sizes(self, directory: Path) -> dict[str, int]:
+        """The bytes of the data files by name, in ``directory`` of the output."""
+        return {str(directory / name): size for name, size in zip(self.file_names, self.file_bytes, strict=True)}
+
+    def finish(self, targets: Mapping[int, TargetFile], plan: BytePlan, checksums: Mapping[int, int]) -> None:
+        """Write what stands around the data that ``plan`` has written; ``checksums`` are CRC-32 by its segments."""
+        segments = plan.segments
+        crc32_at = {(segments[i].file, segments[i].position): crc32 for i, crc32 in checksums.items()}
+        self.write_around(targets, crc32_at)
+
+    def write_around(self, targets: Mapping[int, TargetFile], crc32_at: Mapping[tuple[int, int], int]) -> None:
+        """Write what stands around the data; ``targets`` are by file, ``crc32_at`` by file and position of the data."""
+        for placed in self.placed:
+            target, crc32 = targets[placed.chunk.file], crc32_at[placed.chunk.file, placed.data_position]
+            target.write(placed.position, placed.archive.head)
+            target.write(placed.data_position + placed.archive.data_bytes, placed.archive.tail(crc32))
+        for position, each in self.objects:
+            if each.rest:
+                targets[each.file].write(position + each.copied_bytes, each.rest)
+
+    def metadata(self) -> bytes:
+        """The content of ``.metadata``."""
+        by_key: dict[str, list[_Placed]] = {}
+        for placed in self.placed:
+            by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
+        described = [
+            (name, _tensor_metadata(group))
+            for key, group in by_key.items()
+            for name in (key, *group[0].chunk.other_keys)
+        ]
+        as_bytes = Instance(Global(_METADATA, "BytesStorageMetadata"), {})
+        described += [(key, as_bytes) for _, each in self.objects for key in each.keys]
+        fields: dict[str, Any] = {
+            "state_dict_metadata": LazyDict(described),
+            "planner_data": None,
+            "storage_data": LazyDict(self._storage_data()),
+            "storage_meta": None,
+        }
+        blocks = {key: group[0].chunk.global_shape for key, group in by_key.items() if group[0].chunk.as_block}
+        if blocks:  # what Megatron 0.14 looks for then (dist_checkpointing/strategies/torch.py)
+            fields[MCORE_DATA] = {key: {OWN_SHAPE: _size(shape)} for key, shape in blocks.items()}
+        return writer.dumps(Instance(Global(_METADATA, "Metadata"), fields))
+
+    def _storage_data(self) -> Iterator[tuple[Instance, Instance]]:
+        for placed in self.placed:
+            chunk, archive = placed.chunk, placed.archive
+            for key in (chunk.mcore_key, *chunk.other_keys):
+                index = {"fqn": key, "offset": _size(chunk.described[1])}
+                info = _info(self.file_names[chunk.file], placed.position, archive.num_bytes)
+                yield Instance(_INDEX, index), info
+        for position, each in self.objects:
+            for key in each.keys:
+                yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[each.file], position, each.num_bytes)
+
+
+#: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
+_EMPTY_OBJECT: Final = archive_writer.object_archive([None])
+
+
+def _tensor_metadata(group: Sequence[_Placed]) -> Instance:
+    properties = (
+        Global("torch", group[0].chunk.dtype),
+        Call(Global("torch.serialization", "_get_layout"), ("torch.strided",)),
+        False,  # requires_grad
+        Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,)),
+        False,  # pin_memory
+    )
+    described = (placed.chunk.described for placed in group)
+    chunks = ({"offsets": _size(offset), "sizes": _size(shape)} for _, offset, shape in described)
+    fields = {
+        "properties": Instance(Global(_METADATA, "TensorProperties"), properties),
+        "size": _size(group[0].chunk.described[0]),
+        "chunks": LazyList(Instance(_CHUNK, chunk) for chunk in chunks),
+    }
+    return Instance(Global(_METADATA, "TensorStorageMetadata"), fields)
+
+
+def _size(shape: Shape) -> Call:
+    return Call(_SIZE, (shape,))
+
+
+def _info(file: str, offset: int, num_bytes: int) -> Instance:
+    return Instance(_INFO, {"relative_path": file, "offset": offset, "length": num_bytes})
+
+
+def object_key(key: str, index: Shape, shape: Shape) -> str:
+    """The name under which the element at ``index`` of an array of objects is stored (mcore mapping.py, 0.12+)."""
+    return f"{key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, shape))}"
+
+
+def object_bytes(key: str, num_bytes: int, *, file: int, position: int) -> IndexedTensor:
+    """The archive of an object as a byte plan sees it: so many bytes in one piece."""
+    return IndexedTensor.whole(key, "uint8", (num_bytes,), file=file, position=position)
+
+
+def lay_out(chunks: Iterable[NewChunk], objects: Iterable[NewObject], *, num_files: int) -> CheckpointLayout:
+    """Place every chunk behind the one before it in its file, and every object behind the chunks."""
+    ends = [0] * num_files
+    placed = []
+    for chunk in chunks:
+        archive = ArchiveLayout.for_tensor(chunk.dtype, chunk.described[2], ends[chunk.file])
+        placed.append(_Placed(chunk=chunk, position=ends[chunk.file], archive=archive))
+        ends[chunk.file] += archive.num_bytes
+    placed_objects = []
+    for each in objects:
+        placed_objects.append((ends[each.file], each))
+        ends[each.file] += each.num_bytes
+    return CheckpointLayout(
+        file_names=tuple(f"__{rank}_0.distcp" for rank in range(num_files)),
+        file_bytes=tuple(ends),
+        placed=tuple(placed),
+        objects=tuple(placed_objects),
+    )

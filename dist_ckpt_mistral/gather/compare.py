@@ -1,0 +1,50 @@
+"""Two plans for reading the same tensors, compared bit by bit in bounded memory: the third end of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from dist_ckpt_mistral.gather.bands import BandReader
+from dist_ckpt_mistral.gather.execute import Effort, run_all
+from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.storage.local import SourceFiles
+
+
+def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: Effort) -> Iterator[tuple[str, str]]:
+    """Compare tensors of the same dtypes and shapes; segment ``i`` of both plans is the one called ``names[i]``.
+
+    Yields the name of each tensor that differs, and where its bits begin to differ.
+    """
+    with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
+        reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
+
+        def work(number: int) -> str | None:
+            segment_a, segment_b = plan_a.segments[number], plan_b.segments[number]
+            at = 0
+            for band_a, band_b in zip(reader_a.bands(segment_a), reader_b.bands(segment_b), strict=True):
+                if not _equal(band_a, band_b):
+                    return _describe(band_a, band_b, at, segment_a.source_dtype)
+                at += len(band_a)
+                effort.progress(len(band_a))
+            return None
+
+        found = run_all(work, range(len(names)), workers=effort.threads, stop=reader_a.stop)
+    return ((name, what) for name, what in zip(names, found, strict=True) if what is not None)
+
+
+def _opened(plan: BytePlan) -> SourceFiles:
+    return SourceFiles(plan.source_files, plan.derived_files)
+
+
+def _equal(a: memoryview, b: memoryview) -> bool:
+    """Whether two bands are the same bytes; numpy compares without the interpreter lock, here in words if it can."""
+    word = np.uint64 if len(a) == len(b) and len(a) % 8 == 0 else np.uint8
+    return np.array_equal(np.frombuffer(a, word), np.frombuffer(b, word))
+
+
+def _describe(band_a: memoryview, band_b: memoryview, at: int, dtype: str) -> str:
+    """The first byte that differs."""
+    first = int(np.flatnonzero(np.frombuffer(band_a, np.uint8) != np.frombuffer(band_b, np.uint8))[0])
+    return f"bits differ from byte {at + first} of the {dtype} data on"

@@ -1,0 +1,56 @@
+"""What tells whether bytes have changed: the SHA-256 of whole files and the CRC-32 of spans of them, in one pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from zlib_ng import zlib_ng
+
+from dist_ckpt_mistral.gather.bands import aligned_buffer
+from dist_ckpt_mistral.gather.execute import Effort
+from dist_ckpt_mistral.storage.local import SourceFiles
+
+
+class Span(NamedTuple):
+    """Bytes ``[position, position + num_bytes)`` of a file."""
+
+    position: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digest:
+    """The SHA-256 of a whole file in hexadecimal (None: not asked for), and the CRC-32 of spans in their order."""
+
+    num_bytes: int
+    sha256: str | None
+    crc32: tuple[int, ...]
+
+
+def digest(path: Path, spans: Sequence[Span], *, sha256: bool, effort: Effort) -> Digest:
+    """Read a file once, in a buffer of a band's size.
+
+    ``spans`` are in ascending order and do not overlap. Raises FormatError where the file cannot be read.
+    """
+    whole, sums, open_span = hashlib.sha256(), [0] * len(spans), 0
+    buffer = aligned_buffer(effort.band_bytes()).data
+    with SourceFiles([path]) as files:
+        size = files.size_bytes(0)
+        for start in range(0, size, len(buffer)):
+            block = buffer[: min(len(buffer), size - start)]
+            files.read_into(0, start, block)
+            if sha256:
+                whole.update(block)
+            while open_span < len(spans) and spans[open_span].position < start + len(block):
+                low = spans[open_span].position - start
+                high = low + spans[open_span].num_bytes
+                sums[open_span] = zlib_ng.crc32(block[max(low, 0) : high], sums[open_span])
+                if high > len(block):
+                    break  # it goes on in the next block
+                open_span += 1
+            effort.progress(len(block))
+    return Digest(num_bytes=size, sha256=whole.hexdigest() if sha256 else None, crc32=tuple(sums))

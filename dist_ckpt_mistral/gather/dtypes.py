@@ -1,0 +1,82 @@
+"""Element types, as torch, safetensors and numpy name them, and shapes, in elements. Needs none of the three."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Final, TypeAlias
+
+from dist_ckpt_mistral.errors import ConfigError, FormatError
+
+#: torch name (without ``torch.``) -> (name in safetensors 0.8, size in bytes).
+_TABLE = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+_FROM_SAFETENSORS = {name: dtype for dtype, (name, _) in _TABLE.items()}
+
+#: What model weights may be, and what ``--dtype`` accepts.
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+#: All torch names that this package can store.
+KNOWN_DTYPES = tuple(_TABLE)
+Shape: TypeAlias = tuple[int, ...]
+
+#: What files say may be no more: then the bytes of so many elements, and the sum of any two such numbers, can still be
+#: counted in 63 bits, as numpy and the operating system count.
+MOST: Final = 1 << 59
+
+
+@dataclass(frozen=True, slots=True)
+class TorchDtype:
+    """Stands for torch's own dtype object in what is to be pickled: ``TorchDtype("bfloat16")`` for torch.bfloat16."""
+
+    name: str
+
+
+def itemsize_bytes(dtype: str) -> int:
+    """Size of one element of ``dtype`` (a torch name) in bytes."""
+    return _TABLE[dtype][1]
+
+
+def to_safetensors(dtype: str) -> str:
+    """The safetensors name of a torch name: ``bfloat16`` -> ``BF16``."""
+    return _TABLE[dtype][0]
+
+
+def from_safetensors(name: object, where: str) -> str:
+    """The torch name of a safetensors name: ``BF16`` -> ``bfloat16``; ``where`` names the tensor for the error."""
+    if not isinstance(name, str) or name not in _FROM_SAFETENSORS:
+        raise FormatError(
+            f"unknown dtype for {where}: expected one of {', '.join(_FROM_SAFETENSORS)}, got {short(name)}"
+        )
+    return _FROM_SAFETENSORS[name]
+
+
+def require_known(name: object, where: str) -> str:
+    """``name`` if it is a torch dtype name that this package can store; ``where`` names the tensor for the error."""
+    if not isinstance(name, str) or name not in _TABLE:
+        raise FormatError(f"unknown dtype for {where}: expected one of {', '.join(_TABLE)}, got {short(name)}")
+    return name
+
+
+def require_weight_dtype(dtype: str | None) -> None:
+    """Refuse a ``dtype`` that model weights cannot have."""
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported: expected one of {', '.join(WEIGHT_DTYPES)}")
+
+
+def is_countable(shape: Iterable[int]) -> bool:
+    """Whether a tensor of this shape can be counted and indexed; one that is empty because of another axis, too."""
+    return math.prod(extent or 1 for extent in shape) <= MOST

@@ -1,0 +1,176 @@
+"""How a checkpoint spells the tensors of a table, and where in it each Hugging Face tensor lies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather.links import Link, compose, reverse, whole
+from dist_ckpt_mistral.model.table.entries import state_key
+from dist_ckpt_mistral.model.table.rules import Index, KeyStyle, ParamState, TensorRule
+from dist_ckpt_mistral.model.table.table import HfTensor, StoredRows, TensorTable
+from dist_ckpt_mistral.model.table.vision import is_carried, with_prefix
+
+#: Stored entries that are not used: the name of each, and why.
+Ignored = tuple[tuple[str, str], ...]
+#: Why rows of a vocabulary are not used, which are named as ``NAME[first row:last row + 1]``.
+PADDING: Final = "rows that pad the vocabulary"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twin:
+    """A stored tensor whose values are stored a second time: they must be equal, for only the ``main`` ones are used.
+
+    ``links`` say which stored boxes make up the same ``shape``, in elements; ``main`` names one of them.
+    """
+
+    name: str
+    main: str
+    shape: Shape
+    links: tuple[Link, ...]
+    is_head: bool
+
+    @classmethod
+    def of(cls, name: str, main: str, shape: Shape, rule: TensorRule) -> Self:
+        """Two tensors of the same shape."""
+        origin = (0,) * len(shape)
+        link = Link(source=main, source_offset=origin, target=name, target_offset=origin, shape=shape)
+        return cls(name=name, main=main, shape=shape, links=(link,), is_head=rule.padded_vocabulary)
+
+    @classmethod
+    def of_alias(cls, alias: HfTensor, links: Sequence[Link]) -> Self:
+        """A Hugging Face tensor that others hold, too, by ``links``."""
+        return cls(
+            name=alias.hf_name,
+            main=links[0].source,
+            shape=alias.shape,
+            links=tuple(links),
+            is_head=alias.rule.padded_vocabulary,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointMap:
+    """How a checkpoint spells the tensors of a table: its prefix, its key style, and the key it uses for every rule.
+
+    The same for the weights and for every other ``state`` of the parameters: ``states`` gives the stored names of those
+    by their parameters' keys.
+    """
+
+    table: TensorTable
+    prefix: str = ""
+    style: KeyStyle = KeyStyle.STACKED
+    keys: Mapping[TensorRule, str]
+    state: ParamState = ParamState.WEIGHTS
+    states: Mapping[str, str] = field(default_factory=dict)
+    ignored: Ignored = ()
+
+    def stored(self, rule: TensorRule, index: Index) -> tuple[StoredRows, ...]:
+        """Where the rows of one tensor lie, under keys without the prefix."""
+        return self.table.stored(rule, index, self.style, self.keys[rule])
+
+    def stored_name(self, mcore_key: str) -> str:
+        """What the checkpoint calls the tensor that the table spells ``mcore_key``."""
+        key = with_prefix(self.prefix, mcore_key)
+        if self.state is ParamState.WEIGHTS or key in self.states or is_carried(mcore_key):
+            return self.states.get(key, key)  # what is carried along has no state, unless it was trained elsewhere
+        return state_key(key, self.state.value[0])  # the name of what is missing
+
+    def spelling(self, rule: TensorRule, index: Index, key: str) -> dict[str, str]:
+        """What the checkpoint calls the tensors of one index, by what a layout calls them that uses ``key``."""
+        keys = (stored.mcore_key for stored in self.table.stored(rule, index, self.style, key))
+        return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, index)), strict=True))
+
+    def tensors(self) -> Iterator[tuple[str, TensorRule, Shape]]:
+        """Every stored tensor that holds this state of the parameters, once: its name, its rule and its least shape.
+
+        The name is as the checkpoint spells it, the shape is that without vocabulary padding.
+        """
+        for rule in self.table.rules:
+            for key, shape in self.table.spelled(rule, self.style, self.keys[rule]):
+                yield self.stored_name(key), rule, shape
+
+    def other_tensors(self) -> Iterator[tuple[str, TensorRule, Twin]]:
+        """The same tensors under the keys that this checkpoint does not go by, each with that key and its rule."""
+        for rule in self.table.rules:
+            for key in rule.keys:
+                if key != self.keys[rule]:
+                    spelled = (self.table.spelled(rule, self.style, each) for each in (self.keys[rule], key))
+                    for (main, shape), (other, _) in zip(*spelled, strict=True):
+                        yield key, rule, Twin.of(self.stored_name(other), self.stored_name(main), shape, rule)
+
+    def also_written(self) -> dict[str, tuple[str, ...]]:
+        """The other keys under which this package writes a tensor, for models of other layer specs, by its name."""
+        found: dict[str, tuple[str, ...]] = {}
+        for key, rule, twin in self.other_tensors():
+            if key in rule.written_keys:
+                found[twin.main] = (*found.get(twin.main, ()), twin.name)
+        return found
+
+    def twins(self, stored: Collection[str]) -> tuple[Twin, ...]:
+        """What a checkpoint of these ``stored`` tensors holds under a second key."""
+        return tuple(twin for _, _, twin in self.other_tensors() if twin.name in stored)
+
+    def names(self) -> list[str]:
+        """The names of all these tensors."""
+        return [name for name, _, _ in self.tensors()]
+
+    def shapes(self) -> dict[str, Shape]:
+        """Their names, and the shapes that they must have at least."""
+        return {name: shape for name, _, shape in self.tensors()}
+
+    def links(self, tensor: HfTensor) -> list[Link]:
+        """The stored boxes that make up one Hugging Face tensor."""
+        return [link for index, at in tensor.packed() for link in self.links_of(tensor, index, at)]
+
+    def links_of(self, tensor: HfTensor, index: Index, at: Index) -> Iterator[Link]:
+        """Those of one Megatron tensor, whose rows stand at ``at`` of the leading axes; both are from ``packed``."""
+        columns = tensor.shape[len(at) + 1 :]
+        origin = (0,) * len(columns)
+        for rows_of in self.stored(tensor.rule, index):
+            lead = (1,) * min(len(at), len(rows_of.index))
+            end = rows_of.first_row + rows_of.rows
+            source = self.stored_name(rows_of.mcore_key)
+            for hf_row, mcore_row, rows in tensor.rows:
+                low, high = max(mcore_row, rows_of.first_row), min(mcore_row + rows, end)
+                if low < high:
+                    yield Link(
+                        source=source,
+                        source_offset=(*rows_of.index, low - rows_of.first_row, *origin),
+                        target=tensor.hf_name,
+                        target_offset=(*at, hf_row + low - mcore_row, *origin),
+                        shape=(*lead, high - low, *columns),
+                    )
+
+
+def hf_links(table: TensorTable, stored: Collection[str]) -> dict[str, list[Link]]:
+    """Of every Hugging Face tensor of ``table``, the boxes of the ``stored`` ones that make it up.
+
+    No two of ``stored`` may hold the same rows. What is not stored is made of what holds the same Megatron rows: a
+    usual tensor of an alias, an alias of usual tensors.
+    """
+    known, megatron = table.hf_tensors(), new_checkpoint_map(table)
+    absent = [tensor for name, tensor in known.items() if name not in stored]
+    rules = {tensor.rule.mcore_key for tensor in absent}
+    links = {name: [whole(name, known[name].shape)] for name in known if name in stored}
+    from_stored: dict[tuple[str, Index], list[Link]] = defaultdict(list)
+    for tensor in (known[name] for name in links if known[name].rule.mcore_key in rules):
+        for index, at in tensor.packed():
+            from_stored[tensor.rule.mcore_key, index] += map(reverse, megatron.links_of(tensor, index, at))
+    for tensor in absent:
+        links[tensor.hf_name] = [
+            link
+            for index, at in tensor.packed()
+            for second in megatron.links_of(tensor, index, at)
+            for first in from_stored[tensor.rule.mcore_key, index]
+            if (link := compose(first, second)) is not None
+        ]
+    return links
+
+
+def new_checkpoint_map(table: TensorTable) -> CheckpointMap:
+    """How this package itself spells the tensors: stacked layers, no prefix, the first key of every rule."""
+    return CheckpointMap(table=table, keys={rule: rule.mcore_key for rule in table.rules})

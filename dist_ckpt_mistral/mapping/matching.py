@@ -1,0 +1,244 @@
+"""What is stored against the tensor table: a checkpoint, a Hugging Face model, Mistral AI's own files.
+
+Nothing is guessed: every stored tensor is a tensor of the model or is ignored for a reason, and every tensor of the
+model is there with the right shape; else all problems are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Ignored
+from dist_ckpt_mistral.mapping.consolidated import own_shapes
+from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.model.table.entries import (
+    flat_state,
+    is_of_adapter,
+    model_prefix,
+    split_state_key,
+    why_hf_ignored,
+    why_ignored,
+)
+from dist_ckpt_mistral.model.table.rules import KeyStyle, ParamState, TensorRule
+from dist_ckpt_mistral.model.table.table import FileSpelling, HfTensor, TensorTable
+from dist_ckpt_mistral.model.table.vision import is_carried
+
+_NO_STATES: Final[Mapping[str, str]] = {}
+
+
+def match_checkpoint(
+    table: TensorTable,
+    tensors: Mapping[str, Shape],
+    objects: Iterable[str],
+    where: str,
+    state: ParamState = ParamState.WEIGHTS,
+) -> CheckpointMap:
+    """Match the stored ``tensors`` (key -> global shape in elements) and ``objects`` (keys) against the table.
+
+    ``state`` says which of the tensors that belong to a parameter to look for. A checkpoint may hold all or nothing of
+    what Megatron's model does not have; with nothing, the map is that of the other tensors. Raises TensorMismatchError
+    that lists every missing, unknown and misshapen tensor, or says which format it is that does not hold ``state``
+    readably.
+    """
+    objects = tuple(objects)
+    _refuse_adapter(tensors, where)
+    states = {} if state is ParamState.WEIGHTS else _states(state, tensors, objects, where)
+    by_key = {key: tensors[name] for key, name in states.items()} or tensors
+    found = _spelled(table, by_key, state, states)
+    if not any(found.stored_name(rule.mcore_key) in tensors for rule in table.carried):
+        found = replace(found, table=table.without_carried())
+    problems = [*_missing(found, tensors), *_misshapen(found, tensors)]
+    ignored, unknown = _left(found, tensors)
+    if unknown:
+        problems.append(f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}")
+    advice = "Check that the configuration belongs to this checkpoint."
+    if not table.carried and any(map(is_carried, unknown)):
+        advice = "Give the config.json of the whole multimodal model with --config."
+    if problems:
+        raise TensorMismatchError(
+            f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. {advice}"
+        )
+    ignored += [(key, why_ignored(key, found.prefix) or "not a tensor") for key in objects]
+    return replace(found, ignored=tuple(ignored))
+
+
+def _left(found: CheckpointMap, tensors: Mapping[str, Shape]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The tensors that are not in ``found``: those to leave, with the reason, and those that nothing explains."""
+    used, states = set(found.names()), set(found.states.values())
+    others: set[str] = set()
+    if found.state is not ParamState.WEIGHTS:
+        weights = _spelled(found.table, tensors)
+        others = {*weights.names(), *_again(weights)} - used
+    again = set(_again(found))
+    ignored, unknown = [], []
+    for name in tensors:
+        reason = None if name in states else why_ignored(name, found.prefix)
+        if reason is None and name in others:
+            reason = "weights in the precision of training"
+        if reason is None and name in again:
+            reason = "the same weights again, under another key"
+        if reason is not None:
+            ignored.append((name, reason))
+        elif name not in used:
+            unknown.append(f"{name} {list(tensors[name])}")
+    return ignored, unknown
+
+
+def _again(found: CheckpointMap) -> Iterator[str]:
+    """What the tensors of ``found`` are called under other keys."""
+    return (twin.name for _, _, twin in found.other_tensors())
+
+
+def _states(state: ParamState, tensors: Iterable[str], objects: Iterable[str], where: str) -> dict[str, str]:
+    """The stored names of a state of the parameters, by the parameters' keys. Raises if there are none, or twice."""
+    names: dict[str, str] = {}
+    for name in tensors:
+        called, key = split_state_key(name) or ("", "")
+        if called in state.value:
+            if key in names:
+                raise TensorMismatchError(
+                    f"{where} holds {state.name} of {key!r} twice: as {names[key]!r} and {name!r}"
+                )
+            names[key] = name
+    if not names:
+        raise TensorMismatchError(_why_absent(state, [*tensors, *objects], where))
+    return names
+
+
+_CALLED: Final = {
+    ParamState.MASTER: "master weights",
+    ParamState.EXP_AVG: "first moments (exp_avg)",
+    ParamState.EXP_AVG_SQ: "second moments (exp_avg_sq)",
+}
+
+
+def _why_absent(state: ParamState, names: Iterable[str], where: str) -> str:
+    """Why a checkpoint of these stored entries does not hold a state of the parameters, and what to do."""
+    what = f"{where} holds no {_CALLED[state]} that can be read"
+    flat = sorted({name for name in map(flat_state, names) if name is not None})
+    if flat:
+        return f"{what}: {FLAT_STATE_ADVICE.format(name=flat[0])}"
+    if any(map(split_state_key, names)):
+        kept = (
+            "its optimizer keeps none, as where a model is trained in float32: then the weights are the master weights"
+        )
+        return f"{what}: {kept}."
+    return f"{what}: it has no optimizer state. Give a checkpoint that training saved with its optimizer."
+
+
+#: What optimizer state in flat buffers is, and what can be done (Megatron-LM training/checkpointing.py, 0.15 to 0.19).
+FLAT_STATE_ADVICE: Final = (
+    "its optimizer state is in the format {name}, flat buffers whose layout only a run of the same tensor and pipeline "
+    "parallelism knows. Resume once in Megatron at that parallelism and save with --dist-ckpt-optim-fully-reshardable "
+    "(Megatron-LM 0.15 or newer), or go on with the weights alone."
+)
+
+
+def _spelled(
+    table: TensorTable,
+    names: Collection[str],
+    state: ParamState = ParamState.WEIGHTS,
+    states: Mapping[str, str] = _NO_STATES,
+) -> CheckpointMap:
+    """How ``names``, keys of parameters, spell the tensors of the table."""
+    prefix = model_prefix(names)
+    style, keys = _spelling(table, {name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+    return CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, state=state, states=states)
+
+
+def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[TensorRule, str]]:
+    """The key style, and of every rule the key, of which most is present."""
+
+    def held(rule: TensorRule, style: KeyStyle, key: str) -> int:
+        return len({name for name, _ in table.spelled(rule, style, key)} & present)
+
+    scores = {
+        style: sum(max(held(rule, style, key) > 0 for key in rule.keys) for rule in table.rules) for style in KeyStyle
+    }
+    style = max(KeyStyle, key=lambda candidate: scores[candidate])
+    return style, {rule: max(rule.keys, key=lambda key: held(rule, style, key)) for rule in table.rules}
+
+
+def _missing(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
+    missing = [name for name in found.names() if name not in tensors]
+    return [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
+
+
+def _misshapen(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
+    problems = []
+    again = ((twin.name, rule, twin.shape) for _, rule, twin in found.other_tensors())
+    for name, rule, expected in (*found.tensors(), *again):
+        shape = tensors.get(name)
+        if shape is not None and not _fits(shape, expected, rule):
+            least = "at least " if rule.padded_vocabulary else ""
+            problems.append(f"shape of {name}: expected {least}{list(expected)}, got {list(shape)}")
+    return problems
+
+
+def _fits(shape: Shape, expected: Shape, rule: TensorRule) -> bool:
+    """Equal shapes; a vocabulary may be padded, never cut."""
+    if rule.padded_vocabulary and len(shape) == len(expected):
+        return shape[0] >= expected[0] and shape[1:] == expected[1:]
+    return shape == expected
+
+
+def _refuse_adapter(names: Iterable[str], where: str) -> None:
+    """Raise UnsupportedModelError if a name is that of an adapter's tensor, or of one that it is wrapped around."""
+    found = [name for name in names if is_of_adapter(name)]
+    if found:
+        raise UnsupportedModelError(
+            f"{where} holds an adapter (LoRA or another of PEFT), alone or around its model: expected the tensors of a "
+            f"whole model, got {len(found)} of an adapter: {listed(found)}. Merge it into its model first, with what "
+            "trained it (peft: merge_and_unload), and give the merged model."
+        )
+
+
+def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tuple[FileSpelling, Ignored]:
+    """Match the tensors of a Hugging Face model (name -> shape) against the table: how they spell it.
+
+    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor, and UnsupportedModelError for
+    those of an adapter.
+    """
+    _refuse_adapter(tensors, where)
+    known = table.hf_tensors()
+    ignored = tuple((name, reason) for name in tensors if name not in known and (reason := why_hf_ignored(name)))
+    dropped = {name for name, _ in ignored}
+    held = {name: shape for name, shape in tensors.items() if name not in dropped}
+    spelling = table.spelling(held)
+    _require_all({name: tensor.shape for name, tensor in known.items()}, held, where, missing=spelling.missing)
+    return spelling, ignored
+
+
+def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
+    """Match the tensors of Mistral AI's own files (name -> shape): the Hugging Face tensors that they make up.
+
+    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
+    """
+    found = [tensor for tensor in table.hf_tensors().values() if not tensor.is_alias]
+    expected = {name: shape for tensor in found for name, shape in own_shapes(tensor).items()}
+    _refuse_adapter(tensors, where)
+    _require_all(expected, tensors, where, missing=[name for name in expected if name not in tensors])
+    return found
+
+
+def _require_all(
+    expected: Mapping[str, Shape], tensors: Mapping[str, Shape], where: str, *, missing: Sequence[str]
+) -> None:
+    """Raise TensorMismatchError if any are ``missing``, or if ``tensors`` has other ones than the expected."""
+    unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in expected]
+    problems = [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
+    problems += [f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}"] if unknown else []
+    problems += [
+        f"shape of {name}: expected {list(shape)}, got {list(tensors[name])}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name] != shape
+    ]
+    if problems:
+        raise TensorMismatchError(
+            f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
+            "Check that config.json belongs to these files."
+        )

@@ -1,0 +1,266 @@
+"""``MistralConfig``: the sizes of a Mistral model, whoever wrote them down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, what_is
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.model.config.families import FAMILIES, MULTIMODAL_ARCHITECTURE
+from dist_ckpt_mistral.model.config.hf_config import REQUIRED_SIZES, config_fields, config_json, tie_is_open, with_tie
+from dist_ckpt_mistral.model.config.params_json import config_of_params
+from dist_ckpt_mistral.model.config.parts import (
+    MAX_LAYERS,
+    MAX_PARTS,
+    Experts,
+    LatentAttention,
+    Vision,
+    is_positive_int,
+    is_positive_number,
+    not_a_size,
+)
+from dist_ckpt_mistral.model.config.quantization import described_method, is_readable, unquantized
+from dist_ckpt_mistral.model.config.yarn import YarnScaling
+from dist_ckpt_mistral.storage import documents, hub
+from dist_ckpt_mistral.storage.paths import as_given
+
+#: How callers give a configuration: itself, a config.json, a directory with one, or any of these as an override.
+GivenConfig: TypeAlias = "str | Path | MistralConfig | ConfigOverride"
+
+#: What a layer's attention is, in Hugging Face's words.
+SLIDING: Final = "sliding_attention"
+FULL: Final = "full_attention"
+_KINDS: Final = frozenset({SLIDING, FULL})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MistralConfig:
+    """The sizes and constants of one model of the Mistral family, in Hugging Face's names.
+
+    ``model_type`` is that of the language model. ``head_dim`` may differ from ``hidden_size / num_attention_heads``
+    (Nemo); ``sliding_window`` is Hugging Face's W (a token sees itself and W - 1 before it) or None, and
+    ``layer_types`` says which layers have it: ``full_attention`` or ``sliding_attention`` each, None for all. ``yarn``
+    is None where rotary embeddings are not scaled; ``llama_4_scaling_beta`` is None where queries are not scaled by
+    position. ``experts`` is None for an MLP in every layer, ``latent_attention`` None for grouped queries.
+    ``vision`` is None for a language model alone.
+    ``dtype`` is a torch name such as ``bfloat16`` or None where the source does not say.
+    ``hf_config`` is the original config.json, kept whole so that nothing is lost on the way.
+    """
+
+    model_type: str = "mistral"
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 4096 * 32
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    tie_word_embeddings: bool = False
+    yarn: YarnScaling | None = None
+    llama_4_scaling_beta: float | None = None
+    experts: Experts | None = None
+    latent_attention: LatentAttention | None = None
+    vision: Vision | None = None
+    dtype: str | None = None
+    hf_config: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every size at once and report all problems together."""
+        problems = [
+            not_a_size(name, getattr(self, name))
+            for name in (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
+            if not is_positive_int(getattr(self, name))
+        ]
+        if self.sliding_window is not None and not is_positive_int(self.sliding_window):
+            problems.append(f"sliding_window must be a positive integer or null, got {self.sliding_window!r}")
+        problems += [
+            f"{name} must be a positive number, got {getattr(self, name)!r}"
+            for name in ("rms_norm_eps", "rope_theta")
+            if not is_positive_number(getattr(self, name))
+        ]
+        tied: object = self.tie_word_embeddings  # from JSON: not yet known to be what the annotation says
+        if not isinstance(tied, bool):
+            problems.append(f"tie_word_embeddings must be true or false, got {tied!r}")
+        if self.dtype is not None and self.dtype not in dtypes.KNOWN_DTYPES:
+            problems.append(f"dtype must be one of {', '.join(dtypes.KNOWN_DTYPES)}, got {self.dtype!r}")
+        if self.llama_4_scaling_beta is not None and not is_positive_number(self.llama_4_scaling_beta):
+            problems.append(
+                f"llama_4_scaling_beta must be a positive number or null, got {self.llama_4_scaling_beta!r}"
+            )
+        if not problems:
+            problems += self._contradictions()
+        if problems:
+            raise ConfigError("the model configuration does not fit: " + "; ".join(problems))
+
+    def _contradictions(self) -> Iterator[str]:
+        experts = 0 if self.experts is None else self.experts.num_experts
+        if self.num_hidden_layers > MAX_LAYERS:
+            yield f"num_hidden_layers must be at most {MAX_LAYERS}, got {self.num_hidden_layers}"
+        elif (parts := self.num_hidden_layers * (self.num_key_value_heads + experts)) > MAX_PARTS:
+            yield f"all layers together may have {MAX_PARTS} key heads and experts at most, got {parts}"
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.layer_types is None:
+            return
+        kinds: object = self.layer_types  # from JSON: not yet known to be what the annotation says
+        if not isinstance(kinds, tuple) or len(kinds) != self.num_hidden_layers or not set(map(str, kinds)) <= _KINDS:
+            yield f"layer_types must name one of {', '.join(sorted(_KINDS))} for every layer, got {kinds!r:.200}"
+        elif SLIDING in kinds and self.sliding_window is None:
+            yield f"layer_types name {SLIDING}, but sliding_window is null"
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that runs the model."""
+        return FAMILIES[self.model_type].architecture if self.vision is None else MULTIMODAL_ARCHITECTURE
+
+    @property
+    def window_layers(self) -> tuple[bool, ...]:
+        """Of every layer, whether a token sees only ``sliding_window`` tokens there."""
+        if self.layer_types is None or self.sliding_window is None:
+            return (self.sliding_window is not None,) * self.num_hidden_layers
+        return tuple(kind == SLIDING for kind in self.layer_types)
+
+    @property
+    def queries_per_group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def window_size(self) -> tuple[int, int] | None:
+        """Megatron's ``window_size``: (tokens before, tokens after) that a token sees besides itself.
+
+        Hugging Face's W counts the token itself, Megatron's does not (proved by logits on megatron-core 0.16 and 0.19).
+        """
+        return None if self.sliding_window is None else (self.sliding_window - 1, 0)
+
+    @property
+    def left_open(self) -> str:
+        """What config.json alone does not tell for sure, and stored tensors do; empty for nothing."""
+        raw = self.hf_config or {}
+        method = "" if is_readable(raw) else f"whether weights are quantized ({described_method(raw)})"
+        return " and ".join(filter(None, ("whether embeddings are tied" if tie_is_open(raw) else "", method)))
+
+    def as_stored(self, *, has_head: bool) -> MistralConfig:
+        """This configuration beside stored tensors, which have a head of their own or not.
+
+        They decide whether embeddings are tied where config.json leaves it open. A config.json that another reader
+        could take for the opposite then says so.
+        """
+        if self.hf_config is None or self.tie_word_embeddings is not has_head or not tie_is_open(self.hf_config):
+            return self
+        return replace(self, tie_word_embeddings=not has_head, hf_config=with_tie(self.hf_config, tied=not has_head))
+
+    @classmethod
+    def from_hf(
+        cls, source: str | Path | Mapping[str, Any], *, where: str = "the given configuration"
+    ) -> MistralConfig:
+        """Read a Hugging Face configuration: a model directory or hub id, a config.json, or its parsed content.
+
+        Mistral AI's own params.json is read too, and counts as the config.json that says the same. ``where`` names
+        parsed content in errors and warnings.
+
+        Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
+        """
+        if isinstance(source, Mapping):
+            return _from_hf_mapping(source, where)
+        path = require_config_file(hub.local_directory(str(source), weights=False))
+        raw = documents.read_json(path)
+        return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read.
+
+        It says nothing of quantization: what this package writes is not quantized. Raises ConfigError for a multimodal
+        model without an original, for its fields are not all that one says.
+        """
+        if self.hf_config is not None:
+            return unquantized(self.hf_config)
+        if self.vision is not None:
+            raise ConfigError("a multimodal model needs its own config.json: these fields are not all that it says.")
+        return config_json({name: getattr(self, name) for name in self.__slots__})
+
+
+def config_file(path: Path) -> Path:
+    """The file that tells the configuration of a directory: config.json, else params.json; a file is itself."""
+    if not path.is_dir():
+        return path
+    own = path / PARAMS_FILE
+    return own if own.is_file() and not (path / CONFIG_FILE).is_file() else path / CONFIG_FILE
+
+
+def require_config_file(path: Path) -> Path:
+    """The ``config_file`` of ``path``. Raises ConfigError if there is none."""
+    found = config_file(path)
+    if not found.is_file():
+        place = path.parent if path.name in {CONFIG_FILE, PARAMS_FILE} else path
+        raise ConfigError(
+            f"no model configuration: there is no {CONFIG_FILE} at {as_given(place)} ({what_is(place).what}). Get that "
+            "file, or give a directory that has it."
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigOverride:
+    """A configuration to go by even where the model's own descriptions contradict it; the differences are logged."""
+
+    config: str | Path | MistralConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenConfig:
+    """A configuration that a caller chose: where it is from, in words, and whether it overrides all others."""
+
+    config: MistralConfig
+    source: str
+    overrides: bool = False
+
+
+def chosen_config(given: GivenConfig | None) -> ChosenConfig | None:
+    """The configuration that a caller gave, whichever way, or None if none was. Raises as ``from_hf``."""
+    overrides, content = isinstance(given, ConfigOverride), _content(given)
+    if content is None:
+        return None
+    if isinstance(content, MistralConfig):
+        return ChosenConfig(config=content, source="the given configuration", overrides=overrides)
+    path = config_file(hub.local_directory(str(content), weights=False))
+    source = f"the given configuration {path}"
+    return ChosenConfig(config=MistralConfig.from_hf(content), source=source, overrides=overrides)
+
+
+def given_directory(given: GivenConfig | None, *, vision: bool = False) -> Path | None:
+    """The directory that a caller gave for its configuration, whose other small files may be wanted; else None.
+
+    Of a hub id it is the snapshot: with the weights if ``vision`` asks for the vision tower and the model has one.
+    """
+    content = _content(given)
+    if content is None or isinstance(content, MistralConfig):
+        return None
+    weights = vision and MistralConfig.from_hf(content).vision is not None
+    directory = hub.local_directory(str(content), weights=weights)
+    return directory if directory.is_dir() else None
+
+
+def _content(given: GivenConfig | None) -> str | Path | MistralConfig | None:
+    return given.config if isinstance(given, ConfigOverride) else given
+
+
+def _from_hf_mapping(raw: Mapping[str, Any], where: str) -> MistralConfig:
+    try:
+        return MistralConfig(**config_fields(raw, where))
+    except (ConfigError, UnsupportedModelError) as error:
+        named = str(error) if where in str(error) else f"{error} (in {where})"
+        raise type(error)(named) from error
