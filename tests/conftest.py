@@ -1,12 +1,15 @@
-"""What all tests share: how long hypothesis may take, and the ranks of multi-rank tests."""
+"""What all tests share: which of them can run here, how long hypothesis may take, and the ranks of multi-rank tests."""
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,11 +20,54 @@ from dist_ckpt_mistral.cli.processes import run_ranks
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-_WORKER = Path(__file__).with_name("megatron_ranks.py")
-_MEGATRON_LM_WORKER = Path(__file__).with_name("megatron_lm_ranks.py")
+#: What only some tests use. The others run with a plain install and the extra ``test-core``.
+LIBRARIES: Final = (
+    *("torch", "megatron", "transformers", "tokenizers", "mistral_common"),
+    *("matplotlib", "safetensors", "tensorstore"),
+)
+_ABSENT: Final = frozenset(name for name in LIBRARIES if find_spec(name) is None)
+_HELPERS = Path(__file__).with_name("helpers")
+_WORKER = _HELPERS / "megatron_ranks.py"
+_MEGATRON_LM_WORKER = _HELPERS / "megatron_lm_ranks.py"
 
 #: One launch: (number of ranks, {name of a job: its task and arguments}) -> per rank {name of a job: its result}.
 LaunchRanks = Callable[[int, Mapping[str, Mapping[str, Any]]], list[dict[str, Any]]]
+
+
+def pytest_report_header() -> str:
+    """Say what is left out for want of a library."""
+    absent = ", ".join(sorted(_ABSENT))
+    return f"not installed: {absent}; test modules that import them are left out" if absent else "nothing is left out"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the test modules that import, themselves or through helpers, what is not installed here."""
+    is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    return True if is_test and _imported(collection_path) & _ABSENT else None
+
+
+@cache
+def _imported(module: Path) -> frozenset[str]:
+    """Which of LIBRARIES are imported as soon as a module is. The torch half of safetensors needs torch."""
+    names = set[str]()
+    for node in ast.parse(module.read_bytes()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    found = {name.partition(".")[0] for name in names} | ({"torch"} if "safetensors.torch" in names else set())
+    helpers = [path for name in found if (path := _HELPERS / f"{name}.py").exists()]
+    return frozenset(found & {*LIBRARIES}).union(*map(_imported, helpers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use ranks of Megatron say so by their fixtures; where there is no Megatron, its tests are skipped."""
+    for item in items:
+        if {"launch_ranks", "launch_megatron_lm"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ranks")
+            item.add_marker("megatron")
+        if "megatron" in _ABSENT and item.get_closest_marker("megatron"):
+            item.add_marker(pytest.mark.skip(reason="megatron-core is not installed"))
 
 
 @pytest.fixture(scope="module", autouse=True)

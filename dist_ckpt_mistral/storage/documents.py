@@ -20,6 +20,8 @@ _BLOCK_BYTES: Final = 1 << 20
 SMALL_BYTES: Final = 64 << 20
 #: How a pointer begins (git-lfs 3.7, docs/spec.md).
 _LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/v1"
+#: Objects and lists in each other. The formats need five; what is said of values recurses into them.
+_MOST_JSON_LEVELS: Final = 100
 #: A run_config.yaml has some 20 kB; PyYAML takes seconds for a megabyte.
 _MAX_BYTES: Final = 1 << 17
 #: Of a number. YAML 1.1 has numbers of base 60, as in 1:30:00, which take long if they are long.
@@ -122,9 +124,21 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
         raise FormatError(f"{error} in {where}. Nothing was read from it.") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"invalid JSON in {where}: {error}") from error
+    if _levels(value) > _MOST_JSON_LEVELS:
+        limit = f"expected at most {_MOST_JSON_LEVELS} levels of objects and lists, got more"
+        raise FormatError(f"invalid JSON in {where}: {limit}")
     if not isinstance(value, dict):
         raise FormatError(f"invalid JSON in {where}: expected an object, got {type(value).__name__}")
     return value
+
+
+def _levels(value: object) -> int:
+    """How many objects and lists lie in each other at most; counted to one more than is allowed."""
+    level, count = [value], 0
+    while (level := [each for each in level if isinstance(each, dict | list)]) and count <= _MOST_JSON_LEVELS:
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        count += 1
+    return count
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,436 @@
+"""``verify`` of one checkpoint or directory: a changed byte is found wherever it lies, and what it belongs to named.
+
+Where bytes belong is asked of others: torch reads ``.metadata``, zipfile the archives, safetensors its own headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from command_line import run
+from consolidated_models import DENSE, model_of, save_consolidated
+from flipped_bytes import damaged, flip, some
+from fp8_models import PER_BLOCK, save_fp8
+from genuine import GENUINE, folder, shards, truth
+from hf_models import megatron_tensors, random_model, saved
+from plain_models import SIZES, contents
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch_reading import edited_metadata, hf_tensors, read_metadata
+
+import dist_ckpt_mistral as dcm
+
+MANIFEST: Final = "integrity.json"
+#: Cases whose weights are stacked over layers, as ``megatron_tensors`` makes them.
+STACKED: Final = ("td_0123", "td_0161", "td_0192", "common_0192", "fullpar_0192", "tied_tp2pp2_0161", "opt_fr_0192")
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``hf`` in several files with a tokenizer, ``import`` of it, ``export`` of that."""
+    where = tmp_path_factory.mktemp("pristine")
+    saved(random_model(), where / "hf", max_shard_size=4000)
+    (where / "hf" / "tokenizer.json").write_text('{"version": "1.0"}')
+    dcm.from_hf(where / "hf", where / "import", tp=2, pp=2)
+    dcm.to_hf(where / "import", where / "export")
+    return where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One chunk or object as torch describes it: where its archive lies, and its box if it is a chunk."""
+
+    key: str
+    file: str
+    begin: int
+    end: int
+    box: tuple[slice, ...] | None
+
+    def records(self, directory: Path) -> dict[str, zipfile.ZipInfo]:
+        """The records of the archive, as zipfile lists them."""
+        with zipfile.ZipFile(io.BytesIO((directory / self.file).read_bytes()[self.begin : self.end])) as archive:
+            return {info.filename.partition("/")[2]: info for info in archive.infolist()}
+
+    def data(self, directory: Path) -> range:
+        """The bytes of the file that are the tensor's data, or the object's pickle."""
+        info = self.records(directory)["data.pkl" if self.box is None else "data/0"]
+        header = (directory / self.file).read_bytes()[self.begin + info.header_offset :]
+        begin = (
+            self.begin + info.header_offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        )
+        return range(begin, begin + info.file_size)
+
+
+def stored(directory: Path) -> list[Stored]:
+    """Everything in a checkpoint."""
+    metadata: Any = read_metadata(directory)
+    sizes = {
+        (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+        for key, entry in metadata.state_dict_metadata.items()
+        for chunk in getattr(entry, "chunks", ())
+    }
+    return [
+        Stored(
+            key=index.fqn,
+            file=at.relative_path,
+            begin=at.offset,
+            end=at.offset + at.length,
+            box=None
+            if index.offset is None
+            else tuple(
+                slice(low, low + size)
+                for low, size in zip(index.offset, sizes[index.fqn, tuple(index.offset)], strict=True)
+            ),
+        )
+        for index, at in metadata.storage_data.items()
+    ]
+
+
+def owners(hf: dict[str, torch.Tensor], sizes: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Megatron's tensors, every element of which is the number of the Hugging Face tensor that it is from."""
+    numbered = {name: torch.full(tensor.shape, float(number)) for number, (name, tensor) in enumerate(hf.items())}
+    return megatron_tensors(numbered, sizes)
+
+
+# What is sound
+
+
+@pytest.mark.parametrize("case", GENUINE)
+def test_genuine_checkpoints_are_sound(case: str) -> None:
+    """Nothing is found in what Megatron wrote; with its own manifest, and where there is none that is said."""
+    outcome = run("verify", folder(case) / "checkpoint", "--config", folder(case))
+    assert (outcome.code, outcome.err) == (0, [])
+    described: Any = read_metadata(shards(case)).state_dict_metadata
+    count = sum(hasattr(entry, "chunks") and "optimizer" not in key for key, entry in described.items())
+    assert f"checked: that all {count} tensors of the model are there" in outcome.out
+    archives = {(each.file, each.begin): each for each in stored(shards(case))}.values()
+    records = sum(len(each.records(shards(case))) for each in archives)
+    common = shards(case) / "common.pt"
+    records += len(zipfile.ZipFile(common).infolist()) if common.exists() else 0
+    assert f"checked: {records} parts of files by their CRC-32" in outcome.out
+    if case == "common_0192":
+        assert "checked: 6 files by their SHA-256 in integrity.json" in outcome.out
+    else:
+        assert "not checked: all other bytes, for want of a sound integrity.json" in outcome.out
+    assert outcome.out[-1] == f"no damage found: {shards(case)}"
+
+
+def test_outputs_are_sound(pristine: Path) -> None:
+    """Import and export are sound and checked in full; of the original it is said that nothing tells of its bytes."""
+    for name, count in (("import", 9), ("export", 21)):
+        outcome = run("verify", pristine / name)
+        assert (outcome.code, outcome.err) == (0, [])
+        assert f"checked: that all {count} tensors of the model are there" in outcome.out
+        files = len(contents(pristine / name)) - (name == "import")  # the tracker lies above
+        assert f"checked: {files} files by their SHA-256 in integrity.json" in outcome.out
+        assert not any(line.startswith("not checked") for line in outcome.out)
+    outcome = run("verify", pristine / "hf", "--json")
+    told = json.loads("\n".join(outcome.out))
+    assert (outcome.code, told["sound"], told["findings"]) == (0, True, [])
+    assert told["not_checked"][-1] == "all other bytes, for want of a sound integrity.json"
+
+
+# One byte
+
+
+@pytest.mark.parametrize("case", [case for case in GENUINE if case != "common_0192"])
+def test_data_of_genuine_checkpoints(case: str, tmp_path: Path) -> None:
+    """Without any manifest, a changed byte of a tensor's or object's data is found and the tensor named."""
+    directory = shutil.copytree(shards(case), tmp_path / "copy")
+    for each in some(stored(directory), 8):
+        data = each.data(directory)
+        found = damaged(directory, each.file, data[len(data) // 3])
+        assert each.key in found[-1]["tensor"]
+        assert len(found) == 1 or (each.key, len(found)) == ("common_state/shard_0_1", 2)  # it cannot be read either
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_hugging_face_names(case: str, tmp_path: Path) -> None:
+    """The Hugging Face tensors that the damaged chunk holds rows of are named, all of them and no others."""
+    directory, hf = shutil.copytree(shards(case), tmp_path / "copy"), truth(case)
+    config = json.loads((folder(case) / "config.json").read_bytes())
+    by_key, names = owners(hf, SIZES | config), list(hf)
+    for each in some([each for each in stored(directory) if each.key in by_key], 9):
+        assert each.box is not None
+        found = damaged(directory, each.file, each.data(directory)[-1], config=folder(case))
+        expected = {names[int(number)] for number in set(by_key[each.key][each.box].flatten().tolist())}
+        assert found[0]["tensor"] == each.key
+        assert set(found[0]["hf_names"]) == expected
+
+
+@pytest.mark.parametrize("case", ["moe_seq_0192", "te_moe_0192", "mistral4_0192", "singleton_0161", "nonhomog_0192"])
+def test_names_are_those_that_a_comparison_finds(case: str, tmp_path: Path) -> None:
+    """For experts, latent attention and other spellings: what then differs from the true tensors is what was named."""
+    directory = shutil.copytree(shards(case), tmp_path / "copy")
+    dcm.to_hf(directory, tmp_path / "hf", config=folder(case))
+    weights = [each for each in stored(directory) if each.box is not None and "optimizer" not in each.key]
+    for each in some(weights, 6):
+        data = each.data(directory)
+        [finding] = damaged(directory, each.file, data[0], config=folder(case))
+        flip(directory / each.file, data[0])
+        differences = dcm.compare(directory, tmp_path / "hf", config=folder(case)).differences
+        flip(directory / each.file, data[0])
+        assert finding["tensor"] == each.key
+        assert {difference.name for difference in differences} <= set(finding["hf_names"])
+        assert len(differences) == 1
+
+
+def test_optimizer_state_goes_by_its_parameter(tmp_path: Path) -> None:
+    """Damaged optimizer state is named with the Hugging Face tensors whose state it is."""
+    directory = shutil.copytree(shards("opt_fr_0192"), tmp_path / "copy")
+    key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
+    [each] = [each for each in stored(directory) if each.key == key]
+    [finding] = damaged(directory, each.file, each.data(directory)[0], config=folder("opt_fr_0192"))
+    assert (finding["tensor"], finding["hf_names"]) == (key, ("model.norm.weight",))
+
+
+def test_every_region_of_an_import(pristine: Path, tmp_path: Path) -> None:
+    """One byte of any file of an import: of data, headers, pickles, directories, metadata, config or tokenizer."""
+    root = shutil.copytree(pristine / "import", tmp_path / "import")
+    directory = root / "release"
+    hf = hf_tensors(pristine / "hf")
+    by_key, names = owners(hf, SIZES), list(hf)
+    chunks = [each for each in stored(directory) if each.box is not None]
+    for each in some(chunks, 12):
+        found = damaged(directory, each.file, each.data(directory)[7])
+        assert each.box is not None
+        expected = {names[int(number)] for number in set(by_key[each.key][each.box].flatten().tolist())}
+        assert (found[0]["tensor"], set(found[0]["hf_names"])) == (each.key, expected)
+    heads = [
+        each.begin + info.header_offset + at for info in chunks[0].records(directory).values() for at in (0, 14, 28)
+    ]
+    ends = [chunks[0].end - at for at in (1, 10, 22, 60, 100, 200)]
+    for position in (*heads, *ends):
+        damaged(directory, chunks[0].file, position)
+    for name, content in contents(directory).items():
+        for position in some(range(len(content)), 12):
+            damaged(directory, name, position)
+    for position in some(range((directory / MANIFEST).stat().st_size), 40):
+        damaged(directory, MANIFEST, position)
+    for position in range(len("release")):
+        assert (
+            "latest_checkpointed_iteration.txt"
+            in damaged(root, "latest_checkpointed_iteration.txt", position)[0]["what"]
+        )
+    assert dcm.check(root).is_sound
+
+
+def test_every_region_of_an_export(pristine: Path, tmp_path: Path) -> None:
+    """One byte of any file of an export: of headers, data, index, config or tokenizer; of data, the tensor is named."""
+    directory = shutil.copytree(pristine / "export", tmp_path / "export")
+    for path in directory.glob("*.safetensors"):
+        content = path.read_bytes()
+        begin = 8 + int.from_bytes(content[:8], "little")
+        with safe_open(path, "pt") as file:
+            spans = {name: json.loads(content[8:begin])[name]["data_offsets"] for name in file.keys()}  # noqa: SIM118
+        for name, (low, high) in spans.items():
+            for position in (begin + low, begin + high - 1):
+                found = damaged(directory, path.name, position)
+                assert [finding["tensor"] for finding in found] == [name, None]
+                assert found[0]["hf_names"] == (name,)
+        for position in some(range(begin), 20):
+            assert all(finding["tensor"] is None for finding in damaged(directory, path.name, position))
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json", MANIFEST):
+        for position in some(range((directory / name).stat().st_size), 40):
+            damaged(directory, name, position)
+    assert dcm.check(directory).is_sound
+
+
+def test_what_is_said_of_a_damaged_byte(pristine: Path, tmp_path: Path) -> None:
+    """File, Megatron's and Hugging Face's name, and sums stand in one line; the exit code is 3, in JSON too."""
+    root = shutil.copytree(pristine / "import", tmp_path / "import")
+    [each] = [each for each in stored(root / "release") if each.key == "decoder.final_layernorm.weight"]
+    data = each.data(root / "release")
+    flip(root / "release" / each.file, data[0])
+    outcome = run("verify", root)
+    assert (outcome.code, outcome.err) == (3, [])
+    where = f"{each.file}: {each.key} (model.norm.weight): bytes {data[0]} to {data[-1] + 1} have the CRC-32 "
+    assert outcome.out[0].startswith(where)
+    assert outcome.out[1].startswith(f"{each.file}: SHA-256 ")
+    assert outcome.out[-1] == f"DAMAGED, 2 findings: {root / 'release'}"
+    outcome = run("verify", root, "--json")
+    told = json.loads("\n".join(outcome.out))
+    assert (outcome.code, told["sound"], len(told["findings"])) == (3, False, 2)
+    assert told["findings"][0]["hf_names"] == ["model.norm.weight"]
+    flip(root / "release" / each.file, data[0])
+    flip(root / "release" / each.file, each.begin + 5)  # the flags of a local header
+    [line] = [line for line in run("verify", root).out if line.startswith("__")]
+    assert line.endswith("(integrity.json); the data of all tensors in it are as they were")
+
+
+# More than a byte
+
+
+def test_missing_short_and_unlisted_files(pristine: Path, tmp_path: Path) -> None:
+    """Files that are gone or cut short are named with what they held; files that nothing tells of are mentioned."""
+    root = shutil.copytree(pristine / "import", tmp_path / "import")
+    directory = root / "release"
+    held = [each.key for each in stored(directory) if each.file == "__3_0.distcp"]
+    (directory / "__2_0.distcp").unlink()
+    (directory / "hf" / "tokenizer.json").unlink()
+    with (directory / "__3_0.distcp").open("r+b") as file:
+        file.truncate(1)
+    (directory / "notes.txt").write_text("mine")
+    outcome = run("verify", root)
+    assert outcome.code == 3
+    for name in ("__2_0.distcp", "hf/tokenizer.json"):
+        assert f"{name}: it is missing, but integrity.json names it" in outcome.out
+    [truncated] = [line for line in outcome.out if line.startswith("__3_0.distcp: ") and "is truncated" in line]
+    assert {*truncated.removeprefix("__3_0.distcp: ").partition(" (")[0].split(", ")} == {*held}
+    assert truncated.endswith(f"got 1 ({len(held)} pieces)")
+    assert "not checked: files that integrity.json does not list: notes.txt" in outcome.out
+
+
+def test_a_checkpoint_saved_without_checksums(tmp_path: Path) -> None:
+    """The CRC-32 may be left out: that is said, such a checkpoint is not damaged, and it can be exported."""
+    case, directory = folder("td_0192"), tmp_path / "plain"
+    config = json.loads((case / "config.json").read_bytes())
+    tensors = megatron_tensors(truth("td_0192"), SIZES | config)
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        with pytest.warns(UserWarning, match="in a single process"):
+            save(dict(tensors), storage_writer=FileSystemWriter(directory), no_dist=True)
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    outcome = run("verify", directory, "--config", case)
+    assert outcome.code == 0
+    assert any("parts of files that were stored without a checksum" in line for line in outcome.out)
+    assert not any("by their CRC-32" in line for line in outcome.out)
+    dcm.to_hf(directory, tmp_path / "out", config=case)
+    assert dcm.compare(tmp_path / "out", case / "checkpoint", config=case).is_equal
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"algorithm": "md5"}, "algorithm in {path}: expected 'sha256', got 'md5'"),
+        ({"files": ["config.json"]}, "{path} is damaged: expected names with a SHA-256 under 'files'"),
+        ({"files": {"config.json": "00"}}, "{path} is damaged"),
+        ({"files": {"../hf/config.json": "0" * 64}}, "{path} names '../hf/config.json': expected files beside it"),
+        ({"files": {"/etc/passwd": "0" * 64}}, "{path} names '/etc/passwd': expected files beside it"),
+        ({"crc32": {"model.norm.weight": 5}}, "{path} is damaged"),
+        ({"files": {"x" * 5000: "0" * 64}}, "xxx: it is missing, but integrity.json names it"),
+        ({"files": {"\ud800\n": "0" * 64}}, "\\ud800 : it is missing, but integrity.json names it"),
+        ({"crc32": {"model.norm.bias": "0" * 8}}, "integrity.json: model.norm.bias: no file holds it"),
+    ],
+)
+def test_a_manifest_that_is_none(changes: dict[str, object], expected: str, pristine: Path, tmp_path: Path) -> None:
+    """A manifest that says anything else than what one can say is a finding, and nothing outside is opened."""
+    directory = shutil.copytree(pristine / "export", tmp_path / "export")
+    path = directory / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    outcome = run("verify", directory)
+    assert outcome.code == 3
+    assert any(expected.replace("{path}", str(path)) in line for line in outcome.out), outcome
+
+
+def test_tensors_that_are_not_there(tmp_path: Path) -> None:
+    """Missing and unknown tensors, chunks that are gone or overlap: all are found at once."""
+    directory = shutil.copytree(shards("td_0161"), tmp_path / "copy")
+    fc1, fc2 = (f"decoder.layers.mlp.linear_fc{number}.weight" for number in (1, 2))
+    qkv, norm = "decoder.layers.self_attention.linear_qkv.weight", "decoder.final_layernorm.weight"
+    with edited_metadata(directory) as metadata:
+        described = metadata.state_dict_metadata
+        described["decoder.more"] = described.pop(norm)
+        for chunks in (described[fc1].chunks, described[qkv].chunks):
+            chunks.pop()
+        described[fc2].chunks[0].offsets = described[fc2].chunks[1].offsets
+        for index in list(metadata.storage_data):
+            if index.fqn == norm:
+                metadata.storage_data[type(index)("decoder.more", index.offset)] = metadata.storage_data.pop(index)
+            if index.fqn == qkv and index.offset not in {chunk.offsets for chunk in described[qkv].chunks}:
+                del metadata.storage_data[index]
+    outcome = run("verify", directory, "--config", folder("td_0161"))
+    assert outcome.code == 3
+    assert f"1 tensors are missing: {norm}; 1 tensors are unknown to the table: decoder.more [64]." in outcome.out[0]
+    by_key = {line.split(": ")[1]: line for line in outcome.out if line.startswith(".metadata: ")}
+    assert set(by_key) == {fc1, fc2, qkv} == {line.split(": ")[1].partition(" (")[0] for line in by_key.values()}
+    assert "nothing is stored for" in by_key[qkv]
+
+
+@pytest.mark.parametrize("case", ["td_0161", "zarr_ckpt"])
+def test_common_state_that_is_not_there(case: str, tmp_path: Path) -> None:
+    """Of what Megatron itself saved no manifest tells that common.pt is missing, without which it loads nothing."""
+    directory = shutil.copytree(shards(case), tmp_path / "copy")
+    (directory / "common.pt").unlink()
+    outcome = run("verify", directory, "--config", folder(case))
+    line = "not checked: the common state: there is no common.pt, and Megatron loads nothing without"
+    assert (outcome.code, outcome.out.count(line)) == (0, 1)
+
+
+def test_what_cannot_be_told_is_no_damage(tmp_path: Path) -> None:
+    """Without a configuration the checksums are still checked, and it is said what was not."""
+    outcome = run("verify", folder("td_0161") / "checkpoint")
+    assert outcome.code == 0
+    assert any("not checked: whether all tensors of the model are there: " in line for line in outcome.out)
+    for path, reason in ((tmp_path / "none", "there is no such directory"), (tmp_path, "it is empty")):
+        outcome = run("verify", path)
+        assert (outcome.code, outcome.out) == (1, [])
+        assert reason in outcome.err[0]
+
+
+def test_another_format_is_no_damage(tmp_path: Path) -> None:
+    """Arrays of another kind than Megatron's are refused by name; a backend that never was is damage."""
+    outcomes = {}
+    array = {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "<f4", "order": "C", "filters": None}
+    array |= {"compressor": {"id": "blosc"}}
+    (tmp_path / "output_layer.weight").mkdir()
+    (tmp_path / "output_layer.weight" / ".zarray").write_text(json.dumps(array))
+    for backend in ("zarr", "torch_dis4"):
+        (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": backend, "sharded_backend_version": 1}))
+        outcomes[backend] = run("verify", tmp_path)
+    assert (outcomes["zarr"].code, outcomes["zarr"].out) == (1, [])
+    assert "output_layer.weight: expected None, got {'id': 'blosc'}" in outcomes["zarr"].err[0]
+    assert outcomes["torch_dis4"].code == 3
+    assert "metadata.json says sharded_backend 'torch_dis4'" in outcomes["torch_dis4"].out[0]
+
+
+def test_one_model_has_no_logits_to_compare(pristine: Path) -> None:
+    """``--logits`` needs two models."""
+    outcome = run("verify", pristine / "hf", "--logits")
+    assert outcome.code == 2
+    assert outcome.err[-1].endswith("--logits compares two models: give B")
+
+
+def test_mistrals_own_files(tmp_path: Path) -> None:
+    """Mistral AI's own rendering is checked in the same way, and damage named in both renderings' names."""
+    save_consolidated(model_of(DENSE), tmp_path / "hf", tmp_path / "own")
+    assert run("verify", tmp_path / "own").code == 0
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "own").iterdir()}
+    name = "layers.1.attention.wq.weight"
+    crc32 = zlib.crc32(
+        load_file(tmp_path / "own" / "consolidated.safetensors")[name].view(torch.uint8).numpy().tobytes()
+    )
+    manifest = {"algorithm": "sha256", "files": files, "crc32": {name: f"{crc32:08x}"}}
+    (tmp_path / "own" / MANIFEST).write_text(json.dumps(manifest))
+    assert run("verify", tmp_path / "own").code == 0
+    manifest["crc32"] = {name: f"{crc32 ^ 1:08x}"}
+    (tmp_path / "own" / MANIFEST).write_text(json.dumps(manifest))
+    outcome = run("verify", tmp_path / "own")
+    assert outcome.code == 3
+    assert f"consolidated.safetensors: {name} (model.layers.1.self_attn.q_proj.weight): bytes " in outcome.out[0]
+
+
+def test_quantized_files(tmp_path: Path) -> None:
+    """Files with FP8 weights and scales are whole too, and a missing scale is found."""
+    save_fp8(tmp_path / "hf", PER_BLOCK)
+    outcome = run("verify", tmp_path / "hf")
+    assert (outcome.code, outcome.out[0]) == (0, "checked: that all 21 tensors of the model are there")
+    path, scale = tmp_path / "hf" / "model.safetensors", "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != scale}, path)
+    outcome = run("verify", tmp_path / "hf")
+    assert outcome.code == 3
+    assert scale.removesuffix("_scale_inv") in outcome.out[0]

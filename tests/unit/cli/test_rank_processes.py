@@ -1,0 +1,90 @@
+"""``run_ranks``: ranks as processes, and that nothing of them is left. No torch: any command can be a rank."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import processes_about, until_none_is_left
+
+from dist_ckpt_mistral.cli.processes import run_ranks
+from dist_ckpt_mistral.errors import DistCkptMistralError
+
+pytestmark = pytest.mark.ranks
+
+#: Starts a process that would outlive it by far.
+LEAVES_A_CHILD = (
+    "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', {0!r}]);"
+)
+
+
+def python(code: str, folder: Path) -> list[str]:
+    """A command that runs ``code`` and can be found by its folder."""
+    return [sys.executable, "-c", code.format(str(folder)), str(folder)]
+
+
+def test_every_rank_knows_its_place(tmp_path: Path) -> None:
+    """Ranks get torchrun's variables, one port for all; what they print is in their logs."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    code = f"import os; print(*(os.environ[name] for name in {names}))"
+    run_ranks([python(code, tmp_path)] * 3, tmp_path, timeout_s=60)
+    lines = [(tmp_path / f"rank{rank}.log").read_text().split() for rank in range(3)]
+    assert [line[:-1] for line in lines] == [[str(rank)] * 2 + ["3"] * 2 + ["127.0.0.1"] for rank in range(3)]
+    assert len({line[-1] for line in lines}) == 1
+
+
+def test_ranks_choose_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Megatron notes in the environment when it builds a model here is not passed on; all else is."""
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "1")
+    monkeypatch.setenv("OF_THE_USER", "kept")
+    code = "import os; print(os.environ.get('NVTE_FLASH_ATTN'), os.environ['OF_THE_USER'])"
+    run_ranks([python(code, tmp_path)], tmp_path, timeout_s=60)
+    assert (tmp_path / "rank0.log").read_text().split() == ["None", "kept"]
+
+
+def test_the_port_is_kept_for_the_first_rank(tmp_path: Path) -> None:
+    """Nobody else gets the port while the ranks start; a rank that binds it as torch's store does may listen on it."""
+    code = """
+import os, socket
+place = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+with socket.socket() as other:
+    try:
+        other.bind(place)
+    except OSError:
+        print("kept")
+with socket.socket() as store:
+    store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    store.bind(place)
+    store.listen()
+    socket.create_connection(place).close()
+    print("mine")
+"""
+    run_ranks([python(code, tmp_path)], tmp_path, timeout_s=60)
+    assert (tmp_path / "rank0.log").read_text().split() == ["kept", "mine"]
+
+
+def test_nothing_is_left_of_ranks_that_end_well(tmp_path: Path) -> None:
+    """Processes that a rank started and left behind are ended with it."""
+    run_ranks([python(LEAVES_A_CHILD, tmp_path)] * 2, tmp_path, timeout_s=60)
+    until_none_is_left(tmp_path)
+    assert processes_about(tmp_path) == []
+
+
+def test_a_failing_rank_is_named(tmp_path: Path) -> None:
+    """The error has rank, exit code and last words; ranks that wait for it are ended, and all of theirs."""
+    waits = python(LEAVES_A_CHILD + "import time; time.sleep(600)", tmp_path)
+    fails = python("import sys; print('why'); sys.exit(3)", tmp_path)
+    started = time.monotonic()
+    with pytest.raises(DistCkptMistralError, match=r"rank 1 ended with 3 .*why"):
+        run_ranks([waits, fails], tmp_path, timeout_s=300)
+    assert time.monotonic() - started < 60
+    until_none_is_left(tmp_path)
+
+
+def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
+    """When time is up, the rank that is not done is named and ended."""
+    with pytest.raises(DistCkptMistralError, match="rank 1 was not done after 2 s"):
+        run_ranks([python("", tmp_path), python("import time; time.sleep(600)", tmp_path)], tmp_path, timeout_s=2)
+    until_none_is_left(tmp_path)
