@@ -24,7 +24,7 @@ from dist_ckpt_mistral.model.tensor_rules import KeyStyle, ParamState, TensorRul
 from dist_ckpt_mistral.model.tensor_table import FileSpelling, HfTensor, TensorTable
 from dist_ckpt_mistral.model.vision_table import is_carried
 from dist_ckpt_mistral.name_ranges import listed
-from dist_ckpt_mistral.own_links import own_shapes
+from dist_ckpt_mistral.own_links import consolidated_shapes
 from dist_ckpt_mistral.shapes import Shape
 
 _NO_STATES: Final[Mapping[str, str]] = {}
@@ -213,13 +213,13 @@ def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tu
     return spelling, ignored
 
 
-def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
+def match_consolidated(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
     """Match the tensors of Mistral AI's own files (name -> shape): the Hugging Face tensors that they make up.
 
     Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
     """
     found = [tensor for tensor in table.hf_tensors().values() if not tensor.is_alias]
-    expected = {name: shape for tensor in found for name, shape in own_shapes(tensor).items()}
+    expected = {name: shape for tensor in found for name, shape in consolidated_shapes(tensor).items()}
     _refuse_adapter(tensors, where)
     _require_all(expected, tensors, where, missing=[name for name in expected if name not in tensors])
     return found

@@ -15,11 +15,11 @@ from dist_ckpt_mistral.formats.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.mapping import CheckpointMap
-from dist_ckpt_mistral.matching import match_hf, match_own
+from dist_ckpt_mistral.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.model.config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.stored_entries import model_prefix, why_ignored
 from dist_ckpt_mistral.model.tensor_table import TensorTable, tensor_table
-from dist_ckpt_mistral.own_links import own_shapes
+from dist_ckpt_mistral.own_links import consolidated_shapes
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
 JSON_VERSION: Final = 1
@@ -69,18 +69,18 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
 
 def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
-    path, where, is_own = place.path, str(place.path), place.kind is Kind.OWN
+    path, where, is_consolidated = place.path, str(place.path), place.kind is Kind.OWN
     file_set = hf_directory.read_directory(path)
     hf_directory.warn_of_files_not_read(path, file_set)
-    hf_names = {} if is_own else {tensor.name: tensor.name for tensor in file_set.tensors()}
+    hf_names = {} if is_consolidated else {tensor.name: tensor.name for tensor in file_set.tensors()}
     problems: list[str] = []
     ignored: dict[str, str] = {}
     quantized, known = Quantized(), None
     try:
         known = directory_config(path, config, file_set.names())
         table = tensor_table(known.config)
-        if is_own:
-            hf_names = _names_of_own(table, file_set, where)
+        if is_consolidated:
+            hf_names = _names_of_consolidated(table, file_set, where)
         else:
             by_name = {name: tensor for name, (_, _, tensor) in file_set.by_name(where, table.usual_name).items()}
             quantized = match_quantized(file_set.tensors(table.usual_name), known.config, where)
@@ -100,10 +100,10 @@ def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
     )
 
 
-def _names_of_own(table: TensorTable, file_set: hf_directory.FileSet, where: str) -> dict[str, str]:
+def _names_of_consolidated(table: TensorTable, file_set: hf_directory.FileSet, where: str) -> dict[str, str]:
     """The Hugging Face tensor that each tensor of Mistral AI's own files is, or is a part of."""
-    found = match_own(table, {tensor.name: tensor.shape for tensor in file_set.tensors()}, where)
-    return {name: tensor.hf_name for tensor in found for name in own_shapes(tensor)}
+    found = match_consolidated(table, {tensor.name: tensor.shape for tensor in file_set.tensors()}, where)
+    return {name: tensor.hf_name for tensor in found for name in consolidated_shapes(tensor)}
 
 
 def _ignored_of_hf(

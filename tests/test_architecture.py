@@ -27,7 +27,7 @@ formats.places
 model.checks model.yarn model.experts model.latent_attention model.quantization model.vision model.hf_families
 model.hf_config
 model.params_json model.config model.agreement
-model.row_blocks model.tensor_rules model.vision_table model.layer_table model.tensor_table model.stored_entries
+model.tensor_rules model.vision_table model.layer_table model.tensor_table model.stored_entries
 model.pipeline_layout model.rank_grid model.held_tensors model.parallel_layout
 model.megatron_fields model.megatron_vocabulary model.attention_args model.expert_args model.megatron_args
 model.bridge_config model.pretrain_flags

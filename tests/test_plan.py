@@ -30,7 +30,7 @@ from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.gather.tensor_index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.model.config import MistralConfig
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.tensor_rules import RowBlocks
 from dist_ckpt_mistral.model.tensor_table import tensor_table
 from dist_ckpt_mistral.storage import SourceFiles, TargetFile
 

@@ -19,8 +19,7 @@ from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchErr
 from dist_ckpt_mistral.model.config import MistralConfig
 from dist_ckpt_mistral.model.held_tensors import HeldTensor
 from dist_ckpt_mistral.model.parallel_layout import ParallelLayout
-from dist_ckpt_mistral.model.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.tensor_rules import HfPart, KeyStyle
+from dist_ckpt_mistral.model.tensor_rules import HfPart, KeyStyle, RowBlocks
 
 CONFIG = MistralConfig(
     vocab_size=250,
