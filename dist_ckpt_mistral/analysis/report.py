@@ -18,8 +18,8 @@ from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched
-from dist_ckpt_mistral.mapping.consolidated import own_shapes
-from dist_ckpt_mistral.mapping.matching import match_hf, match_own
+from dist_ckpt_mistral.mapping.consolidated import consolidated_shapes
+from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.messages import grouped, human_bytes
 from dist_ckpt_mistral.model.config.mistral_config import SLIDING, ChosenConfig, GivenConfig, chosen_config
@@ -83,18 +83,18 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
 
 def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
-    path, where, is_own = place.path, str(place.path), place.kind is Kind.OWN
+    path, where, is_consolidated = place.path, str(place.path), place.kind is Kind.OWN
     file_set = hf_directory.read_directory(path)
     hf_directory.warn_of_files_not_read(path, file_set)
-    hf_names = {} if is_own else {tensor.name: tensor.name for tensor in file_set.tensors()}
+    hf_names = {} if is_consolidated else {tensor.name: tensor.name for tensor in file_set.tensors()}
     problems: list[str] = []
     ignored: dict[str, str] = {}
     quantized, known = Quantized(), None
     try:
         known = directory_config(path, config, file_set.names())
         table = tensor_table(known.config)
-        if is_own:
-            hf_names = _names_of_own(table, file_set, where)
+        if is_consolidated:
+            hf_names = _names_of_consolidated(table, file_set, where)
         else:
             by_name = {name: tensor for name, (_, _, tensor) in file_set.by_name(where, table.usual_name).items()}
             quantized = match_quantized(file_set.tensors(table.usual_name), known.config, where)
@@ -114,10 +114,10 @@ def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
     )
 
 
-def _names_of_own(table: TensorTable, file_set: hf_directory.FileSet, where: str) -> dict[str, str]:
+def _names_of_consolidated(table: TensorTable, file_set: hf_directory.FileSet, where: str) -> dict[str, str]:
     """The Hugging Face tensor that each tensor of Mistral AI's own files is, or is a part of."""
-    found = match_own(table, {tensor.name: tensor.shape for tensor in file_set.tensors()}, where)
-    return {name: tensor.hf_name for tensor in found for name in own_shapes(tensor)}
+    found = match_consolidated(table, {tensor.name: tensor.shape for tensor in file_set.tensors()}, where)
+    return {name: tensor.hf_name for tensor in found for name in consolidated_shapes(tensor)}
 
 
 def _ignored_of_hf(

@@ -137,8 +137,8 @@ def read_directory(directory: Path) -> FileSet:
     Raises FormatError where it is none, for files that the index names and that are absent (all of them), where index
     and files disagree about what is where, and where a single file and the files of an index are two models.
     """
-    is_own = locate(directory, Kind.HF, Kind.OWN).kind is Kind.OWN
-    single, index_file = (OWN_SINGLE_FILE, OWN_INDEX_FILE) if is_own else (SINGLE_FILE, INDEX_FILE)
+    is_consolidated = locate(directory, Kind.HF, Kind.OWN).kind is Kind.OWN
+    single, index_file = (OWN_SINGLE_FILE, OWN_INDEX_FILE) if is_consolidated else (SINGLE_FILE, INDEX_FILE)
     present = {path.name for path in directory.iterdir() if path.is_file()}
     index = _read_index(directory / index_file) if index_file in present else None
     weight_map = index["weight_map"] if index is not None else {}

@@ -13,7 +13,7 @@ from typing import Final
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Ignored
-from dist_ckpt_mistral.mapping.consolidated import own_shapes
+from dist_ckpt_mistral.mapping.consolidated import consolidated_shapes
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.table.entries import (
     flat_state,
@@ -213,13 +213,13 @@ def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tu
     return spelling, ignored
 
 
-def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
+def match_consolidated(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
     """Match the tensors of Mistral AI's own files (name -> shape): the Hugging Face tensors that they make up.
 
     Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
     """
     found = [tensor for tensor in table.hf_tensors().values() if not tensor.is_alias]
-    expected = {name: shape for tensor in found for name, shape in own_shapes(tensor).items()}
+    expected = {name: shape for tensor in found for name, shape in consolidated_shapes(tensor).items()}
     _refuse_adapter(tensors, where)
     _require_all(expected, tensors, where, missing=[name for name in expected if name not in tensors])
     return found

@@ -21,8 +21,8 @@ from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, pla
 from dist_ckpt_mistral.mapping import configuration
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched, read_embedded
-from dist_ckpt_mistral.mapping.consolidated import indexed_shapes, own_links
-from dist_ckpt_mistral.mapping.matching import match_hf, match_own
+from dist_ckpt_mistral.mapping.consolidated import consolidated_links, indexed_shapes
+from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.mistral_config import (
@@ -120,7 +120,7 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     agreed = directory_config(path, config, files.names())
     table = tensor_table(agreed.config)
     if kind is Kind.OWN:
-        return _open_own(path, agreed, table, files)
+        return _open_consolidated(path, agreed, table, files)
     quantized = match_quantized(files.tensors(table.usual_name), agreed.config, str(path), dtype)
     scales = dict(quantized.ignored)
     shapes = {each.name: each.shape for each in files.tensors(table.usual_name) if each.name not in scales}
@@ -147,11 +147,11 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     )
 
 
-def _open_own(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) -> ModelSource:
+def _open_consolidated(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) -> ModelSource:
     """A model in Mistral AI's own rendering, seen as Hugging Face's."""
     index = files.tensor_index(path)
     shapes = {name: tensor.global_shape for name, tensor in index.tensors.items()}
-    tensors = match_own(table, shapes, str(path))
+    tensors = match_consolidated(table, shapes, str(path))
     seen = {
         name: IndexedTensor.whole(
             name, stored.dtype, shape, file=int(stored.files[0]), position=int(stored.positions[0])
@@ -167,7 +167,7 @@ def _open_own(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) ->
         table=table,
         index=TensorIndex(files=index.files, tensors=seen),
         tensors=tuple(tensors),
-        links={tensor.hf_name: own_links(tensor) for tensor in table.hf_tensors().values()},
+        links={tensor.hf_name: consolidated_links(tensor) for tensor in table.hf_tensors().values()},
         ignored=(),
         hf_files=None,
         assets=(path,),

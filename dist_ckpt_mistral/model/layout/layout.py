@@ -26,7 +26,7 @@ from dist_ckpt_mistral.model.table.rules import (
     spell,
     spell_key,
 )
-from dist_ckpt_mistral.model.table.table import TIED_OUTPUT_NAME, TensorTable
+from dist_ckpt_mistral.model.table.table import TensorTable
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
 VOCABULARY_MULTIPLE: Final = 128
@@ -213,9 +213,10 @@ class ParallelLayout(PipelineLayout):
             part, copy = self._share(rule, module, at)
             for index, local in self._held_indices(rule, chunk, at):
                 yield local_tensor(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
-            if TIED_OUTPUT_NAME in rule.other_keys and chunk.is_last and not chunk.is_first:
-                # Tied embeddings: the last stage describes its copy of the first stage's (language_module.py, 0.12+).
-                yield local_tensor(table, rule, module, rows, (), TIED_OUTPUT_NAME, part, style, (1, *copy))
+            if rule.place is Place.EMBEDDING and chunk.is_last and not chunk.is_first:
+                for name in rule.other_keys:
+                    # Tied embeddings: the last stage describes its copy of them as a head (language_module.py, 0.12+).
+                    yield local_tensor(table, rule, module, rows, (), name, part, style, (1, *copy))
 
     def local_objects(
         self,

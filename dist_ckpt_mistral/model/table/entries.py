@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+from dist_ckpt_mistral.model.table.layers import EMBEDDING_KEY
 from dist_ckpt_mistral.model.table.rules import ParamState, Place, TensorRule
 
 #: What to call tensors of layers: the first pattern that the key matches says it.
@@ -25,9 +26,6 @@ def kind_of(rule: TensorRule, state: ParamState = ParamState.WEIGHTS) -> str:
         return "embedding"
     return next((kind for pattern, kind in _KINDS if pattern.match(rule.mcore_key)), "output layer")
 
-
-#: Prefixes that other writers put before every model key (NeMo 2: ``module.``; wrapped models: ``model.``).
-_PREFIX_ANCHOR: Final = "embedding.word_embeddings.weight"
 
 #: What stands before a model key to make it that of a state (several optimizers may count themselves before that).
 _STATE_PREFIX: Final = "optimizer.state.{state}."
@@ -60,13 +58,9 @@ _HF_NOT_WEIGHTS: Final = ((re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recompu
 
 
 def model_prefix(mcore_keys: Iterable[str]) -> str:
-    """What stands before every model key, such as ``module.``; empty in what Megatron-LM writes."""
+    """What stands before every model key: ``module.`` in NeMo 2, ``model.`` in wrapped models, else nothing."""
     found = sorted(
-        {
-            key.removesuffix(_PREFIX_ANCHOR)
-            for key in mcore_keys
-            if key.endswith(_PREFIX_ANCHOR) and not why_ignored(key)
-        },
+        {key.removesuffix(EMBEDDING_KEY) for key in mcore_keys if key.endswith(EMBEDDING_KEY) and not why_ignored(key)},
         key=len,
     )
     return found[0] if found else ""

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
+from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
 
 #: Where a tensor stands among those of its rule.
 Index: TypeAlias = tuple[int, ...]
 
 _AXES: Final = ("layer", "expert")
+#: The axes of a weight, as tensor parallelism cuts it.
+ROWS: Final = 0
+COLUMNS: Final = 1
 
 
 class Place(Enum):
@@ -77,30 +80,57 @@ class ParamState(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnRows:
-    """``rows`` rows of a Hugging Face tensor, from ``first_row`` on, that are a tensor of Mistral AI's own files.
+class RowBlocks:
+    """The one bijection between the rows of a Hugging Face tensor and those of a Megatron tensor.
 
-    Where heads of ``rotated_rows`` rows are rotated, the two dimensions that turn together are neighbours there, while
-    in Hugging Face's they are half a head apart; elsewhere (0) rows are in the same order.
+    Hugging Face row block ``i`` is Megatron rows ``[i * stride + offset, i * stride + offset + length)``. Hugging Face
+    rows count up without gaps: block ``i`` is its rows ``[i * length, (i + 1) * length)``. Identity, the gate and up
+    halves of ``linear_fc1``, the query, key and value rows of ``linear_qkv`` and packed experts are all of this form.
+    All numbers are rows (axis 0 of one layer's tensor).
     """
 
-    name: str
-    first_row: int
-    rows: int
-    rotated_rows: int = 0
+    count: int
+    stride: int
+    offset: int
+    length: int
+
+    def __post_init__(self) -> None:
+        """Refuse a map that is not one-to-one: blocks must be in order and must not overlap."""
+        well_formed = self.count >= 0 and self.length >= 0 and self.offset >= 0
+        if not well_formed or (self.count > 1 and self.stride < self.length):
+            raise PlanError(f"row blocks overlap or are negative: {self}")
+
+    @classmethod
+    def share(cls, rows: int, number: int = 0, of: int = 1) -> RowBlocks:
+        """One of equal shares of ``rows`` Megatron rows, one below the other; by default all rows."""
+        return cls(count=1, stride=rows, offset=number * (rows // of), length=rows // of)
+
+    @property
+    def hf_rows(self) -> int:
+        """Number of rows of the Hugging Face tensor."""
+        return self.count * self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Yield ``(hf_row, mcore_row, length)`` of every block."""
+        for block in range(self.count):
+            yield block * self.length, block * self.stride + self.offset, self.length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfPart:
-    """One Hugging Face tensor and the Megatron rows that hold it; ``own`` are the tensors of Mistral AI's own files.
+    """One Hugging Face tensor, and the Megatron rows that hold it.
 
     A name without ``{expert}`` for rows of experts stands for a tensor that packs all experts, one behind the other.
+    ``consolidated`` are the tensors of Mistral AI's own files that hold the same rows, in equal shares from the first
+    row on. Where heads of ``rotated_rows`` rows are rotated, the two dimensions that turn together are neighbours in
+    those files, and half a head apart in Hugging Face's; elsewhere (0) rows are in the same order.
     ``rows`` count from ``first_hf_row`` of the Hugging Face tensor: above 0 where a stored tensor has only the rest.
     """
 
     hf_name: str
     rows: RowBlocks
-    own: tuple[OwnRows, ...] = ()
+    consolidated: tuple[str, ...] = ()
+    rotated_rows: int = 0
     first_hf_row: int = 0
 
 
@@ -124,9 +154,8 @@ class TensorRule:
     """One Megatron tensor of every layer, of every layer and expert, or of the model: its keys, shape and content.
 
     ``shape`` is in elements, without the axes of its index, whose extents are ``lead``, and without vocabulary padding.
-    ``glu_halves`` is 2 where rows are [gate; up] and each half is cut on its own. ``other_keys`` are keys that neither
-    layer spec uses, but others have. ``other_parts`` are Hugging Face tensors that some files have instead of those of
-    ``parts``, or besides: each has all rows.
+    ``other_parts`` are Hugging Face tensors that some files have instead of those of ``parts``, or besides: each has
+    all rows. For the other fields see ``tensor_row``.
     """
 
     local: ModuleTensor
@@ -185,3 +214,80 @@ def spell(name: str, index: Index) -> str:
     """A name with its index filled in. ``{nth_expert}`` is Transformer Engine's: it leaves out a number of 0."""
     numbers = dict(zip(_AXES, index, strict=False))
     return name.format(**numbers, nth_expert=numbers.get("expert") or "")
+
+
+def tensor_row(
+    mcore_key: str,
+    *hf: tuple[str, ...],
+    shape: Shape,
+    rows: tuple[RowBlocks, ...] = (),
+    rotated_rows: tuple[int, ...] = (),
+    other_hf: tuple[str, ...] = (),
+    other_keys: tuple[str, ...] = (),
+    local_key: str = "",
+    te_name: str = "",
+    local_name: str = "",
+    tp_axis: int | None = None,
+    local_tp_axis: int | None = None,
+    extra_state: str = "",
+    te_extra_state: str = "",
+    te_extra_state_name: str = "",
+    local_extra_state_name: str = "",
+    place: Place = Place.LAYER,
+    glu_halves: int = 1,
+    padded_vocabulary: bool = False,
+) -> TensorRule:
+    """Build the rule of one tensor: a row of the table.
+
+    Args:
+        mcore_key: The key in a checkpoint of a model with Transformer Engine's layer spec.
+        hf: For each Hugging Face tensor: its name, then its ``consolidated`` names (see ``HfPart``).
+        shape: The global shape in elements, without vocabulary padding: the axis of layers if the key has ``{layer}``
+            (pipeline parallelism cuts it), the axis of experts if it has ``{expert}`` (expert parallelism cuts it), and
+            the axes of the parameter.
+        rows: For each ``hf``: its Megatron rows. The default is equal shares, one below the other.
+        rotated_rows: For each ``hf``: see ``HfPart``. The default is 0.
+        other_hf: Like ``hf``: a tensor of all rows that some files have instead of ``hf`` or besides.
+        other_keys: Keys that other checkpoints use.
+        local_key: The key in a checkpoint of a model with the local layer spec, if it differs.
+        te_name: The parameter's name in a GPTModel with Transformer Engine's spec, if it differs from the key.
+        local_name: The parameter's name in a GPTModel with the local spec, if it differs from the key.
+        tp_axis: The axis of the parameter that tensor parallelism cuts: ``ROWS``, ``COLUMNS``, or None for no axis.
+        local_tp_axis: The same for the local spec, if only the local spec cuts the parameter.
+        extra_state: The key of the object that the module saves beside the parameter.
+        te_extra_state: The same, if only Transformer Engine's module saves one.
+        te_extra_state_name: The object's name in a GPTModel with Transformer Engine's spec, if it differs from the key.
+        local_extra_state_name: The object's name in a GPTModel with the local spec, if it differs from the key.
+        place: The pipeline stage that holds the tensor.
+        glu_halves: 2 if the rows are [gate; up]: tensor parallelism then cuts each half on its own.
+        padded_vocabulary: Whether the rows are the vocabulary, which Megatron pads.
+    """
+    axes = axes_in(mcore_key)
+    rows = rows or tuple(RowBlocks.share(shape[axes], number, len(hf)) for number in range(len(hf)))
+    local_key, te_state = local_key or mcore_key, extra_state or te_extra_state
+    return TensorRule(
+        local=ModuleTensor(
+            mcore_key=local_key,
+            name=local_name or local_key,
+            tp_axis=tp_axis if local_tp_axis is None else local_tp_axis,
+            extra_state=(extra_state, local_extra_state_name or extra_state) if extra_state else None,
+        ),
+        te=ModuleTensor(
+            mcore_key=mcore_key,
+            name=te_name or mcore_key,
+            tp_axis=tp_axis,
+            extra_state=(te_state, te_extra_state_name or te_state) if te_state else None,
+        ),
+        shape=shape[axes:],
+        lead=shape[:axes],
+        place=place,
+        parts=tuple(_hf_part(*each) for each in zip(hf, rows, rotated_rows or (0,) * len(hf), strict=True)),
+        glu_halves=glu_halves,
+        padded_vocabulary=padded_vocabulary,
+        other_keys=other_keys,
+        other_parts=(_hf_part(other_hf, RowBlocks.share(shape[axes])),) if other_hf else (),
+    )
+
+
+def _hf_part(names: tuple[str, ...], rows: RowBlocks, rotated_rows: int = 0) -> HfPart:
+    return HfPart(hf_name=names[0], rows=rows, consolidated=names[1:], rotated_rows=rotated_rows)

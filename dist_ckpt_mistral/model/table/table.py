@@ -1,10 +1,6 @@
-"""The tensor table of a Mistral model. Names of tensors stand here, in layer_table.py and in vision_table.py alone.
+"""The tensor table of a Mistral model. Its rows stand in layers.py and in vision.py.
 
-Row orders, axes and keys: megatron-core 0.12 to 0.19, local and Transformer Engine spec (transformer/attention.py,
-multi_latent_attention.py, mlp.py and moe/experts.py, models/gpt/gpt_model.py and gpt_layer_specs.py); Hugging Face
-names on disk: transformers 4.34 to 5.23, models/mistral, mixtral and mistral4; names in Mistral AI's own files
-("consolidated"): mistral-inference, and what transformers' convert_mistral*_to_hf.py read. A Megatron key is written
-in tables with ``{layer}`` and ``{expert}`` in it; ``KeyStyle`` says how a checkpoint spells it.
+Their keys have ``{layer}`` and ``{expert}`` in them; ``KeyStyle`` says how a checkpoint spells a key.
 """
 
 from __future__ import annotations
@@ -17,37 +13,21 @@ from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
-from dist_ckpt_mistral.model.table.layers import OTHER_EXPERT_NAMES, layer_rules, state_beside, whole
-from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.layers import OTHER_EXPERT_NAMES, OTHER_TEXT_NAMES, language_rules
 from dist_ckpt_mistral.model.table.rules import (
     Index,
     KeyStyle,
-    ModuleTensor,
-    OwnRows,
     Place,
+    RowBlocks,
     TensorRule,
     axes_in,
     spell,
     spell_key,
 )
-from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX, OTHER_NAMES, vision_rules
-
-#: The name under which a last pipeline stage holds its copy of tied embeddings.
-TIED_OUTPUT_NAME: Final = "output_layer.weight"
-#: The head of a model that does not tie it: in Megatron, in Hugging Face files, in Mistral AI's own.
-_HEAD: Final = (TIED_OUTPUT_NAME, "lm_head.weight", "output.weight")
-#: The embedding of tokens, likewise.
-_EMBEDDING: Final = ("embedding.word_embeddings.weight", "model.embed_tokens.weight", "tok_embeddings.weight")
+from dist_ckpt_mistral.model.table.vision import OTHER_NAMES, vision_rules
 
 #: Objects that only models of Transformer Engine up to megatron-core 0.14 look for.
 OLD_EXTRA_STATES: Final = ("decoder.layers.self_attention.core_attention._extra_state",)
-
-#: Other beginnings of names that transformers 5.24 takes for a language model (core_model_loading.py): ``MistralModel``
-#: saves without ``model.``, and one ``model.`` too many is dropped.
-_OTHER_TEXT_NAMES: Final = (
-    (re.compile(r"^(model\.){0,2}(?=(embed_tokens|layers|norm)\.)"), "model."),
-    (re.compile(r"^model\.(?=lm_head\.)"), ""),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +50,8 @@ class HfTensor:
     """One Hugging Face tensor of the model: name, shape in elements, and the Megatron rows that hold it.
 
     ``index`` is that of the Megatron tensor, or what the name spells of it: then the leading axes of ``shape`` are the
-    rest, and the rows are those of every tensor. An alias is one of a rule's ``other_parts``.
+    rest, and the rows are those of every tensor. An alias is one of a rule's ``other_parts``. ``consolidated`` and
+    ``rotated_rows`` are those of its ``HfPart``.
     """
 
     hf_name: str
@@ -78,7 +59,8 @@ class HfTensor:
     rule: TensorRule
     index: Index
     rows: RowBlocks
-    own: tuple[OwnRows, ...]
+    consolidated: tuple[str, ...]
+    rotated_rows: int
     is_alias: bool = False
 
     def packed(self) -> Iterator[tuple[Index, Index]]:
@@ -207,15 +189,16 @@ def _hf_tensors(rule: TensorRule) -> Iterator[HfTensor]:
                 rule=rule,
                 index=index,
                 rows=part.rows,
-                own=part.own,
+                consolidated=part.consolidated,
+                rotated_rows=part.rotated_rows,
                 is_alias=part in rule.other_parts,
             )
 
 
 def tensor_table(config: MistralConfig) -> TensorTable:
     """The tensor table of a model."""
-    rules = (_embedding(config), *layer_rules(config, _hf_prefix(config)), *_output(config))
-    renamed = _OTHER_TEXT_NAMES if config.vision is None else OTHER_NAMES
+    rules = language_rules(config)
+    renamed = OTHER_TEXT_NAMES if config.vision is None else OTHER_NAMES
     if config.experts is not None and not config.experts.packed:
         renamed = (*renamed, *OTHER_EXPERT_NAMES)
     if config.vision is not None:
@@ -223,51 +206,17 @@ def tensor_table(config: MistralConfig) -> TensorTable:
     return TensorTable(num_layers=config.num_hidden_layers, rules=rules, renamed=renamed)
 
 
-def _hf_prefix(config: MistralConfig) -> str:
-    """What stands before the names of the language model in Hugging Face files."""
-    return "" if config.vision is None else LANGUAGE_PREFIX
-
-
-def _vocabulary_rule(
-    key: str, hf_name: str, own_name: str, config: MistralConfig, place: Place, *, tied: bool = False
-) -> TensorRule:
-    """The embedding or the head. Of ``tied`` ones some files and checkpoints have the head, too, or alone."""
-    module = ModuleTensor(mcore_key=key, name=key, tp_axis=0)
-    return TensorRule(
-        local=module,
-        te=module,
-        shape=(config.vocab_size, config.hidden_size),
-        lead=(),
-        place=place,
-        parts=whole(_hf_prefix(config) + hf_name, config.vocab_size, own_name),
-        padded_vocabulary=True,
-        other_keys=(TIED_OUTPUT_NAME,) if tied else (),
-        other_parts=whole(_hf_prefix(config) + "lm_head.weight", config.vocab_size, own_name) if tied else (),
-    )
-
-
-def _embedding(config: MistralConfig) -> TensorRule:
-    return _vocabulary_rule(*_EMBEDDING, config, Place.EMBEDDING, tied=config.tie_word_embeddings)
-
-
-def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
-    key = "decoder.final_layernorm.weight"
-    norm = TensorRule(
-        local=ModuleTensor(mcore_key=key, name=key, tp_axis=None),
-        te=ModuleTensor(mcore_key=key, name=key, tp_axis=None, extra_state=state_beside(key, key)),
-        shape=(config.hidden_size,),
-        lead=(),
-        place=Place.OUTPUT,
-        parts=whole(_hf_prefix(config) + "model.norm.weight", config.hidden_size, "norm.weight"),
-    )
-    if config.tie_word_embeddings:
-        return (norm,)
-    return (norm, _vocabulary_rule(*_HEAD, config, Place.OUTPUT))
-
-
 def config_as_stored(config: MistralConfig, names: Iterable[str]) -> MistralConfig:
     """``config`` beside the stored tensors of these ``names``, of any rendering: see ``MistralConfig.as_stored``."""
-    heads, embeddings = (tuple(f".{name.removeprefix('model.')}" for name in each) for each in (_HEAD, _EMBEDDING))
+    embedding, *_, head = language_rules(replace(config, tie_word_embeddings=False, vision=None))
     stored = [f".{name}" for name in names]
     # A tied model may be stored as its head alone (safetensors.torch.save_model keeps the first of two names).
-    return config.as_stored(has_head=all(any(name.endswith(each) for name in stored) for each in (heads, embeddings)))
+    has_both = all(any(name.endswith(_endings(rule)) for name in stored) for rule in (embedding, head))
+    return config.as_stored(has_head=has_both)
+
+
+def _endings(rule: TensorRule) -> tuple[str, ...]:
+    """What the names of a tensor end with, in every rendering."""
+    (part,) = rule.parts
+    names = (rule.mcore_key, part.hf_name.removeprefix("model."), *part.consolidated)
+    return tuple(f".{name}" for name in names)

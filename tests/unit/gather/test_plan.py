@@ -29,7 +29,7 @@ from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
-from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.rules import RowBlocks
 from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage.local import SourceFiles, TargetFile
 
