@@ -111,7 +111,7 @@ def test_without_resume_a_leftover_is_named_and_removed(
     """A run that does not resume says what it removes, and is none the worse for it."""
     staging = begun(hf, tmp_path / "out", monkeypatch)
     outcome = run("from-hf", hf, tmp_path / "out")
-    assert (outcome.code, outcome.err) == (0, [f"removing {staging}, which a run that did not end well left behind"])
+    assert (outcome.code, outcome.err) == (0, [f"removing {staging}, which an unfinished run left behind"])
     assert contents(tmp_path / "out") == expected
     assert not staging.exists()
 
