@@ -216,7 +216,7 @@ def test_an_old_output_that_was_moved_aside(
         Staging(tmp_path / "out").hold(overwrite=False, resume=False)
     assert contents(tmp_path / "out") == (expected if is_there else {"precious": b"old"})
     assert not (tmp_path / ".out.replaced").exists()
-    assert ("removed" if is_there else "is back") in caplog.text
+    assert ("removed" if is_there else "restored") in caplog.text
 
 
 def test_a_file_system_without_locks(
