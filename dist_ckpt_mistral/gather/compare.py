@@ -17,7 +17,10 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
 
     Yields the name of each tensor that differs, and its first byte that differs, in words.
     """
-    with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
+    with (
+        SourceFiles(plan_a.source_files, plan_a.derived_files) as files_a,
+        SourceFiles(plan_b.source_files, plan_b.derived_files) as files_b,
+    ):
         reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
 
         def work(number: int) -> str | None:
@@ -32,10 +35,6 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
 
         differences = run_all(work, range(len(names)), workers=effort.threads, stop=reader_a.stop)
     return ((name, what) for name, what in zip(names, differences, strict=True) if what is not None)
-
-
-def _opened(plan: BytePlan) -> SourceFiles:
-    return SourceFiles(plan.source_files, plan.derived_files)
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:

@@ -64,16 +64,6 @@ class CopiedParts(Protocol):
         """Record that a part was written. May be called from any thread."""
 
 
-class _Nowhere:
-    """A target that discards its bytes, to compute only the checksum."""
-
-    def write(self, position: int, data: memoryview) -> None:
-        """Discard ``data``."""
-
-    def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Do nothing."""
-
-
 def no_progress(num_bytes: int) -> None:
     """Ignore progress."""
 
@@ -126,19 +116,11 @@ def execute(
     checksums: bool,
     record: CopiedParts | None = None,
 ) -> dict[int, Copied]:
-    """Copy segments of a plan into its targets. The first error stops all threads.
+    """Copy the segments ``numbers`` of a plan into ``targets`` (number of the target file -> target).
 
-    Args:
-        plan: The plan.
-        targets: Target by the number of the plan's target file.
-        effort: How much of the machine to use.
-        numbers: Numbers of the segments to copy.
-        checksums: Compute the CRC-32 of each segment.
-        record: Parts that it recalls are not copied again; with ``record.must_prove``, only if the sources still give
-            the same checksum.
-
-    Returns:
-        Number of a segment -> the CRC-32 of its stored bytes (undefined without ``checksums``) and its lost values.
+    Parts that ``record`` recalls are not copied again; with ``record.must_prove``, only if the sources still give the
+    same checksum. The first error stops all threads. Returns, by number of the segment, the CRC-32 of its stored bytes
+    (undefined without ``checksums``) and its lost values.
     """
     parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
@@ -150,7 +132,7 @@ def execute(
             copied = record.recall(part) if record else None
             if record and record.must_prove and copied is not None:
                 silent = replace(effort, progress=no_progress)
-                proof = _copy(segment, part, _Nowhere(), reader, silent, checksum=True)
+                proof = _copy(segment, part, None, reader, silent, checksum=True)
                 copied = copied if proof == copied else None
             if copied is not None:
                 effort.progress(segment.stored(part.low, part.high)[1])
@@ -170,18 +152,19 @@ def execute(
 
 
 def _copy(
-    segment: Segment, part: Part, target: Target, reader: BandReader, effort: Effort, *, checksum: bool
+    segment: Segment, part: Part, target: Target | None, reader: BandReader, effort: Effort, *, checksum: bool
 ) -> Copied:
-    """Copy a part. The CRC-32 of the result is 0 without ``checksum``."""
+    """Copy a part, or only read it if ``target`` is None. The CRC-32 of the result is 0 without ``checksum``."""
     unflushed, _ = segment.stored(part.low, part.high)
     position, crc32, lost = unflushed, 0, NOTHING
     for band in reader.bands(segment, part.low, part.high, position=position):
         stored, lost_in_band = cast(band, segment.source_dtype, segment.dtype)
         lost = lost.plus(lost_in_band)
-        target.write(position, stored)
+        if target is not None:
+            target.write(position, stored)
         crc32 = zlib_ng.crc32(stored, crc32) if checksum else 0
         position += len(stored)
-        if position - unflushed >= _WRITEBACK_BYTES:
+        if target is not None and position - unflushed >= _WRITEBACK_BYTES:
             target.start_writeback(unflushed, position - unflushed)
             unflushed = position
         effort.progress(len(stored))

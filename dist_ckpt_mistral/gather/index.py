@@ -21,16 +21,9 @@ from dist_ckpt_mistral.storage.local import DerivedFile
 class IndexedTensor:
     """A global tensor and its chunks. Each chunk is a contiguous row-major array in one file.
 
-    Chunks are in ascending order of their offsets.
-
-    Attributes:
-        name: The stored name.
-        dtype: A torch name.
-        global_shape: In elements.
-        offsets: First element of each chunk, int64 ``[chunks, ndim]``.
-        shapes: Shape of each chunk in elements, int64 ``[chunks, ndim]``.
-        files: Number of each chunk's file in the index, int64 ``[chunks]``.
-        positions: First byte of each chunk in its file, int64 ``[chunks]``.
+    ``dtype`` is a torch name and ``global_shape`` in elements. ``offsets`` and ``shapes`` (int64 ``[chunks, ndim]``) are
+    the chunks' boxes in elements, in ascending order of the offsets. ``files`` (int64 ``[chunks]``) are the numbers of
+    their files in the index, and ``positions`` (int64 ``[chunks]``) their first bytes in these files.
     """
 
     name: str

@@ -43,17 +43,10 @@ CopyArray = npt.NDArray[np.void]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Segment:
-    """A contiguous part of one target file (a tensor of a safetensors file, the data of a chunk) and its copies.
+    """A contiguous run of bytes of one target file: a tensor of a safetensors file, or the data of a chunk.
 
-    Attributes:
-        tensor: Name of the target tensor.
-        file: Number of the target file.
-        position: First byte in the target file.
-        source_dtype: Torch name of the dtype that is read.
-        dtype: Torch name of the dtype that is stored.
-        num_bytes: Size in ``source_dtype``.
-        copies: Array of ``COPY`` that fills these bytes.
-        sources: Names of the source tensors.
+    ``copies`` fill ``num_bytes`` bytes of ``source_dtype``, which are converted to ``dtype`` and stored from byte
+    ``position`` of the file on. ``sources`` are the names of the source tensors.
     """
 
     tensor: str
@@ -121,9 +114,8 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
     by_target = defaultdict[str, list[Link]](list)
     for link in links:
         by_target[link.target].append(link)
-    for_all(
-        lambda name: _require_whole(source.tensors[name]), sorted({link.source for link in chain(*by_target.values())})
-    )
+    sources = sorted({link.source for link in chain(*by_target.values())})
+    for_all(_require_whole, [source.tensors[name] for name in sources])
     source, links_to = _unmixed(source, by_target)
     segments = [
         segment

@@ -28,16 +28,9 @@ _CONSOLIDATED_WEIGHTS: Final = "consolidated*"
 def local_directory(path_or_id: str, *, weights: bool = True, check: Callable[[Sequence[str]], object] = len) -> Path:
     """Return ``path_or_id`` if that path exists or is not a hub id, else the hub's snapshot of the model.
 
-    Args:
-        path_or_id: A path, a hub id (``org/name`` or ``org/name@revision``), or the hub's URL of a model.
-        weights: Download the weights, too; otherwise only the other files.
-        check: Called with the names of the model's files before any weights are downloaded. It may raise.
-
-    Returns:
-        A local directory, which may be the hub's cache.
-
-    Raises:
-        FormatError: There is no such path, and the hub does not provide the model.
+    The snapshot is downloaded, or comes from the hub's cache; without ``weights``, only the other files. ``check`` is
+    called with the names of the model's files before any weights are downloaded, and may raise. Raises FormatError if
+    there is no such path and the hub does not provide the model.
     """
     path, name = Path(path_or_id), _NAME.fullmatch(path_or_id)
     if path.exists() or name is None:

@@ -10,11 +10,10 @@ import os
 import re
 import resource
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
 from dist_ckpt_mistral.errors import FormatError
@@ -56,10 +55,6 @@ class Stamp(NamedTuple):
         """Whether both stamps show the same state of the same file. A device of None matches any device."""
         return self[:4] == other[:4] and (None in {self.device, other.device} or self.device == other.device)
 
-    def looks_like(self, other: Stamp) -> bool:
-        """Whether size and ``mtime_ns`` are equal. The content may differ all the same."""
-        return self[:2] == other[:2]
-
 
 def stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:
     """Return the stamps of the regular files among ``paths``. Missing paths and other kinds of files are left out."""
@@ -77,27 +72,26 @@ class Sources:
 
     A ``with`` block records every file that this thread opens to read, and refuses one that has changed. The block may
     be entered again. A ``SourceFiles`` records in the block that was active when it was made, from all its threads.
+    ``first`` maps each file to its first stamp; ``opened`` are the files that were opened.
     """
 
     def __init__(self) -> None:
         """Start without files."""
-        self._first: dict[Path, Stamp] = {}
-        self._opened: set[Path] = set()
+        self.first: dict[Path, Stamp] = {}
+        self.opened: set[Path] = set()
         self._tokens: list[Token[Sources | None]] = []
 
     def __getstate__(self) -> dict[str, object]:
         """Copy to another process without the devices: another machine may see the same files on another device."""
-        first = {path: stamp._replace(device=None) for path, stamp in self._first.items()}
-        return {"_first": first, "_opened": set(self._opened), "_tokens": []}
+        first = {path: stamp._replace(device=None) for path, stamp in self.first.items()}
+        return {"first": first, "opened": set(self.opened), "_tokens": []}
 
     def __enter__(self) -> Self:
         """Start to record the files that this thread opens."""
         self._tokens.append(_ACTIVE.set(self))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop recording."""
         _ACTIVE.reset(self._tokens.pop())
 
@@ -106,30 +100,20 @@ class Sources:
         """Return the record of the innermost ``with`` block of this thread, None outside of any."""
         return _ACTIVE.get()
 
-    @property
-    def first(self) -> Mapping[Path, Stamp]:
-        """The first stamp of every file."""
-        return self._first
-
     def look_at(self, paths: Iterable[Path]) -> None:
-        """Record the stamps of the regular files among ``paths`` that have none yet."""
-        self._first = {**stamps(path for path in paths if path not in self._first), **self._first}
-
-    @property
-    def opened(self) -> frozenset[Path]:
-        """The files that were opened to read."""
-        return frozenset(self._opened)
+        """Record the first stamps of the regular files among ``paths``, without opening them."""
+        self.first = {**stamps(path for path in paths if path not in self.first), **self.first}
 
     def note(self, path: Path, status: os.stat_result) -> None:
         """Record an opened file. Raises FormatError if the run has seen another state of it."""
         stamp = Stamp.of(status)
-        if not self._first.setdefault(path, stamp).is_same(stamp):
+        if not self.first.setdefault(path, stamp).is_same(stamp):
             raise changed(path)
-        self._opened.add(path)
+        self.opened.add(path)
 
     def looks_changed(self) -> bool:
         """Whether any existing file has another size or ``mtime_ns`` than at first. Missing files do not count."""
-        return any(not self._first[path].looks_like(stamp) for path, stamp in stamps(self._first).items())
+        return any(self.first[path][:2] != stamp[:2] for path, stamp in stamps(self.first).items())
 
 
 _ACTIVE: ContextVar[Sources | None] = ContextVar("sources", default=None)
@@ -167,7 +151,7 @@ def require_unchanged(sources: Sources) -> None:
 
     Each file is opened again, because a network file system may answer ``stat`` from its cache.
     """
-    for path in sources.opened:
+    for path in [*sources.opened]:
         try:
             os.close(open_to_read(path, sources))
         except FormatError as error:
@@ -223,9 +207,7 @@ class SourceFiles:
         """Open nothing yet."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close all files. A file in use is closed when its call returns."""
         self._descriptors.clear()
 

@@ -87,10 +87,8 @@ class Staging:
     def hold(self, *, overwrite: bool, resume: bool) -> None:
         """Create and lock the directory, or take over the leftovers of a killed run unchanged.
 
-        On a file system without locks, leftovers are taken over only with ``resume``.
-
-        Raises:
-            OutputError: Another run is writing the output, or ``require_writable`` refuses it.
+        On a file system without locks, leftovers are taken over only with ``resume``. Raises OutputError if another run
+        is writing the output, or ``require_writable`` refuses it.
         """
         try:
             attempts = (self._try_lock(resume=resume) for _ in range(_MAX_ATTEMPTS))
@@ -175,13 +173,9 @@ class Staging:
     def publish(self, *, overwrite: bool, durable: bool) -> None:
         """Rename ``output`` to its final name and remove the staging directory.
 
-        Args:
-            overwrite: Replace an old output, atomically if the file system can exchange two names.
-            durable: Wait until the output is on the disk, before and after the rename.
-
-        Raises:
-            OSError: The rename failed. Without ``overwrite``, this includes an output that has appeared meanwhile.
-            OutputError: The output is complete, but may not be on the disk.
+        With ``overwrite``, an old output is replaced, atomically if the file system can exchange two names; without,
+        an output that has appeared meanwhile is an OSError. With ``durable``, the output is on the disk before and
+        after the rename; OutputError is raised if only the latter failed.
         """
         if durable:
             _sync_tree(self.output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dist_ckpt_mistral import libraries
@@ -101,7 +100,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
     def close(self) -> None:
         """Close the files. Names, shapes and dtypes stay available, but tensors can no longer be read."""
         self._is_closed = True
-        self._files.__exit__(None, None, None)
+        self._files.__exit__()
 
     def _require_open(self) -> None:
         """Raise DistCkptMistralError after ``close``."""
@@ -115,9 +114,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         self._require_open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the files."""
         self.close()
 
