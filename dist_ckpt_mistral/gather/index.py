@@ -21,9 +21,9 @@ from dist_ckpt_mistral.storage.local import DerivedFile
 class IndexedTensor:
     """A global tensor and its chunks. Each chunk is a contiguous row-major array in one file.
 
-    ``dtype`` is a torch name and ``global_shape`` in elements. ``offsets`` and ``shapes`` (int64 ``[chunks, ndim]``) are
-    the chunks' boxes in elements, in ascending order of the offsets. ``files`` (int64 ``[chunks]``) are the numbers of
-    their files in the index, and ``positions`` (int64 ``[chunks]``) their first bytes in these files.
+    ``dtype`` is a torch name, ``global_shape`` is in elements. ``offsets`` and ``shapes`` (int64 ``[chunks, ndim]``)
+    are the chunks' boxes in elements, in ascending order of the offsets. ``files`` (int64 ``[chunks]``) are the numbers
+    of their files in the index, and ``positions`` (int64 ``[chunks]``) their first bytes in these files.
     """
 
     name: str

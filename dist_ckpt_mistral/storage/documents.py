@@ -64,7 +64,7 @@ def write_whole(path: Path, data: bytes) -> None:
         if path.exists() and not path.is_file():
             path.write_bytes(data)
             return
-        target = path.resolve()  # a link keeps pointing to the file
+        target = path.resolve()  # a link stays a link
         staging = target.parent / f".{target.name}.incomplete-{os.getpid()}-{os.urandom(4).hex()}"
         try:
             write_bytes(staging, data)

@@ -229,22 +229,19 @@ class SourceFiles:
         if file in self._derived:
             self._derived[file].read_into(self, position, buffer)
             return
-        done = 0
-        while done < len(buffer):  # preadv may return fewer bytes than requested
-            step = self._preadv(file, buffer[done:], position + done)
-            if step == 0:
-                path, size = self._paths[file], self.size_bytes(file)
-                raise FormatError(
-                    f"{path} is truncated: expected at least {position + len(buffer)} bytes, got {size}. "
-                    "Copy the file again from where it came from."
-                )
-            done += step
-
-    def _preadv(self, file: int, buffer: memoryview, position: int) -> int:
+        done, step = 0, 1
         try:
-            return self._call(file, os.preadv, (buffer,), position)
+            while step and done < len(buffer):  # preadv may return fewer bytes than requested
+                step = self._call(file, os.preadv, (buffer[done:],), position + done)
+                done += step
         except OSError as error:
             raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
+        if done < len(buffer):
+            path, size = self._paths[file], self.size_bytes(file)
+            raise FormatError(
+                f"{path} is truncated: expected at least {position + len(buffer)} bytes, got {size}. "
+                "Copy the file again from where it came from."
+            )
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
         """Return the ``num_bytes`` bytes from ``position`` on. Raises FormatError if the file ends before."""
