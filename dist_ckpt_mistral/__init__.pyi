@@ -1,4 +1,4 @@
-# The public names, each beside the module that it is imported from on first use.
+# The public names, each with the module that defines it. They are imported on first use.
 
 from ._version import __version__ as __version__
 from .analysis.compare import Comparison as Comparison

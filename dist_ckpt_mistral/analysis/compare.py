@@ -21,7 +21,7 @@ from dist_ckpt_mistral.gather.compare import compare_bits
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
-from dist_ckpt_mistral.gather.plan import BytePlan, plan_reading
+from dist_ckpt_mistral.gather.plan import BytePlan, plan_segments
 from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, twin_differences
 from dist_ckpt_mistral.model.config.agreement import Disagreement
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
@@ -246,7 +246,7 @@ class _Stored:
     def _plan_of(self, names: list[str]) -> BytePlan:
         """A plan for reading: one segment for each of ``names``, in this order."""
         shapes = {name: self.index.tensors[name].global_shape for name in names}
-        return plan_reading(self.index, {name: (shape, [whole(name, shape)]) for name, shape in shapes.items()})
+        return plan_segments(self.index, {name: (shape, [whole(name, shape)]) for name, shape in shapes.items()})
 
 
 def _entries(stored: StoredCheckpoint) -> Iterator[tuple[str, Entry]]:

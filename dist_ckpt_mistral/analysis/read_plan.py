@@ -102,7 +102,7 @@ def chunk_reads(index: TensorIndex, chunks: ChunkList, boxes: Iterable[WantedBox
         tensor = index.tensors[name]
         lows = np.array([box.offset for box in wanted], dtype=np.int64)
         highs = np.minimum(lows + np.array([box.shape for box in wanted]), tensor.global_shape)
-        met = tensor.meeting(lows, highs)
+        met = tensor.overlaps(lows, highs)
         numbers.append(chunks.places[name][met.chunk])
         needed.append((met.high - met.low).prod(axis=1) * dtypes.itemsize_bytes(tensor.dtype))
     read = _joined(numbers)

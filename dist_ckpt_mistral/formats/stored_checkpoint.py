@@ -21,7 +21,7 @@ from dist_ckpt_mistral.formats.torch_dist.archive import TensorLocator
 from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray, equal_rows
-from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, in_own_shape
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, unblocked
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.local import SourceFiles
@@ -118,7 +118,7 @@ class StoredCheckpoint:
             files=chunks.files,
             positions=positions,
         )
-        return located if tensor.stored_shape == tensor.global_shape else in_own_shape(located, tensor.global_shape)
+        return located if tensor.stored_shape == tensor.global_shape else unblocked(located, tensor.global_shape)
 
 
 def _data_positions(name: str, dtype: str, chunks: Chunks, locator: TensorLocator) -> IntArray:

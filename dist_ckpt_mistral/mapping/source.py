@@ -17,7 +17,7 @@ from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, whole
-from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_reading
+from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_segments
 from dist_ckpt_mistral.mapping import configuration
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched, read_embedded
@@ -92,7 +92,7 @@ class ModelSource:
 
     def plan_of(self, tensors: Iterable[HfTensor]) -> BytePlan:
         """A plan for reading: one segment for each of ``tensors``, in this order."""
-        return plan_reading(self.index, {each.hf_name: (each.shape, self.links[each.hf_name]) for each in tensors})
+        return plan_segments(self.index, {each.hf_name: (each.shape, self.links[each.hf_name]) for each in tensors})
 
 
 def open_source(path: str | Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
@@ -269,8 +269,8 @@ def twin_differences(
         if len(set(dtypes := (index.tensors[twin.name].dtype, only_dtype(index, twin.links)))) > 1
     }
     same = {twin.name: twin for twin in apart if twin.name not in found}
-    own = plan_reading(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
-    others = plan_reading(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
+    own = plan_segments(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
+    others = plan_segments(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
     found |= dict(compare_bits(own, others, [*same], effort))
     for twin in apart:
         if twin.name in found:
