@@ -16,7 +16,7 @@ from dist_ckpt_mistral.formats.pickles import writer
 from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, LazyDict, LazyList
 from dist_ckpt_mistral.formats.torch_dist import archive_writer
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout
-from dist_ckpt_mistral.formats.torch_dist.metadata import MCORE_DATA, OWN_SHAPE
+from dist_ckpt_mistral.formats.torch_dist.metadata import GLOBAL_SHAPE, MCORE_DATA
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, as_range_of_blocks
 from dist_ckpt_mistral.gather.plan import BytePlan
@@ -171,7 +171,7 @@ class CheckpointLayout:
         }
         blocks = {key: group[0].chunk.global_shape for key, group in by_key.items() if group[0].chunk.as_block}
         if blocks:  # what Megatron 0.14 looks for then (dist_checkpointing/strategies/torch.py)
-            fields[MCORE_DATA] = {key: {OWN_SHAPE: _size(shape)} for key, shape in blocks.items()}
+            fields[MCORE_DATA] = {key: {GLOBAL_SHAPE: _size(shape)} for key, shape in blocks.items()}
         return writer.dumps(Instance(Global(_METADATA, "Metadata"), fields))
 
     def _storage_data(self) -> Iterator[tuple[Instance, Instance]]:
