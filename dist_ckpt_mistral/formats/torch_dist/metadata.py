@@ -182,8 +182,8 @@ def _archives(places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], Arch
 
 def _global_shapes(metadata: Mapping[str, Any]) -> dict[str, Shape]:
     """The global shapes of the tensors that are stored as blocks, by key. Megatron says None where there are none."""
-    about = metadata.get(MCORE_DATA)
-    return {name: _sizes(each[GLOBAL_SHAPE]) for name, each in (about or {}).items() if GLOBAL_SHAPE in each}
+    entries = metadata.get(MCORE_DATA) or {}
+    return {name: _sizes(entry[GLOBAL_SHAPE]) for name, entry in entries.items() if GLOBAL_SHAPE in entry}
 
 
 class _FileNumbers(dict[str, int]):
@@ -215,8 +215,8 @@ def _tensor(
     if type(dtype) is not str:  # what stands in for torch's dtypes
         raise ValueError(f"{name!r} has the dtype {short(dtype)}")
     chunks = [*map(_attributes, record["chunks"])]
-    boxes = ([*map(itemgetter(key), chunks)] for key in ("offsets", "sizes"))
-    offsets, shapes, stored = (_boxes_column(each, len(stored_shape), name) for each in (*boxes, stored_offsets))
+    described = ([*map(itemgetter(key), chunks)] for key in ("offsets", "sizes"))
+    offsets, shapes, stored = (_boxes_column(boxes, len(stored_shape), name) for boxes in (*described, stored_offsets))
     largest = shapes.max(axis=0, initial=0).tolist()
     if not is_countable(largest):
         raise ValueError(f"chunks of {name!r} have sizes of up to {short(largest)}, more than any memory holds")
