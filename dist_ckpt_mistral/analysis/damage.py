@@ -184,7 +184,7 @@ def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort
     archive; and all tensors of the model must be there. ``config`` is for checkpoints that do not tell theirs. Raises
     DistCkptMistralError if ``path`` is none of them or of a format that is not read; what is wrong becomes a finding.
     """
-    place, known = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT, Kind.BROKEN), chosen_config(config)
+    place, known = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT, Kind.BROKEN), chosen_config(config)
     if place.kind is Kind.BROKEN:
         return _Notes().sum_up(place.path, Finding(what=place.what))
     if place.kind is Kind.CHECKPOINT:

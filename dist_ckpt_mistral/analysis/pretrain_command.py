@@ -65,7 +65,7 @@ def megatron_args(
     leaves open. ``config`` comes before the configurations that a checkpoint brings along; ``layout`` is the one to
     train with. Raises DistCkptMistralError.
     """
-    place = locate(path, Kind.HF, Kind.OWN, Kind.WEIGHTLESS, Kind.CHECKPOINT, weights=False)
+    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS, Kind.CHECKPOINT, weights=False)
     known = chosen_config(config)
     if place.kind is not Kind.CHECKPOINT:
         return _for_hf(path, place, known, layout)

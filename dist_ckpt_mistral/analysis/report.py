@@ -78,12 +78,12 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
     What is wrong with it becomes a problem of the report. Raises FormatError only if ``path`` is none of them.
     """
-    place, known = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT), chosen_config(config)
+    place, known = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT), chosen_config(config)
     return _inspect_megatron(place.path, known) if place.kind is Kind.CHECKPOINT else _inspect_hf(place, known)
 
 
 def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
-    path, where, is_consolidated = place.path, str(place.path), place.kind is Kind.OWN
+    path, where, is_consolidated = place.path, str(place.path), place.kind is Kind.CONSOLIDATED
     file_set = hf_directory.read_directory(path)
     hf_directory.warn_of_files_not_read(path, file_set)
     hf_names = {} if is_consolidated else {tensor.name: tensor.name for tensor in file_set.tensors()}

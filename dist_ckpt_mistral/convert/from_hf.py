@@ -91,9 +91,9 @@ def from_hf(
 
     def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
-        require_not_swapped(hf, target, Kind.HF, Kind.OWN)
+        require_not_swapped(hf, target, Kind.HF, Kind.CONSOLIDATED)
         paths.require_writable(target, overwrite=output.overwrite)
-        directory = locate(hf, Kind.HF, Kind.OWN).path
+        directory = locate(hf, Kind.HF, Kind.CONSOLIDATED).path
         paths.require_apart(directory, target)
         with Sources() as inputs:
             inputs.look_at(directory.glob("*"))

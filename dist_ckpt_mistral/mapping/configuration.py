@@ -239,7 +239,7 @@ def _hf_file(path: Path) -> Description:
 def _params_files(directory: Path) -> list[Path]:
     """The params.json that describes Mistral AI's own files beside it; beside Hugging Face's it describes others."""
     path = directory / PARAMS_FILE
-    return [path] if what_is(directory).kind is Kind.OWN and path.is_file() else []
+    return [path] if what_is(directory).kind is Kind.CONSOLIDATED and path.is_file() else []
 
 
 def read_embedded(checkpoint: StoredCheckpoint) -> HfRecord | None:

@@ -100,7 +100,7 @@ def open_source(path: str | Path, *, config: ChosenConfig | None = None, dtype: 
 
     ``dtype`` is what the values of quantized weights are rounded to, else as ``open_hf`` says.
     """
-    place = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT)
+    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT)
     if place.kind is Kind.CHECKPOINT:
         return open_megatron(place.path, config=config)
     return open_hf(place.path, config=config, dtype=dtype)
@@ -112,14 +112,14 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     Its configuration must be there unless ``config`` is given. FP8 weights have values of ``dtype``, else of the dtype
     that the configuration names, else of bfloat16.
     """
-    kind = locate(path, Kind.HF, Kind.OWN).kind
+    kind = locate(path, Kind.HF, Kind.CONSOLIDATED).kind
     if config is None:
         require_config_file(path)
     files = hf_directory.read_directory(path)
     hf_directory.warn_of_files_not_read(path, files)
     agreed = directory_config(path, config, files.names())
     table = tensor_table(agreed.config)
-    if kind is Kind.OWN:
+    if kind is Kind.CONSOLIDATED:
         return _open_consolidated(path, agreed, table, files)
     quantized = match_quantized(files.tensors(table.usual_name), agreed.config, str(path), dtype)
     scales = dict(quantized.ignored)
@@ -162,7 +162,7 @@ def _open_consolidated(path: Path, agreed: Agreed, table: TensorTable, files: Fi
     }
     return ModelSource(
         path=path,
-        kind=Kind.OWN.value,
+        kind=Kind.CONSOLIDATED.value,
         agreed=agreed,
         table=table,
         index=TensorIndex(files=index.files, tensors=seen),
