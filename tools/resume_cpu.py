@@ -30,10 +30,8 @@ def trainable_on_cpu() -> Iterator[None]:
         without_cuda(),
         mock.patch.object(torch.Tensor, "type", of_cuda),
         mock.patch.object(torch.cuda, "current_stream", return_value=None),  # a CPU has no streams
-        mock.patch.multiple(
-            distrib_optimizer, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True
-        ),  # _FusedAdam counts steps as they do
-        mock.patch.object(distrib_optimizer, "quantize_param_shard"),  # for float8; raises an error without Transformer Engine
+        mock.patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True),  # like _FusedAdam
+        mock.patch.object(distrib_optimizer, "quantize_param_shard"),  # for float8; fails without Transformer Engine
     ):
         yield
 
