@@ -1,8 +1,8 @@
-"""The tensors of Mistral AI's own files ("consolidated"), as boxes of Hugging Face's.
+"""Links from the tensors of Mistral AI's consolidated files to Hugging Face tensors.
 
-Their rotary embeddings turn neighbouring dimensions of a head, Hugging Face's turn those half a head apart. A tensor of
-rows [d0, d1, d2, ...] is indexed as one of half as many rows, twice as long: [d0 d1], [d2 d3], ... The left half of
-those are then the rows of the first half of a head, the right half those of the second, and both are plain boxes.
+Consolidated files rotate neighbouring dimensions of a head, Hugging Face rotates dimensions half a head apart. So a
+tensor of rows [d0, d1, d2, ...] is indexed with half as many rows of twice the length: [d0 d1], [d2 d3], ... The left
+halves are then the rows of the first half of a head, the right halves those of the second half: both are boxes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dist_ckpt_mistral.model.table.table import HfTensor
 
 
 def consolidated_shapes(tensor: HfTensor) -> dict[str, Shape]:
-    """The tensors of Mistral AI's own files that make up a Hugging Face tensor: their shapes by name."""
+    """Name -> shape, in elements, of the consolidated tensors that make up a Hugging Face tensor."""
     return {name: shape for name, _, shape in _consolidated(tensor)}
 
 
 def indexed_shapes(tensor: HfTensor) -> dict[str, Shape]:
-    """The shapes in which ``consolidated_links`` takes them: where heads are rotated, two rows are one."""
+    """The shapes that ``consolidated_links`` expects in the index: two rows of a rotated tensor are one."""
     shapes = consolidated_shapes(tensor)
     return (
         {name: (rows // 2, 2 * columns) for name, (rows, columns) in shapes.items()} if tensor.rotated_rows else shapes
@@ -29,12 +29,12 @@ def indexed_shapes(tensor: HfTensor) -> dict[str, Shape]:
 
 
 def consolidated_links(tensor: HfTensor) -> list[Link]:
-    """The boxes of them that make up a Hugging Face tensor."""
+    """The boxes of consolidated tensors that make up a Hugging Face tensor."""
     return [link for name, at, shape in _consolidated(tensor) for link in _links(tensor, name, at, shape)]
 
 
 def _consolidated(tensor: HfTensor) -> Iterator[tuple[str, Index, Shape]]:
-    """Of each: its name, where it begins in ``tensor`` (leading axes and row), and its shape."""
+    """Yield (name, position in ``tensor`` as leading axes and row, shape) of each consolidated tensor."""
     rows = tensor.rows.hf_rows // len(tensor.consolidated)
     for index, at in tensor.packed():
         for number, name in enumerate(tensor.consolidated):

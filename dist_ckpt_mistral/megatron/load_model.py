@@ -19,7 +19,7 @@ from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, execute
-from dist_ckpt_mistral.mapping.rank_plan import live_rows, plan_held
+from dist_ckpt_mistral.mapping.rank_plan import live_rows, plan_local_tensors
 from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
 from dist_ckpt_mistral.megatron.build_model import NO_SETTINGS, ONE_RANK, Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
@@ -175,7 +175,7 @@ def _fill(
 ) -> None:
     """Read the weights into the parameters; rows that pad the vocabulary become zeros."""
     require_equal_twins(source)
-    plan = plan_held(source, [tensor for tensor, _ in pairs], dtype)
+    plan = plan_local_tensors(source, [tensor for tensor, _ in pairs], dtype)
     values = [
         torch.empty(parameter.shape, dtype=parameter.dtype) if parameter.is_cuda else parameter.detach()
         for _, parameter in pairs
