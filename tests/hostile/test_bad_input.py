@@ -112,7 +112,7 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
             {"metadata.json": '{"sharded_backend": "zip"}'},
             "says sharded_backend 'zip': expected 'torch_dist' or",
         ),
-        ({"metadata.json": '{"sharded_backend": "torch_dist"}'}, ".metadata is missing: the checkpoint was not saved"),
+        ({"metadata.json": '{"sharded_backend": "torch_dist"}'}, ".metadata is missing: the save was not finished"),
         ({"metadata.json": "[1]"}, "invalid JSON in {path}/metadata.json: expected an object, got list"),
         ({"metadata.json": '{"sharded_backend": "torch_dist"}', ".metadata": ""}, ".metadata is not a readable pickle"),
     ],

@@ -21,7 +21,7 @@ _PROTO_BYTES: Final = 2
 _FRAME_LENGTH_BYTES: Final = 8
 #: From this protocol on, picklers let memo slots count up (MEMOIZE) instead of numbering them.
 _COUNTING_PROTOCOL: Final = 4
-#: A plain tuple of integers is at most this long, as torch's tensors have at most so many axes.
+#: The longest plain tuple of integers: tensors of torch have no more axes.
 _MAX_ITEMS: Final = 64
 
 _INT: Final = rb"(?:K.|M..|J.{4}|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}|\x00|\x01.|\x02..|\x03...|\x04....))"
