@@ -37,6 +37,7 @@ from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE, match_checkpoint
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
 from dist_ckpt_mistral.model.table.entries import flat_state, kind_of, split_state_key
 from dist_ckpt_mistral.model.table.rules import ParamState
@@ -173,7 +174,7 @@ def _wanted(
 ) -> Iterator[WantedBox]:
     """The boxes of a rank, under the keys that the checkpoint has for them."""
     for model_chunk in model_chunks:
-        for held in layout.local_tensors(found.table, model_chunk, at, style=found.style, spec=SPEC):
-            names = found.spelling(held.rule, held.index, held.mcore_key)
+        for held in local_tensors(layout, found.table, model_chunk, at, style=found.style, spec=SPEC):
+            names = found.spelling(held.mcore_key, held.index)
             for box in held.boxes:
                 yield WantedBox(names[box.mcore_key], box.global_offset, box.shape)

@@ -79,8 +79,9 @@ class CheckpointMap:
             return self.states.get(key, key)  # what is carried along has no state, unless it was trained elsewhere
         return state_key(key, self.state.value[0])  # the name of what is missing
 
-    def spelling(self, rule: TensorRule, index: Index, key: str) -> dict[str, str]:
-        """What the checkpoint calls the tensors of one index, by what a layout calls them that uses ``key``."""
+    def spelling(self, key: str, index: Index) -> dict[str, str]:
+        """The stored names of the tensors of one index, by their keys in a layout whose layer spec uses ``key``."""
+        rule = next(rule for rule in self.table.rules if key in (rule.local.mcore_key, rule.te.mcore_key))
         keys = (stored.mcore_key for stored in self.table.stored(rule, index, self.style, key))
         return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, index)), strict=True))
 

@@ -9,7 +9,7 @@ from typing import Final
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import LocalBox, LocalTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalBox, LocalTensor, local_tensors
 from dist_ckpt_mistral.model.table.rules import LayerSpec
 
 #: Chunks are cut as training reads them, which is with Transformer Engine.
@@ -38,7 +38,7 @@ def cut_chunks(found: CheckpointMap, shapes: Mapping[str, Shape], layout: Parall
         if at.dp_cp and at.edp:
             continue  # a copy of ranks that save all of this
         for chunk in layout.model_chunks(found.table.num_layers, at.pp):
-            for held in layout.local_tensors(found.table, chunk, at, style=found.style, spec=SPEC):
+            for held in local_tensors(layout, found.table, chunk, at, style=found.style, spec=SPEC):
                 if held.is_main_replica:
                     yield from _cut(found, shapes, held, rank)
     for rule in found.table.carried:  # no rank reads them: the first one keeps them, whole
@@ -47,10 +47,10 @@ def cut_chunks(found: CheckpointMap, shapes: Mapping[str, Shape], layout: Parall
 
 
 def _cut(found: CheckpointMap, shapes: Mapping[str, Shape], held: LocalTensor, rank: int) -> Iterator[ChunkBox]:
-    names = found.spelling(held.rule, held.index, held.mcore_key)
+    names = found.spelling(held.mcore_key, held.index)
     for box in held.boxes:
         name = names[box.mcore_key]
-        spans = _rows(box, shapes[name][0]) if held.rule.padded_vocabulary else [(box.global_offset[0], box.shape[0])]
+        spans = _rows(box, shapes[name][0]) if held.has_padding else [(box.global_offset[0], box.shape[0])]
         for start, rows in spans:
             offset, shape = (start, *box.global_offset[1:]), (rows, *box.shape[1:])
             yield ChunkBox(name=name, global_shape=shapes[name], offset=offset, shape=shape, rank=rank)

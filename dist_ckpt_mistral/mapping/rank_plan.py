@@ -15,25 +15,17 @@ from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
 from dist_ckpt_mistral.model.table.rules import Index
 
 
-def live_rows(held: LocalTensor) -> int:
-    """Rows of a local tensor, from the first on, that are no vocabulary padding."""
-    rows = held.local_shape[0]
-    if not held.rule.padded_vocabulary:
-        return rows
-    return min(rows, max(0, held.rule.shape[0] - held.boxes[0].global_offset[0]))
-
-
 def plan_held(source: ModelSource, held: Sequence[LocalTensor], dtype: str) -> BytePlan:
     """The plan that fills the live rows of local tensors in ``dtype`` (a torch name) from ``source``.
 
     Target file ``i`` of the plan is the memory of ``held[i]``, from its first byte on. Local tensors must be described
-    in stacked style, as ``ParallelLayout.local_tensors`` does by default.
+    in stacked style and by the local spec, as ``local_tensors`` does by default.
     """
     names = [f"{number}: {each.module_name}" for number, each in enumerate(held)]
     tensors = {
-        name: IndexedTensor.whole(name, dtype, (rows, *each.local_shape[1:]), file=number, position=0)
+        name: IndexedTensor.whole(name, dtype, (each.live_rows, *each.local_shape[1:]), file=number, position=0)
         for number, (name, each) in enumerate(zip(names, held, strict=True))
-        if (rows := live_rows(each))
+        if each.live_rows
     }
     target = TensorIndex(files=tuple(map(Path, names)), tensors=tensors)
     return plan_gather(source.index, target, _links(source, held, names))
@@ -43,10 +35,10 @@ def _links(source: ModelSource, held: Sequence[LocalTensor], names: list[str]) -
     """Stored boxes -> Hugging Face rows -> Megatron's rows -> local rows, each step a link that exists already."""
     megatron = new_checkpoint_map(source.table)
     stored: dict[tuple[str, Index], list[Link]] = defaultdict(list)
-    wanted = {(each.rule.mcore_key, each.index) for each in held}
+    wanted = {(each.mcore_key, each.index) for each in held}
     for tensor in source.tensors:
         for index, at in () if tensor.is_alias else tensor.packed():
-            key = (tensor.rule.mcore_key, index)
+            key = (tensor.rule.local.mcore_key, index)
             if key in wanted:
                 into = [reverse(link) for link in megatron.links_of(tensor, index, at)]
                 stored[key] += [
@@ -57,7 +49,7 @@ def _links(source: ModelSource, held: Sequence[LocalTensor], names: list[str]) -
                 ]
     for name, each in zip(names, held, strict=True):
         for local in _local_links(name, each):
-            for link in stored[each.rule.mcore_key, each.index]:
+            for link in stored[each.mcore_key, each.index]:
                 found = compose(link, local)
                 if found is not None:
                     yield found
