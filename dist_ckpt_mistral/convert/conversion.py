@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost
@@ -114,18 +114,6 @@ def _losses(
 REFUSE: Final = LossPolicy()
 
 
-class Origin(Protocol):
-    """What is converted: where its configuration is from, and what of it stays behind."""
-
-    @property
-    def config_from(self) -> str:
-        """Where the configuration is from."""
-
-    @property
-    def ignored(self) -> Ignored:
-        """What stays behind, and why."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """What a conversion wrote (or, on a dry run, would write). Sizes in bytes, file names relative to ``output``.
@@ -140,28 +128,6 @@ class Conversion:
     files: Mapping[str, int]
     ignored: Ignored
     losses: tuple[Loss, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        output: Path,
-        plan: BytePlan,
-        files: Mapping[str, int],
-        origin: Origin,
-        *,
-        num_tensors: int,
-        losses: tuple[Loss, ...] = (),
-    ) -> Conversion:
-        """What ``plan`` brings from ``origin`` into the ``files`` of ``output``."""
-        return cls(
-            output=output,
-            config_from=origin.config_from,
-            num_tensors=num_tensors,
-            num_bytes=plan.num_bytes,
-            files=files,
-            ignored=origin.ignored,
-            losses=losses,
-        )
 
 
 def conversion_line(verb: str, done: Conversion) -> str:
