@@ -34,6 +34,7 @@ from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE, match_checkpoint
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
 from dist_ckpt_mistral.model.table.entries import flat_state, kind_of, split_state_key
 from dist_ckpt_mistral.model.table.rules import ParamState
 
@@ -183,7 +184,7 @@ def _wanted_boxes(
     """The boxes of a rank, by the checkpoint's own keys."""
     table, style = checkpoint_map.table, checkpoint_map.style
     for model_chunk in layout.model_chunks(table.num_layers, coordinates.pp):
-        for tensor in layout.local_tensors(table, model_chunk, coordinates, style=style, spec=SPEC):
-            names = checkpoint_map.spelling(tensor.rule, tensor.index, tensor.mcore_key)
+        for tensor in local_tensors(layout, table, model_chunk, coordinates, style=style, spec=SPEC):
+            names = checkpoint_map.spelling(tensor.mcore_key, tensor.index)
             for box in tensor.boxes:
                 yield WantedBox(names[box.mcore_key], box.global_offset, box.shape)

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost
@@ -113,18 +113,6 @@ def _losses(
 REFUSE: Final = LossPolicy()
 
 
-class Origin(Protocol):
-    """The source of a conversion."""
-
-    @property
-    def config_from(self) -> str:
-        """Source of the configuration, in words."""
-
-    @property
-    def ignored(self) -> Ignored:
-        """Names of the stored entries that are not converted, and the reasons."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """The result of a conversion, or of a dry run.
@@ -146,28 +134,6 @@ class Conversion:
     files: Mapping[str, int]
     ignored: Ignored
     losses: tuple[Loss, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        output: Path,
-        plan: BytePlan,
-        files: Mapping[str, int],
-        origin: Origin,
-        *,
-        num_tensors: int,
-        losses: tuple[Loss, ...] = (),
-    ) -> Conversion:
-        """The result of copying ``plan`` from ``origin`` into ``files`` of ``output``."""
-        return cls(
-            output=output,
-            config_from=origin.config_from,
-            num_tensors=num_tensors,
-            num_bytes=plan.num_bytes,
-            files=files,
-            ignored=origin.ignored,
-            losses=losses,
-        )
 
 
 def conversion_line(verb: str, done: Conversion) -> str:

@@ -131,7 +131,15 @@ def from_hf(
         losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),
     )
     losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
-    return Conversion.of(target, plan, sizes, source, num_tensors=len(source.tensors), losses=losses)
+    return Conversion(
+        output=target,
+        config_from=source.config_from,
+        num_tensors=len(source.tensors),
+        num_bytes=plan.num_bytes,
+        files=sizes,
+        ignored=source.ignored,
+        losses=losses,
+    )
 
 
 def _plan_import(

@@ -143,7 +143,14 @@ def rewrite(
         beside=[*other_files.values()],
     )
     write_output(target, files, output=output, effort=effort, ranks=ranks)
-    return Conversion.of(target, plan, sizes, new, num_tensors=len(new.tensors.tensors))
+    return Conversion(
+        output=target,
+        config_from=new.config_from,
+        num_tensors=len(new.tensors.tensors),
+        num_bytes=plan.num_bytes,
+        files=sizes,
+        ignored=new.ignored,
+    )
 
 
 def chunk_boxes(tensor: IndexedTensor) -> list[tuple[Shape, Shape]]:

@@ -128,7 +128,15 @@ def to_hf(
         losses=LossPolicy(allowed=allow_lossy),
     )
     losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
-    return Conversion.of(target, plan, sizes, source, num_tensors=len(plan.segments), losses=losses)
+    return Conversion(
+        output=target,
+        config_from=source.config_from,
+        num_tensors=len(plan.segments),
+        num_bytes=plan.num_bytes,
+        files=sizes,
+        ignored=source.ignored,
+        losses=losses,
+    )
 
 
 def _files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:

@@ -79,8 +79,9 @@ class CheckpointMap:
             return self.states.get(key, key)  # the vision tower has no optimizer state, unless it was trained elsewhere
         return state_key(key, self.state.value[0])  # the name that is missing, for the error
 
-    def spelling(self, rule: TensorRule, index: Index, key: str) -> dict[str, str]:
+    def spelling(self, key: str, index: Index) -> dict[str, str]:
         """The keys that a layout using ``key`` gives the tensors of one index -> their names in this checkpoint."""
+        rule = next(rule for rule in self.table.rules if key in (rule.local.mcore_key, rule.te.mcore_key))
         keys = (stored.mcore_key for stored in self.table.stored(rule, index, self.style, key))
         return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, index)), strict=True))
 

@@ -9,7 +9,7 @@ from typing import Final
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import LocalBox, LocalTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalBox, LocalTensor, local_tensors
 from dist_ckpt_mistral.model.table.rules import LayerSpec
 
 #: The layer spec whose ranks the chunks are cut for: training uses Transformer Engine.
@@ -38,7 +38,7 @@ def cut_chunks(found: CheckpointMap, shapes: Mapping[str, Shape], layout: Parall
         if at.dp_cp and at.edp:
             continue  # a data-parallel copy: another rank saves the same
         for chunk in layout.model_chunks(found.table.num_layers, at.pp):
-            for tensor in layout.local_tensors(found.table, chunk, at, style=found.style, spec=SPEC):
+            for tensor in local_tensors(layout, found.table, chunk, at, style=found.style, spec=SPEC):
                 if tensor.is_main_replica:
                     yield from _cut(found, shapes, tensor, rank)
     for rule in found.table.carried:  # Megatron's model does not have them: rank 0 saves them whole
@@ -47,10 +47,10 @@ def cut_chunks(found: CheckpointMap, shapes: Mapping[str, Shape], layout: Parall
 
 
 def _cut(found: CheckpointMap, shapes: Mapping[str, Shape], tensor: LocalTensor, rank: int) -> Iterator[ChunkBox]:
-    names = found.spelling(tensor.rule, tensor.index, tensor.mcore_key)
+    names = found.spelling(tensor.mcore_key, tensor.index)
     for box in tensor.boxes:
         name = names[box.mcore_key]
-        spans = _rows(box, shapes[name][0]) if tensor.rule.padded_vocabulary else [(box.global_offset[0], box.shape[0])]
+        spans = _rows(box, shapes[name][0]) if tensor.has_padding else [(box.global_offset[0], box.shape[0])]
         for start, rows in spans:
             offset, shape = (start, *box.global_offset[1:]), (rows, *box.shape[1:])
             yield ChunkBox(name=name, global_shape=shapes[name], offset=offset, shape=shape, rank=rank)

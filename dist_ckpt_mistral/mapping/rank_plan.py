@@ -15,25 +15,17 @@ from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
 from dist_ckpt_mistral.model.table.rules import Index
 
 
-def live_rows(tensor: LocalTensor) -> int:
-    """Number of rows of a local tensor before its vocabulary padding."""
-    rows = tensor.local_shape[0]
-    if not tensor.rule.padded_vocabulary:
-        return rows
-    return min(rows, max(0, tensor.rule.shape[0] - tensor.boxes[0].global_offset[0]))
-
-
 def plan_local_tensors(source: ModelSource, local_tensors: Sequence[LocalTensor], dtype: str) -> BytePlan:
     """The plan that fills ``local_tensors`` from ``source``, but for vocabulary padding, in ``dtype`` (a torch name).
 
-    Target file ``i`` of the plan is the memory of ``local_tensors[i]``, from its first byte on. The key style must be
-    STACKED, the default of ``ParallelLayout.local_tensors``.
+    Target file ``i`` of the plan is the memory of ``local_tensors[i]``, from its first byte on. They must be in the
+    stacked key style and by the local spec, the defaults of ``model.layout.local_tensors``.
     """
     names = [f"{number}: {each.module_name}" for number, each in enumerate(local_tensors)]
     tensors = {
-        name: IndexedTensor.whole(name, dtype, (rows, *each.local_shape[1:]), file=number, position=0)
+        name: IndexedTensor.whole(name, dtype, (each.live_rows, *each.local_shape[1:]), file=number, position=0)
         for number, (name, each) in enumerate(zip(names, local_tensors, strict=True))
-        if (rows := live_rows(each))
+        if each.live_rows
     }
     target = TensorIndex(files=tuple(map(Path, names)), tensors=tensors)
     return plan_gather(source.index, target, _links(source, local_tensors, names))
@@ -43,10 +35,10 @@ def _links(source: ModelSource, local_tensors: Sequence[LocalTensor], names: lis
     """Compose three links: stored boxes -> Hugging Face rows -> Megatron rows -> local rows."""
     megatron = new_checkpoint_map(source.table)
     stored: dict[tuple[str, Index], list[Link]] = defaultdict(list)
-    needed = {(each.rule.mcore_key, each.index) for each in local_tensors}
+    needed = {(each.mcore_key, each.index) for each in local_tensors}
     for tensor in source.tensors:
         for index, at in () if tensor.is_alias else tensor.packed():
-            key = (tensor.rule.mcore_key, index)
+            key = (tensor.rule.local.mcore_key, index)
             if key in needed:
                 into = [reverse(link) for link in megatron.links_of(tensor, index, at)]
                 stored[key] += [
@@ -57,7 +49,7 @@ def _links(source: ModelSource, local_tensors: Sequence[LocalTensor], names: lis
                 ]
     for name, each in zip(names, local_tensors, strict=True):
         for local in _local_links(name, each):
-            for link in stored[each.rule.mcore_key, each.index]:
+            for link in stored[each.mcore_key, each.index]:
                 if (into_local := compose(link, local)) is not None:
                     yield into_local
 

@@ -19,14 +19,14 @@ from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, execute
-from dist_ckpt_mistral.mapping.rank_plan import live_rows, plan_local_tensors
+from dist_ckpt_mistral.mapping.rank_plan import plan_local_tensors
 from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
 from dist_ckpt_mistral.megatron.build_model import NO_SETTINGS, ONE_RANK, Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_tensors
 
 
 def load_model(
@@ -110,8 +110,8 @@ def load_source(
     chunks = build_chunks(source.config, layout, dtype, device, padded_vocab_size, settings)
     pairs = [
         pair
-        for chunk, local_tensors in zip(chunks, _local_tensors(source, layout, padded_vocab_size), strict=True)
-        for pair in _pairs(dict(chunk.named_parameters()), local_tensors)
+        for chunk, tensors in zip(chunks, _local_tensors(source, layout, padded_vocab_size), strict=True)
+        for pair in _pairs(dict(chunk.named_parameters()), tensors)
     ]
     losses = LossPolicy(allowed=allow_lossy, names_of=names_of_sources)
     ranks.from_environment().each(lambda: _fill(source, pairs, str(dtype).removeprefix("torch."), losses, effort))
@@ -133,14 +133,14 @@ def _local_tensors(source: ModelSource, layout: ParallelLayout, vocab_rows: int 
     """Yield the local tensors of each model chunk of this rank."""
     at = layout.coordinates(dist.get_rank())
     for chunk in layout.model_chunks(source.table.num_layers, parallel_state.get_pipeline_model_parallel_rank()):
-        yield list(layout.local_tensors(source.table, chunk, at, vocab_rows=vocab_rows))
+        yield list(local_tensors(layout, source.table, chunk, at, vocab_rows=vocab_rows))
 
 
 def _pairs(
-    parameters: Mapping[str, torch.nn.Parameter], local_tensors: Sequence[LocalTensor]
+    parameters: Mapping[str, torch.nn.Parameter], tensors: Sequence[LocalTensor]
 ) -> list[tuple[LocalTensor, torch.nn.Parameter]]:
     """Pair the local tensors of a model chunk with its parameters. Raises TensorMismatchError if they do not match."""
-    expected = {tensor.module_name: tensor.local_shape for tensor in local_tensors}
+    expected = {tensor.module_name: tensor.local_shape for tensor in tensors}
     actual = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if expected != actual:
         different = sorted({name for name, _ in expected.items() ^ actual.items()})
@@ -149,7 +149,7 @@ def _pairs(
             + "; ".join(f"{name}: expected {expected.get(name)}, got {actual.get(name)}" for name in different)
             + ". Install a version that this package is tested with: 0.16 or 0.19."
         )
-    return [(tensor, parameters[tensor.module_name]) for tensor in local_tensors]
+    return [(tensor, parameters[tensor.module_name]) for tensor in tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +183,6 @@ def _fill(
     targets = {number: _Memory(value.view(-1).view(torch.uint8).numpy().data) for number, value in enumerate(values)}
     losses.accept(plan, execute(plan, targets, effort=effort, numbers=range(len(plan.segments)), checksums=False))
     for (tensor, parameter), value in zip(pairs, values, strict=True):
-        value[live_rows(tensor) :] = 0
+        value[tensor.live_rows :] = 0
         if parameter.is_cuda:
             parameter.copy_(value)

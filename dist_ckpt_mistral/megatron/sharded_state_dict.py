@@ -33,7 +33,7 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
 )
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_objects, local_tensors
 from dist_ckpt_mistral.model.table.entries import state_key, why_ignored
 from dist_ckpt_mistral.model.table.rules import KeyStyle, LayerSpec, ParamState, spell_key
 from dist_ckpt_mistral.model.table.table import tensor_table
@@ -89,7 +89,7 @@ def sharded_state_dict(
         config, layout, rank, data=data, dtype=dtype, style=style, spec=spec, vocab_rows=padded_vocab_size
     )
     for chunk, chunk_entries in zip(layout.model_chunks(table.num_layers, at.pp), entries, strict=True):
-        for local in layout.local_objects(table, chunk, at, style=style, spec=spec):
+        for local in local_objects(layout, table, chunk, at, style=style, spec=spec):
             chunk_entries[local.module_name] = ShardedObject(
                 local.mcore_key, None, local.global_shape, local.global_offset, replica_id=local.replica_id
             )
@@ -175,7 +175,7 @@ def tensor_entries(
     layout.check(config)
     at, table = layout.coordinates(rank), tensor_table(config)
     tensors = [
-        tuple(layout.local_tensors(table, chunk, at, style=style, spec=spec, vocab_rows=vocab_rows))
+        tuple(local_tensors(layout, table, chunk, at, style=style, spec=spec, vocab_rows=vocab_rows))
         for chunk in layout.model_chunks(table.num_layers, at.pp)
     ]
     make = _Entries(stored_index(table), style, dtype, state)
@@ -252,7 +252,7 @@ class _Build:
                 axis_fragmentations=box.fragments,
                 replica_id=replica_id,
                 prepend_axis_num=lead,
-                allow_shape_mismatch=self.tensor.rule.padded_vocabulary,
+                allow_shape_mismatch=self.tensor.has_padding,
                 flattened_range=flattened_range,
                 hf_parts=self.index[box.mcore_key, box.global_offset[:lead]].hf_parts(
                     box.global_offset[lead], box.shape[lead]

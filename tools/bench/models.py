@@ -28,6 +28,7 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage.local import TargetFile
@@ -204,7 +205,7 @@ def _chunks(
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
         for chunk in layout.model_chunks(config.num_hidden_layers, at.pp):
-            for tensor in layout.local_tensors(table, chunk, at, style=style):
+            for tensor in local_tensors(layout, table, chunk, at, style=style):
                 for box in tensor.boxes if tensor.is_main_replica else ():
                     for prefix, dtype in prefixes.items():
                         yield NewChunk(

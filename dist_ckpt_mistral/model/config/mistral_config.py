@@ -28,9 +28,6 @@ from dist_ckpt_mistral.model.config.yarn import YarnScaling
 from dist_ckpt_mistral.storage import documents, hub
 from dist_ckpt_mistral.storage.paths import as_given
 
-#: How callers give a configuration: itself, a config.json, a directory with one, or any of these as an override.
-GivenConfig: TypeAlias = "str | Path | MistralConfig | ConfigOverride"
-
 #: What a layer's attention is, in Hugging Face's words.
 SLIDING: Final = "sliding_attention"
 FULL: Final = "full_attention"
@@ -218,6 +215,10 @@ class ConfigOverride:
     """A configuration to go by even where the model's own descriptions contradict it; the differences are logged."""
 
     config: str | Path | MistralConfig
+
+
+#: A configuration as an argument: itself, a config.json, a directory or hub id with one, or an override with any.
+GivenConfig: TypeAlias = str | Path | MistralConfig | ConfigOverride
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

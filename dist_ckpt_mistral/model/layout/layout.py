@@ -1,6 +1,6 @@
-"""``ParallelLayout``: which boxes of which tensors a rank holds. Pure arithmetic, no Megatron import.
+"""``ParallelLayout``: the ranks of a layout and their coordinates. ``local_tensors`` says which tensors they hold.
 
-It stands beside the table and not under ``megatron/`` because an import must cut its chunks where Megatron is absent.
+It is not under ``megatron/``, because an import cuts its chunks without Megatron.
 """
 
 from __future__ import annotations
@@ -14,19 +14,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import is_positive_int
-from dist_ckpt_mistral.model.layout.local_tensors import LocalObject, LocalTensor, local_tensor
-from dist_ckpt_mistral.model.layout.pipeline import ModelChunk, PipelineLayout, parse_pipeline_layout
-from dist_ckpt_mistral.model.table.rules import (
-    Index,
-    KeyStyle,
-    LayerSpec,
-    ModuleTensor,
-    Place,
-    TensorRule,
-    spell,
-    spell_key,
-)
-from dist_ckpt_mistral.model.table.table import TensorTable
+from dist_ckpt_mistral.model.layout.pipeline import PipelineLayout, parse_pipeline_layout
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
 VOCABULARY_MULTIPLE: Final = 128
@@ -193,94 +181,11 @@ class ParallelLayout(PipelineLayout):
         own = others(self.coordinates(rank))
         return [each for each in range(self.world_size) if others(self.coordinates(each)) == own]
 
-    def local_tensors(
-        self,
-        table: TensorTable,
-        chunk: ModelChunk,
-        at: RankCoordinates,
-        *,
-        style: KeyStyle = KeyStyle.STACKED,
-        spec: LayerSpec = LayerSpec.LOCAL,
-        vocab_rows: int | None = None,
-    ) -> Iterator[LocalTensor]:
-        """Yield what one rank holds of one model chunk, in the order of the table.
-
-        ``spec`` says which modules hold it. ``vocab_rows`` is the padded vocabulary size, by default what Megatron-LM
-        pads to. Sizes must have passed ``check``.
-        """
-        for rule in table.rules:
-            rows, module = _rows(rule, self.tp, vocab_rows), rule.module(spec)
-            part, copy = self._share(rule, module, at)
-            for index, local in self._held_indices(rule, chunk, at):
-                yield local_tensor(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
-            if rule.place is Place.EMBEDDING and chunk.is_last and not chunk.is_first:
-                for name in rule.other_keys:
-                    # Tied embeddings: the last stage describes its copy of them as a head (language_module.py, 0.12+).
-                    yield local_tensor(table, rule, module, rows, (), name, part, style, (1, *copy))
-
-    def local_objects(
-        self,
-        table: TensorTable,
-        chunk: ModelChunk,
-        at: RankCoordinates,
-        *,
-        style: KeyStyle = KeyStyle.STACKED,
-        spec: LayerSpec = LayerSpec.LOCAL,
-    ) -> Iterator[LocalObject]:
-        """Yield the objects that the modules of one rank save beside the tensors of one model chunk."""
-        for rule in table.rules:
-            module = rule.module(spec)
-            if module.extra_state is None:
-                continue
-            key, name = module.extra_state
-            (rank, _), (_, copy) = self._share(rule, module, at)
-            for index, local in self._held_indices(rule, chunk, at):
-                yield LocalObject(
-                    mcore_key=spell_key(key, index, style),
-                    module_name=spell(name, local),
-                    global_shape=rule.lead[style.spelled_axes :] or (1,),
-                    global_offset=index[style.spelled_axes :] or (0,),
-                    replica_id=(0, rank, copy),
-                )
-
-    def _share(
-        self, rule: TensorRule, module: ModuleTensor, at: RankCoordinates
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Which of how many tensor-parallel parts a rank holds, and which copy of it (Megatron's tp and dp part)."""
-        rank, ways, copy = (at.etp, self.etp or self.tp, at.edp) if rule.is_of_experts else (at.tp, self.tp, at.dp_cp)
-        return (rank, ways), (0 if module.tp_axis is not None else rank, copy)
-
-    def _held_indices(self, rule: TensorRule, chunk: ModelChunk, at: RankCoordinates) -> Iterator[tuple[Index, Index]]:
-        """(index in the model, index in the local module) of every tensor of ``rule`` that a rank has in ``chunk``."""
-        if rule.place is Place.CARRIED:
-            return
-        if rule.place is not Place.LAYER:
-            if chunk.is_first if rule.place is Place.EMBEDDING else chunk.is_last:
-                yield (), ()
-            return
-        for local, layer in enumerate(chunk.layers):
-            if not rule.is_of_experts:
-                yield (layer,), (local,)
-                continue
-            share = rule.lead[1] // self.ep
-            for expert in range(share):
-                yield (layer, at.ep * share + expert), (local, expert)
-
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Megatron-LM's padded vocabulary: the next multiple of 128 x tp (``--make-vocab-size-divisible-by`` 128)."""
     multiple = VOCABULARY_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple
-
-
-def _rows(rule: TensorRule, tp: int, vocab_rows: int | None) -> int:
-    """Rows of one layer's tensor, with vocabulary padding where it applies."""
-    if not rule.padded_vocabulary:
-        return rule.shape[0]
-    rows = padded_vocab_size(rule.shape[0], tp) if vocab_rows is None else vocab_rows
-    if rows < rule.shape[0] or rows % tp:
-        raise LayoutError(f"padded vocabulary size {rows} must be a multiple of tp={tp}, at least {rule.shape[0]}")
-    return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

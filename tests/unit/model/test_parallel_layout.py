@@ -18,7 +18,7 @@ from dist_ckpt_mistral.cli import options
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_tensors
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import tensor_table
 
@@ -44,7 +44,7 @@ def held_by_ranks(
         [
             held
             for chunk in layout.model_chunks(table.num_layers, at.pp)
-            for held in layout.local_tensors(table, chunk, at, style=style, vocab_rows=vocab_rows)
+            for held in local_tensors(layout, table, chunk, at, style=style, vocab_rows=vocab_rows)
         ]
         for at in places
     ]
