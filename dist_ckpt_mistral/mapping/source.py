@@ -30,7 +30,7 @@ from dist_ckpt_mistral.model.config.mistral_config import (
     MistralConfig,
     require_config_file,
 )
-from dist_ckpt_mistral.model.table.rules import ParamState, Place
+from dist_ckpt_mistral.model.table.rules import ParamState, Stage
 from dist_ckpt_mistral.model.table.table import HfTensor, TensorTable, tensor_table
 
 _LOG = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class ModelSource:
     @property
     def main_dtype(self) -> str:
         """The torch dtype name of the embedding, which stands for the model's dtype."""
-        return next(self.dtype_of(tensor) for tensor in self.tensors if tensor.rule.place is Place.EMBEDDING)
+        return next(self.dtype_of(tensor) for tensor in self.tensors if tensor.rule.stage is Stage.EMBEDDING)
 
     def plan_into(self, target: TensorIndex) -> BytePlan:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
@@ -222,7 +222,7 @@ def completed(source: ModelSource, directory: Path | None) -> ModelSource:
     The layout of that directory's files then counts, too. A source that is complete is returned as it is. Raises
     TensorMismatchError if the tensors are needed and ``directory`` is None or does not hold them.
     """
-    carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.place is Place.CARRIED]
+    carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.stage is Stage.CARRIED]
     if not carried or source.carried_from is not None:
         return source
     what = (

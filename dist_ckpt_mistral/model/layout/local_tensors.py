@@ -16,7 +16,7 @@ from dist_ckpt_mistral.model.table.rules import (
     KeyStyle,
     LayerSpec,
     ModuleTensor,
-    Place,
+    Stage,
     TensorRule,
     spell,
     spell_key,
@@ -116,7 +116,7 @@ def local_tensors(
         for index, local in _local_indices(layout, rule, chunk, at):
             name = spell(module.name, local)
             yield _local_tensor(table, rule, module, rows, index, name, part, style, (0, *copy))
-        if rule.place is Place.EMBEDDING and chunk.is_last and not chunk.is_first:
+        if rule.stage is Stage.EMBEDDING and chunk.is_last and not chunk.is_first:
             for name in rule.other_keys:
                 # Tied embeddings: the last stage describes its copy of them as a head (language_module.py, 0.12+).
                 yield _local_tensor(table, rule, module, rows, (), name, part, style, (1, *copy))
@@ -172,10 +172,10 @@ def _local_indices(
     layout: ParallelLayout, rule: TensorRule, chunk: ModelChunk, at: RankCoordinates
 ) -> Iterator[tuple[Index, Index]]:
     """Yield (index in the model, index in the local module) of each tensor of ``rule`` that a rank has in ``chunk``."""
-    if rule.place is Place.CARRIED:
+    if rule.stage is Stage.CARRIED:
         return
-    if rule.place is not Place.LAYER:
-        if chunk.is_first if rule.place is Place.EMBEDDING else chunk.is_last:
+    if rule.stage is not Stage.LAYER:
+        if chunk.is_first if rule.stage is Stage.EMBEDDING else chunk.is_last:
             yield (), ()
         return
     for local, layer in enumerate(chunk.layers):

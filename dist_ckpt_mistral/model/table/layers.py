@@ -1,9 +1,9 @@
 """The tensors of a Mistral language model: one row a tensor, with every name written out.
 
-A row has the Megatron key, each Hugging Face tensor with its names in Mistral AI's own files ("consolidated"), and what
-``tensor_row`` explains. ``{layer}`` and ``{expert}`` count from 0 in the whole model. A checkpoint that stacks layers
-and experts leaves ``{layer}.`` and ``{expert}.`` out of its keys (see ``KeyStyle``). The Hugging Face files of a
-language model without vision leave out ``language_model.``.
+A row has the Megatron key, each Hugging Face tensor with its names in Mistral AI's own files ("consolidated"), and the
+fields that ``tensor_row`` explains. ``{layer}`` and ``{expert}`` count from 0 in the whole model. A checkpoint that
+stacks layers and experts leaves ``{layer}.`` and ``{expert}.`` out of its keys (see ``KeyStyle``). The Hugging Face
+files of a language model without vision leave out ``language_model.``.
 
 Sources: megatron-core 0.12 to 0.19, models/gpt/gpt_layer_specs.py and the file that each function names; transformers
 4.34 to 5.24, models/mistral, mixtral and mistral4; mistral-inference, and what transformers' convert_mistral*_to_hf.py
@@ -19,20 +19,20 @@ from typing import Final
 
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import Experts, LatentAttention
-from dist_ckpt_mistral.model.table.rules import COLUMNS, ROWS, Place, RowBlocks, TensorRule, tensor_row
+from dist_ckpt_mistral.model.table.rules import COLUMNS, ROWS, RowBlocks, Stage, TensorRule, tensor_row
 from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX
 
 #: The key of the token embeddings, which every checkpoint has.
 EMBEDDING_KEY: Final = "embedding.word_embeddings.weight"
 
-#: Other beginnings of names that transformers 5.24 takes for a language model (core_model_loading.py), and what stands
-#: for them here: ``MistralModel`` saves without ``model.``, and one ``model.`` too many is dropped.
+#: Other prefixes of names that transformers 5.24 reads in a language model (core_model_loading.py), and the prefix in
+#: this table: ``MistralModel`` saves without ``model.``, and one ``model.`` too many is dropped.
 OTHER_TEXT_NAMES: Final = (
     (re.compile(r"^(model\.){0,2}(?=(embed_tokens|layers|norm)\.)"), "model."),
     (re.compile(r"^model\.(?=lm_head\.)"), ""),
 )
-#: The same of Mixtral's experts (conversion_mapping.py): transformers renames the block whatever follows, and then
-#: packs the experts that are single.
+#: The same for Mixtral's experts (conversion_mapping.py): transformers renames the block, and then packs the experts
+#: that have their own tensors.
 OTHER_EXPERT_NAMES: Final = (
     (re.compile(r"\.mlp\.(?=gate\.|experts\.\d+\.)"), ".block_sparse_moe."),
     (re.compile(r"\.block_sparse_moe\.(?=experts\.(gate_up_proj|down_proj)$)"), ".mlp."),
@@ -63,7 +63,7 @@ def _of_language_alone(rule: TensorRule) -> TensorRule:
 
 
 def _embedding(config: MistralConfig) -> TensorRule:
-    """models/gpt/gpt_model.py. Some files and checkpoints of a tied model have the head too, or only the head."""
+    """models/gpt/gpt_model.py. Some files and checkpoints of a tied model also have the head, or only the head."""
     tied = config.tie_word_embeddings
     return tensor_row(
         EMBEDDING_KEY,
@@ -73,7 +73,7 @@ def _embedding(config: MistralConfig) -> TensorRule:
         shape=(config.vocab_size, config.hidden_size),
         padded_vocabulary=True,
         tp_axis=ROWS,
-        place=Place.EMBEDDING,
+        stage=Stage.EMBEDDING,
     )
 
 
@@ -332,13 +332,13 @@ def _layer_norms(config: MistralConfig) -> Iterator[TensorRule]:
 
 
 def _output(config: MistralConfig) -> Iterator[TensorRule]:
-    """transformer/transformer_block.py and models/gpt/gpt_model.py."""
+    """The final norm and the head: transformer/transformer_block.py and models/gpt/gpt_model.py."""
     yield tensor_row(
         "decoder.final_layernorm.weight",
         ("language_model.model.norm.weight", "norm.weight"),
         te_extra_state="decoder.final_layernorm._extra_state",
         shape=(config.hidden_size,),
-        place=Place.OUTPUT,
+        stage=Stage.OUTPUT,
     )
     if not config.tie_word_embeddings:
         yield tensor_row(
@@ -347,5 +347,5 @@ def _output(config: MistralConfig) -> Iterator[TensorRule]:
             shape=(config.vocab_size, config.hidden_size),
             padded_vocabulary=True,
             tp_axis=ROWS,
-            place=Place.OUTPUT,
+            stage=Stage.OUTPUT,
         )

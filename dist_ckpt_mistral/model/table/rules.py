@@ -1,8 +1,7 @@
-"""What a tensor table is made of: rules that say of every tensor its keys, its shape, and what it holds. No names.
+"""The types of a tensor table: a ``TensorRule`` gives the keys, shape and content of a tensor. No names stand here.
 
-A model's tensor is one of many: of its layer, or of its layer and expert. Where it stands among them is its ``index``:
-``()`` outside of the layers, ``(layer,)``, or ``(layer, expert)``. The names of a rule contain ``{layer}`` and
-``{expert}`` where an index fills them in.
+A rule describes one tensor, or one tensor of every layer, or of every layer and expert. The ``index`` of a tensor is
+``()`` outside the layers, else ``(layer,)`` or ``(layer, expert)``. It replaces ``{layer}`` and ``{expert}`` in names.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Final, TypeAlias
 from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather.dtypes import Shape
 
-#: Where a tensor stands among those of its rule.
+#: The index of a tensor among those of its rule, counted from 0 in the whole model.
 Index: TypeAlias = tuple[int, ...]
 
 _AXES: Final = ("layer", "expert")
@@ -25,10 +24,10 @@ ROWS: Final = 0
 COLUMNS: Final = 1
 
 
-class Place(Enum):
-    """Which pipeline stage holds a tensor, in the order in which transformers lists them.
+class Stage(Enum):
+    """Which pipeline stage holds a tensor, in the order in which transformers lists the tensors.
 
-    Those that are CARRIED belong to the model, but Megatron's does not have them: checkpoints only carry them along.
+    CARRIED tensors (vision tower and projector) are no part of Megatron's GPTModel; checkpoints only carry them along.
     """
 
     CARRIED = "no stage"
@@ -51,14 +50,15 @@ class KeyStyle(Enum):
 
     @property
     def spelled_axes(self) -> int:
-        """How many axes of an index the keys spell out; the others are axes of the stored tensor."""
+        """Number of index axes that the keys spell out; the others are axes of the stored tensor."""
         return {"stacked": 0, "per layer": 1, "singleton": 2}[self.value]
 
 
 class LayerSpec(Enum):
-    """Which modules Megatron makes layers of (models/gpt/gpt_layer_specs.py). They call some tensors differently.
+    """The modules of Megatron's layers (models/gpt/gpt_layer_specs.py). Some tensors have other names in each.
 
-    LOCAL is Megatron's own, with experts as ``SequentialMLP``; TRANSFORMER_ENGINE has them as ``TEGroupedMLP``.
+    LOCAL has Megatron's own modules and experts as ``SequentialMLP``; TRANSFORMER_ENGINE has experts as
+    ``TEGroupedMLP``.
     """
 
     LOCAL = "local"
@@ -66,11 +66,11 @@ class LayerSpec(Enum):
 
 
 class ParamState(Enum):
-    """A tensor that training keeps for every parameter, of its shape and, behind a prefix, under its key.
+    """A tensor that training keeps for every parameter: it has the parameter's shape, and its key behind a prefix.
 
-    A value is what Megatron's model-space formats call the state: ``fp32_param`` in ``plain`` (Float16Optimizer) and
+    The values are the names in Megatron's model-space formats: ``fp32_param`` in ``plain`` (Float16Optimizer) and
     ``fully_sharded_model_space`` (distributed optimizer, to 0.14), ``param`` in ``fully_reshardable`` (0.15 and newer);
-    mcore optimizer/optimizer.py and distrib_optimizer.py. WEIGHTS are the parameters themselves, without a prefix.
+    mcore optimizer/optimizer.py and distrib_optimizer.py. WEIGHTS are the parameters themselves and have no prefix.
     """
 
     WEIGHTS = ()
@@ -81,7 +81,7 @@ class ParamState(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowBlocks:
-    """The one bijection between the rows of a Hugging Face tensor and those of a Megatron tensor.
+    """The one-to-one map between the rows of a Hugging Face tensor and rows of a Megatron tensor.
 
     Hugging Face row block ``i`` is Megatron rows ``[i * stride + offset, i * stride + offset + length)``. Hugging Face
     rows count up without gaps: block ``i`` is its rows ``[i * length, (i + 1) * length)``. Identity, the gate and up
@@ -102,7 +102,7 @@ class RowBlocks:
 
     @classmethod
     def share(cls, rows: int, number: int = 0, of: int = 1) -> RowBlocks:
-        """One of equal shares of ``rows`` Megatron rows, one below the other; by default all rows."""
+        """Share ``number`` of ``of`` equal contiguous shares of ``rows`` Megatron rows; by default all rows."""
         return cls(count=1, stride=rows, offset=number * (rows // of), length=rows // of)
 
     @property
@@ -120,11 +120,11 @@ class RowBlocks:
 class HfPart:
     """One Hugging Face tensor, and the Megatron rows that hold it.
 
-    A name without ``{expert}`` for rows of experts stands for a tensor that packs all experts, one behind the other.
-    ``consolidated`` are the tensors of Mistral AI's own files that hold the same rows, in equal shares from the first
-    row on. Where heads of ``rotated_rows`` rows are rotated, the two dimensions that turn together are neighbours in
-    those files, and half a head apart in Hugging Face's; elsewhere (0) rows are in the same order.
-    ``rows`` count from ``first_hf_row`` of the Hugging Face tensor: above 0 where a stored tensor has only the rest.
+    A name without ``{expert}`` for rows of experts is that of a tensor that packs all experts, one after another.
+    ``consolidated`` names the tensors of Mistral AI's own files that hold the same rows, in equal shares from the first
+    row on. ``rotated_rows`` is the number of rows of a rotated head: the two dimensions that turn together are
+    neighbours in those files, and half a head apart in Hugging Face's. With 0 the rows have the same order in both.
+    ``rows`` count from row ``first_hf_row`` of the Hugging Face tensor, above 0 where a stored tensor lacks the first.
     """
 
     hf_name: str
@@ -136,11 +136,11 @@ class HfPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleTensor:
-    """What the modules of one layer spec make of a tensor.
+    """How the modules of one layer spec name and cut a tensor.
 
-    ``mcore_key`` is its key in a checkpoint, ``name`` its name in the state dict of a GPTModel (where layers and
-    experts count from the first of that model), ``tp_axis`` the axis along which tensor parallelism cuts it: None if
-    every rank holds it whole. ``extra_state`` is the key and the name of the object that the module saves besides.
+    ``mcore_key`` is its key in a checkpoint. ``name`` is its name in the state dict of a GPTModel, where layers and
+    experts count from the first of that model. ``tp_axis`` is the axis that tensor parallelism cuts, None if every rank
+    holds the whole tensor. ``extra_state`` is the key and the name of the object that the module saves beside it.
     """
 
     mcore_key: str
@@ -151,18 +151,18 @@ class ModuleTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRule:
-    """One Megatron tensor of every layer, of every layer and expert, or of the model: its keys, shape and content.
+    """The keys, shape and content of one Megatron tensor: of the model, of every layer, or of every layer and expert.
 
-    ``shape`` is in elements, without the axes of its index, whose extents are ``lead``, and without vocabulary padding.
-    ``other_parts`` are Hugging Face tensors that some files have instead of those of ``parts``, or besides: each has
-    all rows. For the other fields see ``tensor_row``.
+    ``shape`` is in elements, without vocabulary padding and without the axes of the index; ``lead`` are their extents.
+    ``other_parts`` are Hugging Face tensors that some files have instead of ``parts`` or beside them; each has all
+    rows. ``tensor_row`` explains the other fields.
     """
 
     local: ModuleTensor
     te: ModuleTensor
     shape: Shape
     lead: Shape
-    place: Place
+    stage: Stage
     parts: tuple[HfPart, ...]
     glu_halves: int = 1
     padded_vocabulary: bool = False
@@ -170,12 +170,12 @@ class TensorRule:
     other_parts: tuple[HfPart, ...] = ()
 
     def module(self, spec: LayerSpec) -> ModuleTensor:
-        """What a layer spec makes of it."""
+        """The names and the cut in models of a layer spec."""
         return self.local if spec is LayerSpec.LOCAL else self.te
 
     @property
     def mcore_key(self) -> str:
-        """The key that stands for the tensor: what training with Transformer Engine calls it."""
+        """The key that identifies the tensor: the key with Transformer Engine's layer spec."""
         return self.te.mcore_key
 
     @property
@@ -190,7 +190,7 @@ class TensorRule:
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether every expert has one."""
+        """Whether every expert has such a tensor."""
         return len(self.lead) == len(_AXES)
 
     def indices(self) -> Iterator[Index]:
@@ -199,19 +199,19 @@ class TensorRule:
 
 
 def axes_in(name: str) -> int:
-    """How many axes of an index a name spells out."""
+    """Number of index axes that a name spells out."""
     return sum(f"{{{axis}}}" in name for axis in _AXES)
 
 
 def spell_key(key: str, index: Index, style: KeyStyle) -> str:
-    """A key as a checkpoint of ``style`` spells it, with its index filled in where that does."""
+    """The key as a checkpoint of ``style`` spells it, with the index axes that the style spells out."""
     for axis in _AXES[style.spelled_axes :]:
         key = key.replace(f"{{{axis}}}.", "")
     return spell(key, index)
 
 
 def spell(name: str, index: Index) -> str:
-    """A name with its index filled in. ``{nth_expert}`` is Transformer Engine's: it leaves out a number of 0."""
+    """The name with its index filled in. ``{nth_expert}`` is the expert, empty for 0 as in Transformer Engine."""
     numbers = dict(zip(_AXES, index, strict=False))
     return name.format(**numbers, nth_expert=numbers.get("expert") or "")
 
@@ -233,7 +233,7 @@ def tensor_row(
     te_extra_state: str = "",
     te_extra_state_name: str = "",
     local_extra_state_name: str = "",
-    place: Place = Place.LAYER,
+    stage: Stage = Stage.LAYER,
     glu_halves: int = 1,
     padded_vocabulary: bool = False,
 ) -> TensorRule:
@@ -258,7 +258,7 @@ def tensor_row(
         te_extra_state: The same, if only Transformer Engine's module saves one.
         te_extra_state_name: The object's name in a GPTModel with Transformer Engine's spec, if it differs from the key.
         local_extra_state_name: The object's name in a GPTModel with the local spec, if it differs from the key.
-        place: The pipeline stage that holds the tensor.
+        stage: The pipeline stage that holds the tensor.
         glu_halves: 2 if the rows are [gate; up]: tensor parallelism then cuts each half on its own.
         padded_vocabulary: Whether the rows are the vocabulary, which Megatron pads.
     """
@@ -280,7 +280,7 @@ def tensor_row(
         ),
         shape=shape[axes:],
         lead=shape[:axes],
-        place=place,
+        stage=stage,
         parts=tuple(_hf_part(*each) for each in zip(hf, rows, rotated_rows or (0,) * len(hf), strict=True)),
         glu_halves=glu_halves,
         padded_vocabulary=padded_vocabulary,

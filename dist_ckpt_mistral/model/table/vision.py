@@ -1,4 +1,4 @@
-"""The names of a multimodal model: of its vision tower and projector, and how they change those of its language model.
+"""The tensors of a multimodal model's vision tower and projector, and the prefix of its language model's names.
 
 Hugging Face: transformers 4.50 to 5.23, models/pixtral and models/mistral3. In a Megatron checkpoint the tower and the
 projector have the same names (Megatron-Bridge, models/ministral3/ministral3_bridge.py); Megatron's loaders ignore them.
@@ -13,16 +13,16 @@ from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.config.parts import Vision
-from dist_ckpt_mistral.model.table.rules import Place, TensorRule, tensor_row
+from dist_ckpt_mistral.model.table.rules import Stage, TensorRule, tensor_row
 
-#: Before the names of the language model: on disk in Hugging Face files, and in the keys of Megatron-Bridge.
+#: Prefix of the language model's names in Hugging Face files and in Megatron-Bridge's keys.
 LANGUAGE_PREFIX: Final = "language_model."
-#: Before the names of the vision tower, and of the projector from it to the language model.
+#: Prefixes of the vision tower and of the projector from it to the language model.
 _CARRIED: Final = ("vision_tower.", "multi_modal_projector.")
 
-#: Other beginnings of names that transformers 5.24 takes (conversion_mapping.py, core_model_loading.py), and what
-#: stands for them in most files. ``model.language_model.``, ``lm_head.`` and ``model.vision_tower.`` are those of its
-#: memory: ``save_pretrained(save_original_format=False)`` writes them, and so does anyone who saves a state dict.
+#: Other prefixes of names that transformers 5.24 reads (conversion_mapping.py, core_model_loading.py), and the usual
+#: prefix in files. ``model.language_model.``, ``lm_head.`` and ``model.vision_tower.`` are the names of the model in
+#: memory: ``save_pretrained(save_original_format=False)`` and a saved state dict have them.
 OTHER_NAMES: Final = (
     (
         re.compile(r"^(model\.){0,2}language_model\.(model\.){0,2}(?=(embed_tokens|layers|norm)\.)"),
@@ -39,9 +39,9 @@ def is_carried(mcore_key: str) -> bool:
 
 
 def with_prefix(prefix: str, mcore_key: str) -> str:
-    """The key in a checkpoint that puts ``prefix`` before those of its language model.
+    """The key in a checkpoint whose language model keys begin with ``prefix``.
 
-    Vision tower and projector stand beside the language model: they have what stands before that.
+    Vision tower and projector are beside the language model: their keys lack the ``language_model.`` of ``prefix``.
     """
     if is_carried(mcore_key):
         prefix = prefix.removesuffix(LANGUAGE_PREFIX)
@@ -54,7 +54,7 @@ def vision_rules(vision: Vision, text_hidden_size: int) -> tuple[TensorRule, ...
 
 
 def _tower(vision: Vision) -> Iterator[TensorRule]:
-    """models/pixtral."""
+    """The vision tower: models/pixtral."""
     hidden_size, intermediate_size, patch_size = vision.hidden_size, vision.intermediate_size, vision.patch_size
     yield _row(
         "vision_tower.patch_conv.weight",
@@ -113,7 +113,7 @@ def _tower(vision: Vision) -> Iterator[TensorRule]:
 
 
 def _projector(vision: Vision, text_hidden_size: int) -> Iterator[TensorRule]:
-    """models/mistral3."""
+    """The projector: models/mistral3."""
     hidden_size = vision.hidden_size
     yield _row("multi_modal_projector.norm.weight", "pre_mm_projector_norm.weight", (hidden_size,))
     yield _row(
@@ -132,5 +132,5 @@ def _projector(vision: Vision, text_hidden_size: int) -> Iterator[TensorRule]:
 
 
 def _row(name: str, consolidated: str, shape: Shape, *, rotated_rows: int = 0) -> TensorRule:
-    """A tensor that has the same ``name`` in Megatron checkpoints and in Hugging Face files, and the same rows."""
-    return tensor_row(name, (name, consolidated), shape=shape, place=Place.CARRIED, rotated_rows=(rotated_rows,))
+    """The rule of a tensor with the same ``name`` and rows in Megatron checkpoints and Hugging Face files."""
+    return tensor_row(name, (name, consolidated), shape=shape, stage=Stage.CARRIED, rotated_rows=(rotated_rows,))
