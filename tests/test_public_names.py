@@ -40,8 +40,6 @@ _UNFINISHED: Final = frozenset(
         *("Amount", "ChunkList", "ChunkReads", "RankReads", "ReadingPlan", "plan_reading"),
         *("PretrainCommand", "Report", "TensorReport", "inspect", "megatron_args"),
         *("Conversion", "Loss", "Ranks"),  # convert
-        *("ConfigOverride", "Disagreement", "Experts", "LatentAttention", "MistralConfig", "Vision"),  # model
-        *("ModelChunk", "ParallelLayout", "RankCoordinates", "YarnScaling"),
         "open_checkpoint",  # views
     }
 )

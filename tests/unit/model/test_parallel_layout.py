@@ -189,7 +189,7 @@ def test_what_does_not_fit_the_model_is_refused(layout: ParallelLayout, reason: 
         ({"cp": 2, "order": "dp-pp"}, "order must name tp, cp, dp, got 'dp-pp'"),
         (
             {"pp": 2, "cp": 2, "order": "tp-cp-ep-pp-dp"},
-            "would give dense layers and experts other pipeline stages or, without pp last, other data parallelism",
+            "would give dense layers and experts different pipeline stages or, without pp last, different data",
         ),
     ],
 )
