@@ -107,14 +107,14 @@ def from_hf(
             return inputs, source, *_plan_import(source, layout, dtype, step)
 
     inputs, source, checkpoint_layout, plan = ranks.each(prepare)
-    carried = small_files.small_files(source.path)
+    copied_files = small_files.small_files(source.path)
     if folders := small_files.other_folders(source.path):
         _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
-    inputs.look_at(carried.values())
+    inputs.look_at(copied_files.values())
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         checkpoint_layout.finish(targets, plan, checksums)
-        _write_other_files(staging / step, source, carried, layout, dtype or source.main_dtype, iteration)
+        _write_other_files(staging / step, source, copied_files, layout, dtype or source.main_dtype, iteration)
         documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, checkpoint_layout.metadata())
         checkpoint_directory.write_tracker(staging, step.name)
 
@@ -127,7 +127,7 @@ def from_hf(
         manifest=NewManifest(folder=step),
         checksums=True,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
-        beside=[*carried.values()],
+        copied_files=[*copied_files.values()],
         losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),
     )
     losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
@@ -198,7 +198,7 @@ def _extra_states(table: TensorTable) -> list[str]:
 def _write_other_files(
     directory: Path,
     source: ModelSource,
-    carried: Mapping[str, Path],
+    copied_files: Mapping[str, Path],
     layout: ParallelLayout,
     dtype: str,
     iteration: int | None,
@@ -224,9 +224,9 @@ def _write_other_files(
     }
     documents.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
     texts: dict[str, bytes | None] = {}
-    if CONFIG_FILE in carried:
-        texts[CONFIG_FILE] = hf_directory.config_json(source.config.to_hf(), carried[CONFIG_FILE])
+    if CONFIG_FILE in copied_files:
+        texts[CONFIG_FILE] = hf_directory.config_json(source.config.to_hf(), copied_files[CONFIG_FILE])
     if source.hf_files is None:  # the checkpoint has no record of the original files, so their index is useless
         texts[INDEX_FILE] = None
     (directory / small_files.ASSETS_FOLDER).mkdir()
-    small_files.write_small_files(directory / small_files.ASSETS_FOLDER, carried, texts)
+    small_files.write_small_files(directory / small_files.ASSETS_FOLDER, copied_files, texts)

@@ -78,7 +78,7 @@ class NewFiles:
         manifest: The manifest to write.
         checksums: Whether ``complete`` needs the CRC-32 of the segments.
         recipe: Everything besides the plan that determines the output.
-        beside: Files that ``complete`` copies.
+        copied_files: Files that ``complete`` copies.
         losses: What to do if a conversion of dtypes destroys values.
     """
 
@@ -88,7 +88,7 @@ class NewFiles:
     manifest: NewManifest
     checksums: bool
     recipe: Recipe
-    beside: Sequence[Path]
+    copied_files: Sequence[Path]
     losses: LossPolicy = REFUSE
 
 
@@ -164,7 +164,7 @@ def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:
     """
     plan, file_bytes, recipe = new.plan, new.file_bytes, new.recipe
     documents.total_bytes([path for path in plan.files_to_read if path not in recipe.inputs.opened])  # or raises
-    staging.require_room(sum(file_bytes.values()) + documents.total_bytes(new.beside))
+    staging.require_room(sum(file_bytes.values()) + documents.total_bytes(new.copied_files))
     fingerprint = recipe.fingerprint(plan, file_bytes)
     if output.dry_run:
         staging.require_free(overwrite=output.overwrite, resume=output.resume)

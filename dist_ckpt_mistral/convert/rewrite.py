@@ -119,11 +119,11 @@ def rewrite(
 
     directory, train_state = ranks.on_first(find)  # once for all ranks: training may save another iteration meanwhile
     inputs, new, layout, plan = ranks.each(prepare)
-    other_files = dict(_other_files(new.stored)) if ranks.is_first else {}
+    copied_files = dict(_files_to_copy(new.stored)) if ranks.is_first else {}
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
         layout.finish(targets, plan, checksums)
-        small_files.copy_files(other_files, staging / new.step)
+        small_files.copy_files(copied_files, staging / new.step)
         if new.stored.backend != TORCH_DIST:
             documents.write_bytes(staging / new.step / BACKEND_FILE, writer.BACKEND_JSON)
         documents.write_bytes(staging / new.step / METADATA_FILE, layout.metadata())
@@ -140,7 +140,7 @@ def rewrite(
         manifest=NewManifest(folder=new.step),
         checksums=True,
         recipe=Recipe.of(plan, inputs, new.options),
-        beside=[*other_files.values()],
+        copied_files=[*copied_files.values()],
     )
     write_output(target, files, output=output, effort=effort, ranks=ranks)
     return Conversion(
@@ -189,7 +189,7 @@ def _new_object(stored: StoredCheckpoint, entry: Entry, keys: tuple[str, ...]) -
     return NewObject(keys=keys, copied_bytes=copied_bytes, rest=rest)
 
 
-def _other_files(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
+def _files_to_copy(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
     """The names and paths of all files to copy: common state, Hugging Face files, run configuration and the like.
 
     Logs a warning for every file that is not copied. Links to directories are not entered.

@@ -90,12 +90,12 @@ def to_hf(
         return source_directory(checkpoint, target, output)
 
     def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
-        given = given_directory(config, vision=True)
+        config_directory = given_directory(config, vision=True)
         with Sources() as inputs:
-            inputs.look_at([*directory.rglob("*"), *(given.iterdir() if given else ())])
+            inputs.look_at([*directory.rglob("*"), *(config_directory.iterdir() if config_directory else ())])
             opened = open_megatron(directory, config=chosen_config(config), state=_STATES[weights])
             require_equal_twins(opened)
-            source = completed(opened, given)
+            source = completed(opened, config_directory)
             file_set = _files(source, dtype, output.max_file_bytes)
             plan = source.plan_into(file_set.tensor_index(target, source.table.usual_name))
         return inputs, source, file_set, plan
@@ -105,15 +105,15 @@ def to_hf(
     _LOG.info("configuration: %s", source.config_from)
     if source.carried_from is not None:
         _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
-    given = given_directory(config)
-    carried = small_files.gathered([*([given] if given else ()), *source.assets])
-    texts = _texts(source, file_set, carried)
-    inputs.look_at(carried.values())
+    config_directory = given_directory(config)
+    copied_files = small_files.gathered([*([config_directory] if config_directory else ()), *source.assets])
+    texts = _texts(source, file_set, copied_files)
+    inputs.look_at(copied_files.values())
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):
             targets[number].write(0, file.head)
-        small_files.write_small_files(staging, carried, texts)
+        small_files.write_small_files(staging, copied_files, texts)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
     options = {"--weights": weights, "--dtype": dtype, "--max-file-size": output.max_file_bytes}
@@ -124,7 +124,7 @@ def to_hf(
         manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)),
         checksums=False,
         recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
-        beside=[*carried.values()],
+        copied_files=[*copied_files.values()],
         losses=LossPolicy(allowed=allow_lossy),
     )
     losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
@@ -158,17 +158,17 @@ def _files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileS
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
 
 
-def _texts(source: ModelSource, files: FileSet, carried: Mapping[str, Path]) -> dict[str, bytes | None]:
+def _texts(source: ModelSource, files: FileSet, copied_files: Mapping[str, Path]) -> dict[str, bytes | None]:
     """The content of config.json and of the index for ``files``; None if there is no index.
 
-    A file in ``carried`` that describes ``files`` correctly keeps its bytes. The index is last, because it makes a
+    A file in ``copied_files`` that describes ``files`` correctly keeps its bytes. The index is last, because it makes a
     model in several files visible.
     """
     if method := described_method(source.config.hf_config or {}):
         _LOG.info("%s describes quantized weights (%s): that is left out, these are not quantized", CONFIG_FILE, method)
     return {
-        CONFIG_FILE: _config_json(source, files, carried.get(CONFIG_FILE)),
-        INDEX_FILE: files.index_json(carried.get(INDEX_FILE)),
+        CONFIG_FILE: _config_json(source, files, copied_files.get(CONFIG_FILE)),
+        INDEX_FILE: files.index_json(copied_files.get(INDEX_FILE)),
     }
 
 
