@@ -34,7 +34,12 @@ _TENSOR_DATA: Final = "data/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One tensor or object that differs between A and B, and how."""
+    """One tensor or object that differs between A and B.
+
+    Args:
+        name: Its Hugging Face name, or its key in the checkpoints (``Comparison.named_by``).
+        what: The difference, in words.
+    """
 
     name: str
     what: str

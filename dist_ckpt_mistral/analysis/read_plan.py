@@ -44,8 +44,12 @@ class WantedBox(NamedTuple):
 class ChunkList:
     """All chunks of an index as columns, ordered by file and position.
 
-    For chunk ``i``, ``tensors[i]`` is the number of its tensor in ``names``, ``files[i]`` the number of its file in the
-    index, and ``num_bytes[i]`` the size of its data. ``places[name][j]`` is the number ``i`` of a tensor's chunk ``j``.
+    Args:
+        names: Names of the stored tensors.
+        tensors: For each chunk, the number of its tensor in ``names``.
+        files: For each chunk, the number of its file in the index.
+        num_bytes: For each chunk, the size of its data.
+        places: Name of a tensor -> for each of its chunks, the number of the chunk in the columns.
     """
 
     names: tuple[str, ...]
@@ -57,7 +61,13 @@ class ChunkList:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChunkReads:
-    """One row for every overlapping box and chunk: number of the chunk, bytes that the box needs, size of the chunk."""
+    """The reads of one rank as columns: one row for every overlapping box and chunk.
+
+    Args:
+        chunks: Number of the chunk in a ``ChunkList``.
+        needed_bytes: Bytes of the chunk that the box needs.
+        read_bytes: Size of the chunk's data in bytes, which is read whole.
+    """
 
     chunks: IntArray
     needed_bytes: IntArray
@@ -115,8 +125,12 @@ def chunk_reads(index: TensorIndex, chunks: ChunkList, boxes: Iterable[WantedBox
 class Amount:
     """The amount of data that one rank or several ranks need and read. Bytes are bytes of tensor data.
 
-    ``num_reads`` counts how often a chunk is read, ``num_chunks`` the different chunks. ``file_bytes`` has the bytes
-    that are read from each file.
+    Args:
+        needed_bytes: Bytes that the ranks hold.
+        read_bytes: Bytes that they read.
+        num_reads: Number of reads of a chunk.
+        num_chunks: Number of different chunks that are read.
+        file_bytes: File -> bytes that are read from it.
     """
 
     needed_bytes: int
@@ -146,7 +160,11 @@ class Amount:
 class RankReads:
     """A group of ranks with the same boxes, which all read the same chunks: copies by data or context parallelism.
 
-    ``stage`` is their pipeline stage, ``layers`` the layers of that stage, and ``reads`` the reads of one rank.
+    Args:
+        ranks: The ranks, in ascending order.
+        stage: Their pipeline stage.
+        layers: The layers of that stage.
+        reads: The reads of one of the ranks.
     """
 
     ranks: tuple[int, ...]

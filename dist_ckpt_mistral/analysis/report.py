@@ -44,7 +44,14 @@ _MOST_ROWS: Final = 1000
 class TensorReport:
     """One stored tensor.
 
-    ``hf_names`` are the Hugging Face tensors with rows in it. ``ignored`` is the reason why it is no weight, or None.
+    Args:
+        name: Its name in the files: a Megatron key, or a Hugging Face or consolidated name.
+        dtype: Its torch dtype name.
+        shape: Its shape in elements.
+        num_chunks: Number of stored chunks.
+        num_bytes: Size of its data in bytes.
+        hf_names: Names of the Hugging Face tensors with rows in it.
+        ignored: Reason why it is not a weight, or None.
     """
 
     name: str

@@ -29,8 +29,12 @@ _HARMLESS: Final = 10_000
 class Loss:
     """The values of one tensor that a conversion destroyed, or of several tensors whose rows are stored together.
 
-    Of ``num_values`` values, ``overflowed`` finite ones became infinite or NaN, and ``vanished`` nonzero ones became
-    zero.
+    Args:
+        tensors: Hugging Face names of the tensors.
+        dtype: Torch name of the dtype that they were converted to.
+        num_values: Number of values.
+        overflowed: Number of finite values that became infinite or NaN.
+        vanished: Number of nonzero values that became zero.
     """
 
     tensors: tuple[str, ...]
