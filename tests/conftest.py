@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -16,6 +17,8 @@ from hypothesis import HealthCheck, settings
 
 from dist_ckpt_mistral.cli.processes import run_ranks
 
+# Small tensors gain nothing from threads, and threads that wait for work take cores from the processes beside them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes depends on who else uses the machine: no deadline.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
@@ -66,6 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if {"launch_ranks", "launch_megatron_lm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
             item.add_marker("megatron")
+            item.add_marker("slow")
         if "megatron" in _ABSENT and item.get_closest_marker("megatron"):
             item.add_marker(pytest.mark.skip(reason="megatron-core is not installed"))
 
@@ -87,7 +91,7 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
     """Run jobs, one after another, on gloo ranks of megatron_ranks.py.
 
     A job is ``{"task": name of a function there, **arguments}``, all of JSON types, and so is its result. Importing
-    megatron four times takes ten seconds and more, so tests share a launch where they can.
+    megatron takes seconds, though the ranks of a launch do it once: tests share a launch where they can.
     """
     return _launcher(_WORKER, tmp_path_factory)
 
@@ -102,7 +106,7 @@ def _launcher(worker: Path, tmp_path_factory: pytest.TempPathFactory) -> LaunchR
     def launch(world_size: int, jobs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("ranks")
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        run_ranks([[sys.executable, worker, folder]] * world_size, folder, timeout_s=570)
+        run_ranks([[sys.executable, worker, folder, str(world_size)]], folder, timeout_s=570)
         return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
     return launch

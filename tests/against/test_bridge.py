@@ -206,6 +206,7 @@ def targets(value: object) -> list[str]:
     return [*([value["_target_"]] if "_target_" in value else []), *inner]
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("case", FAMILY)
 def test_run_config_is_what_bridge_takes(case: str) -> None:
     """Each field is one of the genuine save or of Megatron's latent attention, each target on Bridge's allowlist."""

@@ -63,6 +63,7 @@ def unscaled(config: MistralConfig) -> MistralConfig:
     return replace(config, yarn=replace(config.yarn, mscale=None, mscale_all_dim=None, attention_factor=None))
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("case", FAMILY)
 def test_the_installed_megatron_core_knows_every_field(case: str) -> None:
     """A TransformerConfig made of the args, as Megatron-LM and Bridge do, has the sizes that transformers reads."""
@@ -96,6 +97,7 @@ def test_the_installed_megatron_core_knows_every_field(case: str) -> None:
     assert {name for name in args if name.startswith("moe_")} - known <= new_in_0_19 | unknown
 
 
+@pytest.mark.megatron
 @settings(max_examples=100, deadline=None)
 @given(experts_of_any_router())
 def test_megatron_chooses_the_experts_that_transformers_chooses(experts: Experts) -> None:
@@ -230,6 +232,7 @@ def test_settings_that_change_nothing_are_accepted() -> None:
     assert from_megatron_args(args_of("mistral4", **spelled)) == config_of("mistral4")
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize(
     ("skip", "model_type", "layers"),
     [
@@ -258,6 +261,7 @@ def test_windows_are_where_transformers_has_them() -> None:
     assert config_of("mistral4", sliding_window=5).window_layers == (False,) * 4
 
 
+@pytest.mark.megatron
 def test_latent_attention_without_sizes_has_those_of_the_parser() -> None:
     """Absent args are those that pretrain_gpt.py would have, YaRN's the defaults of MLATransformerConfig."""
     names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "q_lora_rank")

@@ -46,14 +46,14 @@ def megatron() -> Iterator[SimpleNamespace]:
         warnings.simplefilter("ignore")
         modules = {
             name: importlib.import_module(f"dist_ckpt_mistral.megatron.{name}")
-            for name in ("build_model", "load_model", "inference", "runtime")
+            for name in ("build_model", "load_model", "generate", "runtime")
         }
         state = importlib.import_module("megatron.core.parallel_state")
     yield SimpleNamespace(
         build_model=modules["build_model"].build_model,
         load_model=modules["load_model"].load_model,
-        forward=modules["inference"].forward,
-        generate=modules["inference"].generate,
+        forward=modules["generate"].forward,
+        generate=modules["generate"].generate,
         initialize_megatron=modules["runtime"].initialize_megatron,
         parallel_state=state,
     )

@@ -61,6 +61,7 @@ def test_every_field_that_a_reader_wants_is_there(case: str, reader: str) -> Non
     assert set(READERS[reader]) <= set(args_of(case))
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("case", FAMILY)
 @pytest.mark.parametrize("name", ["TransformerConfig", "MLATransformerConfig"])
 def test_no_field_is_none_where_megatron_has_another_default(case: str, name: str) -> None:
@@ -72,6 +73,7 @@ def test_no_field_is_none_where_megatron_has_another_default(case: str, name: st
     assert {field for field in nothing & set(defaults) if defaults[field] not in (None, MISSING)} == set()
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("case", FAMILY)
 def test_what_megatron_lm_takes_over_is_told_or_known_to_be_left_out(case: str) -> None:
     """Every field of --use-checkpoint-args of the installed Megatron-LM stands in the args, or in the table above."""

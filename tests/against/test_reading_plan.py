@@ -47,6 +47,7 @@ from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize(
     ("case", "style", "layout"),
     [
@@ -86,6 +87,7 @@ def require_megatron_agrees(
     return told
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize(
     ("case", "states"),
     [
@@ -98,6 +100,7 @@ def test_megatron_reads_just_that_of_the_optimizer(case: str, states: tuple[str,
     require_megatron_agrees(shards(case), folder(case), ParallelLayout(tp=4, pp=2, dp=2), states=states)
 
 
+@pytest.mark.megatron
 def test_a_chunk_that_two_boxes_meet_is_read_twice(tmp_path: Path) -> None:
     """Torch's own writer stores each tensor in one chunk: Megatron loads it once for gate and once for up."""
     with warnings.catch_warnings():

@@ -41,6 +41,7 @@ def test_values_are_those_of_transformers(case: str) -> None:
     assert yarn.attention_scale == frequencies[0][1] == frequencies[1][1]
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("case", CASES)
 def test_megatron_scales_the_same(case: str) -> None:
     """With the values we give it, Megatron multiplies cosines and sines with what transformers does."""
@@ -49,6 +50,7 @@ def test_megatron_scales_the_same(case: str) -> None:
     assert theirs == pytest.approx(yarn.attention_scale, rel=1e-15)
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("case", CASES)
 def test_megatron_scales_latent_attention_the_same(case: str) -> None:
     """With the values for latent attention it also scales what is attended to as transformers' Mistral 4 does."""

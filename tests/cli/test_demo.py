@@ -20,7 +20,7 @@ from dist_ckpt_mistral.cli import demo
 from dist_ckpt_mistral.cli.main import main
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
-pytestmark = [pytest.mark.megatron, pytest.mark.ranks]
+pytestmark = [pytest.mark.megatron, pytest.mark.ranks, pytest.mark.slow]
 
 _CLI = [sys.executable, "-m", "dist_ckpt_mistral"]
 _CHECK = [sys.executable, "-m", "dist_ckpt_mistral.megatron.load_check"]

@@ -1,4 +1,4 @@
-"""What one rank does in tests of Megatron-LM itself: ``python megatron_lm_ranks.py FOLDER``, as in megatron_ranks.py.
+"""What one rank does in tests of Megatron-LM itself: ``python megatron_lm_ranks.py FOLDER N``, as in megatron_ranks.py.
 
 Arguments, configuration, model, loading and saving are those of ``megatron.training``, which megatron-core's wheels
 ship from 0.19 on; nothing of the package has a part in it.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import forked_ranks
 import torch
 import torch.distributed as dist
 import yaml
@@ -255,4 +256,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    forked_ranks.run(main)

@@ -1,4 +1,4 @@
-"""What one rank does in multi-rank tests: ``python megatron_ranks.py FOLDER`` with torchrun's environment variables.
+"""What one rank does in multi-rank tests: ``python megatron_ranks.py FOLDER WORLD_SIZE``, which forks the ranks.
 
 FOLDER/jobs.json names the jobs and FOLDER/rankN.json gets their results; the fixture ``launch_ranks`` provides both.
 The oracle is always a real GPTModel of the installed megatron-core, filled by ``gpt_stage``.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
 
+import forked_ranks
 import torch
 import torch.distributed as dist
 from gpt_optimizer import CONTENT, Optimizer
@@ -403,4 +404,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    forked_ranks.run(main)

@@ -29,6 +29,8 @@ from plain_models import contents, save_model
 
 import dist_ckpt_mistral as dcm
 
+pytestmark = pytest.mark.slow
+
 COMMANDS: Final = ("from-hf", "to-hf", "reshard", "migrate")
 RENAMING: Final = ("rename", "renameat2", "replace")
 _FAULTS: Final = Path(__file__).parents[1] / "helpers" / "faults.py"

@@ -63,12 +63,11 @@ MEGATRON: Final = {
     ("absent", "expected"),
     [
         (["torch", "megatron", "transformers", "matplotlib"], MEGATRON | {"tensors", "picture"}),
-        pytest.param(["megatron"], MEGATRON, marks=pytest.mark.megatron),
         pytest.param(["megatron.core"], MEGATRON, marks=pytest.mark.megatron),
         pytest.param(["matplotlib"], {"picture"}, marks=pytest.mark.megatron),
         pytest.param(["megatron.core.parallel_state"], MEGATRON, marks=pytest.mark.megatron),
     ],
-    ids=str,
+    ids=["plain install", "no megatron-core", "no matplotlib", "half of megatron-core"],
 )
 def test_the_library_in_a_plain_install(absent: list[str], expected: set[str], tmp_path: Path) -> None:
     """What needs an absent library says so, by our own class, with the command; everything else works."""
