@@ -1,4 +1,4 @@
-"""``python -m dist_ckpt_mistral``, which is also the command ``dist-ckpt-mistral``."""
+"""Entry point of ``python -m dist_ckpt_mistral`` and of the command ``dist-ckpt-mistral``."""
 
 import contextlib
 import os
@@ -8,18 +8,21 @@ from types import FrameType
 
 
 def run() -> int:
-    """Run the command line; an interrupt ends it with one line at any moment, also while Python still imports it."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else they are ignored, as in the background
-        signal.signal(signal.SIGINT, _leave)
-    from dist_ckpt_mistral.cli import main  # noqa: PLC0415  (takes most of the time until a command begins)
+    """Run the command line and return its exit code.
+
+    An interrupt prints one line instead of a traceback, also while the imports run.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores SIGINT: keep that
+        signal.signal(signal.SIGINT, _exit_during_import)
+    from dist_ckpt_mistral.cli import main  # noqa: PLC0415  (slow; the handler must be in place before)
 
     code = main.main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends there is nobody to catch an exception
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing catches a KeyboardInterrupt while Python shuts down
     return code
 
 
-def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (the signature of a signal handler)
-    """End at once: nothing has begun that must be cleared up."""
+def _exit_during_import(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (a signal handler's signature)
+    """Exit at once with code 130: nothing has been written yet."""
     with contextlib.suppress(OSError):
         os.write(2, b"interrupted: Nothing was published.\n")
     os._exit(130)

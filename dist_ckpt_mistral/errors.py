@@ -4,17 +4,20 @@
     ├── ConfigError                  a model configuration is wrong or contradicts itself
     │   └── UnsupportedModelError    a model that the tensor table does not know
     ├── LayoutError                  a parallel layout that Megatron would refuse
-    ├── FormatError                  bytes on disk are not what their format says
-    │   ├── UnsafePickleError        a pickle asks for something outside the allowlist
-    │   └── UnsupportedFormatError   a checkpoint of Megatron's in a format that this package does not read
-    ├── TensorMismatchError          tensors missing, unknown, or of another shape or dtype than the model's
-    ├── PlanError                    boxes that leave a gap, overlap, or reach outside their tensor
-    ├── OutputError                  the destination cannot be written as asked
-    ├── LostRankError                another process of the job is gone
-    └── MissingLibraryError          a library that only some uses need is not installed; an ImportError, too
+    ├── FormatError                  a file is damaged, changed during the run, or cannot be read
+    │   ├── UnsafePickleError        a pickle needs something outside the allowlist
+    │   └── UnsupportedFormatError   a Megatron checkpoint in a format that this package does not read
+    ├── TensorMismatchError          tensors are missing, unknown, or differ from the model's in shape or dtype
+    ├── PlanError                    boxes leave a gap, overlap, or reach outside their tensor
+    ├── OutputError                  the output cannot be written
+    ├── LostRankError                another rank of the job died
+    └── MissingLibraryError          an optional library is not installed; also an ImportError
 
-The command line turns each into one line on stderr and exit code 1. Messages follow one template:
-``{what} for {tensor} in {file}: expected {value} ({why}), got {value}. {next step}``.
+The command line prints each as one line on stderr and exits with code 1. Messages follow one template,
+``{what} for {tensor} in {file}: expected {value} ({why}), got {value}. {next step}``, for example::
+
+    shape mismatch for 'model.norm.weight' in 'model.safetensors': expected (4096,) (hidden_size=4096), got (512,).
+    Check that config.json belongs to these files.
 """
 
 from __future__ import annotations
@@ -26,19 +29,24 @@ from dist_ckpt_mistral.messages import printable
 
 S = TypeVar("S")
 T = TypeVar("T")
-#: More errors than this are counted, not told.
-_MOST_ERRORS: Final = 50
-#: Messages spell out names, and a hostile file may have one of a gigabyte.
-_MOST_LETTERS: Final = 20_000
+#: A combined error quotes at most this many messages and counts the rest.
+_MAX_QUOTED_ERRORS: Final = 50
+#: Messages quote names, and a hostile file may contain a name of a gigabyte.
+_MAX_CHARACTERS: Final = 20_000
 
 
 class DistCkptMistralError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all errors that this package raises on purpose.
+
+    Args:
+        message: One line, after the template of this module. Unprintable characters are escaped, and all but the first
+            20,000 characters are cut off.
+    """
 
     def __init__(self, message: str) -> None:
-        """Keep the message, printable and of a length that can be read."""
-        end = "" if len(message) <= _MOST_LETTERS else f"... and {len(message) - _MOST_LETTERS} more characters"
-        super().__init__(printable(message[:_MOST_LETTERS]) + end)
+        """Escape and shorten the message."""
+        end = "" if len(message) <= _MAX_CHARACTERS else f"... and {len(message) - _MAX_CHARACTERS} more characters"
+        super().__init__(printable(message[:_MAX_CHARACTERS]) + end)
 
 
 class ConfigError(DistCkptMistralError):
@@ -46,27 +54,27 @@ class ConfigError(DistCkptMistralError):
 
 
 class UnsupportedModelError(ConfigError):
-    """A model that the tensor table does not know."""
+    """The model's architecture is one that the tensor table does not know."""
 
 
 class LayoutError(DistCkptMistralError):
-    """A parallel layout that Megatron would refuse for this model."""
+    """Megatron would refuse this parallel layout for this model."""
 
 
 class FormatError(DistCkptMistralError):
-    """Bytes on disk are not what their format says."""
+    """A file is damaged, was changed during the run, or cannot be read."""
 
 
 class UnsafePickleError(FormatError):
-    """A pickle asks for something outside the allowlist; nothing of it was executed."""
+    """A pickle needs a class or function outside the allowlist; none of it was executed."""
 
 
 class UnsupportedFormatError(FormatError):
-    """A checkpoint of Megatron's in a format that this package does not read; nothing need be wrong with it."""
+    """A Megatron checkpoint, possibly sound, is in a format that this package does not read."""
 
 
 class TensorMismatchError(DistCkptMistralError):
-    """Tensors are missing, unknown, or of another shape or dtype than the model's."""
+    """Tensors are missing, unknown, or differ from the model's in shape or dtype."""
 
 
 class PlanError(DistCkptMistralError):
@@ -74,19 +82,23 @@ class PlanError(DistCkptMistralError):
 
 
 class OutputError(DistCkptMistralError):
-    """The destination cannot be written as asked."""
+    """The output cannot be written, for example because it exists or because the disk is full."""
 
 
 class MissingLibraryError(DistCkptMistralError, ImportError):
-    """A library that only some uses of this package need is not installed. The message says how to install it."""
+    """An optional library is not installed. The message gives the command that installs it."""
 
 
 class LostRankError(DistCkptMistralError):
-    """Another process of the job is gone: the one that notices speaks, for the lost one may not have."""
+    """Another rank of the job died. Raised on the rank that notices, because the dead one may have printed nothing."""
 
 
 def for_all(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """``work`` on all items. What goes wrong becomes one error, which tells of all: of the class of the first."""
+    """Call ``work`` on every item and return the results in order.
+
+    Errors do not stop the loop: at its end one error is raised that joins all their messages. It has the class of the
+    first.
+    """
     results, errors = [], []
     for item in items:
         try:
@@ -94,7 +106,7 @@ def for_all(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
         except DistCkptMistralError as error:
             errors.append(error)
     if errors:
-        told = [str(error) for error in errors[:_MOST_ERRORS]]
-        more = [f"and {len(errors) - len(told)} more"] if len(errors) > len(told) else []
-        raise type(errors[0])("; ".join([*told, *more])) from errors[0]
+        quoted = [str(error) for error in errors[:_MAX_QUOTED_ERRORS]]
+        more = [f"and {len(errors) - len(quoted)} more"] if len(errors) > len(quoted) else []
+        raise type(errors[0])("; ".join([*quoted, *more])) from errors[0]
     return results

@@ -1,4 +1,4 @@
-"""Libraries that only some uses need: whether they are there, how to install them, and how they are kept quiet."""
+"""Optional libraries: whether they are installed, the command that installs them, and how to silence them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import MissingLibraryError
 from dist_ckpt_mistral.messages import command_line
 
-#: Module -> the package that brings it.
+#: Module -> the package that installs it.
 _PACKAGES: Final = {
     "torch": "torch",
     "megatron.core": "megatron-core",
@@ -26,16 +26,19 @@ _PACKAGES: Final = {
     "mistral_common": "mistral-common",
     "matplotlib": "matplotlib",
 }
-#: What an extra of pyproject.toml brings of these, where all of it is needed.
-_BROUGHT: Final = {"megatron": ("torch", "megatron.core")}
+#: Extra of pyproject.toml -> its modules. If an import in ``needed`` fails, these are named first.
+_MODULES_OF_EXTRA: Final = {"megatron": ("torch", "megatron.core")}
 _NAME: Final = "dist-ckpt-mistral"
 _BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
-#: Loggers of libraries that say much which is not about what the user does.
-_TALKATIVE: Final = ("megatron", "torch", "transformers", "mistral_common", "py.warnings")
+#: Loggers to silence while a command runs.
+_NOISY_LOGGERS: Final = ("megatron", "torch", "transformers", "mistral_common", "py.warnings")
 
 
 def require(what: str, *modules: str, extra: str) -> None:
-    """Raise MissingLibraryError if any of ``modules``, which ``what`` needs and ``extra`` brings, is not installed."""
+    """Raise MissingLibraryError if any of ``modules`` is not installed.
+
+    The message says that ``what`` needs their packages, and gives the command that installs ``extra``.
+    """
     missing = [_PACKAGES[module] for module in modules if not _is_installed(module)]
     if missing:
         raise _missing(what, missing, extra)
@@ -43,12 +46,12 @@ def require(what: str, *modules: str, extra: str) -> None:
 
 @contextlib.contextmanager
 def needed(what: str, *modules: str, extra: str) -> Iterator[None]:
-    """The same before the block, which imports ``modules``, and for what else is imported in it and not installed."""
+    """Raise MissingLibraryError if any of ``modules``, or any other module that the block imports, is not installed."""
     require(what, *modules, extra=extra)
     try:
         yield
     except ModuleNotFoundError as error:
-        require(what, *_BROUGHT.get(extra, ()), extra=extra)
+        require(what, *_MODULES_OF_EXTRA.get(extra, ()), extra=extra)
         raise _missing(what, [_PACKAGES.get(str(error.name), str(error.name))], extra) from error
 
 
@@ -58,12 +61,12 @@ def _missing(what: str, packages: Sequence[str], extra: str) -> MissingLibraryEr
 
 
 def _install_command(extra: str) -> str:
-    """The command that adds an extra to this package, by the program and from the place that installed it.
+    """Return the command that installs an extra with the same installer and from the same source as this package.
 
-    Both are on record: INSTALLER, and direct_url.json (PEP 610) unless it came from an index. A checkout whose code
-    runs is its own place, installed or not.
+    The installed package records both: INSTALLER names the program, direct_url.json (PEP 610) the source unless that
+    was an index. If the code runs from a checkout, the checkout is the source, installed or not.
     """
-    from importlib import metadata  # noqa: PLC0415  (imports an email parser, which only this error needs)
+    from importlib import metadata  # noqa: PLC0415  (imports an email parser; only this error needs it)
 
     files: dict[str, str | None] = {}
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -76,13 +79,13 @@ def _install_command(extra: str) -> str:
         source = [f"{_NAME}[{extra}] @ {_requirement_url(origin)}"]
     else:
         source = [f"{_NAME}[{extra}]"]
-    by_uv = (files.get("INSTALLER") or "").strip() == "uv"  # whose environments have no pip
+    by_uv = (files.get("INSTALLER") or "").strip() == "uv"  # uv's environments have no pip
     start = ["uv", "pip", "install", "--python", sys.executable] if by_uv else [sys.executable, "-m", "pip", "install"]
     return command_line([*start, *source])
 
 
 def _is_checkout(folder: Path) -> bool:
-    """Whether this project's sources lie in a folder."""
+    """Whether a folder contains this project's pyproject.toml."""
     try:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -91,7 +94,7 @@ def _is_checkout(folder: Path) -> bool:
 
 
 def _requirement_url(origin: Mapping[str, Any]) -> str:
-    """The URL of a direct_url.json as a requirement has it (PEP 508), at the very commit that was installed."""
+    """Return the PEP 508 URL of the source in a direct_url.json, at the installed commit."""
     repository, folder = origin.get("vcs_info"), origin.get("subdirectory")
     url = f"{repository['vcs']}+{origin['url']}@{repository['commit_id']}" if repository else origin["url"]
     return f"{url}#subdirectory={folder}" if folder else str(url)
@@ -105,39 +108,39 @@ def _is_installed(module: str) -> bool:
 
 
 def import_numpy() -> None:
-    """Import numpy with one thread for linear algebra: nothing here does any, and idle threads begin by spinning.
+    """Import numpy with a single OpenBLAS thread: this package does no linear algebra, and idle threads spin at first.
 
-    Only numpy's copy of OpenBLAS reads the variable meanwhile, not torch's later, nor a child process.
+    The environment is restored afterwards, so that torch's OpenBLAS and child processes keep their own thread count.
     """
-    given = os.environ.get(_BLAS_THREADS)
+    is_unset = _BLAS_THREADS not in os.environ
     os.environ.setdefault(_BLAS_THREADS, "1")
-    import numpy as np  # noqa: F401, PLC0415  (slow, and not every command needs it)
+    import numpy as np  # noqa: F401, PLC0415  (slow; not every command needs it)
 
-    if given is None:
+    if is_unset:
         del os.environ[_BLAS_THREADS]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block, libraries keep their warnings and progress to themselves. Needs torch and transformers."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    """Silence warnings, log messages and progress bars of libraries within the block. Needs torch and transformers."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import torch  # noqa: F401, PLC0415  (sets levels of its loggers when it is imported)
+        import torch  # noqa: F401, PLC0415  (its import sets the levels of its loggers, so it must come first)
         import transformers  # noqa: PLC0415  (slow)
 
-        talk = transformers.utils.logging
-        verbosity, had_progress_bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
-        talk.set_verbosity_error()
-        talk.disable_progress_bar()
+        hf_logging = transformers.utils.logging
+        verbosity, had_progress_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
             yield
         finally:
-            talk.set_verbosity(verbosity)
+            hf_logging.set_verbosity(verbosity)
             if had_progress_bars:
-                talk.enable_progress_bar()
+                hf_logging.enable_progress_bar()
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

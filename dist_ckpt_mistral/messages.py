@@ -1,4 +1,4 @@
-"""How messages word names, amounts, lists and commands."""
+"""Formatting of names, lists, byte counts and commands for messages."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeAlias
 
-#: A number as Python writes it, so that it can be written again. Longer ones are names.
+#: Up to this many names are listed one by one, more as patterns.
+_MAX_LISTED: Final = 50
+#: Names beyond these are only counted, to bound the work: no model has so many tensors.
+_MAX_GROUPED: Final = 100_000
+#: A decimal number without leading zeros, so that ``str(int(text))`` gives the text back, of at most 9 digits.
 _NUMBER: Final = re.compile(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)", re.ASCII)
-#: A name with more numbers than this is its own pattern: no tensor of a model has so many.
-_MOST_NUMBERS: Final = 8
-#: More names than this are not read one by one.
-_MANY: Final = 50
-#: More than these are not even looked at: no model has so many tensors.
-_TOO_MANY: Final = 100_000
-_Numbers: TypeAlias = tuple[int, ...]
-#: Runs of ranks that are spelled out before "and N more".
-_MOST_RUNS: Final = 6
+#: A name with more numbers than this is not grouped: no tensor of a model has so many.
+_MAX_NUMBERS: Final = 8
+#: Runs of numbers that ``spans`` spells out before "and N more".
+_MAX_RUNS: Final = 6
 _PAIR: Final = 2
+_Numbers: TypeAlias = tuple[int, ...]
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names with commas between them; many as their patterns."""
-    told = names if len(names) <= _MANY else [*grouped(names[:_TOO_MANY])]
-    rest = [] if len(names) <= _TOO_MANY else [f"and {len(names) - _TOO_MANY} more"]
-    return ", ".join([*told, *rest])
+    """Join names with commas; more than 50 names become patterns such as ``layers.{0-31}.weight``."""
+    shown = names if len(names) <= _MAX_LISTED else [*grouped(names[:_MAX_GROUPED])]
+    rest = [] if len(names) <= _MAX_GROUPED else [f"and {len(names) - _MAX_GROUPED} more"]
+    return ", ".join([*shown, *rest])
 
 
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Pattern -> the names that it stands for, which are all given and all different.
+    """Group names that differ only in their numbers: pattern -> its names.
 
-    ``{0-3,7}`` stands for each of these numbers, several of them for every combination. A name that shares nothing is
-    its own pattern.
+    ``{0-3,7}`` in a pattern stands for each of these numbers; a pattern with several such sets stands for all their
+    combinations, every one of which is in ``names``. A name that fits no other is its own pattern.
     """
     by_text: dict[tuple[str, ...], dict[_Numbers, str]] = defaultdict(dict)
     for name in names:
         parts = _NUMBER.split(name)
-        if len(parts) > 2 * _MOST_NUMBERS + 1:
+        if len(parts) > 2 * _MAX_NUMBERS + 1:
             parts = [name]
         by_text[tuple(parts[::2])][tuple(map(int, parts[1::2]))] = name
     return {
@@ -54,24 +54,24 @@ def grouped(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _products(rows: frozenset[_Numbers]) -> Iterator[tuple[_Numbers, ...]]:
-    """Products of numbers, one set for each axis, that together are ``rows``."""
+    """Split ``rows`` into Cartesian products: yield each as one ascending tuple of numbers per axis."""
     axes = tuple(tuple(sorted(set(axis))) for axis in zip(*rows, strict=True))
     if math.prod(map(len, axes)) == len(rows):
         yield axes
         return
-    behind: dict[int, set[_Numbers]] = defaultdict(set)
+    rests_of: dict[int, set[_Numbers]] = defaultdict(set)
     for first, *rest in rows:
-        behind[first].add(tuple(rest))
-    firsts: dict[frozenset[_Numbers], list[int]] = defaultdict(list)
-    for first in sorted(behind):
-        firsts[frozenset(behind[first])].append(first)
-    for remaining, values in firsts.items():
-        for further in _products(remaining):
-            yield (tuple(values), *further)
+        rests_of[first].add(tuple(rest))
+    firsts_of: dict[frozenset[_Numbers], list[int]] = defaultdict(list)
+    for first in sorted(rests_of):
+        firsts_of[frozenset(rests_of[first])].append(first)
+    for rests, firsts in firsts_of.items():
+        for product in _products(rests):
+            yield (tuple(firsts), *product)
 
 
 def _ranges(numbers: _Numbers) -> str:
-    """Ascending numbers as ``{0-3,7}``; a single one as it is."""
+    """Format ascending numbers as ``{0-3,7}``, and a single number without braces."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs = []
@@ -82,7 +82,7 @@ def _ranges(numbers: _Numbers) -> str:
 
 
 def human_bytes(num_bytes: int) -> str:
-    """``14.5 GB``: decimal units, as disks and Hugging Face count."""
+    """Format a byte count in decimal units, as Hugging Face does: ``14.5 GB``."""
     size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
     while size >= 1000 and len(units) > 1:  # noqa: PLR2004  (decimal units)
         size, units = size / 1000, units[1:]
@@ -90,45 +90,46 @@ def human_bytes(num_bytes: int) -> str:
 
 
 def command_line(words: Iterable[str]) -> str:
-    """``words`` as one line of printable characters that bash reads as exactly these words."""
+    """Quote ``words`` as one line of printable characters that bash splits into exactly these words."""
     return " ".join(shlex.quote(word) if word.isprintable() else _with_escapes(word) for word in words)
 
 
 def _with_escapes(word: str) -> str:
-    """A word with characters that a terminal must not get, in bash's notation ``$'...'``."""
-    return "$'" + "".join(c if c.isprintable() and c not in "'\\" else _bytes_of(c) for c in word) + "'"
+    """Quote a word in bash's notation ``$'...'``, with unprintable characters as hexadecimal bytes."""
+    return "$'" + "".join(c if c.isprintable() and c not in "'\\" else _hex_escapes(c) for c in word) + "'"
 
 
-def _bytes_of(character: str) -> str:
+def _hex_escapes(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 def printable(text: str) -> str:
-    """``text`` in one line, with everything escaped that could steer a terminal or that has no letter.
+    """Return ``text`` as one line with all unprintable characters escaped.
 
-    Names in files may hold escape sequences, halves of surrogate pairs, or letters that turn the writing round.
+    Names in files may contain terminal escape sequences, lone surrogates, or characters that reverse the direction of
+    the text.
     """
     return escaped(text.replace("\n", " "), is_harmless=str.isprintable)
 
 
 def escaped(text: str, *, is_harmless: Callable[[str], bool]) -> str:
-    """``text`` with all other characters than harmless ones written as Python's ``ascii`` writes them."""
+    """Escape all characters of ``text`` that are not harmless, as ``ascii`` does."""
     return text if text.isprintable() else "".join(c if is_harmless(c) else ascii(c)[1:-1] for c in text)
 
 
 def counted(count: int, what: str) -> str:
-    """``1 file``, ``2 files``."""
+    """Format a count with its noun: ``1 file``, ``2 files``."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def spans(numbers: Iterable[int], *, most: int = _MOST_RUNS) -> str:
-    """``0 to 3, 8``; of scattered numbers only the first ``most`` runs, and how many more numbers there are."""
+def spans(numbers: Iterable[int], *, most: int = _MAX_RUNS) -> str:
+    """Format ascending numbers as ``0 to 3, 8``: the first ``most`` runs, then ``and N more`` numbers."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    told = [f"{run[0]} to {run[-1]}" if len(run) > _PAIR else ", ".join(map(str, run)) for run in runs[:most]]
+    shown = [f"{run[0]} to {run[-1]}" if len(run) > _PAIR else ", ".join(map(str, run)) for run in runs[:most]]
     more = sum(map(len, runs[most:]))
-    return ", ".join(told) + (f" and {more} more" if more else "")
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,8 +1,9 @@
-"""Training stops at one parallel layout and goes on at another: ``python tools/resume_demo.py [--png FILE]``.
+"""Stop a training at one parallel layout and resume it at others: ``python tools/resume_demo.py [--png FILE]``.
 
-A small Hugging Face model with random weights goes through ``from-hf`` into Megatron, is trained on four CPU processes,
-saved, and resumed at six layouts; the result goes back through ``to-hf``. A table, and with ``--png`` or ``--svg`` a
-picture, compare the losses with those of the training that never stopped. Needs ``pip install -e '.[demo]'``.
+The demo makes a small Hugging Face model with random weights and imports it with ``from-hf``. It trains the model with
+Megatron on four CPU processes, saves a checkpoint, and resumes it at six layouts. It exports the result with ``to-hf``.
+A table, and with ``--png`` or ``--svg`` a picture, compares the losses with those of the training that never stopped.
+Needs ``pip install -e '.[demo]'``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from dist_ckpt_mistral.cli.processes import run_ranks
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.convert.to_hf import to_hf
 
-#: Mistral's proportions in small. No layout pads the vocabulary, for padding has a share in Megatron's loss.
+#: A small Mistral model. No layout pads its vocabulary, because padding takes part in Megatron's loss.
 _SIZES: Final = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -67,25 +68,27 @@ _COLUMN: Final = 33
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do it all and print what came of it; 1 if a loss is further off than TOLERANCE."""
+    """Run the demo and print its tables. Returns 1 if a loss is off by more than TOLERANCE, else 0."""
     parser = argparse.ArgumentParser(description="Resume a training at other parallel layouts, on a CPU.")
-    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["distributed"], help="of Megatron")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw a picture")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw a picture")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="new directory for models and checkpoints")
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=OPTIMIZERS, default=["distributed"], help="Megatron's optimizers"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw a picture as PNG")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw a picture as SVG")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep models and checkpoints in this new directory")
+    options = parser.parse_args(arguments)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet_and_tidy())
-        folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stories = [tell(each) for each in train(folder, given.optimizer)]
-        for picture in filter(None, (given.png, given.svg)):
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stories = [report(story) for story in train(folder, options.optimizer)]
+        for picture in filter(None, (options.png, options.svg)):
             draw(stories, picture)
     return 0 if all(story.is_good for story in stories) else 1
 
 
 @contextlib.contextmanager
 def _quiet_and_tidy() -> Iterator[None]:
-    """Libraries show no notes and bars, and what ends this process ends its ranks; afterwards all is as it was."""
+    """Within the block libraries print no warnings and progress bars, and SIGTERM also ends the ranks."""
     on_terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -98,24 +101,26 @@ def _quiet_and_tidy() -> Iterator[None]:
 
 
 def train(folder: Path, optimizers: Sequence[str]) -> list[Story]:
-    """From Hugging Face through all runs and back; models and checkpoints lie in ``folder`` afterwards."""
+    """Import a model, do all runs, and export the results. Models and checkpoints are in ``folder`` afterwards."""
     hf, checkpoint = folder / "hf", folder / "checkpoint"
     _make_model(hf)
     from_hf(hf, checkpoint)
     planned = runs(optimizers, checkpoint, folder)
-    (folder / "job.json").write_text(json.dumps({"hf": str(hf), "runs": [asdict(each) for each in planned]}))
+    (folder / "job.json").write_text(json.dumps({"hf": str(hf), "runs": [asdict(run) for run in planned]}))
     run_ranks([[sys.executable, _RANKS, folder, str(os.getpid())]] * WORLD_SIZE, folder, timeout_s=_TIMEOUT_S)
-    told = results(folder)[0]
+    measured = results(folder)[0]
     stories = []
     for optimizer in optimizers:
         exported = folder / optimizer / "hf"
         to_hf(folder / optimizer / "ended", exported, config=hf)
-        own = {each.name: told[each.key] for each in planned if each.optimizer == optimizer}
+        by_name = {run.name: measured[run.key] for run in planned if run.optimizer == optimizer}
         stories.append(
             Story(
                 optimizer=optimizer,
-                losses={name: {int(step): loss for step, loss in run["losses"].items()} for name, run in own.items()},
-                megatron_loss=own[resumed_at(EXPORTED_AT)]["float32_loss"],
+                losses={
+                    name: {int(step): loss for step, loss in run["losses"].items()} for name, run in by_name.items()
+                },
+                megatron_loss=by_name[resumed_at(EXPORTED_AT)]["float32_loss"],
                 hf_loss=hugging_face_loss(exported),
             )
         )
@@ -123,12 +128,12 @@ def train(folder: Path, optimizers: Sequence[str]) -> list[Story]:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """What every rank saw of every run, by the run's key."""
+    """The measurements of each rank, by the key of the run."""
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 
 def hugging_face_loss(directory: Path) -> float:
-    """The mean loss that transformers computes in float32 on the batch after the last step."""
+    """The mean loss in nats on the batch after the last step, computed by transformers in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokens = torch.tensor(batch(STEPS, model.config.vocab_size))
     with torch.no_grad():
@@ -136,14 +141,15 @@ def hugging_face_loss(directory: Path) -> float:
 
 
 def _make_model(directory: Path) -> None:
+    """Save a bfloat16 model with random weights, the same in each run of the demo."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.MistralForCausalLM(transformers.MistralConfig(**_SIZES))
     model.to(torch.bfloat16).save_pretrained(directory)
 
 
-def tell(story: Story) -> Story:
-    """Print the table, and in one line what it shows."""
+def report(story: Story) -> Story:
+    """Print the table of the runs with one optimizer, and what it shows."""
     steps = range(SAVED_AFTER + 1, STEPS + 1)
     print(f"\n{OPTIMIZERS[story.optimizer]}: losses in nats, checkpoint after step {SAVED_AFTER}\n")
     print(f"{'step':>{_COLUMN}}{''.join(f'{step:>8}' for step in steps)}   largest difference")
@@ -152,17 +158,18 @@ def tell(story: Story) -> Story:
     for name in names:
         print(_line(name, story, steps) if name else "")
     print(
-        f"\nResumed at {len(LAYOUTS)} layouts, the losses go on as if training had not stopped: off by at most "
+        f"\nResumed at {len(LAYOUTS)} layouts, the losses go on as if training had not stopped: they differ by at most "
         f"{story.resumed:.5f} (tolerance {TOLERANCE}).\n"
-        f"Between layouts at which it never stopped they differ by up to {story.unstopped:.5f}, because sums are "
-        f"rounded in another order;\nwhere a part of the state is lost, by at least {story.lost:.5f}.\n"
-        f"Trained to the end at {EXPORTED_AT}, through to-hf into transformers: loss {story.hf_loss:.6f}, in Megatron "
-        f"{story.megatron_loss:.6f} (float32)."
+        f"Trainings that never stopped differ between layouts by up to {story.unstopped:.5f}, because sums are rounded "
+        f"in another order.\nA lost part of the state makes a difference of at least {story.lost:.5f}.\n"
+        f"The model trained to the end at {EXPORTED_AT} and exported with to-hf has the loss {story.hf_loss:.6f} in "
+        f"transformers, and {story.megatron_loss:.6f} in Megatron (float32)."
     )
     return story
 
 
 def _line(name: str, story: Story, steps: range) -> str:
+    """One line of the table: the losses of a run, and the largest difference."""
     losses = "".join(f"{story.losses[name][step]:>8.4f}" for step in steps)
     difference = "" if name == never_stopped(BEGUN_AT) else f"{story.difference(name):>12.5f}"
     return f"{name:>{_COLUMN}}{losses}{difference}"

@@ -1,7 +1,8 @@
 """One rank of the trainings of ``resume_demo.py``: ``python tools/resume_ranks.py FOLDER PARENT``.
 
-Under torchrun's environment variables. FOLDER/job.json names the runs; FOLDER/rankN.json gets what this rank saw of
-each. PARENT is the process that started it. Megatron's writers import this module anew: all that is heavy waits.
+The environment has torchrun's variables. FOLDER/job.json has the runs; this rank writes its measurements of each to
+FOLDER/rankN.json. PARENT is the process that started it. Megatron's writer processes import this module again, so
+modules that are slow to import are imported in ``main``.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 
 def main(folder: Path, parent: int) -> None:
-    """Do all runs one after the other, each under the parallel state of its layout."""
+    """Do all runs one after the other, each with the parallel state of its layout."""
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
-    from resume_cpu import trainable_on_cpu  # noqa: PLC0415  (heavy)
+    from resume_cpu import trainable_on_cpu  # noqa: PLC0415  (slow)
     from resume_training import Training, change_layout  # noqa: PLC0415
 
-    gc.freeze()  # Megatron looks for garbage with every save and load, and need not look at its own modules
+    gc.freeze()  # Megatron collects garbage at each save and load, and would look at all modules each time
     job = json.loads((folder / "job.json").read_text())
-    config, told, current = MistralConfig.from_hf(job["hf"]), {}, None
+    config, measured, current = MistralConfig.from_hf(job["hf"]), {}, None
     with trainable_on_cpu():
         for run in (Run(**each) for each in job["runs"]):
             print(f"{time.monotonic():.1f} s: {run.key}", flush=True)
@@ -42,45 +43,45 @@ def main(folder: Path, parent: int) -> None:
             if layout != current:
                 change_layout(layout)
                 current = layout
-            told[run.key] = _do(run, Training(config, layout, run.optimizer), job["hf"])
-    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(told))
+            measured[run.key] = _do(run, Training(config, layout, run.optimizer), job["hf"])
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(measured))
     sys.stdout.flush()
-    os._exit(0)  # Megatron's writers would hold up an ordinary exit
+    os._exit(0)  # an ordinary exit would wait for Megatron's writer processes
 
 
 def _do(run: Run, training: Training, hf: str) -> dict[str, Any]:
-    """Train as ``run`` says: loss and gradient norm of every step by its number, and the counters at the checkpoint.
+    """Do one run. Returns loss and gradient norm of each step by its number, and the counters at the checkpoint.
 
-    ``norm_elements`` is how many elements the last gradient norm was of.
+    ``norm_elements`` is the number of gradient elements in the last gradient norm.
     """
-    told: dict[str, Any] = {"losses": {}, "norms": {}}
+    measured: dict[str, Any] = {"losses": {}, "norms": {}}
     if run.resumed is not None and run.resharded is not None:
         reshard(run.resumed, run.resharded, training.layout, config=hf, ranks=from_environment())
         training.resume(run.resharded)
-        told["counters"] = training.counters()
+        measured["counters"] = training.counters()
     elif run.resumed is not None:
         training.resume(run.resumed, lost=run.lost)
-        told["counters"] = training.counters()
+        measured["counters"] = training.counters()
     elif run.weights is not None:
         training.begin(run.weights)
     if run.saved_again is not None:
         training.save(run.saved_again, described_by_megatron=True)
     while training.steps_done < STEPS:
         loss, norm = training.step()
-        told["losses"][training.steps_done] = loss
-        told["norms"][training.steps_done] = norm
+        measured["losses"][training.steps_done] = loss
+        measured["norms"][training.steps_done] = norm
         if run.saved is not None and training.steps_done == SAVED_AFTER:
             training.save(run.saved)
-            told["counters"] = training.counters()
-    told["norm_elements"] = training.norm_elements()
+            measured["counters"] = training.counters()
+    measured["norm_elements"] = training.norm_elements()
     if run.ended is not None:
         training.save(run.ended)
-        told["float32_loss"] = training.float32_loss()
-    return told
+        measured["float32_loss"] = training.float32_loss()
+    return measured
 
 
 def _end_with(parent: int) -> None:
-    """When ``parent`` is gone, end this process, which must lead its process group, and all that it started."""
+    """Wait until ``parent`` has ended, then kill the process group of this process if this process leads it."""
     while os.getppid() == parent:
         time.sleep(1)
     if os.getpgrp() == os.getpid():

@@ -1,4 +1,4 @@
-"""What ``resume_demo.py`` trains, on what, and how often: known to it and to its ranks."""
+"""The runs of ``resume_demo.py`` and their data, for the demo and for its ranks."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Final
 
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
-#: Steps of every training; after SAVED_AFTER of them there is a checkpoint.
+#: Number of steps of each training. The checkpoint is saved after SAVED_AFTER steps.
 STEPS: Final = 10
 SAVED_AFTER: Final = 4
-#: The batch of each step, in sequences and tokens, and in how many parts each rank's sequences go through the model.
+#: A batch has SEQUENCES sequences of TOKENS tokens. Each rank's sequences are divided into MICROBATCHES.
 SEQUENCES: Final = 8
 TOKENS: Final = 32
 MICROBATCHES: Final = 2
-#: How many different tokens the text has, and how often one follows by rule from the one before.
+#: Number of different tokens in the text, and the share of them that follow from the previous token by a rule.
 _ALPHABET: Final = 32
 _REGULARITY: Final = 0.9
-#: As high as training bears: what is lost at a resumption then shows in the losses of the next steps.
+#: As high as possible without divergence, so that a lost part of the state changes the next losses visibly.
 LEARNING_RATE: Final = 5e-3
 
-#: Nats. How far a loss after a resumption may be from that of the training that never stopped. The state that a
-#: resumption starts from is the same, bit for bit. But another layout adds the same numbers in another order, rounds to
-#: bfloat16 in between, and every step builds on the one before. Measured: 0.0002, where trainings that nobody stopped
-#: differ between layouts by 0.0004 for the same reason, and a lost part of the state makes out 0.3.
+#: Largest accepted difference, in nats, between a loss after a resumption and that of the training that never stopped.
+#: A resumption starts from the same state, bit for bit. But another layout adds the same numbers in another order and
+#: rounds to bfloat16 in between, and each step depends on the one before. Measured: 0.0002. Trainings that never
+#: stopped differ between layouts by 0.0004 for the same reason. A lost part of the state makes a difference of 0.3.
 TOLERANCE: Final = 0.003
 
-#: All of four ranks. The first is the one that training begins at.
+#: The layouts, all of four ranks. The training begins at the first one.
 LAYOUTS: Final[Mapping[str, ParallelLayout]] = {
     "TP2 x DP2": ParallelLayout(tp=2, dp=2),
     "TP1 x DP4": ParallelLayout(dp=4),
@@ -40,17 +40,18 @@ LAYOUTS: Final[Mapping[str, ParallelLayout]] = {
 }
 WORLD_SIZE: Final = 4
 BEGUN_AT: Final = "TP2 x DP2"
-#: Never stopped either, at other layouts: by how much do losses differ that nobody resumed?
+#: Other layouts at which a training never stops. They show how much losses differ without a resumption.
 OTHERS: Final = ("TP1 x DP4",)
-#: What resumptions at CONTROL_AT lose on purpose: all of the optimizer's state, its step, the learning rate's schedule.
+#: Parts of the state that resumptions at CONTROL_AT lose on purpose: the optimizer's state, its step count, and the
+#: schedule of the learning rate.
 PARTS: Final = ("optimizer", "step", "schedule")
 CONTROL_AT: Final = "TP1 x DP4"
-#: Where a training is resumed from a copy of the checkpoint that ``reshard`` made for that layout.
+#: The layout of the resumption from a copy of the checkpoint that ``reshard`` made for this layout.
 RESHARDED_AT: Final = "TP4"
-#: Where the training is resumed whose result goes to Hugging Face.
+#: The layout of the resumption whose result is exported to Hugging Face.
 EXPORTED_AT: Final = "TP2 x PP2"
 
-#: Name -> what Megatron calls it, and the format of its state.
+#: Name -> Megatron's class, and the format of its state.
 OPTIMIZERS: Final[Mapping[str, str]] = {
     "distributed": "DistributedOptimizer, fully_reshardable",
     "float16": "Float16OptimizerWithFloat16Params",
@@ -58,7 +59,7 @@ OPTIMIZERS: Final[Mapping[str, str]] = {
 
 
 def never_stopped(layout: str) -> str:
-    """Name of the run that goes through at ``layout``."""
+    """Name of the run that never stops, at ``layout``."""
     return f"{layout}, never stopped"
 
 
@@ -79,12 +80,12 @@ def resumed_without(part: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One training, by the optimizer of that name, up to STEPS.
+    """One training of STEPS steps, with the optimizer ``optimizer``.
 
-    It begins with the weights alone of ``weights``, or as a resumption of the checkpoint ``resumed``, all of which is
-    restored but ``lost``; with ``resharded``, it is resumed from a copy there, resharded for its layout. A checkpoint
-    is left in ``saved`` after SAVED_AFTER steps, in ``saved_again`` right after the resumption, in ``ended`` after the
-    last step. All are roots of checkpoints.
+    It begins with the weights in ``weights``, or it resumes the checkpoint ``resumed`` without the part ``lost``. With
+    ``resharded``, it makes a copy there, resharded for its layout, and resumes that. It saves a checkpoint to
+    ``saved`` after SAVED_AFTER steps, to ``saved_again`` right after the resumption, and to ``ended`` after the last
+    step. All these are checkpoint roots.
     """
 
     name: str
@@ -106,10 +107,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """What came of all runs with one optimizer.
+    """The measurements of all runs with one optimizer.
 
-    ``losses`` are those of every step, in nats, by the number of the step; ``megatron_loss`` and ``hf_loss`` are the
-    exported model's on the next batch, in float32.
+    ``losses`` has the loss of each step in nats, by the name of the run and the number of the step. ``megatron_loss``
+    and ``hf_loss`` are the losses of the exported model on the next batch, in float32.
     """
 
     optimizer: str
@@ -118,12 +119,12 @@ class Story:
     hf_loss: float
 
     def differences(self, run: str) -> dict[int, float]:
-        """How far the loss of every step is from that of the training that never stopped."""
+        """The differences of a run's losses from those of the training that never stopped, by step."""
         whole = self.losses[never_stopped(BEGUN_AT)]
         return {step: abs(loss - whole[step]) for step, loss in self.losses[run].items()}
 
     def difference(self, run: str) -> float:
-        """The largest of these."""
+        """The largest of the differences of a run."""
         return max(self.differences(run).values())
 
     @property
@@ -133,27 +134,28 @@ class Story:
 
     @property
     def unstopped(self) -> float:
-        """The largest difference of trainings that never stopped either, at other layouts."""
+        """The largest difference of a training that never stopped at another layout."""
         return max(self.difference(never_stopped(layout)) for layout in OTHERS)
 
     @property
     def lost(self) -> float:
-        """The least that a lost part of the state makes out."""
+        """The smallest difference that a lost part of the state makes."""
         return min(self.difference(resumed_without(part)) for part in PARTS)
 
     @property
     def is_good(self) -> bool:
-        """Whether all resumptions go on within TOLERANCE, in which nothing could hide that was lost."""
+        """Whether all resumptions stay within TOLERANCE, and all lost parts of the state exceed it."""
         return self.resumed <= TOLERANCE < self.lost
 
 
 def runs(optimizers: Sequence[str], weights: Path, folder: Path) -> list[Run]:
-    """All trainings with these optimizers in a possible order, layout by layout; their checkpoints go to ``folder``."""
-    every = [run for optimizer in optimizers for run in _runs(optimizer, weights, folder / optimizer)]
-    return sorted(every, key=lambda run: [*LAYOUTS].index(run.layout))
+    """All trainings with these optimizers, ordered by layout. Their checkpoints go to ``folder``."""
+    unordered = [run for optimizer in optimizers for run in _runs(optimizer, weights, folder / optimizer)]
+    return sorted(unordered, key=lambda run: [*LAYOUTS].index(run.layout))
 
 
 def _runs(optimizer: str, weights: Path, folder: Path) -> Iterator[Run]:
+    """Yield all trainings with one optimizer; a checkpoint is saved before it is resumed."""
     saved = str(folder / "saved")
     for layout in (BEGUN_AT, *OTHERS):
         yield Run(
@@ -184,14 +186,14 @@ def _runs(optimizer: str, weights: Path, folder: Path) -> Iterator[Run]:
 
 
 def batch(number: int, vocab_size: int) -> list[list[int]]:
-    """Batch ``number``, the same at every layout: SEQUENCES times TOKENS + 1 tokens, to be predicted one by one."""
-    chance = random.Random(number)  # noqa: S311  (no secret)
+    """Batch ``number``: SEQUENCES lists of TOKENS + 1 tokens. It is the same at each layout."""
+    generator = random.Random(number)  # noqa: S311  (no secret)
     spread = vocab_size // _ALPHABET
     sequences = []
     for _ in range(SEQUENCES):
-        letters = [chance.randrange(_ALPHABET)]
+        letters = [generator.randrange(_ALPHABET)]
         while len(letters) <= TOKENS:
             regular = (5 * letters[-1] + 3) % _ALPHABET
-            letters.append(regular if chance.random() < _REGULARITY else chance.randrange(_ALPHABET))
+            letters.append(regular if generator.random() < _REGULARITY else generator.randrange(_ALPHABET))
         sequences.append([letter * spread for letter in letters])
     return sequences

@@ -1,9 +1,8 @@
-"""A training of a Mistral model by Megatron, on a CPU, that can be saved at one layout and resumed at another.
+"""Train a Mistral model with Megatron on a CPU, save it at one layout, and resume it at another.
 
-All of it is Megatron's own: GPTModel, DistributedDataParallel, optimizer, learning rate, pipeline schedule, save and
-load. From this project come the model for a configuration (``build_model``) and what a rank holds of its weights
-(``sharded_state_dict``), from which Megatron's optimizers conclude what they hold of their state. There is no dropout:
-nothing depends on random numbers.
+GPTModel, DistributedDataParallel, optimizer, learning rate, pipeline schedule, save and load are Megatron's own. This
+package makes the model (``build_model``) and the entries of the weights (``sharded_state_dict``). Megatron's optimizers
+derive the entries of their state from those. There is no dropout, so nothing depends on random numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
-#: What Megatron-LM keeps in a checkpoint as ``content_metadata`` and gives to an optimizer.
+#: The ``content_metadata`` that Megatron-LM saves in a checkpoint and gives to an optimizer.
 _CONTENT: Final[Mapping[str, Any]] = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
@@ -40,7 +39,7 @@ _CONTENT: Final[Mapping[str, Any]] = {
 
 
 class Training:
-    """This rank's share of a training: model, optimizer, learning-rate schedule, and how many steps are done."""
+    """This rank's part of a training: model, optimizer, learning-rate schedule, and the number of steps done."""
 
     def __init__(self, config: MistralConfig, layout: ParallelLayout, optimizer: str) -> None:
         """Set everything up. The parallel state must be that of ``layout``; ``optimizer`` is one of OPTIMIZERS."""
@@ -55,7 +54,7 @@ class Training:
             init_lr=0.0,
             max_lr=LEARNING_RATE,
             min_lr=LEARNING_RATE / 10,
-            lr_warmup_steps=2 * SEQUENCES,  # all of these count sequences, as in Megatron-LM
+            lr_warmup_steps=2 * SEQUENCES,  # in sequences, like all of these, as in Megatron-LM
             lr_decay_steps=STEPS * SEQUENCES,
             lr_decay_style="cosine",
             start_wd=0.1,
@@ -68,9 +67,9 @@ class Training:
             chunk.config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self) -> tuple[float, float]:
-        """Train on the next batch: its mean loss before this step, and the norm of the gradient."""
-        for each in self.trained:
-            each.zero_grad_buffer()
+        """Train on the next batch. Returns its mean loss (nats) before the step, and the norm of the gradient."""
+        for chunk in self.trained:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = _mean_loss(self.trained, torch.tensor(batch(self.steps_done, self.config.vocab_size)))
         _, norm, _ = self.optimizer.step()
@@ -79,23 +78,23 @@ class Training:
         return loss, norm
 
     def norm_elements(self) -> int:
-        """How many elements the gradient has whose norm Megatron takes, on all ranks together."""
+        """The number of elements of the gradient in Megatron's gradient norm, summed over all ranks."""
         total = 0
-        for each in self._optimizers():
-            # Renamed between megatron-core 0.16 and 0.19 (optimizer/optimizer.py).
-            named = next(n for n in ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm") if hasattr(each, n))
-            counted = torch.tensor(sum(gradient.numel() for gradient in getattr(each, named)()))
-            dist.all_reduce(counted, group=each.get_grad_stats_parallel_group())
-            total += int(counted)
+        names = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")  # in 0.16, in 0.19 (optimizer/optimizer.py)
+        for optimizer in self._optimizers():
+            gradients = getattr(optimizer, next(name for name in names if hasattr(optimizer, name)))()
+            count = torch.tensor(sum(gradient.numel() for gradient in gradients))
+            dist.all_reduce(count, group=optimizer.get_grad_stats_parallel_group())
+            total += int(count)
         return total
 
     def begin(self, weights: str) -> None:
-        """Begin with the weights of a checkpoint, such as ``from-hf`` writes."""
+        """Begin with the weights of a checkpoint, such as one that ``from-hf`` wrote."""
         self._load_weights(dist_checkpointing.load(self._weights(), _latest(weights)))
         self.optimizer.reload_model_params()
 
     def resume(self, checkpoint: str, *, lost: str | None = None) -> None:
-        """Go on from ``checkpoint``, saved at whatever layout, as if ``lost`` (one of PARTS) were not in it."""
+        """Resume ``checkpoint``, saved at any layout, without its part ``lost`` (one of PARTS)."""
         if lost == "optimizer":
             self.begin(checkpoint)
             common = dist_checkpointing.load_common_state_dict(_latest(checkpoint))
@@ -110,9 +109,9 @@ class Training:
         self.steps_done = common["iteration"]
 
     def save(self, checkpoint: str, *, described_by_megatron: bool = False) -> None:
-        """Save all that ``resume`` needs, under a root such as Megatron-LM's.
+        """Save a checkpoint for ``resume`` in the root ``checkpoint``, as Megatron-LM does.
 
-        The entries of the weights are this project's, or ``described_by_megatron``: the model's own.
+        The entries of the weights are made by this package, or with ``described_by_megatron`` by the model.
         """
         root = Path(checkpoint)
         directory = root / checkpoint_directory.iteration_name(self.steps_done)
@@ -131,31 +130,31 @@ class Training:
         dist.barrier()
 
     def counters(self) -> dict[str, Any]:
-        """All of the state that is no tensor: what is counted, and what follows from it."""
-        groups = [group for each in self._torch_optimizers() for group in each.param_groups]
-        states = [state for each in self._torch_optimizers() for state in each.state.values()]
+        """The state besides tensors: step counts, learning rates, weight decay and the state of their schedule."""
+        groups = [group for optimizer in self._torch_optimizers() for group in optimizer.param_groups]
+        states = [state for optimizer in self._torch_optimizers() for state in optimizer.state.values()]
         return {
             "steps_done": self.steps_done,
-            "optimizer_steps": sorted({float(each["step"]) for each in (*groups, *states) if "step" in each}),
+            "optimizer_steps": sorted({float(counts["step"]) for counts in (*groups, *states) if "step" in counts}),
             "groups": sorted((group["lr"], group["weight_decay"]) for group in groups),
             "schedule": self.schedule.state_dict(),
         }
 
     def float32_loss(self) -> float:
-        """The mean loss of the next batch as the weights of this model give it when all is computed in float32."""
-        twins = _build(self.config, self.layout, torch.float32)
+        """The mean loss (nats) of the next batch, computed in float32 with the weights of this model."""
+        copies = _build(self.config, self.layout, torch.float32)
         with torch.no_grad():
-            for chunk, twin in zip(self.chunks, twins, strict=True):
-                for own, copy in zip(chunk.parameters(), twin.parameters(), strict=True):
-                    copy.copy_(own)
-        return _mean_loss(twins, torch.tensor(batch(self.steps_done, self.config.vocab_size)), forward_only=True)
+            for chunk, copied in zip(self.chunks, copies, strict=True):
+                for original, copy in zip(chunk.parameters(), copied.parameters(), strict=True):
+                    copy.copy_(original)
+        return _mean_loss(copies, torch.tensor(batch(self.steps_done, self.config.vocab_size)), forward_only=True)
 
     def _weights(self, *, described_by_megatron: bool = False) -> dict[str, Any]:
-        """What this rank holds of the weights, nested as in Megatron-LM."""
+        """This rank's sharded state dict of the weights, nested as in Megatron-LM."""
         if described_by_megatron:
             metadata = {**_CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
             return _nested([chunk.sharded_state_dict(metadata=metadata) for chunk in self.chunks])
-        data = _nested([chunk.state_dict(keep_vars=True) for chunk in self.chunks])  # the optimizer knows them
+        data = _nested([chunk.state_dict(keep_vars=True) for chunk in self.chunks])  # the optimizer's parameters
         entries = sharded_state_dict(
             self.config,
             self.layout,
@@ -165,41 +164,46 @@ class Training:
         return entries if len(self.chunks) > 1 else {"model": entries}
 
     def _weights_and_optimizer(self, *, is_loading: bool, described_by_megatron: bool = False) -> dict[str, Any]:
+        """This rank's sharded state dict of the weights and of the optimizer."""
         weights = self._weights(described_by_megatron=described_by_megatron)
         state = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_CONTENT))
         return {**weights, "optimizer": state}
 
     def _load_weights(self, state: Mapping[str, Any]) -> None:
+        """Load a state dict of the weights, nested as in Megatron-LM, into the model."""
         for name, chunk in _nested(self.chunks).items():
             chunk.load_state_dict(state[name])
 
     def _optimizers(self) -> list[Any]:
-        """Megatron's own, of which it may have chained several."""
+        """Megatron's optimizers: several if it has chained them, else one."""
         chained: list[Any] = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return chained
 
     def _torch_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [each.optimizer for each in self._optimizers()]
+        """The torch optimizers inside Megatron's."""
+        return [optimizer.optimizer for optimizer in self._optimizers()]
 
     def _forget_step(self) -> None:
-        for each in self._torch_optimizers():
-            for group in each.param_groups:
+        """Set all step counts of the optimizers to 0."""
+        for optimizer in self._torch_optimizers():
+            for group in optimizer.param_groups:
                 if "step" in group:
                     group["step"] = 0
-            for state in each.state.values():
+            for state in optimizer.state.values():
                 if "step" in state:
                     state["step"] = torch.zeros_like(state["step"])
 
 
 def _latest(checkpoint: str) -> str:
+    """The latest iteration directory of a checkpoint root."""
     return str(places.resolve_directory(Path(checkpoint)))
 
 
 def _nested(per_chunk: Sequence[Any]) -> dict[str, Any]:
-    """Name what belongs to the model chunks as Megatron-LM does."""
+    """Values of the model chunks under Megatron-LM's names for them: ``model``, or ``model0``, ``model1``, ..."""
     if len(per_chunk) == 1:
         return {"model": per_chunk[0]}
-    return {f"model{number}": each for number, each in enumerate(per_chunk)}
+    return {f"model{number}": value for number, value in enumerate(per_chunk)}
 
 
 def _build(config: MistralConfig, layout: ParallelLayout, dtype: torch.dtype) -> list[Any]:
@@ -210,14 +214,14 @@ def _build(config: MistralConfig, layout: ParallelLayout, dtype: torch.dtype) ->
             layout,
             dtype=dtype,
             perform_initialization=False,  # all values come from a checkpoint
-            transformer_config={"batch_p2p_comm": False},  # gloo has no batches
+            transformer_config={"batch_p2p_comm": False},  # gloo does not support it
         )
     )
 
 
 def _optimizer(trained: list[DistributedDataParallel], *, distributed: bool) -> Any:  # noqa: ANN401  (untyped megatron)
     """Adam with float32 master weights: Megatron's DistributedOptimizer, or Float16OptimizerWithFloat16Params."""
-    wanted = OptimizerConfig(
+    config = OptimizerConfig(
         optimizer="adam",
         lr=LEARNING_RATE,
         min_lr=LEARNING_RATE / 10,
@@ -230,13 +234,13 @@ def _optimizer(trained: list[DistributedDataParallel], *, distributed: bool) -> 
         use_distributed_optimizer=distributed,
     )
     with fused_adam() if distributed else contextlib.nullcontext():
-        return get_megatron_optimizer(wanted, trained)
+        return get_megatron_optimizer(config, trained)
 
 
 def _mean_loss(chunks: Sequence[Any], sequences: torch.Tensor, *, forward_only: bool = False) -> float:
     """Run Megatron's schedule, forward and backward, on this rank's sequences; the mean loss of all sequences."""
-    mine = sequences.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
-    microbatches = mine.chunk(MICROBATCHES)
+    local = sequences.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
+    microbatches = local.chunk(MICROBATCHES)
     losses = get_forward_backward_func()(
         forward_step_func=_forward,
         data_iterator=[iter(microbatches) for _ in chunks],
@@ -246,24 +250,26 @@ def _mean_loss(chunks: Sequence[Any], sequences: torch.Tensor, *, forward_only: 
         micro_batch_size=len(microbatches[0]),
         forward_only=forward_only,
     )
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [loss.item() for loss in losses])  # those of the last pipeline stage
-    known: list[float] = [loss for losses in everyone for loss in losses]
-    return sum(known) / len(known)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, [loss.item() for loss in losses])  # only the last pipeline stage has losses
+    values: list[float] = [loss for losses in gathered for loss in losses]
+    return sum(values) / len(values)
 
 
 def _forward(microbatches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:  # noqa: ANN401  (megatron)
+    """The ``forward_step_func`` of Megatron's schedule: the losses of all tokens, and the function to average them."""
     tokens = next(microbatches)
-    hidden = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).triu(1)
-    return model(tokens[:, :-1], torch.arange(TOKENS)[None], hidden, labels=tokens[:, 1:]), _loss
+    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).triu(1)  # True where attention is not allowed
+    return model(tokens[:, :-1], torch.arange(TOKENS)[None], mask, labels=tokens[:, 1:]), _loss
 
 
 def _loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss, and a copy of it to report: the schedule divides the first in place."""
     loss = output.float().mean()
-    return loss, loss.detach().clone()  # the schedule divides the first in place
+    return loss, loss.detach().clone()
 
 
 def change_layout(layout: ParallelLayout) -> None:
-    """Set up Megatron's parallel state for ``layout``, in the place of another one's."""
+    """Replace Megatron's parallel state by one for ``layout``."""
     destroy_parallel_state()
     initialize_megatron(layout, device="cpu")

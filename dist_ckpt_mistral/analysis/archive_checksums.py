@@ -1,7 +1,7 @@
-"""The checksums that data files of checkpoints bring along: the CRC-32 of every record of every archive.
+"""The CRC-32 checksums in the data files of a checkpoint: one for every record of every archive.
 
-torch writes them into the central directory of each archive, unless ``torch.serialization.set_crc32_options(False)``
-was called: then they are 0 (torch 2.6 to 2.15). The bare chunks of legacy ``zarr`` checkpoints have none.
+torch stores them in the central directory of each archive. After ``torch.serialization.set_crc32_options(False)`` it
+stores 0 instead (torch 2.6 to 2.15). The chunks of legacy ``zarr`` checkpoints are bare bytes without a checksum.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dist_ckpt_mistral.storage.local import SourceFiles
 
 
 class Piece(NamedTuple):
-    """Something stored, under one name or several: a whole object or tensor, or a box of a tensor, in elements.
+    """An object, a tensor, or a box of a tensor (in elements), with all keys that it is stored under.
 
-    What ``is_bare`` is a file, without an archive around it.
+    ``is_bare`` marks a chunk that is a whole file, without an archive around it.
     """
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 
 class CheckedSpan(NamedTuple):
-    """Bytes of a file that belong to a piece, and the CRC-32 that they had (None: nothing tells)."""
+    """A span of a file that belongs to a piece, and its stored CRC-32 (None: no checksum is stored)."""
 
     span: Span
     crc32: int | None
@@ -46,55 +46,54 @@ class CheckedSpan(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is wrong with a piece."""
+    """A piece that is damaged, and how."""
 
     piece: Piece
     what: str
 
 
-#: The archives of one file: where each lies, and what it holds.
+#: The archives of one file: the span and the content of each.
 ArchivesByPlace = dict[Span, Piece]
 
 
 def archives_by_file(checkpoint: StoredCheckpoint) -> tuple[dict[str, ArchivesByPlace], list[Fault]]:
-    """All archives of a checkpoint, and the tensors whose chunks are not each stored once, or leave gaps or overlap."""
-    files, found = list(checkpoint.file_bytes), defaultdict[str, ArchivesByPlace](dict)
+    """The archives in each file of a checkpoint, and the tensors whose chunks overlap or leave gaps."""
+    files, archives = list(checkpoint.file_bytes), defaultdict[str, ArchivesByPlace](dict)
     faults, is_bare = [], checkpoint.backend == ZARR
     for name, tensor in checkpoint.tensors.items():
         try:
             chunks = checkpoint.chunks(name)
             columns = (column.tolist() for column in chunks)
             for offset, shape, file, *span in zip(*columns, strict=True):
-                _add(
-                    found[files[file]], Span(*span), Piece((name,), tuple(offset), tuple(shape), tensor.dtype, is_bare)
-                )
+                piece = Piece((name,), tuple(offset), tuple(shape), tensor.dtype, is_bare)
+                _add(archives[files[file]], Span(*span), piece)
             require_tiling(chunks.offsets, chunks.shapes, tensor.stored_shape, f"the chunks in {METADATA_FILE}")
         except (FormatError, PlanError) as error:
             faults.append(Fault(Piece((name,)), str(error)))
     for name, entry in checkpoint.objects.items():
-        _add(found[entry.file], Span(entry.offset, entry.num_bytes), Piece((name,)))
+        _add(archives[entry.file], Span(entry.offset, entry.num_bytes), Piece((name,)))
     common = checkpoint.directory / common_state.COMMON_FILE
     if common.is_file():
-        _add(found[common.name], Span(0, common.stat().st_size), Piece(("the common state",)))
-    return found, faults
+        _add(archives[common.name], Span(0, common.stat().st_size), Piece(("the common state",)))
+    return archives, faults
 
 
 def _add(archives: ArchivesByPlace, span: Span, piece: Piece) -> None:
-    """Add an archive; several names may share one."""
-    known = archives.get(span)
-    archives[span] = piece if known is None else known._replace(names=(*known.names, *piece.names))
+    """Add an archive. If it is there already, add the names of ``piece`` to its own."""
+    present = archives.get(span)
+    archives[span] = piece if present is None else present._replace(names=(*present.names, *piece.names))
 
 
 def read_parts(path: Path, archives: ArchivesByPlace) -> tuple[list[CheckedSpan], list[Fault]]:
-    """The parts of one data file in ascending order, and the pieces whose archives are not what they should be."""
+    """The records of all archives in one data file, in ascending order, and the pieces with a damaged archive."""
     parts, faults, end = list[CheckedSpan](), list[Fault](), 0
     with SourceFiles([path]) as files:
         size, locator = files.size_bytes(0), TensorLocator(files, [path])
-        cut = {span for span, piece in archives.items() if sum(span) > size and not piece.is_bare}
-        if cut:
-            what = f"the file is truncated: expected at least {max(map(sum, cut))} bytes, got {size}"
-            faults += [Fault(archives[span], what) for span in sorted(cut)]
-        for span in sorted(archives.keys() - cut):
+        beyond_end = {span for span, piece in archives.items() if sum(span) > size and not piece.is_bare}
+        if beyond_end:
+            what = f"the file is truncated: expected at least {max(map(sum, beyond_end))} bytes, got {size}"
+            faults += [Fault(archives[span], what) for span in sorted(beyond_end)]
+        for span in sorted(archives.keys() - beyond_end):
             try:
                 parts += _parts(files, locator, span, archives[span], begin=end)
             except FormatError as error:
@@ -106,14 +105,17 @@ def read_parts(path: Path, archives: ArchivesByPlace) -> tuple[list[CheckedSpan]
 def _parts(
     files: SourceFiles, locator: TensorLocator, span: Span, piece: Piece, *, begin: int
 ) -> Sequence[CheckedSpan]:
-    """The records of one archive, which must hold what the metadata says and not begin before ``begin``."""
+    """The records of one archive, in ascending order.
+
+    Raises FormatError if the archive begins before byte ``begin``, or differs from its description in the metadata.
+    """
     if span.position < begin:
         raise FormatError(f"its archive at byte {span.position} overlaps the one before, which ends at {begin}")
-    if piece.is_bare and files.size_bytes(0) != span.num_bytes:
-        raise FormatError(f"its file has {files.size_bytes(0)} bytes: expected {span.num_bytes}")
     if piece.is_bare:
+        if files.size_bytes(0) != span.num_bytes:
+            raise FormatError(f"its file has {files.size_bytes(0)} bytes: expected {span.num_bytes}")
         return [CheckedSpan(span, None, piece)]
-    if piece.dtype in dtypes.KNOWN_DTYPES:
+    if piece.dtype in dtypes.KNOWN_DTYPES:  # locating the data checks the archive
         [*locator.locate(piece.names[0], piece.dtype, piece.shape, span.num_bytes, [(0, span.position)])]
     parts = sorted(_records(files, span, piece), key=lambda part: part.span)
     for before, after in itertools.pairwise(parts):
@@ -126,5 +128,5 @@ def _records(files: SourceFiles, span: Span, piece: Piece) -> Iterator[CheckedSp
     reader = ArchiveReader(files, 0, *span, f"the archive at byte {span.position}")
     for name in reader.names:
         member = reader.member(name)
-        is_told = member.crc32 != 0 or member.num_bytes == 0
-        yield CheckedSpan(Span(member.position, member.num_bytes), member.crc32 if is_told else None, piece)
+        has_crc32 = member.crc32 != 0 or member.num_bytes == 0
+        yield CheckedSpan(Span(member.position, member.num_bytes), member.crc32 if has_crc32 else None, piece)

@@ -1,4 +1,4 @@
-"""Everything that Megatron-LM's ``pretrain_gpt.py`` must be told to train on from a checkpoint or a model."""
+"""The flags with which Megatron-LM's ``pretrain_gpt.py`` trains a model, for ``megatron-args``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ _ONE_RANK: Final = ParallelLayout()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainCommand:
-    """Flags for ``pretrain_gpt.py``, in groups of one subject, and the args of the model that they set, by name."""
+    """Flags for Megatron-LM's ``pretrain_gpt.py``, as ``megatron_args`` returns them.
+
+    Args:
+        config_from: Source of the model configuration, in words.
+        args: The values of Megatron-LM's args that the flags set, by name.
+        groups: Subject of each group of flags, such as ``tokenizer`` -> its flags and values.
+    """
 
     config_from: str
     args: Mapping[str, Any]
@@ -37,16 +43,16 @@ class PretrainCommand:
 
     @property
     def flags(self) -> list[str]:
-        """All flags and values, as a program gets them."""
+        """All flags and values, as arguments of a program."""
         return [word for group in self.groups.values() for word in group]
 
     @property
     def text(self) -> str:
-        """What can be pasted into a shell behind ``pretrain_gpt.py``: one group a line."""
+        """The flags in shell syntax, one line for each group, to paste after ``pretrain_gpt.py``."""
         return " \\\n".join(command_line(group) for group in self.groups.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, stable within ``JSON_VERSION``."""
+        """The content of ``megatron-args --json``, in JSON types."""
         return {
             "json_version": JSON_VERSION,
             "config_from": self.config_from,
@@ -60,41 +66,54 @@ def megatron_args(
 ) -> PretrainCommand:
     """The flags with which ``pretrain_gpt.py`` builds the model at ``path`` and, if it is a checkpoint, loads it.
 
-    ``path`` is a Megatron checkpoint (its root or one iteration), a directory in Mistral AI's own rendering, a Hugging
-    Face directory or a hub id, of which config.json is enough if it says its dtype; weights are looked at for what it
-    leaves open. ``config`` comes before the configurations that a checkpoint brings along; ``layout`` is the one to
-    train with. Raises DistCkptMistralError.
+    Args:
+        path: Megatron checkpoint (root, ``iter_*`` or ``release`` directory), Hugging Face directory, directory of
+            Mistral AI's consolidated files, or hub id. A config.json without weights is enough if it has a dtype.
+            Otherwise the weights determine what config.json leaves open.
+        config: Configuration for a checkpoint that has lost its own.
+        layout: The layout to train with.
+
+    Returns:
+        The flags.
+
+    Raises:
+        DistCkptMistralError: The model cannot be read, or Megatron-LM has no flags for it.
+
+    Example:
+        >>> dist_ckpt_mistral.megatron_args("ckpt", layout=ParallelLayout(tp=2)).flags[:2]  # doctest: +SKIP
+        ['--num-layers', '32']
     """
-    place = locate(path, Kind.HF, Kind.OWN, Kind.WEIGHTLESS, Kind.CHECKPOINT, weights=False)
-    known = chosen_config(config)
+    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS, Kind.CHECKPOINT, weights=False)
+    chosen = chosen_config(config)
     if place.kind is not Kind.CHECKPOINT:
-        return _for_hf(path, place, known, layout)
-    source = open_megatron(place.path, config=known)
+        return _for_hf(path, place, chosen, layout)
+    source = open_megatron(place.path, config=chosen)
     args, groups = pretrain_flags(
-        source.config,
-        dtype=source.main_dtype,
-        layout=layout,
-        vocab_rows=_vocabulary_rows(source),
+        source.config, dtype=source.main_dtype, layout=layout, vocab_rows=_vocabulary_rows(source)
     )
-    groups["checkpoint"] = [*_load(Path(path), source), *_left_out(source, layout), "--ckpt-format", "torch_dist"]
-    groups["tokenizer"] = _tokenizer(source.assets)
+    groups["checkpoint"] = [
+        *_load_flags(Path(path), source),
+        *_flags_without_training_state(source, layout),
+        *("--ckpt-format", "torch_dist"),
+    ]
+    groups["tokenizer"] = _tokenizer_flags(source.assets)
     return _command(source.config_from, args, groups)
 
 
 def _for_hf(name: str | Path, place: Place, chosen: ChosenConfig | None, layout: ParallelLayout) -> PretrainCommand:
-    """For a directory that may hold no weights yet where ``name`` is a hub id."""
-    path, known = place.path, directory_config(place.path, chosen)
-    config = known.config
+    """The flags for a directory. The weights of a hub id ``name`` are downloaded only if they are needed."""
+    path, agreed = place.path, directory_config(place.path, chosen)
+    config = agreed.config
     if config.dtype is None or (config.left_open and place.kind is not Kind.WEIGHTLESS):
         source = open_source(name, config=chosen)
         config = replace(source.config, dtype=config.dtype or source.main_dtype)
     elif config.left_open:
         tie = "tied" if config.tie_word_embeddings else "not tied"
-        _LOG.warning("%s leaves open %s: taken as not quantized, %s", known.source, config.left_open, tie)
+        _LOG.warning("%s leaves open %s: taken as not quantized, %s", agreed.source, config.left_open, tie)
     args, groups = pretrain_flags(config, dtype=str(config.dtype), layout=layout)
     groups["checkpoint"] = ["--ckpt-format", "torch_dist"]
-    groups["tokenizer"] = _tokenizer([path])
-    return _command(known.source, args, groups)
+    groups["tokenizer"] = _tokenizer_flags([path])
+    return _command(agreed.source, args, groups)
 
 
 def _command(config_from: str, args: Mapping[str, Any], groups: Mapping[str, list[str]]) -> PretrainCommand:
@@ -105,17 +124,17 @@ def _command(config_from: str, args: Mapping[str, Any], groups: Mapping[str, lis
     )
 
 
-def _tokenizer(assets: Sequence[Path]) -> list[str]:
-    """The first tokenizer that lies beside the model, if it is one that transformers loads."""
-    place = next(filter(small_files.has_tokenizer, assets), None)
-    if place is None:
-        _LOG.warning("no tokenizer lies beside the model: add --tokenizer-type and what it needs")
+def _tokenizer_flags(assets: Sequence[Path]) -> list[str]:
+    """The flags for the first directory in ``assets`` that has a tokenizer; a warning and no flags without one."""
+    directory = next(filter(small_files.has_tokenizer, assets), None)
+    if directory is None:
+        _LOG.warning("no tokenizer is stored with the model: add --tokenizer-type and the flags that it needs")
         return []
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(place)]
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(directory)]
 
 
-def _load(path: Path, source: ModelSource) -> list[str]:
-    """Where to load from; Megatron-LM takes a checkpoint root, and the number of an iteration other than the latest."""
+def _load_flags(path: Path, source: ModelSource) -> list[str]:
+    """``--load`` with the checkpoint root, and ``--ckpt-step`` if ``path`` is one iteration in it."""
     stored_checkpoint.require_loadable(source.path)
     if path.resolve() != source.path.resolve():
         return ["--load", str(path)]
@@ -123,17 +142,17 @@ def _load(path: Path, source: ModelSource) -> list[str]:
     step = checkpoint_directory.iteration_of(name)
     if step is None:
         raise ConfigError(
-            f"{path} is not named as Megatron-LM's --load needs it: expected iter_0000000 or release in a root, "
+            f"Megatron-LM's --load cannot use the name of {path}: expected iter_0000000 or release in a root, "
             f"got {name!r}. Move it into one, with a {checkpoint_directory.TRACKER_FILE} beside it."
         )
     return ["--load", str(root), *(["--ckpt-step", step] if step.isdecimal() else [])]
 
 
-def _left_out(source: ModelSource, layout: ParallelLayout) -> list[str]:
-    """What training must do without: all but the weights where there is nothing else, or what cannot be laid out anew.
+def _flags_without_training_state(source: ModelSource, layout: ParallelLayout) -> list[str]:
+    """Flags for state that Megatron-LM must not load: because there is none, or because it does not fit ``layout``.
 
-    Megatron-LM refuses flat optimizer state at another (TP, PP) than the args in the checkpoint say, which are 1 where
-    they don't; by itself it ignores the state of random number generators then (``load_checkpoint`` in
+    Megatron-LM refuses flat optimizer state at another (TP, PP) than the args in the checkpoint have (1 if they have
+    none). It then ignores the state of random number generators without a flag (``load_checkpoint`` in
     megatron/training/checkpointing.py, 0.19).
     """
     if not any(is_optimizer_state(name) for name, _ in source.ignored):
@@ -142,8 +161,8 @@ def _left_out(source: ModelSource, layout: ParallelLayout) -> list[str]:
     if not flat:
         return []
     args = stored_checkpoint.open_stored(source.path).common_state.get("args")
-    told = args if isinstance(args, Mapping) else {}
-    saved = tuple(told.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
+    args = args if isinstance(args, Mapping) else {}
+    saved = tuple(args.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
     if saved == (layout.tp, layout.pp):
         return []
     _LOG.warning(
@@ -154,6 +173,6 @@ def _left_out(source: ModelSource, layout: ParallelLayout) -> list[str]:
 
 
 def _vocabulary_rows(source: ModelSource) -> int:
-    """The rows of the stored vocabulary, those that pad it too."""
+    """The number of stored vocabulary rows, with padding."""
     vocabulary = next(tensor for tensor in source.tensors if tensor.rule.padded_vocabulary)
     return source.index.tensors[source.links[vocabulary.hf_name][0].source].global_shape[0]

@@ -1,7 +1,9 @@
-"""What every rank of a layout reads of a stored checkpoint, in numbers.
+"""The chunks and bytes that every rank of a layout reads from a checkpoint.
 
-A rank reads what ``dist_checkpointing.load`` makes it read without ``--ckpt-fully-parallel-load``: every replica all of
-its boxes, and of each stored chunk that a box meets the whole (gather/chunk_reads.py says why).
+The plan assumes Megatron's ``dist_checkpointing.load`` without ``--ckpt-fully-parallel-load``: every replica reads all
+of its boxes itself. For every pair of a box and a chunk that overlap, the whole chunk is read. torch DCP's
+``FileSystemReader.read_data`` loads the stored tensor and then narrows it (torch/distributed/checkpoint/filesystem.py,
+2.13 and 2.14), and Megatron uses it unchanged (megatron-core dist_checkpointing/strategies/torch.py, 0.16 and 0.19).
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 #: Version of the JSON that ``plan --json`` prints; fields are only ever added under one version.
 JSON_VERSION: Final = 1
-#: The parts of a checkpoint that are planned, as JSON calls them.
+#: The parts of a checkpoint, by their names in the JSON.
 WEIGHTS: Final = "weights"
 OPTIMIZER: Final = "optimizer"
-#: From here on, one digit tells a factor from 1.
+#: The smallest factor that one decimal digit distinguishes from 1.
 _CLEARLY_MORE: Final = 1.05
 
 
 class WantedBox(NamedTuple):
-    """A box of a stored tensor, in elements. It may reach outside the tensor: there it needs nothing."""
+    """A box of a stored tensor that a rank needs, in elements. Elements outside of the tensor are not read."""
 
     tensor: str
     offset: Shape
@@ -40,10 +42,14 @@ class WantedBox(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChunkList:
-    """All chunks of an index as columns, in the order of files and positions.
+    """All chunks of an index as columns, ordered by file and position.
 
-    ``tensors[i]`` is the number of chunk ``i``'s tensor in ``names``, ``files[i]`` that of its file in the index, and
-    ``num_bytes[i]`` its size without what the file format adds. ``places`` gives the number of a tensor's chunk.
+    Args:
+        names: Names of the stored tensors.
+        tensors: For each chunk, the number of its tensor in ``names``.
+        files: For each chunk, the number of its file in the index.
+        num_bytes: For each chunk, the size of its data.
+        places: Name of a tensor -> for each of its chunks, the number of the chunk in the columns.
     """
 
     names: tuple[str, ...]
@@ -55,26 +61,32 @@ class ChunkList:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChunkReads:
-    """One row for every chunk that is read for a box: its number in a ``ChunkList``, bytes needed of it, its size."""
+    """The reads of one rank as columns: one row for every overlapping box and chunk.
+
+    Args:
+        chunks: Number of the chunk in a ``ChunkList``.
+        needed_bytes: Bytes of the chunk that the box needs.
+        read_bytes: Size of the chunk's data in bytes, which is read whole.
+    """
 
     chunks: IntArray
     needed_bytes: IntArray
     read_bytes: IntArray
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Yield ``(chunk, needed_bytes, read_bytes)`` of every read."""
+        """Yield ``(chunk, needed_bytes, read_bytes)`` for every read."""
         return zip(self.chunks.tolist(), self.needed_bytes.tolist(), self.read_bytes.tolist(), strict=True)
 
 
 def chunk_list(index: TensorIndex) -> ChunkList:
-    """The chunks of all tensors of ``index``."""
+    """The chunks of all tensors in ``index``."""
     tensors = list(index.tensors.values())
     counts = [tensor.num_chunks for tensor in tensors]
     files = _joined([tensor.files for tensor in tensors])
     order = np.lexsort((_joined([tensor.positions for tensor in tensors]), files))
     sizes = [tensor.shapes.prod(axis=1, dtype=np.int64) * dtypes.itemsize_bytes(tensor.dtype) for tensor in tensors]
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.arange(len(order))
     starts = np.cumsum([0, *counts])
     return ChunkList(
         names=tuple(tensor.name for tensor in tensors),
@@ -82,7 +94,7 @@ def chunk_list(index: TensorIndex) -> ChunkList:
         files=files[order],
         num_bytes=_joined(sizes)[order],
         places={
-            tensor.name: place[start : start + count]
+            tensor.name: places[start : start + count]
             for tensor, start, count in zip(tensors, starts, counts, strict=False)
         },
     )
@@ -93,27 +105,32 @@ def _joined(columns: list[IntArray]) -> IntArray:
 
 
 def chunk_reads(index: TensorIndex, chunks: ChunkList, boxes: Iterable[WantedBox]) -> ChunkReads:
-    """What is read for ``boxes`` of tensors of ``index``."""
+    """The reads for ``boxes`` of tensors in ``index``, whose chunks are ``chunks``."""
     by_tensor: dict[str, list[WantedBox]] = defaultdict(list)
     for box in boxes:
         by_tensor[box.tensor].append(box)
     numbers, needed = [], []
-    for name, wanted in by_tensor.items():
+    for name, boxes_of_tensor in by_tensor.items():
         tensor = index.tensors[name]
-        lows = np.array([box.offset for box in wanted], dtype=np.int64)
-        highs = np.minimum(lows + np.array([box.shape for box in wanted]), tensor.global_shape)
-        met = tensor.meeting(lows, highs)
-        numbers.append(chunks.places[name][met.chunk])
-        needed.append((met.high - met.low).prod(axis=1) * dtypes.itemsize_bytes(tensor.dtype))
+        lows = np.array([box.offset for box in boxes_of_tensor], dtype=np.int64)
+        highs = np.minimum(lows + np.array([box.shape for box in boxes_of_tensor]), tensor.global_shape)
+        overlaps = tensor.overlaps(lows, highs)
+        numbers.append(chunks.places[name][overlaps.chunk])
+        needed.append((overlaps.high - overlaps.low).prod(axis=1) * dtypes.itemsize_bytes(tensor.dtype))
     read = _joined(numbers)
     return ChunkReads(chunks=read, needed_bytes=_joined(needed), read_bytes=chunks.num_bytes[read])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """How much is read. ``file_bytes`` are the bytes read of every file that is touched, ``num_reads`` the chunk loads.
+    """The amount of data that one rank or several ranks need and read. Bytes are bytes of tensor data.
 
-    All bytes are of tensors, without what the file format adds.
+    Args:
+        needed_bytes: Bytes that the ranks hold.
+        read_bytes: Bytes that they read.
+        num_reads: Number of reads of a chunk.
+        num_chunks: Number of different chunks that are read.
+        file_bytes: File -> bytes that are read from it.
     """
 
     needed_bytes: int
@@ -124,11 +141,11 @@ class Amount:
 
     @property
     def amplification(self) -> float | None:
-        """Bytes read for each byte needed; None where nothing is needed."""
+        """Bytes read per byte needed; None if no byte is needed."""
         return self.read_bytes / self.needed_bytes if self.needed_bytes else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, stable within ``JSON_VERSION``."""
+        """An amount in ``plan --json``, in JSON types."""
         return {
             "needed_bytes": self.needed_bytes,
             "read_bytes": self.read_bytes,
@@ -141,9 +158,13 @@ class Amount:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RankReads:
-    """Ranks that hold the same boxes and so read the same: their pipeline stage, its layers, and the chunks they read.
+    """A group of ranks with the same boxes, which all read the same chunks: copies by data or context parallelism.
 
-    More than one rank does so where a layout has data or context parallelism.
+    Args:
+        ranks: The ranks, in ascending order.
+        stage: Their pipeline stage.
+        layers: The layers of that stage.
+        reads: The reads of one of the ranks.
     """
 
     ranks: tuple[int, ...]
@@ -154,10 +175,18 @@ class RankReads:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReadingPlan:
-    """What every rank of ``layout`` reads.
+    """The reads of every rank of ``layout``, as ``plan_reading`` returns them.
 
-    ``kinds`` say of every tensor of ``chunks`` what it is, for people; ``parts`` whether it is of WEIGHTS or OPTIMIZER.
-    ``left_out`` is why optimizer state that the checkpoint has is not in the plan, if that is so.
+    Args:
+        path: Directory of the iteration.
+        config_from: Source of the model configuration, in words.
+        layout: The layout that would load the checkpoint.
+        files: Names of the files that store ``chunks``.
+        chunks: All stored chunks of the planned tensors.
+        kinds: Kind of each tensor in ``chunks.names``, in words, such as ``attention``.
+        parts: ``WEIGHTS`` or ``OPTIMIZER`` for each tensor in ``chunks.names``.
+        groups: Groups of ranks that read the same, ordered by their first rank.
+        left_out: Reason why stored optimizer state is not in the plan, or None.
     """
 
     path: Path
@@ -172,44 +201,44 @@ class ReadingPlan:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether optimizer state is in the plan."""
+        """Whether the plan includes optimizer state."""
         return OPTIMIZER in self.parts
 
     @cached_property
     def amounts(self) -> tuple[Amount, ...]:
-        """What one rank of each group reads."""
+        """The amount that one rank of each group reads."""
         return self.amounts_of(WEIGHTS, OPTIMIZER)
 
     @cached_property
     def total(self) -> Amount:
-        """What all ranks read together; ``num_chunks`` are those that any rank reads."""
+        """The sum of what all ranks read; ``num_chunks`` counts the chunks that at least one rank reads."""
         return self.total_of(WEIGHTS, OPTIMIZER)
 
     def amounts_of(self, *parts: str) -> tuple[Amount, ...]:
-        """What one rank of each group reads of these parts."""
+        """The amount that one rank of each group reads of these parts."""
         return tuple(self._amount([(group.reads, 1)], parts) for group in self.groups)
 
     def total_of(self, *parts: str) -> Amount:
-        """What all ranks read together of these parts."""
+        """The sum of what all ranks read of these parts."""
         return self._amount([(group.reads, len(group.ranks)) for group in self.groups], parts)
 
-    def _amount(self, times: Sequence[tuple[ChunkReads, int]], parts: Sequence[str]) -> Amount:
-        """The sum of reads, each so many times. Takes as many steps as there are reads, not as there are chunks."""
+    def _amount(self, counted_reads: Sequence[tuple[ChunkReads, int]], parts: Sequence[str]) -> Amount:
+        """The sum of reads, each multiplied by its count. Takes time in the number of reads, not of chunks."""
         is_part = np.array([part in parts for part in self.parts], dtype=bool)
         needed_bytes = num_reads = 0
-        seen: list[IntArray] = []
-        read: list[IntArray] = []
-        for reads, count in times:
+        read_chunks: list[IntArray] = []
+        read_bytes: list[IntArray] = []
+        for reads, count in counted_reads:
             rows = np.flatnonzero(is_part[self.chunks.tensors[reads.chunks]])
             needed_bytes += int(reads.needed_bytes[rows].sum()) * count
             num_reads += len(rows) * count
-            seen.append(reads.chunks[rows])
-            read.append(reads.read_bytes[rows] * count)
-        chunks, place = np.unique(np.concatenate(seen), return_inverse=True)
-        files, file = np.unique(self.chunks.files[chunks], return_inverse=True)
-        of_files = np.zeros(len(files), dtype=np.int64)
-        np.add.at(of_files, file[place], np.concatenate(read))  # exact, where bincount's weights are floats
-        file_bytes = dict(zip((self.files[number] for number in files), of_files.tolist(), strict=True))
+            read_chunks.append(reads.chunks[rows])
+            read_bytes.append(reads.read_bytes[rows] * count)
+        chunks, chunk_of_read = np.unique(np.concatenate(read_chunks), return_inverse=True)
+        files, file_of_chunk = np.unique(self.chunks.files[chunks], return_inverse=True)
+        sums = np.zeros(len(files), dtype=np.int64)
+        np.add.at(sums, file_of_chunk[chunk_of_read], np.concatenate(read_bytes))  # exact, unlike bincount
+        file_bytes = dict(zip((self.files[number] for number in files), sums.tolist(), strict=True))
         return Amount(
             needed_bytes=needed_bytes,
             read_bytes=sum(file_bytes.values()),
@@ -220,28 +249,25 @@ class ReadingPlan:
 
     @property
     def stored_bytes(self) -> int:
-        """Size of the stored tensors that are read."""
+        """Size of the planned tensors in the checkpoint."""
         return int(self.chunks.num_bytes.sum())
 
     @property
     def reads_only_whole_chunks(self) -> bool:
-        """Whether no rank reads a byte that it does not need."""
+        """Whether every rank reads only bytes that it needs."""
         return self.total.read_bytes == self.total.needed_bytes
 
     def verdict(self) -> str:
-        """The plan in a sentence."""
+        """The result of the plan in one sentence."""
         if self.reads_only_whole_chunks:
             return "Every rank reads only what it needs: whole chunks."
-        told, worst = (factor(each) for each in (self.total.amplification, self._worst))
-        worst_told = f" (the worst {worst})" if worst != told else ""
-        return f"The ranks read {told} what they need{worst_told}; `dist-ckpt-mistral reshard` would make it 1.0."
-
-    @property
-    def _worst(self) -> float:
-        return max(amount.amplification or 0 for amount in self.amounts)
+        overall = factor(self.total.amplification)
+        worst = factor(max(amount.amplification or 0 for amount in self.amounts))
+        exception = f" (the worst {worst})" if worst != overall else ""
+        return f"The ranks read {overall} what they need{exception}; `dist-ckpt-mistral reshard` would make it 1.0."
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, stable within ``JSON_VERSION``: totals, then every rank."""
+        """The content of ``plan --json``, in JSON types: totals, then every rank."""
         amounts = zip(self.amounts, self.amounts_of(WEIGHTS), self.amounts_of(OPTIMIZER), strict=True)
         ranks = [
             {
@@ -263,7 +289,7 @@ class ReadingPlan:
             "left_out": self.left_out,
             "stored_bytes": self.stored_bytes,
             "total": self._amount_json(self.total, self.total_of(WEIGHTS), self.total_of(OPTIMIZER)),
-            "ranks": sorted(ranks, key=lambda each: int(each["rank"])),
+            "ranks": sorted(ranks, key=lambda rank: int(rank["rank"])),
         }
 
     def _amount_json(self, both: Amount, weights: Amount, optimizer: Amount) -> dict[str, Any]:
@@ -272,7 +298,7 @@ class ReadingPlan:
 
 
 def factor(amplification: float | None) -> str:
-    """``3.9 times``, with as many digits as tell it from 1."""
+    """``3.9 times``, with enough digits to distinguish it from 1; ``nothing of`` for None."""
     if amplification is None:
         return "nothing of"
     digits = 1 if amplification == 1 or amplification >= _CLEARLY_MORE else 4

@@ -1,7 +1,4 @@
-"""Plans what every rank of a layout reads of a stored checkpoint.
-
-Only the metadata is read: the data files may be elsewhere.
-"""
+"""Plan the reads of every rank of a layout from a checkpoint's metadata. The data files may be absent."""
 
 from __future__ import annotations
 
@@ -37,13 +34,13 @@ from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE, match_checkpoint
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
-from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
+from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
 from dist_ckpt_mistral.model.table.entries import flat_state, kind_of, split_state_key
 from dist_ckpt_mistral.model.table.rules import ParamState
 
 _LOG = logging.getLogger(__name__)
 
-#: Why the optimizer state of megatron-core 0.12 to 0.14 is left out: what their loading reads of it is not known here.
+#: Reason to leave out the optimizer state of megatron-core 0.12 to 0.14: the reads of their own loading are unknown.
 _BLOCKS: Final = (
     "its optimizer state is in the format fully_sharded_model_space, which only megatron-core 0.12 to 0.14 load, in a "
     "way of their own"
@@ -53,81 +50,99 @@ _BLOCKS: Final = (
 def plan_reading(
     checkpoint: str | Path, layout: ParallelLayout, *, config: GivenConfig | None = None, weights_only: bool = False
 ) -> ReadingPlan:
-    """Plan what every rank of ``layout`` reads of a Megatron checkpoint.
+    """Plan the reads of every rank of ``layout`` from a Megatron checkpoint. Only its metadata is used.
 
-    ``config`` (itself, a config.json, or a directory with one) is for checkpoints that lost theirs. ``weights_only``
-    leaves optimizer state out. The vocabulary is padded as Megatron-LM pads it for ``layout``; rows that are not stored
-    need no reading. Raises LayoutError where Megatron would refuse the layout, FormatError, TensorMismatchError or
-    PlanError where the checkpoint is not whole.
+    The vocabulary is padded as Megatron-LM pads it for ``layout``. Padding rows that are not stored are not read.
+
+    Args:
+        checkpoint: Root of a Megatron checkpoint, or one ``iter_*`` or ``release`` directory in it.
+        layout: The layout that would load the checkpoint.
+        config: Configuration for a checkpoint that has lost its own: a ``MistralConfig``, a config.json, or a directory
+            or hub id with one.
+        weights_only: Leave out optimizer state.
+
+    Returns:
+        The chunks and bytes that every rank reads.
+
+    Raises:
+        LayoutError: Megatron would refuse the layout.
+        FormatError: The metadata is damaged, or ``checkpoint`` is no checkpoint.
+        TensorMismatchError: Tensors of the model are missing or have other shapes.
+        PlanError: The chunks of a tensor overlap or leave gaps.
+
+    Example:
+        >>> plan = dist_ckpt_mistral.plan_reading("ckpt", ParallelLayout(tp=4))  # doctest: +SKIP
+        >>> plan.total.amplification  # doctest: +SKIP
+        2.0
     """
-    opened = _opened(Path(checkpoint), is_described=config is not None)
-    known = matched(opened, checkpoint_config(opened, chosen_config(config)))
-    layout.check(known.agreed.config)
-    stored_checkpoint.require_loadable(opened.directory)
-    states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(opened)
-    shapes = {name: tensor.global_shape for name, tensor in opened.tensors.items()}
-    others = [
-        match_checkpoint(known.table, shapes, opened.objects, str(opened.directory), state) for state in states[1:]
+    stored = _open(Path(checkpoint), has_config=config is not None)
+    match = matched(stored, checkpoint_config(stored, chosen_config(config)))
+    layout.check(match.agreed.config)
+    stored_checkpoint.require_loadable(stored.directory)
+    states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(stored)
+    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
+    optimizer = [
+        match_checkpoint(match.table, shapes, stored.objects, str(stored.directory), state) for state in states[1:]
     ]
-    found = [replace(each, table=each.table.without_carried()) for each in (known.found, *others)]  # the rest: unread
-    index = _unlocated_index(opened, [name for each in found for name in each.names()])
+    maps = [replace(each, table=each.table.without_carried()) for each in (match.found, *optimizer)]  # Megatron's part
+    index = _index(stored, [name for each in maps for name in each.names()])
     chunks = chunk_list(index)
-    kinds = {name: kind for each in found for name, kind in _kinds(each).items()}
-    weights = set(found[0].names())
+    kinds = {name: kind_of(rule, each.state) for each in maps for name, rule, _ in each.tensors()}
+    weights = set(maps[0].names())
     return ReadingPlan(
-        path=opened.directory,
-        config_from=known.agreed.source,
+        path=stored.directory,
+        config_from=match.agreed.source,
         layout=layout,
         files=tuple(path.name for path in index.files),
         chunks=chunks,
         kinds=tuple(kinds[name] for name in chunks.names),
         parts=tuple(WEIGHTS if name in weights else OPTIMIZER for name in chunks.names),
-        groups=tuple(_groups(layout, found, index, chunks)),
+        groups=tuple(_groups(layout, maps, index, chunks)),
         left_out=left_out,
     )
 
 
-def _opened(checkpoint: Path, *, is_described: bool) -> StoredCheckpoint:
-    """The checkpoint with its common state, which may lie in a data file.
+def _open(checkpoint: Path, *, has_config: bool) -> StoredCheckpoint:
+    """Open a checkpoint with its common state, which may lie in a data file.
 
-    Without data files, a checkpoint that is described otherwise is still planned: what its own common state says of the
-    model then stays unread, and a warning says so.
+    If the common state cannot be read and the caller has a configuration, open the checkpoint without common state and
+    log a warning.
     """
     try:
         return stored_checkpoint.open_stored(checkpoint)
     except FormatError as error:
-        if not is_described:
+        if not has_config:
             raise
-        opened = stored_checkpoint.open_stored(checkpoint, with_common_state=False)
-        _LOG.warning("what the common state says of the model is not compared: %s", error)
-        return opened
+        stored = stored_checkpoint.open_stored(checkpoint, with_common_state=False)
+        _LOG.warning("the configuration in the common state is not compared: %s", error)
+        return stored
 
 
 def _states(checkpoint: StoredCheckpoint) -> tuple[tuple[ParamState, ...], str | None]:
-    """What there is to read of every parameter, and why there is optimizer state besides that cannot be planned."""
+    """The states of the parameters to plan, and the reason why other stored optimizer state is not planned."""
     states = {name: split[0] for name in checkpoint.tensors if (split := split_state_key(name)) is not None}
     flat = sorted({kind for name in (*checkpoint.tensors, *checkpoint.objects) if (kind := flat_state(name))})
     if any(checkpoint.tensors[name].stored_shape != checkpoint.tensors[name].global_shape for name in states):
         return (ParamState.WEIGHTS,), _BLOCKS
-    called = [state for state in ParamState if state is ParamState.WEIGHTS or set(states.values()) & set(state.value)]
-    return tuple(called), FLAT_STATE_ADVICE.format(name=flat[0]) if flat else None
+    stored = [state for state in ParamState if state is ParamState.WEIGHTS or set(states.values()) & set(state.value)]
+    return tuple(stored), FLAT_STATE_ADVICE.format(name=flat[0]) if flat else None
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Files of rank 10 after those of rank 2."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key by which files of rank 10 come after files of rank 2."""
     return [(int(part or -1), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _unlocated_index(checkpoint: StoredCheckpoint, names: Sequence[str]) -> TensorIndex:
-    """The chunks of ``names``; of each, the position is that of the archive that holds it."""
-    stored = {name: checkpoint.chunks(name) for name in names}
-    every = tuple(checkpoint.file_bytes)
-    used = {every[number] for chunks in stored.values() for number in set(chunks.files.tolist())}
-    files = sorted(used, key=_natural)
-    numbers = {name: number for number, name in enumerate(files)}
-    number = np.array([numbers.get(name, -1) for name in every])  # no chunk is in the others
+def _index(checkpoint: StoredCheckpoint, names: Sequence[str]) -> TensorIndex:
+    """The chunks of ``names``. The position of a chunk is that of its archive, not of its data."""
+    chunks_of = {name: checkpoint.chunks(name) for name in names}
+    all_files = tuple(checkpoint.file_bytes)
+    used = {all_files[number] for chunks in chunks_of.values() for number in set(chunks.files.tolist())}
+    files = sorted(used, key=_natural_order)
+    new_numbers = {name: number for number, name in enumerate(files)}
+    renumbered = np.array([new_numbers.get(name, -1) for name in all_files])  # files without chunks get -1
     tensors = {}
-    for name, chunks in stored.items():
+    for name, chunks in chunks_of.items():
         shape = checkpoint.tensors[name].global_shape
         require_tiling(chunks.offsets, chunks.shapes, shape, f"the stored chunks of {name!r} are not whole")
         tensors[name] = IndexedTensor(
@@ -136,44 +151,40 @@ def _unlocated_index(checkpoint: StoredCheckpoint, names: Sequence[str]) -> Tens
             global_shape=shape,
             offsets=chunks.offsets,
             shapes=chunks.shapes,
-            files=number[chunks.files],
+            files=renumbered[chunks.files],
             positions=chunks.positions,
         )
     return TensorIndex(files=tuple(checkpoint.directory / name for name in files), tensors=tensors)
 
 
-def _kinds(found: CheckpointMap) -> dict[str, str]:
-    """What each stored tensor is, for people."""
-    return {name: kind_of(rule, found.state) for name, rule, _ in found.tensors()}
-
-
 def _groups(
-    layout: ParallelLayout, found: Sequence[CheckpointMap], index: TensorIndex, chunks: ChunkList
+    layout: ParallelLayout, maps: Sequence[CheckpointMap], index: TensorIndex, chunks: ChunkList
 ) -> Iterator[RankReads]:
-    """Ranks by what they hold, in the order of the first of each."""
-    places: dict[RankCoordinates, list[int]] = defaultdict(list)
+    """The groups of ranks with the same boxes, ordered by their first rank."""
+    copies: dict[RankCoordinates, list[int]] = defaultdict(list)  # without data and context parallelism -> ranks
     for rank in range(layout.world_size):
-        places[replace(layout.coordinates(rank), cp=0, dp=0, dp_cp=0, edp=0)].append(rank)  # copies of each other
-    ranks: dict[tuple[int, tuple[WantedBox, ...]], list[int]] = defaultdict(list)
-    for at, same in places.items():
-        held = layout.model_chunks(found[0].table.num_layers, at.pp)
-        ranks[at.pp, tuple(box for each in found for box in _wanted(layout, each, held, at))] += same
-    for (stage, boxes), same in ranks.items():
-        held = layout.model_chunks(found[0].table.num_layers, stage)
+        copies[replace(layout.coordinates(rank), cp=0, dp=0, dp_cp=0, edp=0)].append(rank)
+    groups: dict[tuple[int, tuple[WantedBox, ...]], list[int]] = defaultdict(list)
+    for coordinates, ranks in copies.items():
+        boxes = tuple(box for each in maps for box in _wanted_boxes(layout, each, coordinates))
+        groups[coordinates.pp, boxes] += ranks
+    for (stage, boxes), ranks in groups.items():
+        model_chunks = layout.model_chunks(maps[0].table.num_layers, stage)
         yield RankReads(
-            ranks=tuple(sorted(same)),
+            ranks=tuple(sorted(ranks)),
             stage=stage,
-            layers=tuple(layer for each in held for layer in each.layers),
+            layers=tuple(layer for model_chunk in model_chunks for layer in model_chunk.layers),
             reads=chunk_reads(index, chunks, boxes),
         )
 
 
-def _wanted(
-    layout: ParallelLayout, found: CheckpointMap, model_chunks: Sequence[ModelChunk], at: RankCoordinates
+def _wanted_boxes(
+    layout: ParallelLayout, checkpoint_map: CheckpointMap, coordinates: RankCoordinates
 ) -> Iterator[WantedBox]:
-    """The boxes of a rank, under the keys that the checkpoint has for them."""
-    for model_chunk in model_chunks:
-        for held in layout.local_tensors(found.table, model_chunk, at, style=found.style, spec=SPEC):
-            names = found.spelling(held.rule, held.index, held.mcore_key)
-            for box in held.boxes:
+    """The boxes of a rank, by the checkpoint's own keys."""
+    table, style = checkpoint_map.table, checkpoint_map.style
+    for model_chunk in layout.model_chunks(table.num_layers, coordinates.pp):
+        for tensor in local_tensors(layout, table, model_chunk, coordinates, style=style, spec=SPEC):
+            names = checkpoint_map.spelling(tensor.mcore_key, tensor.index)
+            for box in tensor.boxes:
                 yield WantedBox(names[box.mcore_key], box.global_offset, box.shape)

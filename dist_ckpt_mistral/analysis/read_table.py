@@ -1,4 +1,4 @@
-"""The reading plan as a table: a row for the ranks of a pipeline stage that read equally much, each."""
+"""The reading plan as a table: one row for the ranks of a pipeline stage that each read the same number of bytes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral.analysis.read_plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
 from dist_ckpt_mistral.analysis.sheet import sheet
-from dist_ckpt_mistral.messages import human_bytes
+from dist_ckpt_mistral.messages import counted, human_bytes, spans
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-from dist_ckpt_mistral.messages import counted, spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Ranks of one stage that need and read equally many bytes, each, if of other chunks and files.
+    """Ranks of one stage that each need and read the same number of bytes, if of different chunks and files.
 
-    ``parts`` are what each reads of weights and, if it is planned, of optimizer state; ``amounts`` what of both.
+    ``parts`` are the amounts of one rank for weights and, if planned, for optimizer state. ``amounts`` are the amounts
+    for both together, of one rank of each group.
     """
 
     ranks: tuple[int, ...]
@@ -29,44 +29,44 @@ class Row:
     amounts: tuple[Amount, ...]
 
 
+def render(plan: ReadingPlan) -> RenderableType:
+    """The plan as a rich renderable."""
+    parts = _parts(plan)
+    numbers = (*(name for part in parts for name in (f"{part} needed", "read", "times")), "chunks", "files")
+    return sheet(
+        str(plan.path),
+        _facts(plan),
+        [("ranks", "left"), ("layers", "left"), *((name, "right") for name in numbers)],
+        [(spans(row.ranks), spans(row.layers), *_sizes(row.parts), *_counts(row.amounts)) for row in rows(plan)],
+        total=("all together", "", *_sizes([plan.total_of(part) for part in parts]), *_counts([plan.total])),
+        notes=(plan.verdict(), *_notes(plan)),
+    )
+
+
 def rows(plan: ReadingPlan) -> list[Row]:
-    """The rows of the table, in the order of the first rank of each."""
+    """The rows of the table, ordered by their first rank."""
     parts = list(zip(*(plan.amounts_of(part) for part in _parts(plan)), strict=True))
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    groups_of: dict[tuple[object, ...], list[int]] = defaultdict(list)  # stage and bytes -> numbers of groups
     for number, (group, amounts) in enumerate(zip(plan.groups, parts, strict=True)):
-        alike[group.stage, *((amount.needed_bytes, amount.read_bytes) for amount in amounts)].append(number)
-    found = [
+        groups_of[group.stage, *((amount.needed_bytes, amount.read_bytes) for amount in amounts)].append(number)
+    unsorted = [
         Row(
             ranks=tuple(sorted(rank for number in numbers for rank in plan.groups[number].ranks)),
             layers=plan.groups[numbers[0]].layers,
             parts=parts[numbers[0]],
             amounts=tuple(plan.amounts[number] for number in numbers),
         )
-        for numbers in alike.values()
+        for numbers in groups_of.values()
     ]
-    return sorted(found, key=lambda row: row.ranks)
+    return sorted(unsorted, key=lambda row: row.ranks)
 
 
 def _parts(plan: ReadingPlan) -> tuple[str, ...]:
     return (WEIGHTS, OPTIMIZER) if plan.has_optimizer else (WEIGHTS,)
 
 
-def render(plan: ReadingPlan) -> RenderableType:
-    """The plan as a rich renderable."""
-    needs = [f"{part} needed" for part in _parts(plan)]
-    numbers = (*(name for need in needs for name in (need, "read", "times")), "chunks", "files")
-    return sheet(
-        str(plan.path),
-        _facts(plan),
-        [("ranks", "left"), ("layers", "left"), *((name, "right") for name in numbers)],
-        [(spans(row.ranks), spans(row.layers), *_sizes(row.parts), *_counts(row.amounts)) for row in rows(plan)],
-        total=("all together", "", *_sizes([plan.total_of(part) for part in _parts(plan)]), *_counts([plan.total])),
-        notes=(plan.verdict(), *_notes(plan)),
-    )
-
-
 def _sizes(parts: Sequence[Amount]) -> list[str]:
-    """Needed and read, and how much more that is."""
+    """For each part: the bytes needed, the bytes read, and their ratio."""
     cells = []
     for amount in parts:
         times = "" if amount.amplification is None else factor(amount.amplification).removesuffix(" times")
@@ -75,13 +75,13 @@ def _sizes(parts: Sequence[Amount]) -> list[str]:
 
 
 def _counts(amounts: Sequence[Amount]) -> list[str]:
-    """Chunks and files, from the fewest to the most."""
-    counts = [sorted({each.num_chunks for each in amounts}), sorted({len(each.file_bytes) for each in amounts})]
-    return [f"{count[0]} to {count[-1]}" if len(count) > 1 else str(count[0]) for count in counts]
+    """The numbers of chunks and of files that a rank reads, as ranges over ``amounts``."""
+    chunks, files = {amount.num_chunks for amount in amounts}, {len(amount.file_bytes) for amount in amounts}
+    return [f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts) for counts in (chunks, files)]
 
 
 def _notes(plan: ReadingPlan) -> list[str]:
-    """What else to know."""
+    """Notes on what the plan leaves out, and on ranks that read the same."""
     copies = max(len(group.ranks) for group in plan.groups)
     notes = [f"Not in the plan: {plan.left_out}"] if plan.left_out else []
     if copies > 1:

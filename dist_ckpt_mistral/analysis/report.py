@@ -1,10 +1,10 @@
-"""What is in a checkpoint or a Hugging Face directory, and what is wrong with it, as data."""
+"""The report of ``inspect``: the contents and the problems of a checkpoint or a Hugging Face directory."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,8 +18,8 @@ from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched
-from dist_ckpt_mistral.mapping.consolidated import own_shapes
-from dist_ckpt_mistral.mapping.matching import match_hf, match_own
+from dist_ckpt_mistral.mapping.consolidated import consolidated_shapes
+from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.messages import grouped, human_bytes
 from dist_ckpt_mistral.model.config.mistral_config import SLIDING, ChosenConfig, GivenConfig, chosen_config
@@ -32,16 +32,27 @@ if TYPE_CHECKING:
 
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
 JSON_VERSION: Final = 1
-#: A table with more rows than this shows tensors of the same kind in one.
-_MOST_ROWS: Final = 100
-#: No model comes near; of a file of millions of names nobody reads them all.
-_END_OF_TABLE: Final = 1000
-_TOO_MANY: Final = 100_000
+#: The table shows more tensors than this in groups: one row for a kind of tensor in all layers and experts.
+_MOST_SINGLE: Final = 100
+#: The table does not group more tensors than this; no model has so many.
+_MOST_GROUPED: Final = 100_000
+#: Rows that the table shows.
+_MOST_ROWS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorReport:
-    """One stored tensor. ``shape`` in elements, ``num_bytes`` of the whole, ``hf_names`` what it holds."""
+    """One stored tensor.
+
+    Args:
+        name: Its name in the files: a Megatron key, or a Hugging Face or consolidated name.
+        dtype: Its torch dtype name.
+        shape: Its shape in elements.
+        num_chunks: Number of stored chunks.
+        num_bytes: Size of its data in bytes.
+        hf_names: Names of the Hugging Face tensors with rows in it.
+        ignored: Reason why it is not a weight, or None.
+    """
 
     name: str
     dtype: str
@@ -54,7 +65,19 @@ class TensorReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Everything that ``inspect`` says. ``files`` are names and sizes in bytes (None: the file is missing)."""
+    """The result of ``inspect``.
+
+    Args:
+        path: The inspected directory.
+        kind: Kind of directory, in words.
+        format: Format of its files, in words.
+        config_from: Source of the configuration, in words; None if there is none.
+        config: Configuration with Hugging Face's names; None if there is none.
+        tensors: The stored tensors.
+        objects: Name of each stored entry that is not a tensor, and the reason why it is no weight.
+        files: Name and size in bytes of each data file; None if the file is missing.
+        problems: Error messages; empty if nothing is wrong.
+    """
 
     path: str
     kind: str
@@ -67,46 +90,59 @@ class Report:
     problems: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, stable within ``JSON_VERSION``."""
+        """The content of ``inspect --json``, in JSON types."""
         content = asdict(self)
         content["objects"] = [{"name": name, "ignored": reason} for name, reason in self.objects]
         return {"json_version": JSON_VERSION, **content}
 
 
 def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
-    """Look at a checkpoint, a Hugging Face directory or a hub id without reading tensor data (the hub's is downloaded).
+    """Report the contents and the problems of a checkpoint or a Hugging Face directory. Tensor data is not read.
 
-    What is wrong with it becomes a problem of the report. Raises FormatError only if ``path`` is none of them.
+    Args:
+        path: Megatron checkpoint (root, ``iter_*`` or ``release`` directory), Hugging Face directory or hub id. The
+            files of a hub id are downloaded.
+        config: Configuration for a checkpoint that has lost its own.
+
+    Returns:
+        The report. Missing or wrong tensors, files and configurations are among its ``problems``.
+
+    Raises:
+        FormatError: ``path`` is neither a checkpoint nor a Hugging Face directory, or its metadata is damaged.
+
+    Example:
+        >>> dist_ckpt_mistral.inspect("ckpt").problems  # doctest: +SKIP
+        ()
     """
-    place, known = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT), chosen_config(config)
-    return _inspect_megatron(place.path, known) if place.kind is Kind.CHECKPOINT else _inspect_hf(place, known)
+    place, chosen = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT), chosen_config(config)
+    return _inspect_megatron(place.path, chosen) if place.kind is Kind.CHECKPOINT else _inspect_hf(place, chosen)
 
 
 def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
-    path, where, is_own = place.path, str(place.path), place.kind is Kind.OWN
+    path, location, is_consolidated = place.path, str(place.path), place.kind is Kind.CONSOLIDATED
     file_set = hf_directory.read_directory(path)
     hf_directory.warn_of_files_not_read(path, file_set)
-    hf_names = {} if is_own else {tensor.name: tensor.name for tensor in file_set.tensors()}
+    hf_names = {} if is_consolidated else {tensor.name: tensor.name for tensor in file_set.tensors()}
     problems: list[str] = []
     ignored: dict[str, str] = {}
-    quantized, known = Quantized(), None
+    quantized, agreed = Quantized(), None
     try:
-        known = directory_config(path, config, file_set.names())
-        table = tensor_table(known.config)
-        if is_own:
-            hf_names = _names_of_own(table, file_set, where)
+        agreed = directory_config(path, config, file_set.names())
+        table = tensor_table(agreed.config)
+        if is_consolidated:
+            hf_names = _hf_names_of_consolidated(table, file_set, location)
         else:
-            by_name = {name: tensor for name, (_, _, tensor) in file_set.by_name(where, table.usual_name).items()}
-            quantized = match_quantized(file_set.tensors(table.usual_name), known.config, where)
-            ignored = _ignored_of_hf(table, by_name, quantized, where)
+            by_name = {name: tensor for name, (_, _, tensor) in file_set.by_name(location, table.usual_name).items()}
+            quantized = match_quantized(file_set.tensors(table.usual_name), agreed.config, location)
+            ignored = _ignored_in_hf(table, by_name, quantized, location)
     except DistCkptMistralError as error:
         problems.append(str(error))
     return Report(
-        path=where,
+        path=location,
         kind=place.kind.value,
         format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
-        config_from=known.source if known else None,
-        config=_config_values(known),
+        config_from=agreed.source if agreed else None,
+        config=_config_values(agreed),
         tensors=tuple(_hf_tensor_report(tensor, hf_names, ignored) for tensor in file_set.tensors()),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
@@ -114,31 +150,31 @@ def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
     )
 
 
-def _names_of_own(table: TensorTable, file_set: hf_directory.FileSet, where: str) -> dict[str, str]:
-    """The Hugging Face tensor that each tensor of Mistral AI's own files is, or is a part of."""
-    found = match_own(table, {tensor.name: tensor.shape for tensor in file_set.tensors()}, where)
-    return {name: tensor.hf_name for tensor in found for name in own_shapes(tensor)}
+def _hf_names_of_consolidated(table: TensorTable, file_set: hf_directory.FileSet, location: str) -> dict[str, str]:
+    """The name of each tensor in Mistral AI's consolidated files -> the Hugging Face tensor that it is a part of."""
+    hf_tensors = match_consolidated(table, {tensor.name: tensor.shape for tensor in file_set.tensors()}, location)
+    return {name: tensor.hf_name for tensor in hf_tensors for name in consolidated_shapes(tensor)}
 
 
-def _ignored_of_hf(
-    table: TensorTable, by_name: Mapping[str, FileTensor], quantized: Quantized, where: str
+def _ignored_in_hf(
+    table: TensorTable, by_name: Mapping[str, FileTensor], quantized: Quantized, location: str
 ) -> dict[str, str]:
-    """The stored tensors that are no weights, and why; ``by_name`` are all, by their names in the table."""
-    left = dict(quantized.ignored)
-    shapes = {name: tensor.shape for name, tensor in by_name.items() if name not in left}
-    left.update(match_hf(table, shapes, where)[1])
-    return {by_name[name].name: reason for name, reason in left.items()}
+    """The stored name of each tensor that is no weight -> the reason. ``by_name`` has all tensors by table name."""
+    ignored = dict(quantized.ignored)
+    shapes = {name: tensor.shape for name, tensor in by_name.items() if name not in ignored}
+    ignored.update(match_hf(table, shapes, location)[1])
+    return {by_name[name].name: reason for name, reason in ignored.items()}
 
 
 def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: Mapping[str, str]) -> TensorReport:
-    is_known = tensor.name in hf_names and tensor.name not in ignored
+    is_weight = tensor.name in hf_names and tensor.name not in ignored
     return TensorReport(
         name=tensor.name,
         dtype=tensor.dtype,
         shape=tensor.shape,
         num_chunks=1,
         num_bytes=tensor.end - tensor.begin,
-        hf_names=(hf_names[tensor.name],) if is_known else (),
+        hf_names=(hf_names[tensor.name],) if is_weight else (),
         ignored=ignored.get(tensor.name),
     )
 
@@ -146,10 +182,10 @@ def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: 
 def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
     checkpoint = stored_checkpoint.open_stored(path)
     problems: list[str] = []
-    known, found = None, None
+    agreed, checkpoint_map = None, None
     try:
-        known = checkpoint_config(checkpoint, config)
-        found = matched(checkpoint, known).found
+        agreed = checkpoint_config(checkpoint, config)
+        checkpoint_map = matched(checkpoint, agreed).found
     except DistCkptMistralError as error:
         problems.append(str(error))
     prefix = model_prefix(checkpoint.tensors)
@@ -162,21 +198,21 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
         path=str(checkpoint.directory),
         kind=f"Megatron {checkpoint.backend} checkpoint",
         format=_generation(checkpoint),
-        config_from=known.source if known else None,
-        config=_config_values(known),
-        tensors=_tensor_reports(checkpoint, found),
+        config_from=agreed.source if agreed else None,
+        config=_config_values(agreed),
+        tensors=_tensor_reports(checkpoint, checkpoint_map),
         objects=tuple((name, why_ignored(name, prefix) or "not a tensor") for name in checkpoint.objects),
         files=files,
         problems=tuple(problems),
     )
 
 
-def _tensor_reports(checkpoint: StoredCheckpoint, found: CheckpointMap | None) -> tuple[TensorReport, ...]:
+def _tensor_reports(checkpoint: StoredCheckpoint, checkpoint_map: CheckpointMap | None) -> tuple[TensorReport, ...]:
     prefix = model_prefix(checkpoint.tensors)
     hf_names: dict[str, list[str]] = {}
-    if found is not None:
-        for tensor in found.table.hf_tensors().values():
-            for name in () if tensor.is_alias else dict.fromkeys(link.source for link in found.links(tensor)):
+    if checkpoint_map is not None:
+        for tensor in checkpoint_map.table.hf_tensors().values():
+            for name in () if tensor.is_alias else dict.fromkeys(link.source for link in checkpoint_map.links(tensor)):
                 hf_names.setdefault(name, []).append(tensor.hf_name)
     return tuple(
         TensorReport(
@@ -209,17 +245,17 @@ def _generation(checkpoint: StoredCheckpoint) -> str:
     return "torch_dist without common state"
 
 
-def _config_values(known: Agreed | None) -> dict[str, Any] | None:
-    return None if known is None else {n: value for n, value in asdict(known.config).items() if n != "hf_config"}
+def _config_values(agreed: Agreed | None) -> dict[str, Any] | None:
+    return None if agreed is None else {n: value for n, value in asdict(agreed.config).items() if n != "hf_config"}
 
 
 def render(report: Report) -> RenderableType:
     """The report as a rich renderable."""
     weights = [tensor for tensor in report.tensors if tensor.ignored is None]
-    rows = [*(_rows(weights) if len(weights) <= _TOO_MANY else weights)]
-    cells = [_cells(tensor) for tensor in rows[:_END_OF_TABLE]]
-    if len(rows) > _END_OF_TABLE:
-        cells.append((f"... and {len(rows) - _END_OF_TABLE} more rows",))
+    rows = [*(_grouped(weights) if _MOST_SINGLE < len(weights) <= _MOST_GROUPED else weights)]
+    cells = [_cells(tensor) for tensor in rows[:_MOST_ROWS]]
+    if len(rows) > _MOST_ROWS:
+        cells.append((f"... and {len(rows) - _MOST_ROWS} more rows",))
     return sheet(
         report.path,
         _facts(report),
@@ -235,24 +271,20 @@ def _cells(tensor: TensorReport) -> tuple[str, ...]:
     return tensor.name, tensor.dtype, shape, str(tensor.num_chunks), size, _summary(tensor.hf_names)
 
 
-def _rows(tensors: list[TensorReport]) -> Iterable[TensorReport]:
-    """The tensors; of very many, those of the same kind in all layers or experts as one, with the sums of both."""
-    if len(tensors) <= _MOST_ROWS:
-        return tensors
+def _grouped(tensors: list[TensorReport]) -> Iterator[TensorReport]:
+    """One row for the tensors of a kind in all layers and experts, with the sums of their chunks and bytes."""
     by_kind: dict[tuple[str, tuple[int, ...]], dict[str, TensorReport]] = defaultdict(dict)
     for tensor in tensors:
         by_kind[tensor.dtype, tensor.shape][tensor.name] = tensor
-    return (
-        replace(
-            of_kind[names[0]],
-            name=pattern,
-            num_chunks=sum(of_kind[name].num_chunks for name in names),
-            num_bytes=sum(of_kind[name].num_bytes for name in names),
-            hf_names=tuple(hf_name for name in names for hf_name in of_kind[name].hf_names),
-        )
-        for of_kind in by_kind.values()
-        for pattern, names in grouped(of_kind).items()
-    )
+    for by_name in by_kind.values():
+        for pattern, names in grouped(by_name).items():
+            yield replace(
+                by_name[names[0]],
+                name=pattern,
+                num_chunks=sum(by_name[name].num_chunks for name in names),
+                num_bytes=sum(by_name[name].num_bytes for name in names),
+                hf_names=tuple(hf_name for name in names for hf_name in by_name[name].hf_names),
+            )
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -282,27 +314,27 @@ def _model_line(config: dict[str, Any]) -> str:
     heads = f"in {config['num_key_value_heads']} groups of dimension {config['head_dim']}"
     if latent is not None:
         heads = f"of latent attention (keys and values {latent['kv_lora_rank']}, queries {latent['q_lora_rank']})"
-    some = f" in {config['layer_types'].count(SLIDING)} layers" if window and config["layer_types"] else ""
+    layers = f" in {config['layer_types'].count(SLIDING)} layers" if window and config["layer_types"] else ""
     parts = [
         *(kind, f"{config['num_hidden_layers']} layers", f"hidden {config['hidden_size']}", mlp),
         *(f"{config['num_attention_heads']} heads {heads}", f"vocabulary {config['vocab_size']}"),
         "tied embeddings" if config["tie_word_embeddings"] else "",
-        f"sliding window {window}{some}" if window else "",
+        f"sliding window {window}{layers}" if window else "",
         f"vision tower of {config['vision']['num_hidden_layers']} layers" if config["vision"] else "",
     ]
     return ", ".join(filter(None, parts))
 
 
 def _summary(hf_names: Sequence[str]) -> str:
-    """The first name, and how many more there are."""
+    """The first name, and the number of the others."""
     if not hf_names:
         return ""
     return hf_names[0] + (f" and {len(hf_names) - 1} more" if len(hf_names) > 1 else "")
 
 
 def save_html(report: Report, path: Path) -> None:
-    """Write the report as one self-contained page; an old one is replaced. Raises OutputError."""
-    from rich.console import Console  # noqa: PLC0415  (only what is shown needs rich)
+    """Write the report as one self-contained HTML page, or replace an old one. Raises OutputError."""
+    from rich.console import Console  # noqa: PLC0415  (only tables need rich)
 
     console: Console = Console(record=True, width=180, file=io.StringIO(), markup=False, emoji=False)
     console.print(render(report))

@@ -1,4 +1,4 @@
-"""A sheet for people, as rich renders it: a title, facts, a table and notes. No text on it is markup."""
+"""A rich renderable with a title, facts, a table and notes, without markup."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def sheet(
     notes: Sequence[str] = (),
     notes_style: str = "",
 ) -> RenderableType:
-    """Lay out texts from anywhere, each shown as it is, and escaped as ``printable`` does; ``total`` is a last row."""
-    from rich.console import Group  # noqa: PLC0415  (only what is shown needs rich)
+    """Lay out texts, which may come from files: ``printable`` escapes each. ``total`` is a last row, in bold."""
+    from rich.console import Group  # noqa: PLC0415  (only tables need rich)
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 

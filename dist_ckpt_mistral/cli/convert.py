@@ -4,160 +4,169 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral.cli import options, output
-from dist_ckpt_mistral.convert.ranks import Ranks, of_nodes
+from dist_ckpt_mistral.convert.ranks import of_nodes
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.convert.conversion import Conversion
-    from dist_ckpt_mistral.convert.output import Output
-    from dist_ckpt_mistral.gather.execute import Effort
+
+#: The end of every description.
+_UNDER_TORCHRUN = "Needs neither torch nor Megatron nor a GPU. Under torchrun the ranks share the work."
 
 
 def add_from_hf(commands: options.Commands) -> None:
     """Declare ``from-hf``."""
-    command = options.declare(
+    command = _declare(
         commands,
         "from-hf",
         _from_hf,
-        "Import a Hugging Face model into a Megatron checkpoint.",
-        on_each_node=True,
-        with_numpy=True,
+        "Import a Hugging Face model into a new Megatron checkpoint.",
+        "The checkpoint has the format torch_dist, and Megatron loads it at any parallel layout. The Hugging Face "
+        "configuration and tokenizer are stored in it, for to-hf.",
     )
-    command.add_argument(
-        "hf", type=options.name, metavar="HF", help="Hugging Face directory or hub id (org/name[@revision])"
+    command.add_argument("hf", type=options.name, metavar="HF", help=options.HF)
+    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help="checkpoint root directory to create")
+    group = command.add_argument_group(
+        "layout", "The parallel layout to cut the stored chunks for. The checkpoint loads at any other layout, too."
     )
-    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help="checkpoint root to create")
-    for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
-        help_text = f"cut the stored chunks for this {what} parallelism; any other loads too (default 1)"
-        command.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)
-    command.add_argument(
-        "--iteration", type=options.not_negative, metavar="N", help="store as this iteration (default: a release)"
-    )
-    command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
+    for axis, parallelism in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        help_text = f"{parallelism}-parallel size (default 1)"
+        group.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)
+    help_text = "store the weights as iteration N (default: as a release, Megatron's name for weights to start from)"
+    command.add_argument("--iteration", type=options.not_negative, metavar="N", help=help_text)
+    options.add_dtype(command)
     options.add_allow_lossy(command)
     options.add_output(command)
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral.convert.from_hf import from_hf  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert.from_hf import from_hf
 
-    def convert(output: Output, effort: Effort, ranks: Ranks) -> Conversion:
-        return from_hf(
-            arguments.hf,
-            arguments.checkpoint,
-            tp=arguments.tp,
-            pp=arguments.pp,
-            ep=arguments.ep,
-            dtype=arguments.dtype,
-            allow_lossy=arguments.allow_lossy,
-            iteration=arguments.iteration,
-            output=output,
-            effort=effort,
-            ranks=ranks,
-        )
-
+    convert = partial(
+        from_hf,
+        arguments.hf,
+        arguments.checkpoint,
+        tp=arguments.tp,
+        pp=arguments.pp,
+        ep=arguments.ep,
+        dtype=arguments.dtype,
+        allow_lossy=arguments.allow_lossy,
+        iteration=arguments.iteration,
+    )
     return _write("importing", arguments, convert)
 
 
 def add_to_hf(commands: options.Commands) -> None:
     """Declare ``to-hf``."""
-    command = options.declare(
+    command = _declare(
         commands,
         "to-hf",
         _to_hf,
-        "Export a Megatron checkpoint to a Hugging Face directory.",
-        on_each_node=True,
-        with_numpy=True,
+        "Export a Megatron checkpoint to a new Hugging Face directory.",
+        "transformers' from_pretrained loads the directory. A checkpoint that from-hf wrote gives back the original "
+        "files byte for byte.",
     )
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
-    command.add_argument("hf", metavar="HF", type=options.path, help="directory to create")
-    options.add_config(command)
-    help_text = "the weights themselves, or the optimizer's float32 master copy of them (default model)"
+    command.add_argument("hf", metavar="HF", type=options.path, help="Hugging Face directory to create")
+    options.add_config(
+        command,
+        "A directory or hub id also supplies the tokenizer and other small files, and the vision tower and projector "
+        "that training in Megatron drops from a multimodal model.",
+    )
+    help_text = "export the model's weights, or the optimizer's float32 master copy of them (default: model)"
     command.add_argument("--weights", choices=("model", "master"), default="model", help=help_text)
-    options.add_file_size(command)
-    command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
+    options.add_dtype(command)
     options.add_allow_lossy(command)
-    options.add_output(command)
+    options.add_output(command, has_file_size=True)
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral.convert.to_hf import to_hf  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert.to_hf import to_hf
 
-    def convert(output: Output, effort: Effort, ranks: Ranks) -> Conversion:
-        return to_hf(
-            arguments.checkpoint,
-            arguments.hf,
-            config=options.given_config(arguments),
-            weights=arguments.weights,
-            dtype=arguments.dtype,
-            allow_lossy=arguments.allow_lossy,
-            output=output,
-            effort=effort,
-            ranks=ranks,
-        )
-
+    convert = partial(
+        to_hf,
+        arguments.checkpoint,
+        arguments.hf,
+        config=options.given_config(arguments),
+        weights=arguments.weights,
+        dtype=arguments.dtype,
+        allow_lossy=arguments.allow_lossy,
+    )
     return _write("exporting", arguments, convert)
 
 
 def add_reshard(commands: options.Commands) -> None:
     """Declare ``reshard``."""
-    summary = "Cut a Megatron checkpoint anew, so that every rank of a layout reads only whole chunks."
-    command = options.declare(commands, "reshard", _reshard, summary, on_each_node=True, with_numpy=True)
+    command = _declare(
+        commands,
+        "reshard",
+        _reshard,
+        "Rewrite a Megatron checkpoint so that every rank of a layout reads only whole chunks.",
+        "Weights and optimizer state keep their keys, shapes and bits. The common state, all objects and the small "
+        "files are copied byte for byte.",
+    )
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
     command.add_argument("output", metavar="OUT", type=options.path, help="checkpoint to create")
-    options.add_layout(command, "to cut for")
+    options.add_layout(command, "to cut the stored chunks for")
     options.add_config(command)
-    command.add_argument("--weights-only", action="store_true", help="leave all optimizer state behind")
+    command.add_argument("--weights-only", action="store_true", help="leave out all optimizer state")
     options.add_output(command)
 
 
 def _reshard(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral.convert.reshard import reshard  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert.reshard import reshard
 
-    def convert(output: Output, effort: Effort, ranks: Ranks) -> Conversion:
-        layout, config = options.given_layout(arguments), options.given_config(arguments)
-        return reshard(
-            arguments.checkpoint,
-            arguments.output,
-            layout,
-            config=config,
-            weights_only=arguments.weights_only,
-            output=output,
-            effort=effort,
-            ranks=ranks,
-        )
-
+    convert = partial(
+        reshard,
+        arguments.checkpoint,
+        arguments.output,
+        options.given_layout(arguments),
+        config=options.given_config(arguments),
+        weights_only=arguments.weights_only,
+    )
     return _write("resharding", arguments, convert)
 
 
 def add_migrate(commands: options.Commands) -> None:
     """Declare ``migrate``."""
-    summary = "Write a legacy zarr checkpoint as torch_dist, the format of every later Megatron."
-    command = options.declare(commands, "migrate", _migrate, summary, on_each_node=True, with_numpy=True)
-    command.add_argument("checkpoint", metavar="OLD", type=options.path, help="zarr checkpoint: root or iteration")
+    command = _declare(
+        commands,
+        "migrate",
+        _migrate,
+        "Convert a legacy zarr checkpoint to torch_dist, the format of every later Megatron.",
+        "Works for every model that Megatron saved. All tensors, optimizer state included, keep their keys, shapes, "
+        "chunks and bits.",
+    )
+    help_text = "zarr checkpoint: its root directory, or one iter_* directory in it"
+    command.add_argument("checkpoint", metavar="OLD", type=options.path, help=help_text)
     command.add_argument("output", metavar="CKPT", type=options.path, help="checkpoint to create")
-    options.add_file_size(command)
-    options.add_output(command)
+    options.add_output(command, has_file_size=True)
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral.convert.migrate import migrate  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.convert.migrate import migrate
 
-    def convert(output: Output, effort: Effort, ranks: Ranks) -> Conversion:
-        return migrate(arguments.checkpoint, arguments.output, output=output, effort=effort, ranks=ranks)
-
-    return _write("migrating", arguments, convert)
+    return _write("migrating", arguments, partial(migrate, arguments.checkpoint, arguments.output))
 
 
-def _write(what: str, arguments: argparse.Namespace, convert: Callable[[Output, Effort, Ranks], Conversion]) -> int:
-    """Convert with the options of ``options.add_output``, and say on the first rank what was written, or would be."""
-    from dist_ckpt_mistral.convert.conversion import conversion_line  # noqa: PLC0415  (--help must not wait for numpy)
+def _declare(
+    commands: options.Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, details: str
+) -> argparse.ArgumentParser:
+    """Declare a command that runs on all ranks and needs numpy."""
+    details = f"{details} {_UNDER_TORCHRUN}"
+    return options.declare(commands, name, run, summary, details, on_each_node=True, with_numpy=True)
+
+
+def _write(activity: str, arguments: argparse.Namespace, convert: Callable[..., Conversion]) -> int:
+    """Call ``convert`` with ``output``, ``effort`` and ``ranks``, and print a summary on the first rank."""
+    from dist_ckpt_mistral.convert.conversion import conversion_line
 
     ranks = of_nodes()
-    with options.effort(what, arguments, ranks) as effort:
-        done = convert(options.given_output(arguments), effort, ranks)
+    with options.effort(activity, arguments, ranks) as effort:
+        done = convert(output=options.given_output(arguments), effort=effort, ranks=ranks)
     if ranks.is_first:
         output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))
     if ranks.is_first and arguments.dry_run:

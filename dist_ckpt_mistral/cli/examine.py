@@ -1,102 +1,137 @@
-"""The commands that only ask: inspect, plan, verify, megatron-args."""
+"""The commands that write no model: inspect, plan, verify, megatron-args."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.cli import options, output
-from dist_ckpt_mistral.convert.ranks import Ranks
+from dist_ckpt_mistral.convert.ranks import ALONE
+from dist_ckpt_mistral.messages import human_bytes
+
+if TYPE_CHECKING:
+    from dist_ckpt_mistral.analysis.compare import Comparison
+    from dist_ckpt_mistral.analysis.damage import Check
+    from dist_ckpt_mistral.megatron.logits import LogitsComparison
 
 _LOG = logging.getLogger(__name__)
 
 
 def add_inspect(commands: options.Commands) -> None:
     """Declare ``inspect``."""
-    command = options.declare(commands, "inspect", _inspect, "Say what is in a checkpoint or a Hugging Face directory.")
+    command = options.declare(
+        commands,
+        "inspect",
+        _inspect,
+        "Show the tensors, the configuration and the problems of a checkpoint or a Hugging Face directory.",
+        "Reads no tensor data. Exits with 1 if there is a problem, such as a missing file or tensor.",
+    )
     command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
     options.add_config(command)
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--html", type=options.path, metavar="FILE", help="write a page instead")
+    help_text = "write the report to FILE, as one HTML page, instead of printing it"
+    command.add_argument("--html", type=options.path, metavar="FILE", help=help_text)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    """Look, and show; problems that were found are the exit code's business too."""
-    from dist_ckpt_mistral.analysis import report  # noqa: PLC0415  (--help must not wait for it)
+    from dist_ckpt_mistral.analysis import report
 
-    found = report.inspect(arguments.path, config=options.given_config(arguments))
+    content = report.inspect(arguments.path, config=options.given_config(arguments))
     if arguments.html is not None:
-        report.save_html(found, arguments.html)
+        report.save_html(content, arguments.html)
         output.say(f"wrote {arguments.html}")
     elif arguments.json:
-        output.say_json(found.to_json())
+        output.say_json(content.to_json())
     else:
-        output.show(report.render(found))
-    return options.EXIT_DATA if found.problems else options.EXIT_DONE
+        output.show(report.render(content))
+    return options.EXIT_DATA if content.problems else options.EXIT_DONE
 
 
 def add_plan(commands: options.Commands) -> None:
     """Declare ``plan``."""
     command = options.declare(
-        commands, "plan", _plan, "Say what every rank of a layout would read of a checkpoint.", with_numpy=True
+        commands,
+        "plan",
+        _plan,
+        "Show what every rank of a parallel layout would read from a checkpoint.",
+        "Tensors are stored in chunks. Megatron reads a chunk whole, even where a rank needs only a part of it. The "
+        "table compares the bytes that ranks need with those they read. Only the checkpoint's metadata is used.",
+        with_numpy=True,
     )
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
-    options.add_layout(command, "to load with")
+    options.add_layout(command, "that would load the checkpoint")
     options.add_config(command)
-    command.add_argument("--weights-only", action="store_true", help="leave optimizer state out")
-    command.add_argument("--json", action="store_true", help="print JSON, with every rank")
-    command.add_argument("--svg", type=options.path, metavar="FILE", help="draw, too, which chunk goes to which rank")
+    command.add_argument("--weights-only", action="store_true", help="leave out optimizer state")
+    command.add_argument("--json", action="store_true", help="print JSON, with the reads of every rank")
+    help_text = "also draw an SVG picture of which chunk goes to which rank (needs matplotlib)"
+    command.add_argument("--svg", type=options.path, metavar="FILE", help=help_text)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    """Plan, show, and draw if asked."""
-    from dist_ckpt_mistral.analysis import read_planner, read_table  # noqa: PLC0415  (--help must not wait for numpy)
-    from dist_ckpt_mistral.analysis.picture import picture  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis import read_planner, read_table
+    from dist_ckpt_mistral.analysis.picture import picture
 
     if arguments.svg is not None:
         picture.require_matplotlib()
-    found = read_planner.plan_reading(
+    plan = read_planner.plan_reading(
         arguments.checkpoint,
         options.given_layout(arguments),
         config=options.given_config(arguments),
         weights_only=arguments.weights_only,
     )
     if arguments.svg is not None:
-        picture.save_svg(found, arguments.svg)
+        picture.save_svg(plan, arguments.svg)
         _LOG.info("wrote %s", arguments.svg)
     if arguments.json:
-        output.say_json(found.to_json())
+        output.say_json(plan.to_json())
     else:
-        output.show(read_table.render(found))
+        output.show(read_table.render(plan))
     return options.EXIT_DONE
 
 
 def add_verify(commands: options.Commands) -> None:
     """Declare ``verify``."""
-    summary = "Compare two models, whatever they are stored as; or look for damage in one."
-    command = options.declare(commands, "verify", _verify, summary, on_all_ranks=True, with_numpy=True)
+    command = options.declare(
+        commands,
+        "verify",
+        _verify,
+        "Compare two models bit for bit, in whatever format they are stored, or check one for damage.",
+        "With A and B, compares shapes, dtypes and bits of all tensors, by Hugging Face name. With A alone, "
+        "compares its files with their checksums and checks that all tensors of the model are there. Exits with 3 if "
+        "it finds a difference or damage.",
+        on_all_ranks=True,
+        with_numpy=True,
+    )
     command.add_argument("a", metavar="A", type=options.path, help=options.CKPT_OR_HF)
-    help_text = "another, to compare bit for bit; without it, A is held against its own checksums and integrity.json"
+    help_text = "the same, to compare with A; without B, A is checked against its own checksums and integrity.json"
     command.add_argument("b", metavar="B", type=options.path, nargs="?", help=help_text)
-    options.add_config(command)
-    options.add_effort(command)
+    options.add_config(
+        command, "A directory or hub id also supplies the vision tower and projector if only one side has them."
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
-    help_text = "compare all that two Megatron checkpoints store, by its keys, of any model: optimizer state, objects"
+    help_text = (
+        "compare everything that two Megatron checkpoints of any model store, by Megatron key: weights, optimizer "
+        "state, objects and common state"
+    )
     command.add_argument("--stored", action="store_true", help=help_text)
-    help_text = "compare what they compute instead of their bits: transformers runs the one, Megatron the other"
-    command.add_argument("--logits", action="store_true", help=help_text)
-    help_text = "with --logits: compare on this text; may be given repeatedly (default: two random prompts)"
-    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=help_text)
-    options.add_tokenizer(command)
-    help_text = "with --logits: of the random prompts (default 0)"
-    command.add_argument("--seed", type=options.seed, default=0, metavar="N", help=help_text)
-    help_text = "with --logits: the largest difference to accept (default 1e-4)"
-    command.add_argument("--tolerance", type=options.positive_number, default=1e-4, metavar="X", help=help_text)
+    options.add_effort(command)
+    group = command.add_argument_group("logits", "Compare what two models compute instead of their bits.")
+    help_text = "compute logits of one model with transformers and of the other with Megatron, and compare them"
+    group.add_argument("--logits", action="store_true", help=help_text)
+    help_text = "text to compute logits of; may be repeated (default: two random prompts)"
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=help_text)
+    group.add_argument("--tokenizer", type=options.name, metavar="DIR", help=options.TOKENIZER)
+    help_text = "seed of the random prompts (default 0)"
+    group.add_argument("--seed", type=options.seed, default=0, metavar="N", help=help_text)
+    help_text = "largest difference of two logits to accept (default 1e-4)"
+    group.add_argument("--tolerance", type=options.positive_number, default=1e-4, metavar="X", help=help_text)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    """Compare, and list the differences. Under torchrun all ranks take part in running models, one reads bits."""
+    """Under torchrun all ranks compute logits; only the first rank compares bits or looks for damage."""
     if arguments.logits and arguments.b is None:
         arguments.wrong_usage("--logits compares two models: give B")
     if arguments.stored and (arguments.b is None or arguments.logits or arguments.config):
@@ -104,60 +139,57 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.logits:
         return _compare_logits(arguments)
     if arguments.prompt or arguments.tokenizer:
-        arguments.wrong_usage("--prompt and --tokenizer go with --logits")
+        arguments.wrong_usage("--prompt and --tokenizer need --logits")
     if not options.is_first_rank():
         return options.EXIT_DONE
     return _check(arguments) if arguments.b is None else _compare_bits(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral.analysis import damage  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis import damage
 
-    with options.effort("checking", arguments, Ranks()) as effort:
-        outcome = damage.check(arguments.a, config=options.given_config(arguments), effort=effort)
-    if arguments.json:
-        output.say_json(outcome.to_json())
-    else:
-        for finding in outcome.findings:
-            output.say(str(finding))
-        for what, notes in (("checked", outcome.checked), ("not checked", outcome.not_checked)):
-            for note in notes:
-                output.say(f"{what}: {note}")
-        verdict = "no damage found" if outcome.is_sound else f"DAMAGED, {len(outcome.findings)} findings"
-        output.say(f"{verdict}: {outcome.directory}")
-    return options.EXIT_DONE if outcome.is_sound else options.EXIT_DIFFERENT
+    with options.effort("checking", arguments, ALONE) as effort:
+        check = damage.check(arguments.a, config=options.given_config(arguments), effort=effort)
+    return _answer(arguments, check.to_json(), _check_lines(check), is_good=check.is_sound)
+
+
+def _check_lines(check: Check) -> Iterator[str]:
+    yield from map(str, check.findings)
+    yield from (f"checked: {what}" for what in check.checked)
+    yield from (f"not checked: {what}" for what in check.not_checked)
+    verdict = "no damage found" if check.is_sound else f"DAMAGED, {len(check.findings)} findings"
+    yield f"{verdict}: {check.directory}"
 
 
 def _compare_bits(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral.analysis import compare  # noqa: PLC0415  (--help must not wait for numpy)
-    from dist_ckpt_mistral.messages import human_bytes  # noqa: PLC0415
+    from dist_ckpt_mistral.analysis import compare
 
-    with options.effort("comparing", arguments, Ranks()) as effort:
+    with options.effort("comparing", arguments, ALONE) as effort:
         if arguments.stored:
             outcome = compare.compare_stored(arguments.a, arguments.b, effort=effort)
         else:
             outcome = compare.compare(arguments.a, arguments.b, config=options.given_config(arguments), effort=effort)
-    if arguments.json:
-        output.say_json(outcome.to_json())
+    lines = _comparison_lines(outcome, "entries" if arguments.stored else "tensors")
+    return _answer(arguments, outcome.to_json(), lines, is_good=outcome.is_equal)
+
+
+def _comparison_lines(outcome: Comparison, things: str) -> Iterator[str]:
+    yield from (f"{difference.name}: {difference.what}" for difference in outcome.differences)
+    yield from (f"the configurations of A and B differ in {each}" for each in outcome.configurations)
+    yield from (f"not compared: {what}" for what in outcome.not_compared)
+    if outcome.is_equal:
+        verdict = "equal"
+    elif outcome.differences:
+        verdict = f"DIFFERENT in {len(outcome.differences)} {things}"
     else:
-        for difference in outcome.differences:
-            output.say(f"{difference.name}: {difference.what}")
-        for disagreement in outcome.configurations:
-            output.say(f"the configurations of A and B differ in {disagreement}")
-        for note in outcome.not_compared:
-            output.say(f"not compared: {note}")
-        what = "entries" if arguments.stored else "tensors"
-        verdict = "equal" if outcome.is_equal else f"DIFFERENT in {len(outcome.differences)} {what}"
-        if not (outcome.is_equal or outcome.differences):
-            verdict = "DIFFERENT in configuration, which reads the same bits as other weights"
-        output.say(f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit")
-    return options.EXIT_DONE if outcome.is_equal else options.EXIT_DIFFERENT
+        verdict = "DIFFERENT in configuration, which reads the same bits as other weights"
+    yield f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit"
 
 
 def _compare_logits(arguments: argparse.Namespace) -> int:
-    needs = ("torch", "megatron.core", "transformers")
-    with libraries.needed("verify --logits", *needs, extra="inference"), libraries.quiet():
-        from dist_ckpt_mistral.megatron.logits import compare_logits  # noqa: PLC0415  (slow)
+    modules = ("torch", "megatron.core", "transformers")
+    with libraries.needed("verify --logits", *modules, extra="inference"), libraries.quiet():
+        from dist_ckpt_mistral.megatron.logits import compare_logits
 
         outcome = compare_logits(
             arguments.a,
@@ -168,41 +200,57 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             tolerance=arguments.tolerance,
         )
-    code = options.EXIT_DONE if outcome.agree else options.EXIT_DIFFERENT
     if not options.is_first_rank():
-        return code
-    if arguments.json:
-        output.say_json(outcome.to_json(), letters=True)
-    else:
-        for prompt in outcome.prompts:
-            what = "random prompt" if prompt.prompt is None else repr(prompt.prompt)
-            same = "the same" if prompt.same_tokens else "OTHER"
-            output.say(
-                f"{what}, {prompt.num_tokens} tokens: largest difference {prompt.largest_difference:.2e} "
-                f"of logits up to {prompt.largest_logit:.1f}; {same} tokens are likeliest"
-            )
-        verdict = "agree" if outcome.agree else "DIFFER"
-        output.say(
-            f"the logits {verdict}: largest difference {outcome.largest_difference:.2e}, tolerance "
-            f"{outcome.tolerance:.2e} (float32; transformers on {outcome.in_transformers}, "
-            f"Megatron on {outcome.in_megatron})"
+        return options.EXIT_DONE if outcome.agree else options.EXIT_DIFFERENT
+    return _answer(arguments, outcome.to_json(), _logits_lines(outcome), is_good=outcome.agree, letters=True)
+
+
+def _logits_lines(outcome: LogitsComparison) -> Iterator[str]:
+    for prompt in outcome.prompts:
+        text = "random prompt" if prompt.prompt is None else repr(prompt.prompt)
+        same = "the same" if prompt.same_tokens else "OTHER"
+        yield (
+            f"{text}, {prompt.num_tokens} tokens: largest difference {prompt.largest_difference:.2e} "
+            f"of logits up to {prompt.largest_logit:.1f}; {same} tokens are likeliest"
         )
-    return code
+    verdict = "agree" if outcome.agree else "DIFFER"
+    yield (
+        f"the logits {verdict}: largest difference {outcome.largest_difference:.2e}, tolerance "
+        f"{outcome.tolerance:.2e} (float32; transformers on {outcome.in_transformers}, "
+        f"Megatron on {outcome.in_megatron})"
+    )
+
+
+def _answer(
+    arguments: argparse.Namespace, content: object, lines: Iterable[str], *, is_good: bool, letters: bool = False
+) -> int:
+    """Print ``content`` as JSON or the ``lines``, as ``--json`` asks, and return the exit code of ``verify``."""
+    if arguments.json:
+        output.say_json(content, letters=letters)
+    else:
+        for line in lines:
+            output.say(line)
+    return options.EXIT_DONE if is_good else options.EXIT_DIFFERENT
 
 
 def add_megatron_args(commands: options.Commands) -> None:
     """Declare ``megatron-args``."""
-    summary = "Print the flags with which Megatron-LM's pretrain_gpt.py trains a model on."
-    command = options.declare(commands, "megatron-args", _megatron_args, summary)
+    command = options.declare(
+        commands,
+        "megatron-args",
+        _megatron_args,
+        "Print the flags with which Megatron-LM's pretrain_gpt.py trains a model.",
+        "Paste them into a shell after pretrain_gpt.py. For a checkpoint, the flags also load it.",
+    )
     command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
     options.add_config(command)
-    options.add_layout(command, "to train with (default 1)")
-    command.add_argument("--json", action="store_true", help="print JSON: the flags as a list, and the args they set")
+    options.add_layout(command, "to train with")
+    help_text = "print JSON: the flags as a list, and the values of Megatron-LM's args that they set"
+    command.add_argument("--json", action="store_true", help=help_text)
 
 
 def _megatron_args(arguments: argparse.Namespace) -> int:
-    """Print one text that can be pasted behind ``pretrain_gpt.py``."""
-    from dist_ckpt_mistral.analysis.pretrain_command import megatron_args  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.analysis.pretrain_command import megatron_args
 
     command = megatron_args(
         arguments.path, config=options.given_config(arguments), layout=options.given_layout(arguments)

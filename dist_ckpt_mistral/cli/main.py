@@ -1,7 +1,7 @@
-"""The command line: its commands, its exit codes, and one format for all errors.
+"""The entry point of the command line: the parser, the exit codes, and one format for all errors.
 
-Exit codes: 0 done, 1 a problem with the data (one line on stderr), 2 wrong usage, 3 ``verify`` found a difference.
-Progress and notes go to stderr, results to stdout.
+Exit codes: 0 done; 1 a problem with the data (one line on stderr); 2 wrong usage; 3 ``verify`` found a difference or
+damage; 130 interrupted. Progress and notes go to stderr, results to stdout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dist_ckpt_mistral.cli.options import EXIT_DATA, EXIT_DONE, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
 from dist_ckpt_mistral.messages import printable
 
-#: What declares the commands, in the order of --help.
+#: Functions that declare a command, in the order of --help.
 _COMMANDS: Final = (
     convert.add_from_hf,
     convert.add_to_hf,
@@ -36,12 +36,12 @@ _COMMANDS: Final = (
     run.add_demo,
 )
 _EXIT_INTERRUPTED: Final = 130
-#: More than imports make. After every 700, Python's default, the cyclic collector would walk them again and again.
+#: More objects than imports make. With Python's default of 700, the cyclic collector would walk them many times.
 _COLLECT_AFTER_OBJECTS: Final = 100_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run the command in ``argv`` (default: ``sys.argv``) and return its exit code."""
     gc.set_threshold(_COLLECT_AFTER_OBJECTS)
     output.open_standard_streams()
     arguments = argparse.Namespace(words=tuple(sys.argv[1:] if argv is None else argv), debug=False)
@@ -50,42 +50,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except KeyboardInterrupt as error:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)  # whoever sends another wants no more clearing up
-        output.complain(f"interrupted: {_notes(error) or 'Nothing was published.'}")
+            signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        output.say_on_stderr(f"interrupted: {_notes(error) or 'Nothing was published.'}")
         return _EXIT_INTERRUPTED
     except (DistCkptMistralError, ImportError, OSError, MemoryError) as error:
         return _fail(error, arguments)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Also tells of wrong usage in one printable line, on streams as they are."""
+    """Escapes its messages for the terminal, and works on streams that are closed or full."""
 
     def error(self, message: str) -> NoReturn:
-        """End with the usage and what is wrong with it."""
+        """Print usage and message, and exit with 2."""
         super().error(printable(message))
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """End, after --help and --version too."""
+        """Print ``message``, write out all streams and exit."""
         if message:
-            output.complain(message.rstrip("\n"))
+            output.say_on_stderr(message.rstrip("\n"))
         output.finish()
         sys.exit(status)
 
 
 class _NoteHandler(logging.Handler):
-    """Prints each note once, however often a command reads what it is about. Notes may hold names that files gave."""
+    """Prints each different note once: a command may read the same file several times."""
 
     def __init__(self) -> None:
-        """Nothing has been printed."""
+        """Start without printed notes."""
         super().__init__()
         self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one line."""
+        """Print one note, unless it was printed before."""
         line = self.format(record)
         if line not in self._printed:
             self._printed.add(line)
-            output.complain(line)
+            output.say_on_stderr(line)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -93,8 +93,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(format="%(message)s", handlers=[_NoteHandler()], level=max(level, logging.WARNING))
-    logging.getLogger("dist_ckpt_mistral").setLevel(level)  # what other libraries note is not about what the user does
-    for number in (signal.SIGINT, signal.SIGTERM):  # so that an unpublished output is removed, or can be resumed
+    logging.getLogger("dist_ckpt_mistral").setLevel(level)  # notes of other libraries are not shown
+    for number in (signal.SIGINT, signal.SIGTERM):  # the unpublished output is then removed, or kept for --resume
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     if arguments.with_numpy:
@@ -112,14 +112,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (
 def _fail(error: Exception, arguments: argparse.Namespace) -> int:
     if arguments.debug:
         raise error
-    if is_first_rank() or isinstance(error, LostRankError):  # the ranks of a job fail together, with one voice
-        said, notes = _said(error, arguments), _notes(error)
-        output.complain(f"error: {said.rstrip('.')}. {notes}" if notes else f"error: {said}")
+    if is_first_rank() or isinstance(error, LostRankError):  # all ranks of a job fail; one prints the error
+        message, notes = _message(error, arguments), _notes(error)
+        output.say_on_stderr(f"error: {message.rstrip('.')}. {notes}" if notes else f"error: {message}")
     return EXIT_DATA
 
 
-def _said(error: Exception, arguments: argparse.Namespace) -> str:
-    """The message; those of Python's own for the operating system begin with a number, which tells nobody anything."""
+def _message(error: Exception, arguments: argparse.Namespace) -> str:
+    """The message of an error, without the error number that Python puts before those of the operating system."""
     if isinstance(error, OSError) and error.strerror is not None:
         return error.strerror if error.filename is None else f"cannot use {error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
@@ -129,15 +129,16 @@ def _said(error: Exception, arguments: argparse.Namespace) -> str:
 
 
 def _notes(error: BaseException) -> str:
-    """What was added to the error on its way: how to go on."""
+    """The notes that were added to an error, which say how to go on."""
     return " ".join(getattr(error, "__notes__", ()))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dist-ckpt-mistral",
-        description="Mistral checkpoints between Megatron's distributed format and Hugging Face.",
-        epilog="Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, 3 verify found a difference.",
+        description="Convert, inspect and verify checkpoints of Mistral models, between Megatron and Hugging Face.",
+        epilog="Every command has its own --help. Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, "
+        "3 verify found a difference or damage, 130 interrupted.",
     )
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")

@@ -1,7 +1,7 @@
-"""What commands print: results on standard output, errors on standard error.
+"""Printing: results on standard output, errors and notes on standard error.
 
-No text from outside (a name in a file, a path, a model's words) steers a terminal. A stream may be closed or full, or
-its reader may have gone: none of these ends in a traceback.
+Text from outside (names in files, paths, the text of a model) is escaped, so that it cannot control the terminal. A
+stream that is closed, full or without a reader never causes a traceback.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from dist_ckpt_mistral.messages import escaped, printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-#: The width of tables where there is no terminal to fit into.
+#: Width of tables if standard output is not a terminal.
 _PAGE_COLUMNS: Final = 160
-#: Unicode's categories of control characters and of halves of surrogate pairs.
-_STEERING: Final = ("Cc", "Cs")
-#: How much an error quotes of a text that could not be printed, in characters.
+#: Unicode's categories of control characters and surrogates.
+_CONTROL_CATEGORIES: Final = ("Cc", "Cs")
+#: Characters that an error quotes of a text that could not be printed.
 _MOST_QUOTED: Final = 200
 
 
 def open_standard_streams() -> None:
-    """Make all three standard streams usable: a closed one becomes the null device.
+    """Make all three standard streams usable: open a closed one on the null device.
 
-    The next file that is opened would otherwise get the number of the closed stream, and all text that is meant for it.
-    A letter that the terminal's encoding lacks is escaped.
+    Otherwise the next opened file would get the descriptor of the closed stream, and all text that is printed there.
+    Standard output escapes characters that its encoding lacks.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number: each gets the lowest free one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in order: open takes the lowest free number
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(descriptor, True)
@@ -49,38 +49,38 @@ def say(line: str) -> None:
 
 
 def say_text(text: str) -> None:
-    """Print a text of any number of lines, in any script: exactly, or on a terminal with control characters escaped.
+    """Print a text of any number of lines, unchanged; on a terminal, escape its control characters.
 
     Raises OutputError.
     """
-    _print(escaped(text, is_harmless=_is_of_a_text) if sys.stdout.isatty() else text)
+    _print(escaped(text, is_harmless=_is_no_control) if sys.stdout.isatty() else text)
 
 
-def _is_of_a_text(character: str) -> bool:
-    return character in "\n\t" or unicodedata.category(character) not in _STEERING
+def _is_no_control(character: str) -> bool:
+    return character in "\n\t" or unicodedata.category(character) not in _CONTROL_CATEGORIES
 
 
 def say_json(content: object, *, letters: bool = False) -> None:
-    """Print JSON in ASCII, or with the ``letters`` of all scripts where the terminal has them. Raises OutputError."""
+    """Print JSON in ASCII, or with ``letters`` in UTF-8 if standard output has that encoding. Raises OutputError."""
     has_letters = letters and (sys.stdout.encoding or "utf-8").lower() == "utf-8"
     text = json.dumps(content, indent=2, ensure_ascii=not has_letters)
     _print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text) if has_letters else text)
 
 
 def show(content: RenderableType) -> None:
-    """Print a sheet: as wide as the terminal, or as a page where there is none. Raises OutputError."""
-    from rich.console import Console  # noqa: PLC0415  (only tables need rich)
+    """Print a table as wide as the terminal, or 160 columns wide if there is none. Raises OutputError."""
+    from rich.console import Console
 
-    is_terminal, drawn = sys.stdout.isatty(), io.StringIO()
+    is_terminal, rendered = sys.stdout.isatty(), io.StringIO()
     console = Console(
-        file=drawn, force_terminal=is_terminal, width=None if is_terminal else _PAGE_COLUMNS, highlight=False
+        file=rendered, force_terminal=is_terminal, width=None if is_terminal else _PAGE_COLUMNS, highlight=False
     )
     console.print(content)
-    _print("\n".join(line.rstrip() for line in drawn.getvalue().splitlines()))  # rich fills lines up with blanks
+    _print("\n".join(line.rstrip() for line in rendered.getvalue().splitlines()))  # rich pads lines with blanks
 
 
-def complain(line: str) -> None:
-    """Print one line on standard error, if anyone can read it there."""
+def say_on_stderr(line: str) -> None:
+    """Print one line on standard error. Errors are ignored: there is nowhere to report them."""
     try:
         print(printable(line), file=sys.stderr, flush=True)
     except OSError:
@@ -88,7 +88,7 @@ def complain(line: str) -> None:
 
 
 def finish() -> None:
-    """Write out what other code has printed: Python itself would do so after ``main``. Raises OutputError."""
+    """Flush both output streams, so that an error appears here and not when Python exits. Raises OutputError."""
     try:
         sys.stderr.flush()
     except OSError:
@@ -99,16 +99,16 @@ def finish() -> None:
 def _print(text: str, end: str = "\n") -> None:
     try:
         print(text, end=end, flush=True)
-    except BrokenPipeError:  # the reader has seen enough, as in "inspect ... | head": the exit code is the command's
+    except BrokenPipeError:  # the reader has ended, as in "inspect ... | head": that is no error of the command
         _silence(sys.stdout)
     except OSError as error:
         _silence(sys.stdout)
-        lost = f" It is lost: {textwrap.shorten(text, _MOST_QUOTED)}" if text else ""
+        lost = f" Lost output: {textwrap.shorten(text, _MOST_QUOTED)}" if text else ""
         raise OutputError(f"cannot write to standard output: {error.strerror}.{lost}") from error
 
 
 def _silence(stream: TextIO) -> None:
-    """Let what is still printed, and what lies in the stream's buffer, go nowhere."""
+    """Redirect the stream, with the content of its buffer, to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

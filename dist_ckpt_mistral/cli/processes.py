@@ -1,4 +1,4 @@
-"""The ranks of one job as processes of this machine, on its CPU, of which nothing is left when the job is over."""
+"""Run the ranks of one job as processes on this machine's CPU, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from typing import Final
 
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
-#: Gloo between processes of one machine, one thread each: there are more ranks than cores.
+#: Gloo between processes of one machine; one thread each, because there are more ranks than cores.
 _ENVIRONMENT: Final = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron insists on it
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron requires it
     "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",
     "MASTER_ADDR": "127.0.0.1",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
-    "TORCHELASTIC_USE_AGENT_STORE": "False",  # the ranks' own store, also where we run under torchrun ourselves
+    "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 makes the store, even if this process runs under torchrun
 }
-#: How much of a failed rank's log an error shows, in characters.
+#: Characters that an error shows of a failed rank's log.
 _LOG_TAIL: Final = 4000
 
 
 def run_ranks(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout_s: float) -> None:
-    """Run one process for each command, as the ranks of one job, and wait until all have ended well.
+    """Run one process for each command, as the ranks of one job, and wait until all have succeeded.
 
-    They get the environment variables of torchrun by which ranks find each other (RANK, WORLD_SIZE, LOCAL_RANK,
-    LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); what they print goes to ``folder``/rankN.log. Whether this returns or
-    raises, neither they nor processes that they started are left.
+    The processes get torchrun's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT). Their output goes to ``folder``/rankN.log. When this function returns or raises, the processes and
+    their children are gone.
 
-    Raises DistCkptMistralError with the end of its log when a rank fails, or is not done after ``timeout_s`` seconds.
+    Raises DistCkptMistralError, with the end of the rank's log, if a rank fails or still runs after ``timeout_s``
+    seconds.
     """
     count = str(len(commands))
     ranks: list[subprocess.Popen[bytes]] = []
     with _reserved_port() as port:
-        job = (
-            _own_environment()
-            | _ENVIRONMENT
-            | {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
-        )
+        # Without NVTE_FLASH_ATTN and the like, which Megatron sets when this process builds a model: each rank sets its
+        # own (models/common/language_module/language_module.py, 0.16 to 0.19).
+        job = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")} | _ENVIRONMENT
+        job |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
         try:
             for rank, command in enumerate(commands):
                 environment = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -56,23 +56,15 @@ def run_ranks(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout
                     )
             _wait(ranks, folder, timeout_s)
         finally:
-            for each in ranks:
+            for process in ranks:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(each.pid, signal.SIGKILL)  # the rank, and writers that Megatron spawned and left behind
-                each.wait()
-
-
-def _own_environment() -> dict[str, str]:
-    """This process's environment without what Megatron chose for a model built here: each rank chooses for itself.
-
-    NVTE_FLASH_ATTN and the like (models/common/language_module/language_module.py, 0.16 to 0.19).
-    """
-    return {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
+                    os.killpg(process.pid, signal.SIGKILL)  # the rank, and writers that Megatron started and left
+                process.wait()
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while any(codes := [each.poll() for each in ranks]) or None in codes:
+    while any(codes := [process.poll() for process in ranks]) or None in codes:
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is None and time.monotonic() > deadline:
             failed = codes.index(None)
@@ -89,12 +81,13 @@ def _log(folder: Path, rank: int) -> Path:
 
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
-    """Within the block the system gives this port to nobody else, though the first rank takes seconds to listen on it.
+    """Reserve a free port for rank 0, which needs seconds until it listens on it.
 
-    A socket that is bound and does not listen keeps it. SO_REUSEADDR, which torch's store sets too, lets the rank in.
+    A socket that is bound but does not listen keeps the port from other processes. SO_REUSEADDR, which torch's store
+    sets too, lets rank 0 bind it nevertheless.
     """
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
-        port: int = held.getsockname()[1]
+    with socket.socket() as reservation:
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind(("127.0.0.1", 0))
+        port: int = reservation.getsockname()[1]
         yield port

@@ -13,36 +13,41 @@ from dist_ckpt_mistral.messages import command_line
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.megatron.generate import Completion
-    from dist_ckpt_mistral.megatron.hf_inference import Sampling
 
 
 def add_generate(commands: options.Commands) -> None:
     """Declare ``generate``."""
     command = options.declare(
-        commands, "generate", _generate, "Let a model write: it runs on Megatron.", on_all_ranks=True
+        commands,
+        "generate",
+        _generate,
+        "Generate text with a model that runs on Megatron.",
+        "Prints each prompt with its continuation.",
+        on_all_ranks=True,
     )
     command.add_argument("path", type=options.name, metavar="CKPT_OR_HF", help=options.CKPT_OR_HF)
-    command.add_argument(
-        "--prompt", action="append", required=True, metavar="TEXT", help="what to go on from; may be given repeatedly"
-    )
-    command.add_argument(
-        "--max-new-tokens", type=options.positive, default=64, metavar="N", help="at most so many (default 64)"
-    )
-    for flag, kind, what in (
-        ("temperature", options.positive_number, "divide the logits by it"),
-        ("top-k", options.positive, "draw from the K likeliest tokens"),
-        ("top-p", options.probability, "draw from the likeliest tokens that together have this probability"),
-        ("seed", options.seed, "of the draws (default 0)"),
-    ):
-        help_text = f"{what}; any of the four turns sampling on, else the likeliest token follows"
-        command.add_argument(f"--{flag}", type=kind, metavar=flag.rpartition("-")[2].upper()[:4], help=help_text)
-    for axis, what in (("tp", "tensor"), ("pp", "pipeline")):
-        help_text = f"{what} parallelism; needs torchrun with tp x pp ranks (default 1)"
-        command.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)
-    command.add_argument("--dtype", choices=options.WEIGHT_DTYPES, help="convert the weights (default: keep)")
-    options.add_config(command)
-    options.add_tokenizer(command)
+    help_text = "text to continue; may be repeated"
+    command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help=help_text)
+    help_text = "maximum number of tokens to generate for each prompt (default 64)"
+    command.add_argument("--max-new-tokens", type=options.positive, default=64, metavar="N", help=help_text)
+    options.add_config(command, "A directory or hub id also supplies the tokenizer.")
+    command.add_argument("--tokenizer", type=options.name, metavar="DIR", help=options.TOKENIZER)
+    options.add_dtype(command)
     command.add_argument("--json", action="store_true", help="print JSON")
+    group = command.add_argument_group(
+        "sampling", "Without these options the likeliest token always follows. Any of them turns sampling on."
+    )
+    for flag, kind, metavar, help_text in (
+        ("temperature", options.positive_number, "T", "divide the logits by T"),
+        ("top-k", options.positive, "K", "sample only from the K likeliest tokens"),
+        ("top-p", options.probability, "P", "sample only from the likeliest tokens that together have probability P"),
+        ("seed", options.seed, "N", "seed of the random number generator (default 0)"),
+    ):
+        group.add_argument(f"--{flag}", type=kind, metavar=metavar, help=help_text)
+    group = command.add_argument_group("layout", "How the model is split. Needs torchrun with tp x pp ranks.")
+    for axis, parallelism in (("tp", "tensor"), ("pp", "pipeline")):
+        help_text = f"{parallelism}-parallel size (default 1)"
+        group.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -59,18 +64,32 @@ def _generate(arguments: argparse.Namespace) -> int:
     return options.EXIT_DONE
 
 
+def _require_ranks(arguments: argparse.Namespace) -> None:
+    """Raise LayoutError unless torchrun started one process for every rank of the layout."""
+    num_needed, num_started = arguments.tp * arguments.pp, ranks.world_size()
+    if num_needed != num_started:
+        command = ["torchrun", "--nproc-per-node", str(num_needed), "-m", "dist_ckpt_mistral", *arguments.words]
+        raise LayoutError(
+            f"--tp {arguments.tp} --pp {arguments.pp} needs {num_needed} ranks, and there are {num_started}. "
+            f"Start them with: {command_line(command)}"
+        )
+
+
 def _completions(arguments: argparse.Namespace) -> list[Completion]:
     with libraries.quiet():
-        from dist_ckpt_mistral.megatron.generate import complete  # noqa: PLC0415  (--help must not wait for torch and Megatron)
-        from dist_ckpt_mistral.model.layout.layout import ParallelLayout  # noqa: PLC0415
+        from dist_ckpt_mistral.megatron.generate import complete
+        from dist_ckpt_mistral.megatron.hf_inference import Sampling
+        from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
+        values = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        values = {name: value for name, value in values.items() if value is not None}
         return list(
             complete(
                 arguments.path,
                 arguments.prompt,
                 layout=ParallelLayout(tp=arguments.tp, pp=arguments.pp),
                 max_new_tokens=arguments.max_new_tokens,
-                sampling=_sampling(arguments),
+                sampling=Sampling(**values) if values else None,
                 config=options.given_config(arguments),
                 tokenizer=arguments.tokenizer,
                 dtype=arguments.dtype,
@@ -78,35 +97,21 @@ def _completions(arguments: argparse.Namespace) -> list[Completion]:
         )
 
 
-def _require_ranks(arguments: argparse.Namespace) -> None:
-    """Refuse to start unless torchrun started one process for every rank of the layout."""
-    wanted, found = arguments.tp * arguments.pp, ranks.world_size()
-    if wanted != found:
-        command = ["torchrun", "--nproc-per-node", str(wanted), "-m", "dist_ckpt_mistral", *arguments.words]
-        raise LayoutError(
-            f"--tp {arguments.tp} --pp {arguments.pp} needs {wanted} ranks, and there are {found}. "
-            f"Start them with: {command_line(command)}"
-        )
-
-
-def _sampling(arguments: argparse.Namespace) -> Sampling | None:
-    """What the sampling options ask for, or None if none was given."""
-    from dist_ckpt_mistral.megatron.hf_inference import Sampling  # noqa: PLC0415  (--help must not wait)
-
-    given = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
-    return Sampling(**given) if given else None
-
-
 def add_demo(commands: options.Commands) -> None:
     """Declare ``demo``."""
-    command = options.declare(commands, "demo", _demo, "Show it all on a small model made on the spot, offline.")
-    command.add_argument("--keep", type=options.path, metavar="DIR", help="work in DIR and leave everything there")
+    command = options.declare(
+        commands,
+        "demo",
+        _demo,
+        "Convert a small random model to Megatron and back, and check every step.",
+        "Works offline and without a GPU. Megatron loads the checkpoint in four processes.",
+    )
+    help_text = "work in DIR, which must be new or empty, and keep all files there (default: delete them at the end)"
+    command.add_argument("--keep", type=options.path, metavar="DIR", help=help_text)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    """Tell the story as it happens: it takes a while, also through a pipe."""
-    from dist_ckpt_mistral.cli import demo  # noqa: PLC0415  (--help must not wait for numpy)
+    from dist_ckpt_mistral.cli import demo
 
     demo.run(arguments.keep, say=output.say_text)
     return options.EXIT_DONE

@@ -1,5 +1,5 @@
-"""The four conversions (to_hf, from_hf, reshard, migrate), and how an output becomes whole or nothing.
+"""The four conversions (to_hf, from_hf, reshard, migrate), and how an output is written completely or not at all.
 
-May enter: what a new checkpoint or Hugging Face directory consists of, resuming, manifests, sharing work among ranks.
-May not: knowledge of how bytes of one format are laid out, or questions that write nothing.
+May enter: the content of a new checkpoint or Hugging Face directory, resuming, manifests, sharing work among ranks.
+May not: the layout of bytes in one format, or commands that write no output.
 """

@@ -1,4 +1,4 @@
-"""What a conversion tells about itself when it is done."""
+"""The result of a conversion, and the values that a conversion of dtypes destroys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost
@@ -18,19 +18,23 @@ from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, Ignored
 from dist_ckpt_mistral.messages import human_bytes
 
 _LOG = logging.getLogger(__name__)
-#: So many tensors are told with their counts, the worst first.
-_TOLD: Final = 20
-#: Where more than one value of so many becomes zero, a tensor is destroyed. Fewer are those that happen to lie next to
-#: zero: of normally distributed weights, float16 makes about one in a million zero.
+#: Tensors that a message names, with their counts.
+_MOST_NAMED: Final = 20
+#: A tensor is destroyed if more than one of this number of values becomes zero. Fewer happen to be close to zero: of
+#: normally distributed weights, float16 makes about one in a million zero.
 _HARMLESS: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """What a conversion did to one tensor, or to several whose rows are stored together.
+    """The values of one tensor that a conversion destroyed, or of several tensors whose rows are stored together.
 
-    Of ``num_values`` values, ``overflowed`` were finite and became infinite or NaN, and ``vanished`` became zero and
-    were not.
+    Args:
+        tensors: Hugging Face names of the tensors.
+        dtype: Torch name of the dtype that they were converted to.
+        num_values: Number of values.
+        overflowed: Number of finite values that became infinite or NaN.
+        vanished: Number of nonzero values that became zero.
     """
 
     tensors: tuple[str, ...]
@@ -46,91 +50,85 @@ class Loss:
 
     def __str__(self) -> str:
         """``name: 3 become infinite, 5 become zero``."""
-        amounts = {"infinite": self.overflowed, "zero": self.vanished}
-        told = ", ".join(f"{count} become {what}" for what, count in amounts.items() if count)
-        return f"{' and '.join(self.tensors)}: {told}"
+        counts = {"infinite": self.overflowed, "zero": self.vanished}
+        return f"{' and '.join(self.tensors)}: " + ", ".join(f"{n} become {what}" for what, n in counts.items() if n)
 
 
 def names_of_targets(segment: Segment) -> tuple[str, ...]:
-    """What a segment is of, where the output is in Hugging Face's names."""
+    """The Hugging Face tensor of a segment, if the output has Hugging Face names."""
     return (segment.tensor,)
 
 
 def names_of_sources(segment: Segment) -> tuple[str, ...]:
-    """What a segment is of, where the source is in Hugging Face's names."""
+    """The Hugging Face tensors of a segment, if the source has Hugging Face names."""
     return segment.sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossPolicy:
-    """What to do where values are destroyed: refuse, or warn if ``allowed``; and what to call the tensors.
+    """What to do if values are destroyed: raise an error, or log a warning if ``allowed``.
 
-    A few values next to zero that become zero are a warning in any case.
+    A harmless number of values that become zero is always a warning. ``names_of`` gives the names for messages.
     """
 
     allowed: bool = False
     names_of: Callable[[Segment], tuple[str, ...]] = names_of_targets
 
     def accept(self, plan: BytePlan, copied: Mapping[int, Copied]) -> tuple[Loss, ...]:
-        """What was lost, if that is allowed or harmless, after a warning that names it.
+        """The losses, after a warning that names their tensors.
 
-        Raises OutputError that names every tensor (the worst, if there are many) and counts its values.
+        Raises OutputError, which names the tensors with most losses, unless the losses are allowed or harmless.
         """
-        found = _losses(plan, copied, self.names_of)
-        if not found:
+        losses = _losses(plan, copied, self.names_of)
+        if not losses:
             return ()
-        rest = [f"and {len(found) - _TOLD} more tensors"] if len(found) > _TOLD else []
-        dtypes = " and ".join(sorted({loss.dtype for loss in found}))
-        what = f"values that {dtypes} cannot hold: {'; '.join([*map(str, found[:_TOLD]), *rest])}"
-        if not self.allowed and any(loss.destroys for loss in found):
+        rest = [f"and {len(losses) - _MOST_NAMED} more tensors"] if len(losses) > _MOST_NAMED else []
+        dtypes = " and ".join(sorted({loss.dtype for loss in losses}))
+        what = f"values that {dtypes} cannot hold: {'; '.join([*map(str, losses[:_MOST_NAMED]), *rest])}"
+        if not self.allowed and any(loss.destroys for loss in losses):
             raise OutputError(
                 f"the conversion destroys {what}. Choose a dtype of more range, or accept this with --allow-lossy "
                 "(allow_lossy=True)."
             )
         _LOG.warning("the conversion lost %s", what)
-        return found
+        return losses
 
 
 def _losses(
     plan: BytePlan, copied: Mapping[int, Copied], names_of: Callable[[Segment], tuple[str, ...]]
 ) -> tuple[Loss, ...]:
-    """The worst first."""
+    """The losses by tensors and dtype, the largest first."""
     lost: dict[tuple[tuple[str, ...], str], Lost] = defaultdict(lambda: NOTHING)
-    values: Counter[tuple[tuple[str, ...], str]] = Counter()
-    for number, each in copied.items():
+    num_values: Counter[tuple[tuple[str, ...], str]] = Counter()
+    for number, outcome in copied.items():
         segment = plan.segments[number]
         key = (names_of(segment), segment.dtype)
-        values[key] += segment.stored_bytes // itemsize_bytes(segment.dtype)
-        if each.lost != NOTHING:
-            lost[key] = lost[key].plus(each.lost)
+        num_values[key] += segment.stored_bytes // itemsize_bytes(segment.dtype)
+        if outcome.lost != NOTHING:
+            lost[key] = lost[key].plus(outcome.lost)
     losses = [
-        Loss(tensors=names, dtype=dtype, num_values=values[names, dtype], **each._asdict())
-        for (names, dtype), each in lost.items()
+        Loss(tensors=names, dtype=dtype, num_values=num_values[names, dtype], **counts._asdict())
+        for (names, dtype), counts in lost.items()
     ]
     return tuple(sorted(losses, key=lambda loss: (-loss.overflowed, -loss.vanished, loss.tensors)))
 
 
-#: For outputs whose tensors keep their dtypes.
+#: The policy for outputs whose tensors keep their dtypes.
 REFUSE: Final = LossPolicy()
-
-
-class Origin(Protocol):
-    """What is converted: where its configuration is from, and what of it stays behind."""
-
-    @property
-    def config_from(self) -> str:
-        """Where the configuration is from."""
-
-    @property
-    def ignored(self) -> Ignored:
-        """What stays behind, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What a conversion wrote (or, on a dry run, would write). Sizes in bytes, file names relative to ``output``.
+    """The result of a conversion, or of a dry run.
 
-    ``losses`` are values that another dtype destroyed, where that was allowed.
+    Args:
+        output: The new directory.
+        config_from: Source of the model configuration, in words.
+        num_tensors: Number of tensors in the output.
+        num_bytes: Size of their data.
+        files: Name of each file of tensors, relative to ``output`` -> its size in bytes.
+        ignored: Names of the stored entries that are not in the output, and the reasons.
+        losses: Values that a conversion of dtypes destroyed.
     """
 
     output: Path
@@ -141,31 +139,9 @@ class Conversion:
     ignored: Ignored
     losses: tuple[Loss, ...] = ()
 
-    @classmethod
-    def of(
-        cls,
-        output: Path,
-        plan: BytePlan,
-        files: Mapping[str, int],
-        origin: Origin,
-        *,
-        num_tensors: int,
-        losses: tuple[Loss, ...] = (),
-    ) -> Conversion:
-        """What ``plan`` brings from ``origin`` into the ``files`` of ``output``."""
-        return cls(
-            output=output,
-            config_from=origin.config_from,
-            num_tensors=num_tensors,
-            num_bytes=plan.num_bytes,
-            files=files,
-            ignored=origin.ignored,
-            losses=losses,
-        )
-
 
 def conversion_line(verb: str, done: Conversion) -> str:
-    """What a conversion did, in one line."""
+    """The result of a conversion in one line, which begins with ``verb``."""
     padding = [name for name, reason in done.ignored if reason == PADDING]
     others = len(done.ignored) - len(padding)
     ignored = f"; {others} stored entries are not weights and stayed behind" if others else ""

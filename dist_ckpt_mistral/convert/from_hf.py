@@ -1,4 +1,4 @@
-"""A new Megatron checkpoint of a model: its chunks, the way to them, and what lies beside them."""
+"""``from-hf``: a new Megatron checkpoint of a Hugging Face model, with its chunks and its other files."""
 
 from __future__ import annotations
 
@@ -58,62 +58,68 @@ def from_hf(
     """Import a Hugging Face model into a new Megatron checkpoint root.
 
     Args:
-        hf: Hugging Face directory or hub id. It may also hold Mistral AI's own (consolidated) files, or weights in FP8,
-            whose values are imported.
+        hf: Hugging Face directory or hub id. It may hold Mistral AI's consolidated files. The values of FP8 weights are
+            imported.
         checkpoint: Checkpoint root to create.
-        layout: How the stored chunks are cut, never what can be loaded.
-        tp: Tensor parallelism, short for ``layout=ParallelLayout(tp=tp, pp=pp, ep=ep)``.
-        pp: Pipeline parallelism, likewise.
-        ep: Expert parallelism, likewise.
+        layout: The layout to cut the stored chunks for. The checkpoint loads at any other layout, too.
+        tp: Tensor-parallel size, short for ``layout=ParallelLayout(tp=tp, pp=pp, ep=ep)``.
+        pp: Pipeline-parallel size, likewise.
+        ep: Expert-parallel size, likewise.
         dtype: Converts all weights to ``"bfloat16"``, ``"float16"`` or ``"float32"``; None keeps the dtype of each.
-        allow_lossy: Warn where ``dtype`` destroys values (finite ones become infinite, others zero), and count them.
+        allow_lossy: Accept that ``dtype`` makes values infinite or zero, and count them in a warning.
         iteration: Stores the weights as this iteration. None makes a ``release``, Megatron's name for weights without
             training state.
-        output: How the checkpoint is written.
-        effort: How much of the machine to use.
+        output: How to write the checkpoint.
+        effort: Threads and memory to use.
         ranks: The processes that share the work; by default this one alone.
 
     Returns:
-        What was written, or with ``output.dry_run`` would be.
+        The files that were written, or with ``output.dry_run`` would be.
 
     Raises:
-        LayoutError: The model cannot be cut so, or ``layout`` is given together with ``tp``, ``pp`` or ``ep``.
-        DistCkptMistralError: The directory is damaged, contradicts itself, or holds another model; the checkpoint
-            cannot be written; values would be destroyed without ``allow_lossy``. Then nothing is published.
+        LayoutError: The model cannot be divided for this layout, or ``layout`` is given with ``tp``, ``pp`` or ``ep``.
+        ConfigError: The model is not supported, or its configurations contradict each other.
+        FormatError: The directory is damaged.
+        TensorMismatchError: Tensors are missing, unknown or of another shape.
+        OutputError: The checkpoint cannot be written, or ``dtype`` destroys values. Nothing is published.
+
+    Example:
+        >>> dist_ckpt_mistral.from_hf("hf_dir", "ckpt", tp=2).num_tensors  # doctest: +SKIP
+        291
     """
     target = Path(checkpoint)
     shorthand = ParallelLayout(tp=tp, pp=pp, ep=ep)
     if layout is not None and shorthand != ParallelLayout():
         raise LayoutError("give either a layout, or tp, pp and ep")
-    cut_for = layout or shorthand
+    layout = layout or shorthand
     checkpoint_directory.require_iteration(iteration)
     step = Path(checkpoint_directory.iteration_name(iteration))
 
     def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan]:
         dtypes.require_weight_dtype(dtype)
-        require_not_swapped(hf, target, Kind.HF, Kind.OWN)
+        require_not_swapped(hf, target, Kind.HF, Kind.CONSOLIDATED)
         paths.require_writable(target, overwrite=output.overwrite)
-        directory = locate(hf, Kind.HF, Kind.OWN).path
+        directory = locate(hf, Kind.HF, Kind.CONSOLIDATED).path
         paths.require_apart(directory, target)
         with Sources() as inputs:
             inputs.look_at(directory.glob("*"))
-            source = open_hf(directory, dtype=dtype and "float32")  # FP8 values: rounded once, where losses are counted
-            return inputs, source, *plan_import(source, cut_for, dtype, step)
+            source = open_hf(directory, dtype=dtype and "float32")  # FP8 values are rounded once, when they are written
+            return inputs, source, *_plan_import(source, layout, dtype, step)
 
-    inputs, source, written, plan = ranks.each(prepare)
-    carried = small_files.small_files(source.path)
+    inputs, source, checkpoint_layout, plan = ranks.each(prepare)
+    copied_files = small_files.small_files(source.path)
     if folders := small_files.other_folders(source.path):
         _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
-    inputs.look_at(carried.values())
+    inputs.look_at(copied_files.values())
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
-        written.finish(targets, plan, checksums)
-        write_beside_shards(staging / step, source, carried, cut_for, dtype or source.main_dtype, iteration)
-        documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, written.metadata())
+        checkpoint_layout.finish(targets, plan, checksums)
+        _write_other_files(staging / step, source, copied_files, layout, dtype or source.main_dtype, iteration)
+        documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, checkpoint_layout.metadata())
         checkpoint_directory.write_tracker(staging, step.name)
 
-    sizes = written.file_sizes(step)
-    options = {"layout": repr(cut_for), "--dtype": dtype, "--iteration": iteration}
+    sizes = checkpoint_layout.file_sizes(step)
+    options = {"layout": repr(layout), "--dtype": dtype, "--iteration": iteration}
     new = NewFiles(
         plan=plan,
         file_bytes=sizes,
@@ -121,17 +127,25 @@ def from_hf(
         manifest=NewManifest(folder=step),
         checksums=True,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
-        beside=[*carried.values()],
+        copied_files=[*copied_files.values()],
         losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),
     )
     losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
-    return Conversion.of(target, plan, sizes, source, num_tensors=len(source.tensors), losses=losses)
+    return Conversion(
+        output=target,
+        config_from=source.config_from,
+        num_tensors=len(source.tensors),
+        num_bytes=plan.num_bytes,
+        files=sizes,
+        ignored=source.ignored,
+        losses=losses,
+    )
 
 
-def plan_import(
+def _plan_import(
     source: ModelSource, layout: ParallelLayout, dtype: str | None, step: Path
 ) -> tuple[CheckpointLayout, BytePlan]:
-    """What the new checkpoint's files hold where, and the way there."""
+    """The positions of all data in the new checkpoint's files, and the plan that copies it there."""
     layout.check(source.config)
     require_equal_twins(source)
     new = new_checkpoint_map(source.table)
@@ -139,39 +153,40 @@ def plan_import(
         link
         for tensor in source.tensors
         if not tensor.is_alias
-        for second in map(reverse, new.links(tensor))
-        for first in source.links[tensor.hf_name]
-        if (link := compose(first, second)) is not None
+        for into_checkpoint in map(reverse, new.links(tensor))
+        for from_source in source.links[tensor.hf_name]
+        if (link := compose(from_source, into_checkpoint)) is not None
     ]
     chunks = _chunks(source, new, links, layout, dtype)
     objects = [NewObject.empty(_extra_states(source.table))]
-    written = writer.lay_out(chunks, objects, num_files=layout.world_size)
-    return written, plan_gather(source.index, written.index(step), links)
+    checkpoint_layout = writer.lay_out(chunks, objects, num_files=layout.world_size)
+    return checkpoint_layout, plan_gather(source.index, checkpoint_layout.index(step), links)
 
 
 def _chunks(
     source: ModelSource, new: CheckpointMap, links: Sequence[Link], layout: ParallelLayout, dtype: str | None
 ) -> Iterator[NewChunk]:
-    """The chunks that the ranks of ``layout`` would save, one file a rank, without vocabulary padding."""
-    into: dict[str, list[Link]] = defaultdict(list)
+    """The chunks that the ranks of ``layout`` would save, one file for each rank, without vocabulary padding."""
+    links_into: dict[str, list[Link]] = defaultdict(list)
     for link in links:
-        into[link.target].append(link)
-    dtypes = dict(zip(into, for_all(lambda name: dtype or only_dtype(source.index, into[name]), into), strict=True))
-    others = new.also_written()
-    for cut in cut_chunks(new, new.shapes(), layout):
+        links_into[link.target].append(link)
+    dtypes_of_keys = for_all(lambda key: dtype or only_dtype(source.index, links_into[key]), links_into)
+    dtype_of = dict(zip(links_into, dtypes_of_keys, strict=True))
+    other_keys = new.also_written()
+    for chunk in cut_chunks(new, new.shapes(), layout):
         yield NewChunk(
-            mcore_key=cut.name,
-            dtype=dtypes[cut.name],
-            global_shape=cut.global_shape,
-            offset=cut.offset,
-            shape=cut.shape,
-            file=cut.rank,
-            other_keys=others.get(cut.name, ()),
+            mcore_key=chunk.name,
+            dtype=dtype_of[chunk.name],
+            global_shape=chunk.global_shape,
+            offset=chunk.offset,
+            shape=chunk.shape,
+            file=chunk.rank,
+            other_keys=other_keys.get(chunk.name, ()),
         )
 
 
 def _extra_states(table: TensorTable) -> list[str]:
-    """The object keys that models of any layer spec and version look for."""
+    """The keys of extra states that models of any layer spec and version of Megatron load."""
     shapes = dict.fromkeys(OLD_EXTRA_STATES, (table.num_layers,)) | table.extra_states(KeyStyle.STACKED)
     return [
         writer.object_key(key, index, shape)
@@ -180,25 +195,25 @@ def _extra_states(table: TensorTable) -> list[str]:
     ]
 
 
-def write_beside_shards(
+def _write_other_files(
     directory: Path,
     source: ModelSource,
-    carried: Mapping[str, Path],
+    copied_files: Mapping[str, Path],
     layout: ParallelLayout,
     dtype: str,
     iteration: int | None,
 ) -> None:
-    """Write metadata.json, the model's description in several forms, and the small Hugging Face files.
+    """Write the files of an iteration besides data files and ``.metadata``, which the caller writes last.
 
-    Megatron-LM reads common.pt, Megatron-Bridge run_config.yaml and train_state.pt. ``.metadata`` comes last and
-    elsewhere.
+    These are metadata.json, the configuration for Megatron-LM (common.pt) and for Megatron-Bridge (run_config.yaml,
+    train_state.pt), and the small Hugging Face files.
     """
     documents.write_bytes(directory / checkpoint_directory.BACKEND_FILE, writer.BACKEND_JSON)
-    written: dict[str, Any] = {"dtype": dtype, "tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
-    documents.write_bytes(directory / RUN_CONFIG_FILE, documents.yaml_bytes(to_run_config(source.config, **written)))
+    settings: dict[str, Any] = {"dtype": dtype, "tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
+    documents.write_bytes(directory / RUN_CONFIG_FILE, documents.yaml_bytes(to_run_config(source.config, **settings)))
     documents.write_bytes(directory / ITERATION_TRAIN_STATE_FILE, untrained(iteration or 0))
     state: dict[str, Any] = {
-        "args": to_megatron_args(source.config, **written),
+        "args": to_megatron_args(source.config, **settings),
         "checkpoint_version": 3.0,
         "iteration": iteration or 0,
         "content_metadata": {
@@ -209,9 +224,9 @@ def write_beside_shards(
     }
     documents.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
     texts: dict[str, bytes | None] = {}
-    if CONFIG_FILE in carried:
-        texts[CONFIG_FILE] = hf_directory.config_json(source.config.to_hf(), carried[CONFIG_FILE])
-    if source.hf_files is None:  # the files are not remembered, and then an index of them tells nothing
+    if CONFIG_FILE in copied_files:
+        texts[CONFIG_FILE] = hf_directory.config_json(source.config.to_hf(), copied_files[CONFIG_FILE])
+    if source.hf_files is None:  # the checkpoint has no record of the original files, so their index is useless
         texts[INDEX_FILE] = None
     (directory / small_files.ASSETS_FOLDER).mkdir()
-    small_files.write_small_files(directory / small_files.ASSETS_FOLDER, carried, texts)
+    small_files.write_small_files(directory / small_files.ASSETS_FOLDER, copied_files, texts)

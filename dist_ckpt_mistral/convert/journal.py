@@ -1,4 +1,4 @@
-"""What a run has copied so far, noted in its staging directory, so that another run can go on from there."""
+"""The journal of a run: notes in its staging directory of what it has copied, from which ``--resume`` continues."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from dist_ckpt_mistral.storage.staging import Staging
 
 _FINGERPRINT_FILE: Final = "fingerprint.json"
 _NOTES: Final = "copied-{rank}"
-#: Number and ends of a part, values that became infinite or zero, CRC-32: its fixed length tells a torn line.
+#: Number, begin and end of a part, values that became infinite or zero, CRC-32. A torn line lacks digits of the CRC-32.
 _NOTE: Final = re.compile(rb"(\d+) (\d+) (\d+) (\d+) (\d+) ([0-9a-f]{8})")
 _BLOCK_BYTES: Final = 512 << 10
-#: So many differences tell enough.
-_TOLD: Final = 3
+#: Differences that an error lists.
+_MOST_LISTED: Final = 3
 
 Fingerprint: TypeAlias = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What determines the bytes of an output, together with its plan.
+    """Everything besides the plan that determines the bytes of an output.
 
-    ``inputs`` are the files that it is made from, as they were before they were opened, ``options`` what the caller
-    chose, in JSON types.
+    ``inputs`` are the source files, with their stamps before they were opened. ``options`` are the caller's choices, in
+    JSON types.
     """
 
     inputs: Sources
@@ -47,12 +47,12 @@ class Recipe:
 
     @classmethod
     def of(cls, plan: BytePlan, inputs: Sources, options: Mapping[str, object]) -> Self:
-        """With the files of ``plan`` among the inputs, as they are now, if they were not looked at before."""
+        """A recipe whose inputs include the source files of ``plan``, with their present stamps if they have none."""
         inputs.look_at(plan.source_files)
         return cls(inputs=inputs, options=options)
 
     def fingerprint(self, plan: BytePlan, file_bytes: Mapping[str, int]) -> Fingerprint:
-        """All of it, by what a user would call it. The plan, of which only a digest is told, comes last."""
+        """Names and values, for people, of everything that determines the output. The plan, as a hash, comes last."""
         digest = hashlib.sha256(json.dumps(file_bytes).encode())
         for s in plan.segments:
             digest.update(f"{s.tensor} {s.file} {s.position} {s.source_dtype} {s.dtype} {s.num_bytes}\n".encode())
@@ -64,20 +64,20 @@ class Recipe:
         return facts | {"plan": digest.hexdigest()}
 
     def stamps(self) -> dict[str, list[int | None]]:
-        """The whole stamps of all inputs, in JSON types."""
+        """The stamps of all inputs, by absolute path, in JSON types."""
         return {str(path.absolute()): list(stamp) for path, stamp in self.inputs.first.items()}
 
 
 def begin(staging: Staging, fingerprint: Fingerprint, recipe: Recipe) -> None:
-    """Note for a later run what this one makes, and in which directory."""
+    """Store fingerprint, stamps and the identity of the output directory, for a later ``--resume``."""
     begun = {"directory": _identity(staging), "facts": fingerprint, "stamps": recipe.stamps()}
     documents.write_whole(staging.path / _FINGERPRINT_FILE, json.dumps(begun).encode())
 
 
 def may_resume(staging: Staging, fingerprint: Fingerprint) -> bool:
-    """Whether there is something to go on with: what a run left that made the same from the same.
+    """Whether an earlier run with the same fingerprint has left data in ``staging``.
 
-    Raises OutputError that says what is different, after releasing ``staging`` as it is.
+    If the fingerprint differs, releases ``staging`` unchanged and raises OutputError with the differences.
     """
     begun = _begun(staging)
     if begun is None:
@@ -86,37 +86,38 @@ def may_resume(staging: Staging, fingerprint: Fingerprint) -> bool:
     different = [fact for fact in {**then, **fingerprint} if then.get(fact) != fingerprint.get(fact)]
     if different:
         staging.release()
-        told = "; ".join(
-            f"{fact} was {then.get(fact, 'absent')}, is {fingerprint.get(fact, 'absent')}" for fact in different[:_TOLD]
+        changes = "; ".join(
+            f"{fact} was {then.get(fact, 'absent')}, is {fingerprint.get(fact, 'absent')}"
+            for fact in different[:_MOST_LISTED]
         )
         raise OutputError(
-            f"cannot resume {staging.target}, which was begun from something else: {told}. "
+            f"cannot resume {staging.target}, because the earlier run differs: {changes}. "
             f"Start again without --resume, which removes {staging.path}."
         )
     return True
 
 
 def has_seen(staging: Staging, recipe: Recipe) -> bool:
-    """Whether the run that was begun saw the very files that ``recipe`` has: then what it copied need not be proven.
+    """Whether the earlier run read the very files of ``recipe``, by their stamps. Otherwise its data must be proven.
 
-    Their stamps must be equal. Copies have other ones than their originals, and so may a file on another machine.
+    A copy of a file has another stamp, and a file seen from another machine may have one.
     """
     begun = _begun(staging)
     return begun is not None and begun["stamps"] == recipe.stamps()
 
 
 def has_work(staging: Staging) -> bool:
-    """Whether a run has left anything there that it copied."""
+    """Whether a run has noted any copied part in ``staging``."""
     notes = staging.path.glob(_NOTES.format(rank="*"))
     return _begun(staging) is not None and any(path.stat().st_size for path in notes)
 
 
 def _begun(staging: Staging) -> dict[str, Any] | None:
-    """What was noted of the output that lies there unfinished, if one does."""
+    """The content that ``begin`` stored for the unfinished output in ``staging``; None if there is none."""
     try:
-        found = json.loads((staging.path / _FINGERPRINT_FILE).read_bytes())
-        is_unfinished = found["directory"] == _identity(staging)  # and not an old one, replaced just before a kill
-        return found if is_unfinished and {"facts", "stamps"} <= found.keys() else None
+        begun = json.loads((staging.path / _FINGERPRINT_FILE).read_bytes())
+        is_unfinished = begun["directory"] == _identity(staging)  # not an old output, replaced just before a kill
+        return begun if is_unfinished and {"facts", "stamps"} <= begun.keys() else None
     except (OSError, ValueError):
         return None
 
@@ -127,36 +128,37 @@ def _identity(staging: Staging) -> list[int]:
 
 
 class Journal:
-    """The parts of a plan that lie in their files, and what is known of them: those that were found, and those to note.
+    """Record of the parts of a plan that are already copied, with their CRC-32, for ``--resume``.
 
-    Every rank notes its own in a file of its own, a line for each, and knows what all ranks of an earlier run noted. A
-    line is written after its part, but nothing is synced: what a power cut took away has another checksum, or no line.
+    Every rank writes its own file of notes, one line for each part, and reads the notes of all ranks of earlier runs. A
+    line is written after its part. Nothing is synced: after a power failure a part may have no line, or another
+    checksum than its line.
     """
 
     def __init__(
         self, folder: Path, rank: int, plan: BytePlan, targets: Mapping[int, TargetFile], *, must_prove: bool
     ) -> None:
-        """Read what was noted in ``folder``; ``targets`` are the open files by number, of the parts to ask for.
+        """Read the notes in ``folder``. ``targets`` has the open output files of this rank, by number.
 
-        ``must_prove`` says that sources may have changed since.
+        ``must_prove`` means that sources may have changed since the notes were written.
         """
         self._plan, self._targets, self.must_prove = plan, targets, must_prove
-        self._found: dict[Part, Copied] = {}
+        self._noted: dict[Part, Copied] = {}
         for path in folder.glob(_NOTES.format(rank="*")):
             for line in filter(None, map(_NOTE.fullmatch, path.read_bytes().split(b"\n"))):
                 *part, overflowed, vanished = map(int, line.groups()[:5])
-                self._found[Part(*part)] = Copied(int(line[6], 16), Lost(overflowed, vanished))
+                self._noted[Part(*part)] = Copied(int(line[6], 16), Lost(overflowed, vanished))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._file = os.open(folder / _NOTES.format(rank=rank), flags, 0o666)
 
     def note(self, part: Part, copied: Copied) -> None:
-        """Note that ``part`` was written. From any thread."""
-        # The line before may be torn: each line begins with its own end.
+        """Note that ``part`` was written. May be called from any thread."""
+        # The last line may be torn: each line begins with a line end.
         os.write(self._file, b"\n%d %d %d %d %d %08x" % (*part, *copied.lost, copied.crc32))
 
     def recall(self, part: Part) -> Copied | None:
-        """What was noted of ``part`` if its bytes are still those; else None: then it must be copied."""
-        noted = self._found.get(part)
+        """The note of ``part`` if its bytes in the output match it; None if the part must be copied."""
+        noted = self._noted.get(part)
         if noted is None:
             return None
         segment = self._plan.segments[part.number]

@@ -1,7 +1,7 @@
-"""Migration: a legacy ``zarr`` checkpoint again, all of it, as ``torch_dist``, the format of every later Megatron.
+"""``migrate``: a legacy ``zarr`` checkpoint in the format ``torch_dist``, which every later Megatron reads.
 
-Megatron removed its zarr backend (megatron-core 0.16). No model needs to be known: whatever Megatron saved keeps its
-key, its shape, its chunks and its bits.
+Megatron removed its zarr backend (megatron-core 0.16). This works for any model: every stored tensor keeps its key,
+shape, chunks and bits.
 """
 
 from __future__ import annotations
@@ -32,63 +32,70 @@ def migrate(
     effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = ALONE,
 ) -> Conversion:
-    """Write a legacy ``zarr`` checkpoint as ``torch_dist``.
+    """Convert a legacy ``zarr`` checkpoint to ``torch_dist``.
 
-    All tensors keep keys, shapes, chunks and bits, optimizer state included; objects keep their values, common state
-    and small files their bytes.
+    All tensors, optimizer state included, keep their keys, shapes, chunks and bits. Objects keep their values; the
+    common state and the small files keep their bytes.
 
     Args:
         checkpoint: Root of a zarr checkpoint (megatron-core 0.15 or older), or one ``iter_*`` directory in it.
         target: Checkpoint to create.
-        output: How the checkpoint is written; a data file holds ``max_file_bytes`` of tensors, or one larger chunk.
-        effort: How much of the machine to use.
+        output: How to write the checkpoint. A data file holds at most ``max_file_bytes`` of tensors, or one larger
+            chunk.
+        effort: Threads and memory to use.
         ranks: The processes that share the work; by default this one alone.
 
     Returns:
-        What was written, or with ``output.dry_run`` would be.
+        The files that were written, or with ``output.dry_run`` would be.
 
     Raises:
-        DistCkptMistralError: The checkpoint is damaged or no zarr checkpoint, or ``target`` cannot be written. Then
-            nothing is published.
+        FormatError: The checkpoint is damaged, or is not in the format ``zarr``.
+        UnsafePickleError: An object asks for something outside the allowlist.
+        OutputError: ``target`` cannot be written. Nothing is published.
+
+    Example:
+        >>> dist_ckpt_mistral.migrate("old", "ckpt").config_from  # doctest: +SKIP
+        'none is needed'
     """
     return rewrite(
         Path(checkpoint),
         Path(target),
-        lambda stored: _as_it_is(stored, output.max_file_bytes),
+        lambda stored: _unchanged(stored, output.max_file_bytes),
         output=output,
         effort=effort,
         ranks=ranks,
     )
 
 
-def _as_it_is(stored: StoredCheckpoint, max_file_bytes: int) -> Rewriting:
+def _unchanged(stored: StoredCheckpoint, max_file_bytes: int) -> Rewriting:
+    """All that is stored, with the same chunks, in files of at most ``max_file_bytes``."""
     if stored.backend != ZARR:
         raise FormatError(
             f"{stored.directory} is a {stored.backend} checkpoint: expected a legacy zarr one. "
-            "What is to be cut anew is for reshard."
+            "To cut new chunks, use reshard."
         )
     if not (stored.directory / COMMON_FILE).exists():
         raise FormatError(
-            f"{stored.directory} has no {COMMON_FILE}, without which no Megatron loads it. "
+            f"{stored.directory} has no {COMMON_FILE}, and Megatron does not load a checkpoint without it. "
             "Copy the checkpoint again, whole."
         )
     tensors = stored.index(stored.tensors)
     chunks, objects = [*_chunks(tensors)], new_objects(stored, {})
-    sizes = [math.prod(each.shape) * dtypes.itemsize_bytes(each.dtype) for each in chunks]
-    files = _filled([*sizes, *(each.num_bytes for each in objects.values())], max_file_bytes)
+    sizes = [math.prod(chunk.shape) * dtypes.itemsize_bytes(chunk.dtype) for chunk in chunks]
+    files = _file_numbers([*sizes, *(new_object.num_bytes for new_object in objects.values())], max_file_bytes)
     return Rewriting(
         stored=stored,
         config_from="none is needed",
         tensors=tensors,
         chunks=[replace(chunk, file=next(files)) for chunk in chunks],
-        objects={entry: replace(each, file=next(files)) for entry, each in objects.items()},
+        objects={entry: replace(new_object, file=next(files)) for entry, new_object in objects.items()},
         ignored=(),
         options={"command": "migrate", "--max-file-size": max_file_bytes},
     )
 
 
 def _chunks(tensors: TensorIndex) -> Iterator[NewChunk]:
-    """The chunks as they are."""
+    """The stored chunks, all in file 0."""
     for tensor in tensors.tensors.values():
         for offset, shape in chunk_boxes(tensor):
             yield NewChunk(
@@ -101,11 +108,11 @@ def _chunks(tensors: TensorIndex) -> Iterator[NewChunk]:
             )
 
 
-def _filled(sizes: Iterable[int], most_bytes: int) -> Iterator[int]:
-    """Yield the number of the file for each of ``sizes``: they fill files, one after the other, in this order."""
-    file = filled = 0
+def _file_numbers(sizes: Iterable[int], max_file_bytes: int) -> Iterator[int]:
+    """Yield the number of a file for each of ``sizes``, in bytes, so that files are filled one after the other."""
+    file = file_bytes = 0
     for size in sizes:
-        if filled and filled + size > most_bytes:
-            file, filled = file + 1, 0
-        filled += size
+        if file_bytes and file_bytes + size > max_file_bytes:
+            file, file_bytes = file + 1, 0
+        file_bytes += size
         yield file

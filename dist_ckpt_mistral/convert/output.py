@@ -1,4 +1,4 @@
-"""How an output becomes whole or nothing: every rank copies its share of a plan, and the first one publishes."""
+"""Write an output completely or not at all: every rank copies its share of a plan, and the first rank publishes it."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, OutputError
 from dist_ckpt_mistral.formats.hf_directory import TensorSpans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
+from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.gather.digest import Digest, digest
 from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.storage import documents, local
+from dist_ckpt_mistral.storage import documents, local, paths
 from dist_ckpt_mistral.storage.local import TargetFile
 from dist_ckpt_mistral.storage.staging import Staging
 
 _LOG = logging.getLogger(__name__)
 
-#: CRC-32 of every segment of a plan, by its number; empty if none were asked for.
+#: CRC-32 of every segment of a plan, by its number; empty if ``NewFiles.checksums`` is not set.
 Checksums = Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """How a conversion writes what it makes.
+    """How a conversion writes its output.
 
     Args:
         overwrite: Replace an existing output, once the new one is complete.
-        resume: Keep what an interrupted run has copied into the same output, where its checksums are right.
-        dry_run: Check everything that can be checked before the first byte is written, and touch nothing.
+        resume: Resume an interrupted run: keep the copied data whose checksums match.
+        dry_run: Write nothing, but run all checks that come before the first byte is written.
         manifest: Add integrity.json, the checksums of all files, for ``check`` and megatron-core 0.18 or newer.
-        durable: Publish the output only when its bytes are on the disk, not when the operating system has them.
+        durable: Wait until the output is on the disk before it is published.
         max_file_bytes: Maximum size of one file of tensors, for ``to_hf`` and ``migrate``; a larger tensor or chunk
-            gets a file of its own. ``from_hf`` and ``reshard`` write a file for each rank of the layout.
+            gets its own file. ``from_hf`` and ``reshard`` write one file for each rank of the layout.
 
     Raises:
         ConfigError: ``max_file_bytes`` is below 1.
@@ -56,24 +57,29 @@ class Output:
     max_file_bytes: int = 5_000_000_000
 
     def __post_init__(self) -> None:
-        """Refuse a size that no file can have."""
+        """Validate ``max_file_bytes``."""
         if self.max_file_bytes < 1:
             raise ConfigError(f"max_file_bytes: expected at least 1, got {self.max_file_bytes}")
 
 
-#: A new output, whole, on the disk and with its checksums.
+#: A new output with a manifest, published when it is on the disk.
 DEFAULT_OUTPUT: Final = Output()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NewFiles:
-    """What one run writes.
+    """The content of an output.
 
-    ``file_bytes`` has the files that ``plan`` fills: names relative to the output -> sizes in bytes, in the order of
-    the plan's target files. ``complete`` adds what else belongs to the output, copies of ``beside`` among it: it gets
-    the directory that will become the output, the open files, and the CRC-32 of all segments if ``checksums`` is set.
-    ``manifest`` says what a manifest is to tell of. ``recipe`` is what the output depends on, and ``losses`` what to do
-    where a conversion of element types destroys values.
+    Args:
+        plan: The copies that fill the files in ``file_bytes``.
+        file_bytes: Name of each file relative to the output -> size in bytes, in the order of the plan's target files.
+        complete: Adds everything else to the output. Its arguments are the unpublished directory, the open files by
+            number, and the CRC-32 of all segments.
+        manifest: The manifest to write.
+        checksums: Whether ``complete`` needs the CRC-32 of the segments.
+        recipe: Everything besides the plan that determines the output.
+        copied_files: Files that ``complete`` copies.
+        losses: What to do if a conversion of dtypes destroys values.
     """
 
     plan: BytePlan
@@ -82,31 +88,31 @@ class NewFiles:
     manifest: NewManifest
     checksums: bool
     recipe: Recipe
-    beside: Sequence[Path]
+    copied_files: Sequence[Path]
     losses: LossPolicy = REFUSE
 
 
 def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks) -> tuple[Loss, ...]:
-    """Write ``new`` to ``target``: every rank copies its share of the plan, and the first one publishes.
+    """Write ``new`` to ``target``: every rank copies its share of the plan, and the first rank publishes the output.
 
-    Nothing appears at ``target`` unless all of it succeeds on all ranks. With ``output.dry_run`` all is checked that
-    can be known before the first byte is written, and nothing is touched.
+    Nothing appears at ``target`` unless everything succeeds on all ranks. With ``output.dry_run`` nothing is written;
+    only the checks before the first written byte are run.
 
-    A run that fails, is interrupted or is killed leaves the parts that it has copied, if any, beside ``target``: with
-    ``output.resume`` the next run keeps those that still have their checksums, unless recipe or plan are others;
-    without, it removes them. So a full disk after hours costs no more than a kill: the error says how to go on.
+    A run that fails, is interrupted or is killed leaves the copied parts beside ``target``. With ``output.resume`` the
+    next run keeps the parts whose checksums match, if recipe and plan are the same. Without it, the next run removes
+    them. An error, such as a full disk, says how to resume.
 
     Returns:
-        Which values a conversion of element types destroyed, where that was allowed.
+        The values that a conversion of dtypes destroyed, if that is allowed.
 
     Raises:
-        OutputError: The output cannot be written, the run not be resumed, or values would be destroyed.
+        OutputError: The output cannot be written, the run cannot be resumed, or values would be destroyed.
         FormatError: A source changed while it was read.
-        DistCkptMistralError: Whatever went wrong on another rank.
+        DistCkptMistralError: An error on another rank.
     """
     plan, recipe = new.plan, new.recipe
     names, staging = list(new.file_bytes), Staging(target)
-    with _left_behind(staging, recipe), recipe.inputs:
+    with _cleaned_up(staging, recipe), recipe.inputs:
         must_prove = ranks.on_first(lambda: _begin(staging, new, output))
         if output.dry_run:
             return ()
@@ -124,13 +130,13 @@ def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort,
             ):
                 return execute(plan, targets, effort=effort, numbers=numbers, checksums=new.checksums, record=journal)
 
-        copied = {number: each for share in ranks.together(copy_share) for number, each in share.items()}
-        found = ranks.on_first(lambda: new.losses.accept(plan, copied))
+        copied = {number: outcome for share in ranks.together(copy_share) for number, outcome in share.items()}
+        losses = ranks.on_first(lambda: new.losses.accept(plan, copied))
 
         def finish() -> None:
-            everything = {file: staging.output / name for file, name in enumerate(names)}
-            with _as_output_errors(staging), _opened(everything) as targets:
-                new.complete(staging.output, targets, {number: each.crc32 for number, each in copied.items()})
+            all_files = {file: staging.output / name for file, name in enumerate(names)}
+            with _as_output_errors(staging), _opened(all_files) as targets:
+                new.complete(staging.output, targets, {number: outcome.crc32 for number, outcome in copied.items()})
 
         def sync_share() -> None:
             with _as_output_errors(staging), _opened(my_files) as targets:
@@ -141,24 +147,24 @@ def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort,
                 staging.publish(overwrite=output.overwrite, durable=output.durable)
 
         ranks.on_first(finish)
-        ranks.together(lambda: local.require_unchanged(recipe.inputs))  # each rank what it has read
+        ranks.together(lambda: local.require_unchanged(recipe.inputs))  # each rank checks the files that it has read
         if output.manifest:
             with _as_output_errors(staging):
                 write_manifest(staging.output, new.manifest, effort=effort, ranks=ranks)
         if output.durable:
-            ranks.together(sync_share)  # the disk has been writing meanwhile
+            ranks.together(sync_share)  # late, when the operating system has written most of it
         ranks.on_first(publish)
-    return found
+    return losses
 
 
 def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:
-    """Hold the staging directory, with all files in their final sizes: new ones, or those of a run to resume.
+    """Lock the staging directory and make all files in their final sizes, or take over those of a run to resume.
 
-    Returns whether what is kept must be proven: then sources are not the very files any more that it was copied from.
+    Returns whether kept data must be compared with the sources, because these may have changed since it was copied.
     """
     plan, file_bytes, recipe = new.plan, new.file_bytes, new.recipe
     documents.total_bytes([path for path in plan.files_to_read if path not in recipe.inputs.opened])  # or raises
-    staging.require_room(sum(file_bytes.values()) + documents.total_bytes(new.beside))
+    staging.require_room(sum(file_bytes.values()) + documents.total_bytes(new.copied_files))
     fingerprint = recipe.fingerprint(plan, file_bytes)
     if output.dry_run:
         staging.require_free(overwrite=output.overwrite, resume=output.resume)
@@ -171,10 +177,10 @@ def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:
             return must_prove
         if resumed:
             _LOG.info(
-                "resuming %s: what lies in %s is kept where its checksums are right%s",
+                "resuming %s: data in %s is kept where its checksum matches%s",
                 staging.target,
                 staging.path,
-                ", also those of the sources, which may have changed" if must_prove else "",
+                ", also that of the source, which may have changed" if must_prove else "",
             )
             staging.keep(file_bytes)
         else:
@@ -188,8 +194,8 @@ def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:
 
 
 @contextlib.contextmanager
-def _left_behind(staging: Staging, recipe: Recipe) -> Iterator[None]:
-    """After a failure: what was copied, if a later run can go on with it. The error tells."""
+def _cleaned_up(staging: Staging, recipe: Recipe) -> Iterator[None]:
+    """After an error, keep the copied data if a later run can resume, else remove it. A note on the error says so."""
     try:
         yield
     except BaseException as error:
@@ -206,13 +212,13 @@ def _left_behind(staging: Staging, recipe: Recipe) -> Iterator[None]:
 
 
 def _sync(targets: Mapping[int, TargetFile], effort: Effort) -> None:
-    """Make the content of all files durable."""
+    """Wait until the content of all files is on the disk."""
     files = list(targets.values())
     run_all(lambda number: files[number].sync(), range(len(files)), workers=effort.threads)
 
 
 def share(plan: BytePlan, ranks: Ranks) -> list[int]:
-    """The segments that this rank copies: a run of neighbours, so that ranks write different files, of equal bytes."""
+    """The numbers of the segments that this rank copies: consecutive ones, of about equal bytes for each rank."""
     total = max(1, plan.num_bytes)
     numbers, before = [], 0
     for number, segment in enumerate(plan.segments):
@@ -223,12 +229,23 @@ def share(plan: BytePlan, ranks: Ranks) -> list[int]:
     return numbers
 
 
+def source_directory(checkpoint: Path, target: Path, output: Output) -> Path:
+    """The directory of the iteration in ``checkpoint``.
+
+    Raises DistCkptMistralError if it is none, if ``target`` must not be written, or if one lies in the other.
+    """
+    require_not_swapped(checkpoint, target, Kind.CHECKPOINT)
+    paths.require_apart(checkpoint, target)
+    paths.require_writable(target, overwrite=output.overwrite)
+    return resolve_directory(checkpoint)
+
+
 @contextlib.contextmanager
-def _opened(paths: Mapping[int, Path], *, durable: bool = False) -> Iterator[dict[int, TargetFile]]:
-    local.allow_open_files(len(paths))
+def _opened(files: Mapping[int, Path], *, durable: bool = False) -> Iterator[dict[int, TargetFile]]:
+    local.allow_open_files(len(files))
     targets: dict[int, TargetFile] = {}
     try:
-        for number, path in paths.items():
+        for number, path in files.items():
             targets[number] = TargetFile(path, durable=durable)
         yield targets
     finally:
@@ -238,7 +255,7 @@ def _opened(paths: Mapping[int, Path], *, durable: bool = False) -> Iterator[dic
 
 @contextlib.contextmanager
 def _as_output_errors(staging: Staging) -> Iterator[None]:
-    """What the operating system says, as an error that names the file of the output."""
+    """Turn an OSError into an OutputError that names the file of the output."""
     try:
         yield
     except OSError as error:
@@ -250,40 +267,38 @@ def _as_output_errors(staging: Staging) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewManifest:
-    """A manifest to write into ``folder`` of an output, and which tensors it shall tell the CRC-32 of."""
+    """A manifest in ``folder`` of an output. It also has the CRC-32 of ``tensors``."""
 
     folder: Path
     tensors: TensorSpans = field(default_factory=dict)
 
 
 def write_manifest(output: Path, new: NewManifest, *, effort: Effort, ranks: Ranks) -> None:
-    """Write the manifest of ``new.folder`` in ``output``, whose files are complete."""
+    """Write the manifest of ``new.folder`` in ``output``, whose files are complete. The ranks share the reading."""
     directory = output / new.folder
     names = ranks.on_first(lambda: _by_size(directory))[ranks.rank :: ranks.world_size]
-    shares = ranks.together(lambda: _digests(directory, names, new.tensors, effort))
-    ranks.on_first(
-        lambda: _write_file(directory, new.tensors, {name: each for own in shares for name, each in own.items()})
-    )
+
+    def digest_of(number: int) -> Digest:
+        spans = new.tensors.get(names[number], {})
+        return digest(directory / names[number], [*spans.values()], sha256=True, effort=effort)
+
+    def digest_share() -> dict[str, Digest]:
+        return dict(zip(names, run_all(digest_of, range(len(names)), workers=effort.threads), strict=True))
+
+    digests = {name: each for share in ranks.together(digest_share) for name, each in share.items()}
+
+    def write() -> None:
+        crc32 = {
+            name: f"{value:08x}"
+            for file, spans in new.tensors.items()
+            for name, value in zip(spans, digests[file].crc32, strict=True)
+        }
+        files = {name: str(each.sha256) for name, each in digests.items()}
+        documents.write_bytes(directory / MANIFEST_FILE, Manifest(files=files, crc32=crc32).to_json())
+
+    ranks.on_first(write)
 
 
 def _by_size(directory: Path) -> list[str]:
-    """The files, the largest first, so that ranks and threads end together."""
+    """The names of all files, the largest first, so that ranks and threads finish at about the same time."""
     return sorted(files_in(directory), key=lambda name: (directory / name).stat().st_size, reverse=True)
-
-
-def _digests(directory: Path, names: Sequence[str], tensors: TensorSpans, effort: Effort) -> dict[str, Digest]:
-    def work(number: int) -> Digest:
-        spans = tensors.get(names[number], {})
-        return digest(directory / names[number], [*spans.values()], sha256=True, effort=effort)
-
-    return dict(zip(names, run_all(work, range(len(names)), workers=effort.threads), strict=True))
-
-
-def _write_file(directory: Path, tensors: TensorSpans, found: Mapping[str, Digest]) -> None:
-    crc32 = {
-        name: f"{value:08x}"
-        for file, spans in tensors.items()
-        for name, value in zip(spans, found[file].crc32, strict=True)
-    }
-    files = {name: str(each.sha256) for name, each in found.items()}
-    documents.write_bytes(directory / MANIFEST_FILE, Manifest(files=files, crc32=crc32).to_json())

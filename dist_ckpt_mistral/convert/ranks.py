@@ -19,9 +19,13 @@ PATIENCE: Final = timedelta(hours=24)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process among the processes of a job. ``exchange`` gives every rank the values of all, in rank order.
+    """This process among the processes of a job.
 
-    ``kind`` is what errors call each: "rank", or "node" where one rank stands for all of its node.
+    Args:
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        kind: Name of a process in errors: "rank", or "node" if one rank works for its node.
+        exchange: Collective call that gives each process the values of all, in the order of ranks.
     """
 
     rank: int = 0

@@ -1,7 +1,6 @@
-"""Resharding: a checkpoint again, all of it, with its chunks cut for another layout.
+"""``reshard``: a checkpoint with the same content, whose chunks are cut for another layout.
 
-Every rank of the layout then reads whole chunks, of the weights and of the optimizer's states of them. What is no
-tensor of the model keeps its bytes, and so does the common state.
+Every rank of that layout then reads whole chunks of weights and optimizer state. All other tensors keep their chunks.
 """
 
 from __future__ import annotations
@@ -42,86 +41,92 @@ def reshard(
     effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = ALONE,
 ) -> Conversion:
-    """Write a checkpoint again, cut so that every rank of ``layout`` reads only whole chunks.
+    """Rewrite a checkpoint so that every rank of ``layout`` reads only whole chunks.
 
-    Weights and optimizer state keep keys, shapes and bits; the common state, all objects and the small files come
-    along byte for byte.
+    Weights and optimizer state keep their keys, shapes and bits. The common state, all objects and the small files are
+    copied byte for byte.
 
     Args:
         checkpoint: Root of a Megatron checkpoint, or one ``iter_*`` or ``release`` directory in it.
         target: Checkpoint to create.
-        layout: What to cut for.
-        config: For checkpoints that do not tell their configuration, as in ``to_hf``.
-        weights_only: Leaves all optimizer state behind, as it must be where it lies in flat buffers.
-        output: How the checkpoint is written.
-        effort: How much of the machine to use.
+        layout: The layout to cut the chunks for.
+        config: Configuration for a checkpoint that has lost its own: a ``MistralConfig``, a config.json, or a directory
+            or hub id with one.
+        weights_only: Leave out all optimizer state. Needed if it is in flat buffers, which cannot be cut.
+        output: How to write the checkpoint.
+        effort: Threads and memory to use.
         ranks: The processes that share the work; by default this one alone.
 
     Returns:
-        What was written, or with ``output.dry_run`` would be.
+        The files that were written, or with ``output.dry_run`` would be.
 
     Raises:
-        LayoutError: The model cannot be cut so.
-        TensorMismatchError: Optimizer state lies in flat buffers, or belongs to no weight.
-        DistCkptMistralError: The checkpoint is damaged or contradicts itself, or ``target`` cannot be written. Then
-            nothing is published.
+        LayoutError: The model cannot be divided for this layout.
+        TensorMismatchError: Optimizer state is in flat buffers or belongs to no weight, or tensors of the model are
+            missing or of another shape.
+        ConfigError: There is no configuration, or configurations contradict each other.
+        FormatError: The checkpoint is damaged.
+        OutputError: ``target`` cannot be written. Nothing is published.
+
+    Example:
+        >>> dist_ckpt_mistral.reshard("ckpt", "resharded", ParallelLayout(tp=2, pp=2))  # doctest: +SKIP
     """
     return rewrite(
         Path(checkpoint),
         Path(target),
-        lambda stored: _cut_for(stored, layout, chosen_config(config), weights_only=weights_only),
+        lambda stored: _resharded(stored, layout, chosen_config(config), weights_only=weights_only),
         output=output,
         effort=effort,
         ranks=ranks,
     )
 
 
-def _cut_for(
+def _resharded(
     stored: StoredCheckpoint, layout: ParallelLayout, config: ChosenConfig | None, *, weights_only: bool
 ) -> Rewriting:
-    where = str(stored.directory)
-    known = matched(stored, checkpoint_config(stored, config))
-    _LOG.info("configuration: %s", known.agreed.source)
-    layout.check(known.agreed.config)
-    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
+    """All that is stored, or without optimizer state, with chunks for ``layout``."""
+    directory = str(stored.directory)
+    match = matched(stored, checkpoint_config(stored, config))
+    _LOG.info("configuration: %s", match.agreed.source)
+    layout.check(match.agreed.config)
     names = [*stored.tensors, *stored.objects]
     if weights_only:
-        left = {name: "optimizer state, which was not asked for" for name in names if is_optimizer_state(name)}
+        ignored = {name: "optimizer state, which was not asked for" for name in names if is_optimizer_state(name)}
     else:
-        left = {}
-        _require_no_flat_state(names, where)
-    kept = [name for name in stored.tensors if name not in left]
-    tensors = stored.index(kept)
-    cut = _cuts(known.found, {name: shapes[name] for name in kept}, layout, where)
+        ignored = {}
+        _require_no_flat_state(names, directory)
+    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items() if name not in ignored}
+    tensors = stored.index(shapes)
+    boxes = _chunk_boxes(match.found, shapes, layout, directory)
     return Rewriting(
         stored=stored,
-        config_from=known.agreed.source,
+        config_from=match.agreed.source,
         tensors=tensors,
-        chunks=[*_chunks(stored, tensors, cut)],
-        objects=new_objects(stored, left),
-        ignored=tuple(left.items()),
+        chunks=[*_chunks(stored, tensors, boxes)],
+        objects=new_objects(stored, ignored),
+        ignored=tuple(ignored.items()),
         options={
             "command": "reshard",
             "layout": repr(layout),
             "--weights-only": weights_only,
-            "configuration": known.agreed.config.to_hf(),
+            "configuration": match.agreed.config.to_hf(),
         },
     )
 
 
-def _chunks(stored: StoredCheckpoint, tensors: TensorIndex, cut: Mapping[str, list[ChunkBox]]) -> Iterator[NewChunk]:
-    """The new chunks, in a file for every rank that saves any. What is not the model's stays cut as it is."""
-    ranks = sorted({each.rank for group in cut.values() for each in group})
+def _chunks(stored: StoredCheckpoint, tensors: TensorIndex, boxes: Mapping[str, list[ChunkBox]]) -> Iterator[NewChunk]:
+    """The new chunks, in one file for every rank with chunks. Tensors without ``boxes`` keep their chunks."""
+    ranks = sorted({box.rank for boxes_of_tensor in boxes.values() for box in boxes_of_tensor})
     file_of = {rank: file for file, rank in enumerate(ranks)}
     for name, tensor in tensors.tensors.items():
         as_block = stored.tensors[name].stored_shape != tensor.global_shape
-        if name in cut:
-            boxes = [(each.offset, each.shape, file_of[each.rank]) for each in cut[name]]
+        if name in boxes:
+            chunks = [(box.offset, box.shape, file_of[box.rank]) for box in boxes[name]]
         else:
-            boxes = [(offset, shape, 0) for offset, shape in chunk_boxes(tensor)]
-        if as_block and len({shape for _, shape, _ in boxes}) > 1:  # only equal blocks can be stored so
-            boxes = [((0,) * len(tensor.global_shape), tensor.global_shape, boxes[0][2])]
-        for offset, shape, file in boxes:
+            chunks = [(offset, shape, 0) for offset, shape in chunk_boxes(tensor)]
+        if as_block and len({shape for _, shape, _ in chunks}) > 1:  # the blocks of a tensor must have equal shapes
+            chunks = [((0,) * len(tensor.global_shape), tensor.global_shape, chunks[0][2])]
+        for offset, shape, file in chunks:
             yield NewChunk(
                 mcore_key=name,
                 dtype=tensor.dtype,
@@ -133,30 +138,30 @@ def _chunks(stored: StoredCheckpoint, tensors: TensorIndex, cut: Mapping[str, li
             )
 
 
-def _require_no_flat_state(names: list[str], where: str) -> None:
+def _require_no_flat_state(names: list[str], directory: str) -> None:
     flat = sorted({name for name in map(flat_state, names) if name is not None})
     if flat:
         advice = FLAT_STATE_ADVICE.format(name=flat[0])
-        raise TensorMismatchError(f"{where} cannot be resharded as it is: {advice} That is what --weights-only does.")
+        raise TensorMismatchError(f"{directory} cannot be resharded as it is: {advice} --weights-only does that.")
 
 
-def _cuts(
-    found: CheckpointMap, shapes: Mapping[str, tuple[int, ...]], layout: ParallelLayout, where: str
+def _chunk_boxes(
+    checkpoint_map: CheckpointMap, shapes: Mapping[str, tuple[int, ...]], layout: ParallelLayout, directory: str
 ) -> dict[str, list[ChunkBox]]:
-    """The new chunks of all weights, and of all states of them: those are cut as their weights are."""
-    of_weights: dict[str, list[ChunkBox]] = defaultdict(list)
-    for cut in cut_chunks(found, shapes, layout):
-        of_weights[cut.name.removeprefix(found.prefix)].append(cut)
-    by_name = {group[0].name: group for group in of_weights.values()}
+    """The new chunks of all weights and their optimizer states. A state is cut as its weight."""
+    by_weight: dict[str, list[ChunkBox]] = defaultdict(list)
+    for box in cut_chunks(checkpoint_map, shapes, layout):
+        by_weight[box.name.removeprefix(checkpoint_map.prefix)].append(box)
+    by_name = {boxes[0].name: boxes for boxes in by_weight.values()}
     states = {name: split[1] for name in shapes if (split := split_state_key(name)) is not None}
-    prefix = model_prefix(states.values()) or found.prefix
+    prefix = model_prefix(states.values()) or checkpoint_map.prefix
     for name, key in states.items():
-        group = of_weights.get(key.removeprefix(prefix), [])
-        if not group or group[0].global_shape != shapes[name]:
-            expected = f"{list(group[0].global_shape)}, as its parameter" if group else "a state of a parameter"
+        boxes = by_weight.get(key.removeprefix(prefix), [])
+        if not boxes or boxes[0].global_shape != shapes[name]:
+            expected = f"{list(boxes[0].global_shape)}, as its parameter" if boxes else "a state of a parameter"
             raise TensorMismatchError(
-                f"cannot reshard {name!r} {list(shapes[name])} in {where}: expected {expected}. "
+                f"cannot reshard {name!r} {list(shapes[name])} in {directory}: expected {expected}. "
                 "Reshard the weights alone with --weights-only."
             )
-        by_name[name] = group
+        by_name[name] = boxes
     return by_name

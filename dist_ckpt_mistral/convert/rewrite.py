@@ -1,23 +1,29 @@
-"""Writing a stored checkpoint again as ``torch_dist``: what is no tensor keeps its bytes, tensors get new chunks."""
+"""Rewrite a checkpoint as ``torch_dist`` with new chunks, for ``reshard`` and ``migrate``."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.convert.conversion import Conversion
 from dist_ckpt_mistral.convert.journal import Recipe
-from dist_ckpt_mistral.convert.output import Checksums, NewFiles, NewManifest, Output, write_output
+from dist_ckpt_mistral.convert.output import (
+    Checksums,
+    NewFiles,
+    NewManifest,
+    Output,
+    source_directory,
+    write_output,
+)
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
-from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DIST, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
@@ -34,17 +40,23 @@ from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources, TargetFile
 
 _LOG = logging.getLogger(__name__)
-#: Files that were read and understood, wherever links lead.
+#: Files that may be links out of the checkpoint, because they are parsed before they are copied.
 _PARSED: Final = (common_state.COMMON_FILE, BACKEND_FILE)
 _DATA_SUFFIX: Final = ".distcp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rewriting:
-    """A checkpoint, and what to write of it.
+    """A checkpoint, and the content of its new version.
 
-    ``tensors`` are those that come along, ``chunks`` how they will be cut; ``objects`` are archives to take along, by
-    where they lie; ``ignored`` is what stays behind. ``options`` are what else the output depends on.
+    Args:
+        stored: The old checkpoint.
+        config_from: Source of the model configuration, in words.
+        tensors: The tensors to write.
+        chunks: The new chunks of these tensors.
+        objects: The objects to write, by the position of their archives in the old checkpoint.
+        ignored: Names of the entries that are left out, and the reasons.
+        options: Everything else that determines the output, in JSON types.
     """
 
     stored: StoredCheckpoint
@@ -57,28 +69,24 @@ class Rewriting:
 
     @property
     def step(self) -> Path:
-        """The iteration's directory in the output; the output itself for one that stands alone, whatever its name."""
+        """The iteration's directory in the output, or the output itself if the old directory has another name."""
         name = self.stored.directory.resolve().name
         return Path(name) if checkpoint_directory.iteration_of(name) is not None else Path()
 
     def index(self) -> TensorIndex:
-        """The tensors, and of the objects what is copied, as bytes."""
-        files = [*self.tensors.files]
-        number = {path: i for i, path in enumerate(files)}
+        """The source: all tensors, and the copied bytes of each object."""
+        numbers = {path: number for number, path in enumerate(self.tensors.files)}
         tensors = dict(self.tensors.tensors)
-        for entry, each in self.objects.items():
-            path = self.stored.directory / entry.file
-            if path not in number:
-                number[path] = len(files)
-                files.append(path)
-            key = each.keys[0]
-            tensors[key] = object_bytes(key, each.copied_bytes, file=number[path], position=entry.offset)
-        return TensorIndex(files=tuple(files), tensors=tensors)
+        for entry, new_object in self.objects.items():
+            file = numbers.setdefault(self.stored.directory / entry.file, len(numbers))
+            key = new_object.keys[0]
+            tensors[key] = object_bytes(key, new_object.copied_bytes, file=file, position=entry.offset)
+        return TensorIndex(files=tuple(numbers), tensors=tensors)
 
     def layout(self) -> CheckpointLayout:
-        """Where everything will lie."""
+        """The positions of all data in the new files."""
         objects = self.objects.values()
-        files = {*(chunk.file for chunk in self.chunks), *(each.file for each in objects)}
+        files = {*(chunk.file for chunk in self.chunks), *(new_object.file for new_object in objects)}
         return writer.lay_out(self.chunks, objects, num_files=1 + max(files, default=0))
 
 
@@ -91,40 +99,40 @@ def rewrite(
     effort: Effort,
     ranks: Ranks,
 ) -> Conversion:
-    """Write what ``choose`` says of ``checkpoint`` to ``target``; on all ranks, if there are several.
+    """Write to ``target`` what ``choose`` returns for the opened ``checkpoint``.
 
     Raises DistCkptMistralError; then nothing is published.
     """
 
     def find() -> tuple[Path, bytes | None]:
-        require_not_swapped(checkpoint, target, Kind.CHECKPOINT)
-        paths.require_apart(checkpoint, target)
-        paths.require_writable(target, overwrite=output.overwrite)
-        directory = resolve_directory(checkpoint)
+        directory = source_directory(checkpoint, target, output)
         return directory, _train_state(directory)
 
     def prepare() -> tuple[Sources, Rewriting, CheckpointLayout, BytePlan]:
         with Sources() as inputs:
             inputs.look_at(directory.rglob("*"))
             new = choose(stored_checkpoint.open_stored(directory))
-            written = new.layout()
-            into = written.index(new.step)
-            links = [whole(tensor.name, tensor.global_shape) for tensor in into.tensors.values()]
-            return inputs, new, written, plan_gather(new.index(), into, links)
+            layout = new.layout()
+            target_index = layout.index(new.step)
+            links = [whole(tensor.name, tensor.global_shape) for tensor in target_index.tensors.values()]
+            return inputs, new, layout, plan_gather(new.index(), target_index, links)
 
-    directory, train_state = ranks.on_first(find)  # for all ranks: training may save another iteration meanwhile
-    inputs, new, written, plan = ranks.each(prepare)
-    beside = dict(_beside(new.stored)) if ranks.is_first else {}
+    directory, train_state = ranks.on_first(find)  # once for all ranks: training may save another iteration meanwhile
+    inputs, new, layout, plan = ranks.each(prepare)
+    copied_files = dict(_files_to_copy(new.stored)) if ranks.is_first else {}
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
-        written.finish(targets, plan, checksums)
-        small_files.copy_files(beside, staging / new.step)
+        layout.finish(targets, plan, checksums)
+        small_files.copy_files(copied_files, staging / new.step)
         if new.stored.backend != TORCH_DIST:
             documents.write_bytes(staging / new.step / BACKEND_FILE, writer.BACKEND_JSON)
-        documents.write_bytes(staging / new.step / METADATA_FILE, written.metadata())
-        _write_root(new.step, train_state, staging)
+        documents.write_bytes(staging / new.step / METADATA_FILE, layout.metadata())
+        if train_state is not None:
+            documents.write_bytes(staging / TRAIN_STATE_FILE, train_state)
+        if checkpoint_directory.iteration_of(str(new.step)) is not None:
+            checkpoint_directory.write_tracker(staging, str(new.step))
 
-    sizes = written.file_sizes(new.step)
+    sizes = layout.file_sizes(new.step)
     files = NewFiles(
         plan=plan,
         file_bytes=sizes,
@@ -132,10 +140,17 @@ def rewrite(
         manifest=NewManifest(folder=new.step),
         checksums=True,
         recipe=Recipe.of(plan, inputs, new.options),
-        beside=[*beside.values()],
+        copied_files=[*copied_files.values()],
     )
     write_output(target, files, output=output, effort=effort, ranks=ranks)
-    return Conversion.of(target, plan, sizes, new, num_tensors=len(new.tensors.tensors))
+    return Conversion(
+        output=target,
+        config_from=new.config_from,
+        num_tensors=len(new.tensors.tensors),
+        num_bytes=plan.num_bytes,
+        files=sizes,
+        ignored=new.ignored,
+    )
 
 
 def chunk_boxes(tensor: IndexedTensor) -> list[tuple[Shape, Shape]]:
@@ -145,20 +160,24 @@ def chunk_boxes(tensor: IndexedTensor) -> list[tuple[Shape, Shape]]:
     return [(tuple(offset), tuple(shape)) for offset, shape in boxes] or [empty]
 
 
-def new_objects(stored: StoredCheckpoint, left: Mapping[str, str]) -> dict[Entry, NewObject]:
-    """The objects that come along, by where they lie: several keys may share one archive."""
+def new_objects(stored: StoredCheckpoint, ignored: Container[str]) -> dict[Entry, NewObject]:
+    """The objects to write, by the position of their archives; several keys may share one archive.
+
+    ``ignored`` has the keys that are left out.
+    """
     keys: dict[Entry, list[str]] = defaultdict(list)
     for key, entry in stored.objects.items():
-        if key not in left:
+        if key not in ignored:
             keys[entry].append(key)
     stored.require_whole({entry.file for entry in keys})
     return dict(zip(keys, for_all(lambda entry: _new_object(stored, entry, tuple(keys[entry])), keys), strict=True))
 
 
 def _new_object(stored: StoredCheckpoint, entry: Entry, keys: tuple[str, ...]) -> NewObject:
-    """An object as ``torch_dist`` has it, which is in a list.
+    """An object in the form of ``torch_dist``, which is a list of one.
 
-    Whoever loads it unpickles it: raises UnsafePickleError where its pickle asks for anything outside the allowlist.
+    An object of ``zarr`` is unpickled, as its readers will do. Raises UnsafePickleError if its pickle asks for anything
+    outside the allowlist.
     """
     if stored.backend == TORCH_DIST:
         return NewObject(keys=keys, copied_bytes=entry.num_bytes)
@@ -170,19 +189,19 @@ def _new_object(stored: StoredCheckpoint, entry: Entry, keys: tuple[str, ...]) -
     return NewObject(keys=keys, copied_bytes=copied_bytes, rest=rest)
 
 
-def _beside(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
-    """What lies beside the shards and comes along: common state, Hugging Face files, run configuration and the like.
+def _files_to_copy(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
+    """The names and paths of all files to copy: common state, Hugging Face files, run configuration and the like.
 
-    By name in the checkpoint. Links to directories are not entered.
+    Logs a warning for every file that is not copied. Links to directories are not entered.
     """
-    own = {METADATA_FILE, MANIFEST_FILE, *(() if old.backend == TORCH_DIST else (BACKEND_FILE,)), *old.file_bytes}
+    replaced = {METADATA_FILE, MANIFEST_FILE, *old.file_bytes, *([] if old.backend == TORCH_DIST else [BACKEND_FILE])}
     for path in sorted(old.directory.rglob("*")):
         relative = path.relative_to(old.directory)
         if relative.parts[0] in old.metadata.folders:
             continue
         if path.is_symlink() and path.is_dir():
             _LOG.warning("%s is a link to a directory: it stays behind", relative)
-        elif path.is_dir() or str(relative) in own:
+        elif path.is_dir() or str(relative) in replaced:
             continue
         elif not path.is_file() or (path.name not in _PARSED and paths.leads_outside(path, old.directory)):
             _LOG.warning("%s is no file, or a link out of the checkpoint: it stays behind", relative)
@@ -194,19 +213,8 @@ def _beside(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
             yield relative.as_posix(), path
 
 
-def _write_root(step: Path, train_state: bytes | None, root: Path) -> None:
-    """What stands beside the iteration's directory, if there is one: the tracker, and what Megatron-Bridge adds."""
-    if train_state is not None:
-        documents.write_bytes(root / TRAIN_STATE_FILE, train_state)
-    if checkpoint_directory.iteration_of(str(step)) is not None:
-        checkpoint_directory.write_tracker(root, str(step))
-
-
 def _train_state(directory: Path) -> bytes | None:
-    """Megatron-Bridge's own tracker beside the iteration's directory, if there is one, and it names this iteration.
-
-    A training that goes on will let it name another one.
-    """
+    """The content of Megatron-Bridge's tracker in the checkpoint root; None if there is none for this iteration."""
     step, path = directory.resolve().name, directory.resolve().parent / TRAIN_STATE_FILE
     if checkpoint_directory.iteration_of(step) is None or not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""A new Hugging Face directory: what its files hold, and what lies beside them."""
+"""``to-hf``: a new Hugging Face directory of a Megatron checkpoint, with its safetensors files and its other files."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy
 from dist_ckpt_mistral.convert.journal import Recipe
-from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, NewManifest, Output, write_output
+from dist_ckpt_mistral.convert.output import (
+    DEFAULT_OUTPUT,
+    Checksums,
+    NewFiles,
+    NewManifest,
+    Output,
+    source_directory,
+    write_output,
+)
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, require_not_swapped, resolve_directory
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
@@ -24,10 +32,11 @@ from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_megatr
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.config.quantization import described_method
 from dist_ckpt_mistral.model.table.rules import ParamState
-from dist_ckpt_mistral.storage import paths
 from dist_ckpt_mistral.storage.local import Sources, TargetFile
 
 _LOG = logging.getLogger(__name__)
+#: The values of ``weights``, and the state of the parameters that each exports.
+_STATES: Final = {"model": ParamState.WEIGHTS, "master": ParamState.MASTER}
 
 
 def to_hf(
@@ -49,58 +58,62 @@ def to_hf(
     Args:
         checkpoint: Root of a Megatron checkpoint, or one ``iter_*`` or ``release`` directory in it.
         hf: Directory to create.
-        config: For checkpoints that lost their configuration: a ``MistralConfig``, a config.json, or a directory or hub
-            id with one and the tokenizer. A directory also gives the vision tower and projector of a multimodal model,
-            which training in Megatron drops.
+        config: Configuration for a checkpoint that has lost its own: a ``MistralConfig``, a config.json, or a directory
+            or hub id with one. A directory or hub id also supplies the tokenizer, and the vision tower and projector
+            that training in Megatron drops from a multimodal model.
         weights: ``"model"``, or ``"master"`` for the optimizer's float32 copy of the weights.
         dtype: Converts all weights to ``"bfloat16"``, ``"float16"`` or ``"float32"``; None keeps the dtype of each.
-        allow_lossy: Warn where ``dtype`` destroys values (finite ones become infinite, others zero), and count them.
-        output: How the directory is written.
-        effort: How much of the machine to use.
+        allow_lossy: Accept that ``dtype`` makes values infinite or zero, and count them in a warning.
+        output: How to write the directory.
+        effort: Threads and memory to use.
         ranks: The processes that share the work; by default this one alone.
 
     Returns:
-        What was written, or with ``output.dry_run`` would be.
+        The files that were written, or with ``output.dry_run`` would be.
 
     Raises:
-        DistCkptMistralError: The checkpoint is damaged, contradicts itself or its configuration, or the directory
-            cannot be written; values would be destroyed without ``allow_lossy``. Then nothing is published.
+        ConfigError: There is no configuration, or configurations contradict each other.
+        FormatError: The checkpoint is damaged.
+        TensorMismatchError: Tensors are missing, unknown or of another shape.
+        OutputError: The directory cannot be written, or ``dtype`` destroys values. Nothing is published.
+
+    Example:
+        >>> dist_ckpt_mistral.to_hf("ckpt", "out").num_tensors  # doctest: +SKIP
+        291
     """
     checkpoint, target = Path(checkpoint), Path(hf)
-    state = _which_weights(weights)
+    if weights not in _STATES:
+        raise ConfigError(f"weights={weights!r} is not supported: expected one of {', '.join(_STATES)}")
 
     def find() -> Path:
         dtypes.require_weight_dtype(dtype)
-        require_not_swapped(checkpoint, target, Kind.CHECKPOINT)
-        paths.require_apart(checkpoint, target)
-        paths.require_writable(target, overwrite=output.overwrite)
-        return resolve_directory(checkpoint)
+        return source_directory(checkpoint, target, output)
 
     def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
-        given = given_directory(config, vision=True)
+        config_directory = given_directory(config, vision=True)
         with Sources() as inputs:
-            inputs.look_at([*directory.rglob("*"), *(given.iterdir() if given else ())])
-            opened = open_megatron(directory, config=chosen_config(config), state=state)
+            inputs.look_at([*directory.rglob("*"), *(config_directory.iterdir() if config_directory else ())])
+            opened = open_megatron(directory, config=chosen_config(config), state=_STATES[weights])
             require_equal_twins(opened)
-            source = completed(opened, given)
-            file_set = hf_files(source, dtype, output.max_file_bytes)
+            source = completed(opened, config_directory)
+            file_set = _files(source, dtype, output.max_file_bytes)
             plan = source.plan_into(file_set.tensor_index(target, source.table.usual_name))
         return inputs, source, file_set, plan
 
-    directory = ranks.on_first(find)  # once, for all ranks: training may save another iteration meanwhile
+    directory = ranks.on_first(find)  # once for all ranks: training may save another iteration meanwhile
     inputs, source, file_set, plan = ranks.each(prepare)
     _LOG.info("configuration: %s", source.config_from)
     if source.carried_from is not None:
         _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
-    given = given_directory(config)
-    carried = small_files.gathered([*([given] if given else ()), *source.assets])
-    beside = texts(source, file_set, carried)
-    inputs.look_at(carried.values())
+    config_directory = given_directory(config)
+    copied_files = small_files.gathered([*([config_directory] if config_directory else ()), *source.assets])
+    texts = _texts(source, file_set, copied_files)
+    inputs.look_at(copied_files.values())
 
     def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):
             targets[number].write(0, file.head)
-        small_files.write_small_files(staging, carried, beside)
+        small_files.write_small_files(staging, copied_files, texts)
 
     sizes = {name: file.num_bytes for name, file in file_set.files.items()}
     options = {"--weights": weights, "--dtype": dtype, "--max-file-size": output.max_file_bytes}
@@ -111,58 +124,59 @@ def to_hf(
         manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)),
         checksums=False,
         recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
-        beside=[*carried.values()],
+        copied_files=[*copied_files.values()],
         losses=LossPolicy(allowed=allow_lossy),
     )
     losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
-    return Conversion.of(target, plan, sizes, source, num_tensors=len(plan.segments), losses=losses)
+    return Conversion(
+        output=target,
+        config_from=source.config_from,
+        num_tensors=len(plan.segments),
+        num_bytes=plan.num_bytes,
+        files=sizes,
+        ignored=source.ignored,
+        losses=losses,
+    )
 
 
-def _which_weights(weights: str) -> ParamState:
-    """The state of the parameters that an option calls ``model`` or ``master``."""
-    states = {"model": ParamState.WEIGHTS, "master": ParamState.MASTER}
-    if weights not in states:
-        raise ConfigError(f"weights={weights!r} is not supported: expected one of {', '.join(states)}")
-    return states[weights]
+def _files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
+    """The files to write: the original ones if the tensors still fit them, else files as of ``save_pretrained``."""
+    hf_tensors = source.table.hf_tensors()
 
-
-def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
-    """The files to write: the original ones where they still fit the tensors, else as ``save_pretrained`` would."""
-    known = source.table.hf_tensors()
-
-    def stored(names: Iterable[str]) -> dict[str, tuple[str, Shape]]:
-        return {name: (dtype or source.dtype_of(known[name]), known[name].shape) for name in names}
+    def described(names: Iterable[str]) -> dict[str, tuple[str, Shape]]:
+        return {name: (dtype or source.dtype_of(hf_tensors[name]), hf_tensors[name].shape) for name in names}
 
     if source.hf_files is not None:
-        held = source.hf_files.by_name(str(source.path), source.table.usual_name)
-        original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in held.items()}
+        by_name = source.hf_files.by_name(str(source.path), source.table.usual_name)
+        original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in by_name.items()}
         is_whole = original.keys() <= source.links.keys() and not source.table.spelling(original).missing
-        if is_whole and original == stored(original):
+        if is_whole and original == described(original):
             return source.hf_files
-        _LOG.info("the tensors differ in name or dtype from the original files: the files are laid out anew")
-    usual = stored(tensor.hf_name for tensor in source.tensors if not tensor.is_alias)
-    tensors = [(name, *each) for name, each in usual.items()]
+        _LOG.info("the tensors differ in name or dtype from the original files: they are divided into new files")
+    usual = described(tensor.hf_name for tensor in source.tensors if not tensor.is_alias)
+    tensors = [(name, *dtype_and_shape) for name, dtype_and_shape in usual.items()]
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
 
 
-def texts(source: ModelSource, files: FileSet, carried: Mapping[str, Path]) -> dict[str, bytes | None]:
-    """What describes the weights in ``files``, by name: the text in ``carried`` where it is true of them; None is none.
+def _texts(source: ModelSource, files: FileSet, copied_files: Mapping[str, Path]) -> dict[str, bytes | None]:
+    """The content of config.json and of the index for ``files``; None if there is no index.
 
-    The index comes last, as it makes a model in several files visible.
+    A file in ``copied_files`` that describes ``files`` correctly keeps its bytes. The index is last, because it makes a
+    model in several files visible.
     """
     if method := described_method(source.config.hf_config or {}):
         _LOG.info("%s describes quantized weights (%s): that is left out, these are not quantized", CONFIG_FILE, method)
     return {
-        CONFIG_FILE: _config_json(source, files, carried.get(CONFIG_FILE)),
-        INDEX_FILE: files.index_json(carried.get(INDEX_FILE)),
+        CONFIG_FILE: _config_json(source, files, copied_files.get(CONFIG_FILE)),
+        INDEX_FILE: files.index_json(copied_files.get(INDEX_FILE)),
     }
 
 
 def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> bytes:
-    """config.json: the original text where it is still true, else with the dtype that most of the weights have.
+    """The content of config.json: the original bytes if they are correct, else with the dtype of most weights.
 
-    A text is true that says no dtype. So is one that says another than the weights have, if it came with these very
-    weights.
+    The original is correct if it has the values of ``source`` and either no dtype, the dtype of most weights, or any
+    dtype if it was imported with these very files.
     """
     sizes: Counter[str] = Counter()
     for file in files.files.values():
@@ -172,7 +186,7 @@ def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> 
     if source.config.hf_config is None:
         _LOG.warning(
             "config.json is made from %s, which has no bos_token_id, eos_token_id and pad_token_id: transformers takes "
-            "its defaults for this family. Give the original Hugging Face directory with --config to keep its own.",
+            "its defaults for this family. Give the original Hugging Face directory with --config to keep its values.",
             source.config_from,
         )
     content = source.config.to_hf()
@@ -185,6 +199,6 @@ def _config_json(source: ModelSource, files: FileSet, original: Path | None) -> 
 
 
 def _is_imported(source: ModelSource, files: FileSet, content: Mapping[str, Any]) -> bool:
-    """Whether configuration and files are those that an import left in the checkpoint."""
-    left = [folder / CONFIG_FILE for folder in source.assets if (folder / CONFIG_FILE).is_file()]
-    return files is source.hf_files and any(hf_directory.text_of(path, content) for path in left)
+    """Whether ``content`` and ``files`` are the configuration and the files that were imported into the checkpoint."""
+    imported = [folder / CONFIG_FILE for folder in source.assets if (folder / CONFIG_FILE).is_file()]
+    return files is source.hf_files and any(hf_directory.text_of(path, content) for path in imported)

@@ -1,4 +1,4 @@
-"""The directories of Megatron checkpoints: roots and iterations, and the files that say which is the latest."""
+"""The directories of Megatron checkpoints: roots, iterations, and the tracker files that name the latest iteration."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ from dist_ckpt_mistral.storage.local import SourceFiles
 
 _LOG = logging.getLogger(__name__)
 
-#: What every ``torch_dist`` checkpoint has, and what every checkpoint of any backend has.
+#: Every ``torch_dist`` checkpoint has the first, every checkpoint of either backend the second.
 METADATA_FILE: Final = ".metadata"
 BACKEND_FILE: Final = "metadata.json"
+#: Megatron-LM's tracker: a text file in the checkpoint root.
 TRACKER_FILE: Final = "latest_checkpointed_iteration.txt"
-_RELEASE: Final = "release"
-#: What symlink(2) says where a file system has no links.
-_NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+#: Megatron-Bridge's tracker in the root, a ``torch.save`` archive, and the same file in the directory of an iteration.
 TRAIN_STATE_FILE: Final = "latest_train_state.pt"
-#: The same in the directory of an iteration.
 ITERATION_TRAIN_STATE_FILE: Final = "train_state.pt"
+_RELEASE: Final = "release"
+#: The errors of symlink(2) on a file system without links.
+_NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 _STEP_BYTES: Final = 8
-#: The other values and their dtypes as Bridge saves them, in its order (training/checkpointing.py, 0.6.2). All are zero
-#: where nothing was trained.
-_OTHERS: Final[Mapping[str, str]] = {
+#: The values of a train state beside ``step``, and their dtypes, in Bridge's order (training/checkpointing.py, 0.6.2).
+#: All are zero where nothing was trained.
+_OTHER_VALUES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), "int64"),
     "floating_point_operations_so_far": "float32",
     **dict.fromkeys(("do_train", "do_valid", "do_test"), "bool"),
 }
-#: Iterations are below this; so is what Megatron-LM's tracker file may say.
+#: Iteration numbers are below this.
 MAX_STEP: Final = 10**18
 
 
 def latest_iteration(root: Path) -> Path:
-    """The directory of the iteration that the trackers in ``root``, of which there is one at least, call the latest.
+    """The directory of the latest iteration, as the trackers in ``root`` name it; there must be at least one.
 
     Raises FormatError where they are damaged, disagree, or name a directory that is absent or a link out of ``root``.
     """
@@ -64,7 +65,7 @@ def latest_iteration(root: Path) -> Path:
 
 
 def _tracked(tracker: Path) -> str:
-    """The directory that Megatron-LM's tracker file names."""
+    """The name of the directory that Megatron-LM's tracker file stands for."""
     step = documents.read_bytes(tracker).decode(errors="replace").strip()
     if step != _RELEASE and not re.fullmatch(r"\d{1,18}", step):
         raise FormatError(f"{tracker} should hold an iteration or {_RELEASE!r}, got {step[:40]!r}")
@@ -72,17 +73,17 @@ def _tracked(tracker: Path) -> str:
 
 
 def require_iteration(iteration: int | None) -> None:
-    """Raise ConfigError for a number that no directory and no tracker can have; None is a release."""
+    """Raise ConfigError unless ``iteration`` is None (a release) or a number that a tracker can name."""
     if iteration is not None and not (type(iteration) is int and 0 <= iteration < MAX_STEP):
         raise ConfigError(f"iteration: expected a whole number from 0 to {MAX_STEP - 1}, got {iteration!r}")
 
 
 def iteration_name(iteration: int | None) -> str:
-    """Megatron's directory name of an iteration; None is a release (weights without training state)."""
+    """Megatron's name of the directory of an iteration; None is a release (weights without training state)."""
     return _RELEASE if iteration is None else f"iter_{iteration:07d}"
 
 
-#: The files in a checkpoint root that say which directory is the latest, and how to read each.
+#: Tracker file in a checkpoint root -> function that reads the name of the latest iteration's directory from its path.
 TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
     TRACKER_FILE: _tracked,
     TRAIN_STATE_FILE: lambda path: iteration_name(read_step(path)),
@@ -90,9 +91,9 @@ TRACKERS: Final[Mapping[str, Callable[[Path], str]]] = {
 
 
 def iteration_of(directory_name: str) -> str | None:
-    """What the tracker says for a directory of this name: ``iter_0000500`` is ``500``; None if it is no iteration.
+    """The tracker's text for a directory name: ``500`` for ``iter_0000500``; None if no tracker can name it.
 
-    That is also ``iter_00000500``, which no tracker can name.
+    No tracker can name ``iter_00000500``.
     """
     if directory_name == _RELEASE:
         return _RELEASE
@@ -101,17 +102,17 @@ def iteration_of(directory_name: str) -> str | None:
 
 
 def is_iteration_name(directory_name: str) -> bool:
-    """Whether a user means an iteration by this name, be it there or not, and well written or not."""
+    """Whether a directory name looks like that of an iteration, also where no tracker can name it."""
     return directory_name == _RELEASE or re.fullmatch(r"iter_\d+", directory_name) is not None
 
 
 def write_tracker(root: Path, directory_name: str) -> None:
-    """Write the tracker file that names an iteration's directory in ``root`` the latest.
+    """Write Megatron-LM's tracker file in ``root``, so that it names an iteration's directory as the latest.
 
-    ``AutoBridge.load_megatron_model`` of Megatron-Bridge asks no tracker and takes the highest ``iter_*``
-    (models/conversion/auto_bridge.py, 0.6): it gets to a release by a link, where the file system has links. Bridge's
-    training goes by this file, unless there is a ``latest_train_state.pt``. That is not written, for Megatron-LM would
-    leave it as it is when it saves a later iteration.
+    For a release, ``iter_0000000`` becomes a link to it, where the file system has links: ``load_megatron_model`` of
+    Megatron-Bridge's AutoBridge reads no tracker and takes the highest ``iter_*`` (models/conversion/auto_bridge.py,
+    0.6). Bridge's training reads this tracker unless there is a ``latest_train_state.pt``. That one is not written,
+    because Megatron-LM would not update it when it saves a later iteration.
     """
     if directory_name == _RELEASE:
         try:
@@ -125,7 +126,7 @@ def write_tracker(root: Path, directory_name: str) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Scalar:
-    """A tensor as far as it matters: the key of its storage, the torch name of that, and its shape."""
+    """A tensor in a train state: the key of its storage, the storage's class name, and its shape in elements."""
 
     key: str
     storage: str
@@ -133,13 +134,13 @@ class _Scalar:
 
 
 def untrained(step: int) -> bytes:
-    """The train state of weights that are called iteration ``step``, and that Bridge has not trained."""
-    others = {name: (dtype, bytes(dtypes.itemsize_bytes(dtype))) for name, dtype in _OTHERS.items()}
+    """The content of a train state for weights at iteration ``step`` that Bridge has not trained."""
+    others = {name: (dtype, bytes(dtypes.itemsize_bytes(dtype))) for name, dtype in _OTHER_VALUES.items()}
     return scalars_archive({"step": ("int64", step.to_bytes(_STEP_BYTES, "little")), **others})
 
 
 def read_step(path: Path) -> int:
-    """The iteration that the train state at ``path`` names.
+    """The iteration in the train state at ``path``.
 
     Raises FormatError where it is not a train state, UnsafePickleError where its pickle asks for more than tensors.
     """
@@ -162,7 +163,7 @@ def read_step(path: Path) -> int:
 
 
 def _find(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
-    """The allowlist: plain tensors, nothing else."""
+    """The allowlist of a train state: plain tensors, nothing else."""
     if module == "torch" and name.endswith("Storage"):
         return name
     return {
@@ -172,7 +173,7 @@ def _find(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kin
 
 
 def _persistent(pid: Any) -> tuple[str, str]:  # noqa: ANN401  (from a pickle)
-    """torch.save's persistent id: ("storage", type, key, device, elements)."""
+    """(key, class name) of a storage, from torch.save's persistent id ("storage", type, key, device, elements)."""
     kind, storage, key, _, _ = pid
     if kind != "storage" or not isinstance(key, str) or not key.isdecimal():
         raise FormatError(f"an unexpected persistent object {short(pid)}")
@@ -180,5 +181,6 @@ def _persistent(pid: Any) -> tuple[str, str]:  # noqa: ANN401  (from a pickle)
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, *_: Any) -> _Scalar:  # noqa: ANN401  (from a pickle)
+    """Stands in for ``_rebuild_tensor_v2``. A view gets a shape that no scalar has."""
     key, name = storage
     return _Scalar(key, name, shape if offset == 0 else (-1,))

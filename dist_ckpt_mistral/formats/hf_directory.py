@@ -1,4 +1,4 @@
-"""Hugging Face model directories: which files hold which tensors, and the texts that describe them."""
+"""Hugging Face model directories: which safetensors files hold which tensors, and the JSON files that describe them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.places import (
     CONFIG_FILE,
+    CONSOLIDATED_FILE,
+    CONSOLIDATED_INDEX_FILE,
     INDEX_FILE,
-    OWN_INDEX_FILE,
-    OWN_SINGLE_FILE,
     SINGLE_FILE,
     Kind,
     locate,
@@ -32,40 +32,40 @@ from dist_ckpt_mistral.storage import documents, paths
 _LOG = logging.getLogger(__name__)
 
 _SAFETENSORS: Final = ".safetensors"
-#: Where the data of tensors lie: name of the file -> name of the tensor -> span, ascending.
+#: Name of the file -> name of the tensor -> byte span of its data in the file, ascending.
 TensorSpans = Mapping[str, Mapping[str, Span]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSet:
-    """The files of one model by name, and the ``metadata`` of their index (empty for a single file)."""
+    """The safetensors files of one model by name, and the ``metadata`` of their index (empty without an index)."""
 
     files: Mapping[str, SafetensorsFile]
     index_metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def tensors(self, name_of: Callable[[str], str] = str) -> Iterator[FileTensor]:
-        """The tensors of all files, under the names that ``name_of`` makes of theirs."""
-        return (replace(each, name=name_of(each.name)) for file in self.files.values() for each in file.tensors)
+        """The tensors of all files, renamed by ``name_of``."""
+        return (replace(tensor, name=name_of(tensor.name)) for file in self.files.values() for tensor in file.tensors)
 
     def by_name(
         self, where: str, name_of: Callable[[str], str] = str
     ) -> dict[str, tuple[int, SafetensorsFile, FileTensor]]:
-        """The tensors, each with its file and that file's number, under the names that ``name_of`` makes of theirs.
+        """Tensor name -> (number of its file, the file, the tensor), with names changed by ``name_of``.
 
-        Raises FormatError if two would get the same.
+        Raises FormatError, which calls the files ``where``, if two tensors get the same name.
         """
-        found: dict[str, tuple[int, SafetensorsFile, FileTensor]] = {}
+        tensors: dict[str, tuple[int, SafetensorsFile, FileTensor]] = {}
         for number, file in enumerate(self.files.values()):
             for tensor in file.tensors:
-                _, _, other = found.setdefault(name_of(tensor.name), (number, file, tensor))
+                _, _, other = tensors.setdefault(name_of(tensor.name), (number, file, tensor))
                 if other is not tensor:
                     raise FormatError(f"{where} holds the same tensor as {other.name!r} and as {tensor.name!r}")
-        return found
+        return tensors
 
     def tensor_index(self, directory: Path, name_of: Callable[[str], str] = str) -> TensorIndex:
-        """Where every tensor lies, with the files under ``directory``: existing or planned.
+        """The position of every tensor in the files, which exist or are planned in ``directory``.
 
-        ``name_of`` is as in ``by_name``, and so is what is raised.
+        ``name_of`` and errors are those of ``by_name``.
         """
         tensors = {
             name: IndexedTensor.whole(
@@ -76,20 +76,21 @@ class FileSet:
         return TensorIndex(files=tuple(directory / name for name in self.files), tensors=tensors)
 
     def index_json(self, original: Path | None = None) -> bytes | None:
-        """The text of ``model.safetensors.index.json``: that of ``original`` where it is true of these files.
+        """The content of ``model.safetensors.index.json``; None for a model in one file, which needs none.
 
-        Else it is as transformers writes it, with the metadata that an index had, but ``total_size`` in bytes of data;
-        None for a model in one file. An original with the metadata of these files is true whatever ``total_size`` says.
+        The text of the file ``original`` is kept where it describes these files: the same ``weight_map``, and metadata
+        that is ``index_metadata`` (whatever its ``total_size``) or contradicts none of the new. Otherwise the content
+        is what transformers writes, with ``index_metadata`` and ``total_size`` in bytes of tensor data.
         """
         tensors = [(tensor, name) for name, file in self.files.items() for tensor in file.tensors]
         weight_map = {tensor.name: name for tensor, name in tensors}
         metadata = {**self.index_metadata, "total_size": sum(tensor.end - tensor.begin for tensor, _ in tensors)}
         if original is not None:
             text = documents.read_bytes(original)
-            said = documents.parse_json(text, str(original))
-            about = said["metadata"] if isinstance(said.get("metadata"), dict) else {}
+            content = documents.parse_json(text, str(original))
+            about = content["metadata"] if isinstance(content.get("metadata"), dict) else {}
             is_true = about == self.index_metadata or about.items() <= metadata.items()
-            if is_true and said.get("weight_map") == weight_map:
+            if is_true and content.get("weight_map") == weight_map:
                 return text
         if list(self.files) == [SINGLE_FILE]:
             return None
@@ -97,59 +98,56 @@ class FileSet:
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
     def names(self) -> list[str]:
-        """The names of the tensors of all files."""
+        """The names of all tensors."""
         return [tensor.name for tensor in self.tensors()]
 
     @property
     def num_tensors(self) -> int:
-        """Of all files."""
+        """Number of tensors in all files."""
         return sum(len(file.tensors) for file in self.files.values())
 
     def to_record(self) -> dict[str, Any]:
-        """Plain values from which ``from_record`` makes the same file set."""
+        """JSON values for the record in a checkpoint, from which ``from_record`` makes an equal file set."""
         headers = {name: file.header for name, file in self.files.items()}
         return {"headers": headers, "index_metadata": dict(self.index_metadata)}
 
     @classmethod
     def from_record(cls, record: object, where: str) -> FileSet:
-        """Read what ``to_record`` gave, after a journey. Raises FormatError if it is not that any more."""
+        """The file set that ``to_record`` recorded in the checkpoint ``where``. Raises FormatError if it is damaged."""
         headers = record.get("headers") if isinstance(record, dict) else None
         metadata = record.get("index_metadata") if isinstance(record, dict) else None
         if not isinstance(headers, dict) or not isinstance(metadata, dict):
             raise FormatError(f"the layout of the Hugging Face files in {where} is damaged")
         for name in headers:
             _require_file_name(name, where)
-        found = cls(
-            files={
-                name: parse_header(str(text).encode(), f"the header of {name} in {where}")
-                for name, text in headers.items()
-            },
-            index_metadata=metadata,
-        )
-        if found.num_tensors > len({tensor.name for file in found.files.values() for tensor in file.tensors}):
+        files = {
+            name: parse_header(str(text).encode(), f"the header of {name} in {where}") for name, text in headers.items()
+        }
+        file_set = cls(files=files, index_metadata=metadata)
+        if file_set.num_tensors > len({*file_set.names()}):
             raise FormatError(f"the layout of the Hugging Face files in {where} has a tensor in two files")
-        return found
+        return file_set
 
 
 def read_directory(directory: Path) -> FileSet:
-    """Read the headers of the model files of a Hugging Face directory, or of one in Mistral AI's own rendering.
+    """Read the headers of the model files in a Hugging Face directory, or of Mistral AI's consolidated files.
 
-    Raises FormatError where it is none, for files that the index names and that are absent (all of them), where index
-    and files disagree about what is where, and where a single file and the files of an index are two models.
+    Raises FormatError where the directory is neither, where files that the index names are absent (it lists all), where
+    index and files disagree about which file has which tensor, and where a single file and an index are two models.
     """
-    is_own = locate(directory, Kind.HF, Kind.OWN).kind is Kind.OWN
-    single, index_file = (OWN_SINGLE_FILE, OWN_INDEX_FILE) if is_own else (SINGLE_FILE, INDEX_FILE)
+    is_consolidated = locate(directory, Kind.HF, Kind.CONSOLIDATED).kind is Kind.CONSOLIDATED
+    single, index_file = (CONSOLIDATED_FILE, CONSOLIDATED_INDEX_FILE) if is_consolidated else (SINGLE_FILE, INDEX_FILE)
     present = {path.name for path in directory.iterdir() if path.is_file()}
     index = _read_index(directory / index_file) if index_file in present else None
     weight_map = index["weight_map"] if index is not None else {}
-    if index is not None and single in present and _counts_alone(directory, single, index_file, {*weight_map.values()}):
+    if index is not None and single in present and _is_stale(directory, single, index_file, {*weight_map.values()}):
         index = None
-    _require_no_others_named(directory, single if index is None else index_file)
+    _require_no_other_weights(directory, single if index is None else index_file)
     names = sorted(set(weight_map.values())) if index is not None else [single]
     absent = [name for name in names if name not in present]
     if absent and index is not None:
         raise FormatError(f"{index_file} in {directory} names files that are absent: {listed(absent)}. Get them first.")
-    files = {name: _countable(read_header(directory / name), directory / name) for name in names}
+    files = {name: _read_countable(directory / name) for name in names}
     if index is None:
         return FileSet(files=files)
     _require_as_indexed(weight_map, files, directory / index_file)
@@ -157,11 +155,12 @@ def read_directory(directory: Path) -> FileSet:
     return FileSet(files=files, index_metadata=metadata if isinstance(metadata, dict) else {})
 
 
-def _counts_alone(directory: Path, single: str, index_file: str, indexed: set[str]) -> bool:
-    """Whether a single file is the model, and not an index beside it that names the files ``indexed``.
+def _is_stale(directory: Path, single: str, index_file: str, indexed: set[str]) -> bool:
+    """Whether the index, which names the files ``indexed``, is a leftover beside the single file of the model.
 
-    transformers loads the single file without a look at the index (5.24, modeling_utils.py,
-    ``_get_resolved_checkpoint_files``), be it what an older save left. Raises FormatError where the index may be meant.
+    transformers loads the single file without looking at the index, even where the single file is the leftover of an
+    older save (5.24, modeling_utils.py, ``_get_resolved_checkpoint_files``). Raises FormatError if the index's files
+    exist too, so that either may be meant.
     """
     others = sorted(indexed - {single})
     if any((directory / name).exists() for name in others):
@@ -174,8 +173,8 @@ def _counts_alone(directory: Path, single: str, index_file: str, indexed: set[st
     return bool(others)
 
 
-def _require_no_others_named(directory: Path, read: str) -> None:
-    """Refuse a config.json whose ``transformers_weights`` names another file: transformers looks there first."""
+def _require_no_other_weights(directory: Path, read: str) -> None:
+    """Refuse a config.json whose ``transformers_weights`` names another file than ``read``: transformers prefers it."""
     path = directory / CONFIG_FILE
     config = documents.read_json(path) if path.is_file() else {}
     named = config.get("transformers_weights")
@@ -187,7 +186,7 @@ def _require_no_others_named(directory: Path, read: str) -> None:
 
 
 def warn_of_files_not_read(directory: Path, files: FileSet) -> None:
-    """Name the weights in ``directory`` that are not among the ``files`` of the model."""
+    """Log a warning that names the safetensors files in ``directory`` that are not among the model's ``files``."""
     names = {path.name for path in directory.iterdir() if path.name.endswith(_SAFETENSORS)} - files.files.keys()
     if names:
         _LOG.warning(
@@ -195,8 +194,9 @@ def warn_of_files_not_read(directory: Path, files: FileSet) -> None:
         )
 
 
-def _countable(file: SafetensorsFile, path: Path) -> SafetensorsFile:
-    """The format has numbers of 64 bits: empty tensors may exceed what can be counted here."""
+def _read_countable(path: Path) -> SafetensorsFile:
+    """The header of ``path``. Refuses shapes that fit in the format's 64 bits, but not in numpy's 63."""
+    file = read_header(path)
     for tensor in file.tensors:
         if not is_countable(tensor.shape):
             raise FormatError(f"shape of {tensor.name!r} in {path}: {list(tensor.shape)} is too large to be counted")
@@ -204,7 +204,7 @@ def _countable(file: SafetensorsFile, path: Path) -> SafetensorsFile:
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """The index, with a sound ``weight_map``."""
+    """The content of an index. Raises FormatError unless its ``weight_map`` names plain safetensors files."""
     index = documents.read_json(path)
     if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
         raise FormatError(f"{path} has no weight_map")
@@ -214,13 +214,15 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _require_file_name(name: object, where: str) -> None:
+    """Raise FormatError unless ``name`` is the plain name of a safetensors file, without folders."""
     if not isinstance(name, str) or not name.endswith(_SAFETENSORS) or not paths.is_plain_name(name):
         raise FormatError(f"{where} names {short(name)}: expected the plain name of a .safetensors file")
 
 
 def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile], index: Path) -> None:
-    held = {(tensor.name, name) for name, file in files.items() for tensor in file.tensors}
-    wrong = sorted(held ^ set(weight_map.items()))
+    """Raise FormatError unless ``weight_map`` lists exactly the tensors of ``files``, each in its file."""
+    stored = {(tensor.name, name) for name, file in files.items() for tensor in file.tensors}
+    wrong = sorted(stored ^ set(weight_map.items()))
     if wrong:
         listing = listed([f"{tensor} ({name})" for tensor, name in wrong])
         raise FormatError(
@@ -231,8 +233,8 @@ def _require_as_indexed(weight_map: Mapping[str, str], files: Mapping[str, Safet
 def plan_files(tensors: Sequence[tuple[str, str, Shape]], *, max_file_bytes: int) -> FileSet:
     """Distribute ``(name, dtype, shape)`` over files in order, as transformers' ``save_pretrained`` does.
 
-    A tensor larger than a file gets one of its own, and the file before it goes on being filled (huggingface_hub 2.4,
-    serialization/_base.py).
+    A tensor larger than ``max_file_bytes`` gets a file of its own, and the tensors after it continue the file before it
+    (huggingface_hub 2.4, serialization/_base.py).
     """
     groups: list[list[tuple[str, str, Shape]]] = []
     group: list[tuple[str, str, Shape]] = []
@@ -257,19 +259,19 @@ def plan_files(tensors: Sequence[tuple[str, str, Shape]], *, max_file_bytes: int
 
 
 def config_json(content: Mapping[str, Any], original: Path | None) -> bytes:
-    """The text of a config.json with this ``content``: that of ``original`` where it says the same."""
+    """The text of a config.json with this ``content``; the text of ``original`` where its content is equal."""
     return text_of(original, content) or (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def text_of(path: Path | None, content: Mapping[str, Any]) -> bytes | None:
-    """The text of a JSON file if there is one, and it says just this ``content``."""
+    """The text of the JSON file ``path`` if its content equals ``content``; otherwise, and without a path, None."""
     text = None if path is None else documents.read_bytes(path)
     return text if text is not None and documents.parse_json(text, str(path)) == content else None
 
 
 def tensor_spans(files: FileSet) -> TensorSpans:
-    """Where the tensors of safetensors files lie."""
+    """The byte span of every tensor's data in its file."""
     return {
-        name: {t.name: Span(file.data_start + t.begin, t.end - t.begin) for t in file.tensors}
+        name: {tensor.name: Span(file.data_start + tensor.begin, tensor.end - tensor.begin) for tensor in file.tensors}
         for name, file in files.files.items()
     }

@@ -1,9 +1,10 @@
-"""``integrity.json``: the SHA-256 of every file in a directory, as megatron-core 0.18 and newer write and verify it.
+"""``integrity.json``: the SHA-256 of every file in a directory, as megatron-core 0.17.1 and newer write and verify it.
 
-``{"algorithm": "sha256", "files": {name: hex}}``, without itself (megatron-core 0.19, ``save_integrity_manifest`` and
-``verify_integrity_manifest`` in dist_checkpointing/validation.py). Its verification opens every name that it finds,
-relative to the directory, and ignores other keys. So files in folders are listed here too, and ``crc32`` tells the
-CRC-32 of the data of every tensor in safetensors files, to name the damaged one: Megatron's files bring their own.
+The content is ``{"algorithm": "sha256", "files": {name: hex}}``, without the file itself (megatron-core 0.19,
+``save_integrity_manifest`` and ``verify_integrity_manifest`` in dist_checkpointing/validation.py). Megatron's
+verification opens every listed name relative to the directory and ignores other keys. This package therefore lists
+files in folders too, and adds ``crc32``: the CRC-32 of each tensor's data in safetensors files, so that ``verify`` can
+name the damaged tensor. Megatron's own archives already contain CRC-32.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ _CRC32: Final = re.compile(r"[0-9a-f]{8}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """SHA-256 by file and CRC-32 by tensor, both in hexadecimal; names are relative to the manifest's directory."""
+    """SHA-256 by file and CRC-32 by tensor, in hexadecimal; file names are relative to the manifest's directory."""
 
     files: Mapping[str, str]
     crc32: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """The content of the file, the same for the same files."""
+        """The content of the file, independent of the order of ``files`` and ``crc32``."""
         content = {"algorithm": _ALGORITHM, "files": dict(sorted(self.files.items()))}
         content |= {"crc32": dict(sorted(self.crc32.items()))} if self.crc32 else {}
-        return json.dumps(content, indent=2).encode()  # ASCII: names of files need not be UTF-8
+        return json.dumps(content, indent=2).encode()  # ASCII, because file names need not be UTF-8
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest in ``directory``, if there is one. Raises FormatError unless it is one, whole."""
+    """The manifest in ``directory``, if there is one. Raises FormatError if it is damaged or names files outside."""
     path = directory / MANIFEST_FILE
     if not path.is_file():
         return None
@@ -47,7 +48,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     if content.get("algorithm") != _ALGORITHM:
         raise FormatError(f"algorithm in {path}: expected {_ALGORITHM!r}, got {content.get('algorithm')!r}")
     files, crc32 = content.get("files"), content.get("crc32", {})
-    if not _are_sums(files, _SHA256) or not _are_sums(crc32, _CRC32):
+    if not _are_checksums(files, _SHA256) or not _are_checksums(crc32, _CRC32):
         raise FormatError(f"{path} is damaged: expected names with a SHA-256 under 'files', a CRC-32 under 'crc32'")
     outside = [name for name in files if not _is_inside(name)]
     if outside:
@@ -55,16 +56,18 @@ def read_manifest(directory: Path) -> Manifest | None:
     return Manifest(files=files, crc32=crc32)
 
 
-def _are_sums(value: object, pattern: re.Pattern[str]) -> TypeGuard[dict[str, str]]:
-    return isinstance(value, dict) and all(isinstance(each, str) and pattern.fullmatch(each) for each in value.values())
+def _are_checksums(value: object, pattern: re.Pattern[str]) -> TypeGuard[dict[str, str]]:
+    """Whether ``value`` is a dict whose values are checksums of the form ``pattern``."""
+    return isinstance(value, dict) and all(isinstance(text, str) and pattern.fullmatch(text) for text in value.values())
 
 
 def _is_inside(name: str) -> bool:
+    """Whether a name is a normalized relative path without ``..``."""
     path = PurePosixPath(name)
     return str(path) == name and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def files_in(directory: Path) -> list[str]:
-    """The files in ``directory`` and below that a manifest of it lists, by name."""
+    """The names of all files in ``directory`` and below, relative to it and sorted, without the manifest."""
     paths = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     return [path.as_posix() for path in paths if path != Path(MANIFEST_FILE)]

@@ -1,6 +1,7 @@
-"""What a path or name is that a user gave: one table, by which every command opens what it reads and refuses the rest.
+"""Recognise what a path that a user gave is: a checkpoint, a Hugging Face directory, or one of many other things.
 
-A row recognises a directory by the names in it, or a file by its own. No file is opened, but the trackers of a
+One table of rows recognises files by their name, and directories by the names in them. Every command opens its inputs
+through it, so that all refuse the same things with the same advice. No file is opened except the trackers of a
 checkpoint root.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import itertools
 import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -26,57 +28,70 @@ from dist_ckpt_mistral.storage import hub, paths
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-#: The same of Mistral AI's own rendering of a release, beside ``params.json``.
-OWN_SINGLE_FILE: Final = "consolidated.safetensors"
-OWN_INDEX_FILE: Final = "consolidated.safetensors.index.json"
+#: The files of Mistral AI's own format, beside ``params.json``.
+CONSOLIDATED_FILE: Final = "consolidated.safetensors"
+CONSOLIDATED_INDEX_FILE: Final = "consolidated.safetensors.index.json"
 CONFIG_FILE: Final = "config.json"
 PARAMS_FILE: Final = "params.json"
+#: The most names of files that an error lists.
+_MOST_NAMES: Final = 5
+#: Limits of the search for a model that an error can name: levels of folders, and number of folders.
+_MOST_DEEP: Final = 3
+_MOST_DIRECTORIES: Final = 500
+_HF_WEIGHTS: Final = ((SINGLE_FILE,), (INDEX_FILE,))
+_CONSOLIDATED_WEIGHTS: Final = ((CONSOLIDATED_FILE,), (CONSOLIDATED_INDEX_FILE,))
+_NO_HF_WEIGHTS: Final = f"it holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+_AS_SAFETENSORS: Final = "Get the model's safetensors, or save it anew with transformers (save_pretrained)."
+#: The directory's own name, with this prefix, is among the names that rows match.
+_ITSELF: Final = "./"
 
 
 class Kind(Enum):
-    """What a place is, as far as commands differ by it."""
+    """The kinds of places that commands treat differently."""
 
     HF = "Hugging Face directory"
-    OWN = "directory of Mistral AI's own files"
+    CONSOLIDATED = "directory of Mistral AI's own files"
     CHECKPOINT = "Megatron checkpoint"
-    #: A checkpoint whose save has not finished, or that is damaged, as a model may be.
+    #: A checkpoint or model whose save has not finished, or that is damaged.
     BROKEN = "unfinished checkpoint"
-    #: No weights that are read; a configuration may be there.
+    #: There may be a configuration, but no weights in a format that is read.
     WEIGHTLESS = "directory without weights that are read"
-    #: A checkpoint root, which ``what_is`` follows to its latest iteration.
+    #: ``what_is`` follows the root to its latest iteration.
     ROOT = "root of a Megatron checkpoint"
     MISSING = "nothing"
     OTHER = "something else"
 
 
-#: What a command says that it expected. Kinds that are only variants of these are not listed.
+#: The kinds that an error says a command expects. It does not name variants of these.
 _EXPECTED: Final = {
     Kind.HF: "a Hugging Face model directory",
     Kind.CHECKPOINT: "a Megatron checkpoint that can be read",
 }
-_READ: Final = (Kind.HF, Kind.OWN, Kind.CHECKPOINT)
+_READ: Final = (Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What is at ``path``: a clause that begins with "it" or "there", and what a user can do who expected other things.
+    """What is at ``path``: its kind, a clause for errors that begins with "it" or "there", and advice for the user.
 
-    ``path`` is what was given, but the iteration's directory where that was a checkpoint root, and the snapshot where
-    it was a hub id. ``looked_into`` says whether a model may lie in one of its folders.
+    For a checkpoint root, ``path`` is the directory of its latest iteration; for a hub id, the downloaded snapshot.
+    ``is_searched`` says whether an error looks for a model in the folders of this place.
     """
 
     path: Path
     kind: Kind
     what: str
     advice: str = ""
-    looked_into: bool = False
+    is_searched: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """``marks`` are alternatives: each lists patterns, all of which must match some name. Folders end in a slash.
+    """One row of the table: the names by which it recognises a place, and what it says of it.
 
-    ``{files}`` in the texts stands for the names that matched, ``{parent}`` for the directory around.
+    ``marks`` are alternatives: each lists patterns, and every pattern must match a name. No name may match ``without``.
+    Names of folders end in a slash. In the texts, ``{files}`` stands for the names that matched and ``{parent}`` for
+    the directory around the place.
     """
 
     marks: Sequence[Sequence[str]]
@@ -84,38 +99,27 @@ class _Row:
     kind: Kind = Kind.OTHER
     what: str
     advice: str = ""
-    looked_into: bool = False
+    is_searched: bool = False
 
     def place(self, path: Path, names: Collection[str]) -> Place | None:
-        """The place, if this row recognises it."""
+        """The place at ``path`` if this row recognises its ``names``, else None."""
         if any(_matching(names, pattern) for pattern in self.without):
             return None
         for marks in self.marks:
-            found = [_matching(names, pattern) for pattern in marks]
-            if all(found):
-                files = listed(sorted({name for group in found for name in group})[:_MOST_NAMES])
+            matches = [_matching(names, pattern) for pattern in marks]
+            if all(matches):
+                files = listed(sorted({*itertools.chain.from_iterable(matches)})[:_MOST_NAMES])
                 what, advice = (text.format(files=files, parent=path.parent) for text in (self.what, self.advice))
-                return Place(path=path, kind=self.kind, what=what, advice=advice, looked_into=self.looked_into)
+                return Place(path=path, kind=self.kind, what=what, advice=advice, is_searched=self.is_searched)
         return None
 
 
 def _matching(names: Collection[str], pattern: str) -> list[str]:
-    """Those of ``names`` that match. Most patterns are names, and a directory may hold a hundred thousand files."""
+    """The ``names`` that match ``pattern``. A plain name is looked up: there may be a hundred thousand names."""
     return fnmatch.filter(names, pattern) if set(pattern) & {*"*["} else [pattern] * (pattern in names)
 
 
-_MOST_NAMES: Final = 5
-#: How deep, and in how many directories at most, a model is looked for that an error could name.
-_MOST_DEEP: Final = 3
-_MOST_DIRECTORIES: Final = 500
-_HF_WEIGHTS: Final = ((SINGLE_FILE,), (INDEX_FILE,))
-_OWN_WEIGHTS: Final = ((OWN_SINGLE_FILE,), (OWN_INDEX_FILE,))
-_NO_HF_WEIGHTS: Final = f"it holds neither {SINGLE_FILE} nor {INDEX_FILE}"
-_AS_SAFETENSORS: Final = "Get the model's safetensors, or save it anew with transformers (save_pretrained)."
-#: The name of the directory itself stands among those in it, behind this.
-_ITSELF: Final = "./"
-
-#: Files, by their own name.
+#: Rows for files.
 _FILES: Final = (
     _Row(
         marks=(("*.gguf",),),
@@ -150,7 +154,7 @@ _FILES: Final = (
     _Row(marks=(("*",),), what="it is a file", advice="Give a directory."),
 )
 
-#: Directories, by the names in them; the first row that fits counts.
+#: Rows for directories. The first that matches counts.
 _DIRECTORIES: Final = (
     # transformers 5 loads the adapter too where the directory holds the model it belongs to (integrations/peft.py,
     # maybe_load_adapters).
@@ -161,17 +165,19 @@ _DIRECTORIES: Final = (
         "If the weights are merged already, remove {files}.",
     ),
     _Row(
-        marks=[(*weights, mark) for weights in _HF_WEIGHTS + _OWN_WEIGHTS for mark in (METADATA_FILE, *TRACKERS)],
+        marks=[
+            (*weights, mark) for weights in _HF_WEIGHTS + _CONSOLIDATED_WEIGHTS for mark in (METADATA_FILE, *TRACKERS)
+        ],
         what="it holds a model and a checkpoint ({files})",
         advice="Give the directory of one iteration, or move one of the two elsewhere.",
     ),
     _Row(
-        marks=[(*hf, *own) for hf in _HF_WEIGHTS for own in _OWN_WEIGHTS],
+        marks=[(*hf, *consolidated) for hf in _HF_WEIGHTS for consolidated in _CONSOLIDATED_WEIGHTS],
         without=(CONFIG_FILE,),
         what=f"it holds two renderings of a model ({{files}}) and no {CONFIG_FILE}",
         advice=f"Get {CONFIG_FILE}, which goes with {SINGLE_FILE}, or move one of the two elsewhere.",
     ),
-    # Beside these, Mistral AI's own files are not read: transformers looks for no others (5.24, modeling_utils.py,
+    # Where both are present, Mistral AI's consolidated files are not read, as in transformers (5.24, modeling_utils.py,
     # _get_resolved_checkpoint_files).
     _Row(
         marks=_HF_WEIGHTS,
@@ -180,8 +186,8 @@ _DIRECTORIES: Final = (
         advice="from-hf makes a checkpoint of it.",
     ),
     _Row(
-        marks=_OWN_WEIGHTS,
-        kind=Kind.OWN,
+        marks=_CONSOLIDATED_WEIGHTS,
+        kind=Kind.CONSOLIDATED,
         what="it is a directory of Mistral AI's own files",
         advice="from-hf makes a checkpoint of it.",
     ),
@@ -197,7 +203,7 @@ _DIRECTORIES: Final = (
         kind=Kind.ROOT,
         what="it is the root of a checkpoint ({files})",
     ),
-    # Megatron's --ckpt-format torch (training/checkpointing.py, _get_checkpoint_format, 0.19); NeMo 1's has tp_rank_*
+    # Megatron's --ckpt-format torch (training/checkpointing.py, _get_checkpoint_format, 0.19); NeMo 1 has tp_rank_*
     _Row(
         marks=(("mp_rank_*/",), ("tp_rank_*/",)),
         what="it is in Megatron's legacy torch format, with one pickle a rank ({files})",
@@ -237,30 +243,30 @@ _DIRECTORIES: Final = (
     _Row(
         marks=(("weights/", "context/"),),
         what="it is the root of a NeMo 2 checkpoint, whose weights lie in a folder of it",
-        looked_into=True,
+        is_searched=True,
     ),
     _Row(
         marks=(("dist_ckpt/",), ("huggingface/",)),
         what="it is a checkpoint of verl, whose weights lie in a folder of it",
-        looked_into=True,
+        is_searched=True,
     ),
     _Row(
         marks=(("snapshots/", "blobs/"),),
         what="it is a repository in the hub's cache",
-        looked_into=True,
+        is_searched=True,
     ),
     _Row(
         marks=(("iter_*/",), ("release/",)),
         what=f"it has neither {TRACKER_FILE} nor {BACKEND_FILE}, but iterations",
-        looked_into=True,
+        is_searched=True,
     ),
     _Row(
         marks=(("*.safetensors",),),
         kind=Kind.WEIGHTLESS,
         what=f"{_NO_HF_WEIGHTS}, but other files ({{files}})",
         advice="Get the index of these files too; a single file that is the whole model must be called "
-        f"{SINGLE_FILE} (or {OWN_SINGLE_FILE}).",
-        looked_into=True,
+        f"{SINGLE_FILE} (or {CONSOLIDATED_FILE}).",
+        is_searched=True,
     ),
     _Row(
         marks=(("*.gguf",),),
@@ -279,7 +285,7 @@ _DIRECTORIES: Final = (
         kind=Kind.WEIGHTLESS,
         what=f"{_NO_HF_WEIGHTS}, but a configuration alone ({{files}})",
         advice="Get the weights too.",
-        looked_into=True,
+        is_searched=True,
     ),
     _Row(
         marks=(("./iter_*",), ("./release",)),
@@ -289,17 +295,17 @@ _DIRECTORIES: Final = (
     _Row(
         marks=(("[!.]*",), (".[!/]*",)),
         what="it holds no model itself, but {files}",
-        looked_into=True,
+        is_searched=True,
     ),
     _Row(marks=(("*",),), what="it is empty"),
 )
 
 
 def locate(name: str | Path, *wanted: Kind, weights: bool = True) -> Place:
-    """The place that a user means by ``name``: a path, or where a Hugging Face directory is wanted, a hub id or URL.
+    """The place that a user means by ``name``: a path, or, where ``wanted`` has ``Kind.HF``, also a hub id or URL.
 
-    A model on the hub is downloaded, unless its files are of no kind that is wanted; without ``weights``, its small
-    files are. Raises FormatError, which says what ``name`` is and what to do, unless it is of a kind in ``wanted``.
+    A model on the hub is downloaded if its files are of a kind in ``wanted``; without ``weights``, only its small
+    files. Raises FormatError, which says what ``name`` is and what to do, unless it is of a kind in ``wanted``.
     """
     given = Path(name)
     if Kind.HF not in wanted:
@@ -316,12 +322,12 @@ def locate(name: str | Path, *wanted: Kind, weights: bool = True) -> Place:
 
 
 def resolve_directory(path: Path) -> Path:
-    """The iteration's directory that ``path`` means: itself, or the latest iteration of a checkpoint root."""
+    """The directory of the iteration that ``path`` means: ``path`` itself, or the latest of a checkpoint root."""
     return locate(path, Kind.CHECKPOINT).path
 
 
 def require_not_swapped(source: str | Path, output: Path, *wanted: Kind) -> None:
-    """Raise FormatError where ``output`` is what ``source`` should be, and ``source`` is another model or absent."""
+    """Raise FormatError if the arguments look swapped: ``output`` is of a wanted kind, ``source`` another or absent."""
     if what_is(output).kind not in wanted:
         return
     given = what_is(Path(source))
@@ -333,15 +339,16 @@ def require_not_swapped(source: str | Path, output: Path, *wanted: Kind) -> None
 
 
 def what_is(path: Path) -> Place:
-    """What is at ``path``. Raises FormatError where the directory cannot be listed."""
+    """Recognise what is at ``path``. Raises FormatError if it is a directory that cannot be listed."""
     if not os.path.isdir(path):  # noqa: PTH112  (Path's may raise, as for a name with a NUL)
         there = os.path.exists(path)  # noqa: PTH110
         return _first(_FILES, path, [path.name]) if there else _missing(path)
-    found = _recognised(path, _names(path))
-    return _latest(path) if found.kind is Kind.ROOT else found
+    place = _recognised(path, _names(path))
+    return _latest(path) if place.kind is Kind.ROOT else place
 
 
 def _require(place: Place, wanted: Sequence[Kind]) -> Place:
+    """``place`` if it is of a kind in ``wanted``; else raise FormatError with what it is and what to do."""
     if place.kind in wanted:
         return place
     steps = _next_steps(place, wanted)
@@ -350,42 +357,42 @@ def _require(place: Place, wanted: Sequence[Kind]) -> Place:
 
 
 def _expectation(wanted: Sequence[Kind]) -> str:
-    """What a command that takes these kinds expects, in words."""
+    """The kinds in ``wanted``, in words."""
     return " or ".join(text for kind, text in _EXPECTED.items() if kind in wanted)
 
 
 def _recognised(path: Path, names: Iterable[str]) -> Place:
-    """What a directory is that has files and folders of these names; of folders, what comes behind the slash is cut."""
+    """The place of a directory with these ``names``. Of a path such as ``folder/file`` only ``folder/`` counts."""
     tops = {top + slash for top, slash, _ in (name.partition("/") for name in names)}
     return _first(_DIRECTORIES, path, {_ITSELF + path.name, *tops})
 
 
 def _first(rows: Iterable[_Row], path: Path, names: Collection[str]) -> Place:
+    """The place by the first row that recognises it; the last row of a table recognises everything."""
     return next(place for row in rows if (place := row.place(path, names)) is not None)
 
 
 def _names(directory: Path) -> list[str]:
-    """The names in a directory; those of folders end in a slash, and links that lead nowhere count as absent."""
+    """The names in a directory; those of folders end in a slash, and dangling links are left out."""
     try:
         with os.scandir(directory) as entries:
-            there = [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry)]  # noqa: PTH110
-            is_folder = [os.path.isdir(each) if each.is_symlink() else each.is_dir() for each in there]  # noqa: PTH112
-            return [entry.name + "/" * folder for entry, folder in zip(there, is_folder, strict=True)]
+            present = [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry)]  # noqa: PTH110
+            return [entry.name + "/" * entry.is_dir() for entry in present]
     except OSError as error:
         raise FormatError(f"cannot read {directory}: {error.strerror}") from error
 
 
 def _latest(root: Path) -> Place:
-    """The latest iteration in ``root``, as its trackers name it."""
+    """The place of the latest iteration in ``root``, which its trackers name."""
     try:
         path = checkpoint_directory.latest_iteration(root)
     except FormatError as error:
-        return Place(path=root, kind=Kind.BROKEN, what=str(error).rstrip("."), looked_into=True)
+        return Place(path=root, kind=Kind.BROKEN, what=str(error).rstrip("."), is_searched=True)
     return _recognised(path, _names(path))
 
 
 def _missing(path: Path) -> Place:
-    """What to say of a path at which there is nothing."""
+    """The place of a path at which there is nothing."""
     what, advice = "there is no such directory", ""
     if path.is_symlink():
         what = f"it is a link to {path.readlink()}, which does not exist"
@@ -396,15 +403,15 @@ def _missing(path: Path) -> Place:
 
 
 def _next_steps(place: Place, wanted: Sequence[Kind]) -> str:
-    """What a user can do who gave ``place``: where what is wanted lies instead, if it does, else the row's advice."""
-    if place.looked_into and (where := _where(place.path, wanted)):
-        return where
-    return " ".join(filter(None, (place.advice, _others(place))))
+    """Advice for a user who gave ``place``: the folder or parent of a wanted kind, else the row's advice and more."""
+    if place.is_searched and (nearby := _wanted_nearby(place.path, wanted)):
+        return nearby
+    return " ".join(filter(None, (place.advice, _alternatives(place))))
 
 
-def _where(path: Path, wanted: Sequence[Kind]) -> str:
-    """Where what is wanted lies: in a folder of ``path``, or around it."""
-    fitting = [name for name, each in _models_in(path, most_deep=_MOST_DEEP) if each.kind in wanted]
+def _wanted_nearby(path: Path, wanted: Sequence[Kind]) -> str:
+    """Advice that names the folders of ``path`` of a wanted kind, or its parent; empty if there are none."""
+    fitting = [name for name, place in _models_in(path, most_deep=_MOST_DEEP) if place.kind in wanted]
     if fitting:
         return f"Give {'its folder' if len(fitting) == 1 else 'one of its folders'} {listed(fitting)}."
     with contextlib.suppress(FormatError):
@@ -413,29 +420,29 @@ def _where(path: Path, wanted: Sequence[Kind]) -> str:
     return ""
 
 
-def _others(place: Place) -> str:
-    """What there is instead of what is wanted: in ``place``, or beside it."""
+def _alternatives(place: Place) -> str:
+    """A sentence about what can be read instead, in ``place`` or beside it; empty if there is nothing to say."""
     path, is_iteration = place.path, checkpoint_directory.is_iteration_name(place.path.name)
     if is_iteration and place.kind in {Kind.BROKEN, Kind.MISSING}:
-        beside = [name for name, each in _models_in(path.parent, most_deep=1) if each.kind is Kind.CHECKPOINT]
+        beside = [name for name, model in _models_in(path.parent, most_deep=1) if model.kind is Kind.CHECKPOINT]
         return f"{path.parent} holds {listed(beside)}." if beside else f"{path.parent} holds no whole iteration."
     if place.kind is Kind.MISSING:
         return _near(path)
-    if not place.looked_into:
+    if not place.is_searched:
         return ""
-    for name, each in _models_in(path, most_deep=_MOST_DEEP):
-        return f"What can be read is {name}: {each.what}. {each.advice}"
+    for name, model in _models_in(path, most_deep=_MOST_DEEP):
+        return f"What can be read is {name}: {model.what}. {model.advice}"
     return "None of its folders can be read either." if _folders(path) else ""
 
 
 def _models_in(path: Path, *, most_deep: int) -> Iterator[tuple[str, Place]]:
-    """Yield the folders under ``path`` that are read, each with what it is; nearer ones come first, links are left."""
-    waiting, looked = deque([(path, 0)]), 0
+    """Yield (relative name, place) of the folders under ``path`` that can be read, nearer ones first; skip links."""
+    waiting, num_folders = deque([(path, 0)]), 0
     while waiting:
         directory, depth = waiting.popleft()
         for name in sorted(_folders(directory)):
-            looked += 1
-            if looked > _MOST_DIRECTORIES:
+            num_folders += 1
+            if num_folders > _MOST_DIRECTORIES:
                 return
             child = directory / name
             if child.is_symlink():
@@ -451,6 +458,7 @@ def _models_in(path: Path, *, most_deep: int) -> Iterator[tuple[str, Place]]:
 
 
 def _folders(directory: Path) -> list[str]:
+    """The names of the folders in ``directory``; none if it cannot be listed."""
     try:
         return [name.removesuffix("/") for name in _names(directory) if name.endswith("/")]
     except FormatError:
@@ -458,7 +466,7 @@ def _folders(directory: Path) -> list[str]:
 
 
 def _near(path: Path) -> str:
-    """Names like that of ``path`` which there are beside it."""
+    """A question that names the sibling of ``path`` with the most similar name; empty if none is similar."""
     try:
         names = [name.removesuffix("/") for name in _names(path.parent)]
     except FormatError:

@@ -1,7 +1,8 @@
-"""safetensors files: reading and planning their headers.
+"""Read and plan the headers of safetensors files.
 
-Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}, __metadata__}`` padded
-with spaces to 8 bytes, then the data without gaps (safetensors 0.8, ``safetensors/src/tensor.rs``).
+A file is 8 bytes of header length (little-endian), the header, and the data of all tensors without gaps. The header is
+JSON, ``{name: {dtype, shape, data_offsets}, __metadata__}``, padded with spaces to a multiple of 8 bytes (safetensors
+0.8, ``safetensors/src/tensor.rs``).
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ _LENGTH_BYTES: Final = 8
 _METADATA_KEY: Final = "__metadata__"
 #: The limit of the safetensors library itself.
 _MAX_HEADER_BYTES: Final = 100_000_000
-#: An entry has three opening brackets and at least 50 bytes. Each that is parsed takes some 60 bytes of memory.
+#: A genuine entry has three opening brackets in at least 50 bytes. A parsed bracket takes some 60 bytes of memory, so
+#: headers with more brackets are refused unparsed.
 _BYTES_OF_A_BRACKET: Final = 12
 _FEW_BRACKETS: Final = 1000
-#: What the library counts with has 64 bits, also on the way to a product of 0.
+#: The library multiplies sizes in 64 bits, also where a later size of 0 makes the product 0.
 _TOO_MANY: Final = 1 << 64
+#: The order of dtypes in the ``Dtype`` enum of safetensors 0.8, by which the library orders tensors.
+_DTYPE_ORDER: Final = (
+    *("bool", "uint8", "int8", "float8_e5m2", "float8_e4m3fn", "int16", "float16", "bfloat16"),
+    *("int32", "float32", "float64", "int64"),
+)
 _COPY_AGAIN: Final = "Copy the file again from where it came from."
 
 
@@ -47,7 +54,7 @@ class FileTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:
-    """A parsed header. ``header`` is its JSON text verbatim, padding included, so that a file can be made again."""
+    """A parsed header. ``header`` is its JSON text, verbatim and with padding, to write the same file again."""
 
     header: str
     tensors: tuple[FileTensor, ...]
@@ -55,7 +62,7 @@ class SafetensorsFile:
     @property
     def data_start(self) -> int:
         """Byte of the file where the data part begins."""
-        return _LENGTH_BYTES + len(self.header.encode())
+        return len(self.head)
 
     @property
     def num_bytes(self) -> int:
@@ -64,13 +71,13 @@ class SafetensorsFile:
 
     @property
     def head(self) -> bytes:
-        """The bytes before the data part."""
+        """The bytes before the data part: header length and header."""
         text = self.header.encode()
         return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def read_header(path: Path) -> SafetensorsFile:
-    """Read and check the header of ``path``. Raises FormatError that names the file and what is wrong."""
+    """Read and check the header of ``path``. Raises FormatError if the file is damaged or truncated."""
     if documents.is_lfs_pointer(path):
         remedy = command_line(["git", "-C", str(path.parent), "lfs", "pull"])
         raise FormatError(f"{path} is a pointer of Git LFS, not the file itself. Get that with: {remedy}")
@@ -89,9 +96,12 @@ def read_header(path: Path) -> SafetensorsFile:
 
 
 def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> SafetensorsFile:
-    """Parse a header; ``data_bytes`` is the size of the data part, if there is one to compare with."""
+    """Parse and check a header; ``where`` names it in errors.
+
+    ``data_bytes`` is the size of the data part in bytes, which must be what the header says; None skips that check.
+    """
     if text.count(b"[") + text.count(b"{") > _FEW_BRACKETS + len(text) // _BYTES_OF_A_BRACKET:
-        raise FormatError(f"{where} is not a safetensors header: it has more brackets than tensors of any name need")
+        raise FormatError(f"{where} is not a safetensors header: it has more brackets than entries of its length need")
     header = documents.parse_json(text, where)
     tensors = [_file_tensor(name, entry, where) for name, entry in header.items() if name != _METADATA_KEY]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
@@ -106,12 +116,13 @@ def parse_header(text: bytes, where: str, *, data_bytes: int | None = None) -> S
     end = ends[-1]
     if data_bytes is not None and end != data_bytes:
         raise FormatError(
-            f"{where} is truncated or has bytes too many: expected {end} bytes of data, got {data_bytes}. {_COPY_AGAIN}"
+            f"{where} is truncated or too long: expected {end} bytes of data, got {data_bytes}. {_COPY_AGAIN}"
         )
     return SafetensorsFile(header=text.decode(), tensors=tuple(tensors))
 
 
 def _file_tensor(name: str, entry: object, where: str) -> FileTensor:
+    """One entry of a header. Raises FormatError unless its dtype, shape and data_offsets are sound and agree."""
     what = f"{name!r} in {where}"
     if not isinstance(entry, dict):
         raise FormatError(f"bad header entry of {what}: {short(entry)}")
@@ -130,12 +141,13 @@ def _file_tensor(name: str, entry: object, where: str) -> FileTensor:
 
 
 def _is_sizes(value: object) -> TypeGuard[list[int]]:
+    """Whether ``value`` is a list of non-negative integers."""
     return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 
 def new_file(tensors: Iterable[tuple[str, str, Shape]]) -> SafetensorsFile:
-    """Lay out a file of ``(name, dtype, shape)`` as the safetensors library does: largest dtype first, then by name."""
-    ordered = sorted(tensors, key=lambda tensor: (-_dtype_rank(tensor[1]), tensor[0]))
+    """Lay out a file of ``(name, dtype, shape)`` as the safetensors library does: by descending dtype, then by name."""
+    ordered = sorted(tensors, key=lambda tensor: (-_DTYPE_ORDER.index(tensor[1]), tensor[0]))
     header: dict[str, Any] = {_METADATA_KEY: {"format": "pt"}}
     begin = 0
     for name, dtype, shape in ordered:
@@ -144,22 +156,3 @@ def new_file(tensors: Iterable[tuple[str, str, Shape]]) -> SafetensorsFile:
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return parse_header(text + b" " * (-len(text) % 8), "a planned header")
-
-
-def _dtype_rank(dtype: str) -> int:
-    """Rank of a dtype in the ``Dtype`` enum of safetensors 0.8, by which it orders tensors."""
-    order = (
-        "bool",
-        "uint8",
-        "int8",
-        "float8_e5m2",
-        "float8_e4m3fn",
-        "int16",
-        "float16",
-        "bfloat16",
-        "int32",
-        "float32",
-        "float64",
-        "int64",
-    )
-    return order.index(dtype)

@@ -1,4 +1,4 @@
-"""The small files beside the weights of a model: which travel with it, and why the others stay behind."""
+"""The small files beside the weights of a model: which ones are copied with it, and why others stay behind."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from dist_ckpt_mistral.storage import documents, paths
 
 _LOG = logging.getLogger(__name__)
 
-#: Beside the shards of a checkpoint: the folder of the small files that an import took along, and the tokenizer that
-#: Megatron-Bridge saves (``save_tokenizer_assets`` in training/checkpointing.py, 0.6.2; later Megatron-LM's, too).
+#: Folders beside the shards of a checkpoint: the small files that ``from_hf`` copied, and the tokenizer that
+#: Megatron-Bridge saves (``save_tokenizer_assets`` in training/checkpointing.py, 0.6.2; later Megatron-LM, too).
 ASSETS_FOLDER: Final = "hf"
 _TOKENIZER_FOLDER: Final = "tokenizer"
-#: The same of NeMo 2, beside the folder ``weights`` that holds the shards.
+#: NeMo 2's folders of the tokenizer, beside the folder ``weights`` that holds the shards.
 _NEMO_FOLDERS: Final = ("context/tokenizer", "context/nemo_tokenizer")
-#: The folder with the chat templates of a tokenizer or processor besides its default one, and the only one that they
-#: have (transformers 5.24, CHAT_TEMPLATE_DIR in utils/hub.py).
-_OWNED_FOLDER: Final = "additional_chat_templates"
-#: transformers applies the adapter that this describes to the model beside it (integrations/peft.py), if it has peft.
+#: The folder of further chat templates of a tokenizer or processor. They have no other folder (transformers 5.24,
+#: CHAT_TEMPLATE_DIR in utils/hub.py).
+_TEMPLATES_FOLDER: Final = "additional_chat_templates"
+#: Where peft is installed, transformers applies the adapter that this file describes to the model beside it
+#: (integrations/peft.py, 5.24).
 _ADAPTER_FILE: Final = "adapter_config.json"
 
 _QUANTIZED: Final = "describes quantized weights, and those that are written are not quantized"
 _OTHER_FILES: Final = "describes weights in other files or another format"
-_TRAINING: Final = "is state of a training, which is no part of the model"
+_TRAINING: Final = "is training state, which is no part of the model"
 _ADAPTER: Final = "belongs to an adapter, which is no part of the model"
-#: Patterns of names, of which the first that matches counts, and why such a file stays behind: in silence where it is
-#: empty, and not at all where it is None. No file that is written is quantized or in another format than safetensors.
+#: Pattern of names -> why such a file stays behind: a predicate, empty where nothing is logged, None where the file is
+#: copied after all. The first pattern that matches counts. What is written is never quantized, and always safetensors.
 _LEFT_BEHIND: Final[Mapping[str, str | None]] = {
-    INDEX_FILE: None,  # written again where it is still true
+    INDEX_FILE: None,  # its text is kept where it still describes the files
     ".*": "",  # git's, and of tools
     MANIFEST_FILE: "",  # the output gets its own
     _ADAPTER_FILE: _ADAPTER,
@@ -57,81 +58,84 @@ _LEFT_BEHIND: Final[Mapping[str, str | None]] = {
         "",  # weights: converted, or another rendering of them
     ),
 }
-#: Files that stay behind where they have something under a key, and why.
+#: JSON file -> the key that keeps it behind where the file has a value there, and why.
 _LEFT_BY_CONTENT: Final = {PARAMS_FILE: ("quantization", _QUANTIZED)}
-#: A tokenizer is at most some 20 MB; anything much larger is not a small file.
+#: A tokenizer has at most some 20 MB; what is much larger is not a small file.
 _MAX_BYTES: Final = 256 << 20
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of this name belongs to a tokenizer: transformers' own, SentencePiece's, or Mistral's tekken."""
+    """Whether a file of this name belongs to a tokenizer: of transformers, SentencePiece, or Mistral's tekken."""
     return "tokenizer" in name or name.startswith("tekken")
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether the files of a tokenizer lie directly in ``directory``."""
+    """Whether ``directory`` itself holds a file of a tokenizer."""
     return any(is_tokenizer_file(path.name) and path.is_file() for path in directory.iterdir())
 
 
 def folders_beside(directory: Path) -> tuple[Path, ...]:
-    """The folders of small files that came with the checkpoint in an iteration's ``directory``; the first counts most.
+    """The folders of small files that came with the checkpoint in an iteration's ``directory``, most important first.
 
-    Links out of the checkpoint are none of them, and a warning names them.
+    A folder that is a link out of the checkpoint is left out, with a warning.
     """
     parent = directory.resolve().parent
     places = [(directory, ASSETS_FOLDER), (directory, _TOKENIZER_FOLDER), *((parent, name) for name in _NEMO_FOLDERS)]
-    there = [(top, top / name) for top, name in places if (top / name).is_dir()]
-    return tuple(folder for top, folder in there if _is_inside(folder, top))
+    folders = []
+    for top, name in places:
+        if (top / name).is_dir() and paths.leads_outside(top / name, top):
+            _LOG.warning("%s is a link out of the checkpoint: what it holds stays behind", top / name)
+        elif (top / name).is_dir():
+            folders.append(top / name)
+    return tuple(folders)
 
 
 def belongs_to_model(place: Path) -> bool:
-    """Whether ``place``, relative to an iteration's directory, lies in a folder of the small files of its model."""
+    """Whether ``place``, relative to an iteration's directory, is in a folder of small files."""
     return place.parts[0] in {ASSETS_FOLDER, _TOKENIZER_FOLDER}
 
 
 def why_left_behind(name: str) -> str | None:
-    """Why a file of this name does not travel with weights, as a predicate; empty if nobody need be told.
-
-    None if it travels.
-    """
+    """Why a file of this name stays behind, as a predicate; empty where nothing is logged, None if it is copied."""
     return next((why for pattern, why in _LEFT_BEHIND.items() if fnmatchcase(name, pattern)), None)
 
 
 def small_files(directory: Path) -> dict[str, Path]:
-    """The files in ``directory`` that travel with the model: where they lie, by name; sorted.
+    """The files in ``directory`` that are copied with the model: relative name -> path, sorted by name.
 
-    Names may begin with the folder that tokenizers have. Warnings name the files that stay behind.
+    Names may begin with the folder of chat templates. Warnings name the files that stay behind.
     """
-    found = {}
+    files = {}
     for path in _entries(directory):
         why = why_left_behind(path.name)
         if why is None:
-            why = _why_this_stays(path, directory)
+            why = _why_left_by_content(path, directory)
         if why is None:
-            found[path.relative_to(directory).as_posix()] = path
+            files[path.relative_to(directory).as_posix()] = path
         elif why:
             _LOG.warning("%s %s: it stays behind", path, why)
-    too_large = [name for name, path in found.items() if path.stat().st_size > _MAX_BYTES]
+    too_large = [name for name, path in files.items() if path.stat().st_size > _MAX_BYTES]
     if too_large:
         _LOG.warning("too large to travel inside the checkpoint, left behind: %s", ", ".join(too_large))
-    return {name: path for name, path in found.items() if name not in too_large}
+    return {name: path for name, path in files.items() if name not in too_large}
 
 
 def other_folders(directory: Path) -> list[str]:
-    """The folders in ``directory`` that do not travel, by name; not the hidden ones."""
+    """The names of the folders in ``directory`` that are not copied, without hidden ones."""
     names = (path.name for path in sorted(directory.iterdir()) if path.is_dir())
-    return [name for name in names if name != _OWNED_FOLDER and not name.startswith(".")]
+    return [name for name in names if name != _TEMPLATES_FOLDER and not name.startswith(".")]
 
 
 def _entries(directory: Path) -> Iterator[Path]:
+    """Yield what is in ``directory``, and in place of the folder of chat templates what is in that."""
     for path in sorted(directory.iterdir()):
-        is_owned = path.name == _OWNED_FOLDER and path.is_dir() and not paths.leads_outside(path, directory)
-        yield from sorted(path.iterdir()) if is_owned else [path]
+        is_templates = path.name == _TEMPLATES_FOLDER and path.is_dir() and not paths.leads_outside(path, directory)
+        yield from sorted(path.iterdir()) if is_templates else [path]
 
 
-def _why_this_stays(path: Path, directory: Path) -> str | None:
-    """The same as ``why_left_behind``, by what lies at ``path``."""
-    if path.is_dir() and path.name != _OWNED_FOLDER:
+def _why_left_by_content(path: Path, directory: Path) -> str | None:
+    """Why what is at ``path`` stays behind although its name allows to copy it; values as of ``why_left_behind``."""
+    if path.is_dir() and path.name != _TEMPLATES_FOLDER:
         return ""
     if (path.is_file() or path.is_dir()) and paths.leads_outside(path, directory):
         return "is a link out of its directory"
@@ -143,17 +147,10 @@ def _why_this_stays(path: Path, directory: Path) -> str | None:
     return why if why and documents.read_json(path).get(key) else None
 
 
-def _is_inside(folder: Path, directory: Path) -> bool:
-    if paths.leads_outside(folder, directory):
-        _LOG.warning("%s is a link out of the checkpoint: what it holds stays behind", folder)
-        return False
-    return True
-
-
 def gathered(places: Sequence[Path]) -> dict[str, Path]:
-    """The small files of a model: those of the first of ``places``, and of the first that has a tokenizer.
+    """The small files of a model: those of the first of ``places``, and those of the first place with a tokenizer.
 
-    Of a name that both have the first counts. A line says where the tokenizer is from, or that there is none.
+    Where both have a name, the first place counts. The log says where the tokenizer comes from, or that there is none.
     """
     first = small_files(places[0]) if places else {}
     for place in places:
@@ -166,7 +163,7 @@ def gathered(places: Sequence[Path]) -> dict[str, Path]:
 
 
 def write_small_files(directory: Path, files: Mapping[str, Path], texts: Mapping[str, bytes | None]) -> None:
-    """Copy ``files`` into ``directory``, but write ``texts`` in place of those of the same names; None is no file."""
+    """Copy ``files`` into ``directory``; a name in ``texts`` gets that text instead, or no file where that is None."""
     copy_files({name: path for name, path in files.items() if name not in texts}, directory)
     for name, text in texts.items():
         if text is not None:
@@ -174,7 +171,7 @@ def write_small_files(directory: Path, files: Mapping[str, Path], texts: Mapping
 
 
 def copy_files(files: Mapping[str, Path], directory: Path) -> None:
-    """Copy files into ``directory`` by their names there, which may begin with folders."""
+    """Copy ``files`` (name in ``directory`` -> path) into ``directory``; names may begin with folders."""
     for name, path in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         documents.copy_file(path, directory / name)

@@ -1,4 +1,4 @@
-"""An opened Megatron checkpoint, whatever its backend: what is stored, and where the bytes lie."""
+"""An opened Megatron checkpoint of either backend: which tensors and objects it stores, and in which bytes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from dist_ckpt_mistral.formats.torch_dist.archive import TensorLocator
 from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray, equal_rows
-from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, in_own_shape
+from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, unblocked
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.local import SourceFiles
 
-#: The backends. ``torch_dist`` keeps every chunk and every object in a ``torch.save`` archive, many to a file; objects
-#: are lists of one. ``zarr`` has a file for each: the bare bytes of a chunk, or the archive of an object itself.
+#: The backends. ``torch_dist`` stores every chunk and every object as a ``torch.save`` archive, many to a file; objects
+#: are lists of length 1. ``zarr`` has a file for each: the bare bytes of a chunk, or the archive of the object itself.
 TORCH_DIST: Final = "torch_dist"
 ZARR: Final = "zarr"
-#: The names in metadata.json (mcore dist_checkpointing/core.py; ``zarr`` until 0.15), and what reads each.
+#: Backend name in metadata.json (mcore dist_checkpointing/core.py; ``zarr`` until 0.15) -> reader of its metadata.
 _READERS: Final = {TORCH_DIST: metadata.read_stored, ZARR: legacy_zarr.read_stored}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredCheckpoint:
-    """An opened checkpoint: what its metadata says. Tensor data is located on demand by ``index``."""
+    """An opened checkpoint: its metadata and common state. ``index`` locates the data of tensors on demand."""
 
     directory: Path
     backend: str
@@ -45,7 +45,7 @@ class StoredCheckpoint:
 
     @property
     def file_bytes(self) -> Mapping[str, int]:
-        """The data files and where the last archive in each ends."""
+        """Data file -> the byte where its last archive ends."""
         return self.metadata.file_bytes
 
     @property
@@ -55,32 +55,32 @@ class StoredCheckpoint:
 
     @property
     def objects(self) -> Mapping[str, Entry]:
-        """Where what is not a tensor lies, by key."""
+        """The archives of everything that is not a tensor, by key."""
         return self.metadata.objects
 
     def index(self, names: Iterable[str]) -> TensorIndex:
         """Find the bytes of every chunk of ``names``. Reads some hundred bytes of each archive.
 
-        Raises FormatError for files that are missing or truncated (all of them), and for archives that are damaged or
-        hold something else than the metadata says.
+        Raises FormatError for missing or truncated files (it lists all), and for archives that are damaged or hold
+        another tensor than the metadata says.
         """
         names = tuple(names)
         chunks = dict(zip(names, for_all(self.chunks, names), strict=True))
         files = tuple(self.file_bytes)
-        used = set(chain.from_iterable(each.files.tolist() for each in chunks.values()))
+        used = set(chain.from_iterable(columns.files.tolist() for columns in chunks.values()))
         self.require_whole(files[number] for number in sorted(used))
         paths = tuple(self.directory / name for name in files)
         with SourceFiles(paths) as sources:
-            columns = [(each.files, each.positions) for each in chunks.values()]
-            places = chain.from_iterable(zip(at.tolist(), by.tolist(), strict=True) for at, by in columns)
+            pairs = [(columns.files, columns.positions) for columns in chunks.values()]
+            places = chain.from_iterable(zip(file.tolist(), at.tolist(), strict=True) for file, at in pairs)
             locator = TensorLocator(sources, paths, places)
             tensors = for_all(lambda name: self._locate(self.tensors[name], chunks.pop(name), locator), names)
         return TensorIndex(files=paths, tensors=dict(zip(names, tensors, strict=True)))
 
     def chunks(self, name: str) -> Chunks:
-        """The chunks of a tensor and where their archives lie; files have the numbers that they have in ``file_bytes``.
+        """The chunks of a tensor and their archives; file numbers are positions in ``file_bytes``.
 
-        Raises FormatError unless the chunks that are described are those that are stored.
+        Raises FormatError unless the described chunks are the stored ones.
         """
         try:
             return self.metadata.chunks(name)
@@ -88,25 +88,27 @@ class StoredCheckpoint:
             raise FormatError(f"{self.directory / METADATA_FILE} is damaged: {error}") from error
 
     def require_whole(self, files: Iterable[str]) -> None:
-        """Raise FormatError unless each of ``files`` is there and reaches to its end, ignored entries included."""
+        """Raise FormatError unless each of ``files`` exists and reaches to the end of its last archive."""
         paths = {name: self.directory / name for name in files}
         sizes = {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
         absent = [name for name, size in sizes.items() if size is None]
         least = "at least " if self.backend == TORCH_DIST else ""
-        told = {
-            name: f"{name} (expected {least}{self.file_bytes[name]} bytes, got {size})" for name, size in sizes.items()
-        }
-        there = [(name, size - self.file_bytes[name]) for name, size in sizes.items() if size is not None]
+        present = [
+            (f"{name} (expected {least}{self.file_bytes[name]} bytes, got {size})", size - self.file_bytes[name])
+            for name, size in sizes.items()
+            if size is not None
+        ]
         faults = {
             "missing": absent,
-            "truncated": [told[name] for name, more in there if more < 0],
-            "too long": [told[name] for name, more in there if more > 0 and self.backend == ZARR],
+            "truncated": [description for description, excess in present if excess < 0],
+            "too long": [description for description, excess in present if excess > 0 and self.backend == ZARR],
         }
         problems = [f"{what}: {listed(names)}" for what, names in faults.items() if names]
         if problems:
             raise FormatError(f"files in {self.directory} are {'; '.join(problems)}. Copy the checkpoint again, whole.")
 
     def _locate(self, tensor: StoredTensor, chunks: Chunks, locator: TensorLocator) -> IndexedTensor:
+        """The tensor with the position of every chunk's data."""
         dtype = dtypes.require_known(tensor.dtype, repr(tensor.name))
         positions = chunks.positions if self.backend == ZARR else _data_positions(tensor.name, dtype, chunks, locator)
         located = IndexedTensor(
@@ -118,11 +120,11 @@ class StoredCheckpoint:
             files=chunks.files,
             positions=positions,
         )
-        return located if tensor.stored_shape == tensor.global_shape else in_own_shape(located, tensor.global_shape)
+        return located if tensor.stored_shape == tensor.global_shape else unblocked(located, tensor.global_shape)
 
 
 def _data_positions(name: str, dtype: str, chunks: Chunks, locator: TensorLocator) -> IntArray:
-    """Where the data of chunks begin inside their archives."""
+    """The byte of its file where the data of each chunk begins, inside its archive."""
     kinds = np.column_stack([chunks.shapes, chunks.lengths])
     positions = np.empty_like(chunks.positions)
     for rows in equal_rows(kinds):
@@ -133,11 +135,11 @@ def _data_positions(name: str, dtype: str, chunks: Chunks, locator: TensorLocato
 
 
 def open_stored(path: Path, *, with_common_state: bool = True) -> StoredCheckpoint:
-    """Open a checkpoint root or one iteration of it.
+    """Open a checkpoint root (its latest iteration) or the directory of one iteration.
 
-    From megatron-core 0.17 on the common state lies in a data file; without it no data file is opened.
-    Raises FormatError where it is no checkpoint or its metadata is damaged, UnsafePickleError where a pickle asks for
-    anything outside the allowlist.
+    Without the common state no data file is opened: megatron-core 0.19 stores it in one.
+    Raises FormatError where ``path`` is no checkpoint or its metadata is damaged, UnsafePickleError where a pickle asks
+    for anything outside the allowlist.
     """
     directory = resolve_directory(path)
     backend = _backend(directory)
@@ -156,7 +158,7 @@ def require_loadable(directory: Path) -> None:
 
 
 def _backend(directory: Path) -> str:
-    """What an iteration's directory says that it was saved with."""
+    """The backend that metadata.json in an iteration's directory names."""
     path = directory / BACKEND_FILE
     backend = documents.read_json(path).get("sharded_backend")
     if not isinstance(backend, str) or backend not in _READERS:

@@ -1,19 +1,16 @@
-"""The chunks of a checkpoint as columns of numbers: what is described, and which archive or bare file holds what.
+"""Chunk boxes as a checkpoint's metadata describes them, and the byte range that stores each.
 
-There may be millions of chunks, most of them of optimizer state: they are never objects of their own, and only the
-tensors that are asked for are looked at more closely.
+A large checkpoint has a million chunks, most of them of optimizer state. They are kept as columns of numbers, never as
+objects, and a tensor's columns are checked against each other only when somebody asks for its chunks.
 """
 
 from __future__ import annotations
 
 import math
-from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import numpy as np
 
 from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
 from dist_ckpt_mistral.gather import dtypes
@@ -23,20 +20,21 @@ from dist_ckpt_mistral.messages import listed
 
 
 class Archives(NamedTuple):
-    """Archives as columns: ``lengths[i]`` bytes from byte ``positions[i]`` on, in file number ``files[i]``.
+    """The byte ranges that a checkpoint stores, as int64 columns ``[archives]``.
 
-    Plain arrays, because who only looks at names and shapes need not wait for numpy.
+    Archive ``i`` is the ``lengths[i]`` bytes from byte ``positions[i]`` on of file number ``files[i]``: in
+    ``torch_dist`` a ``torch.save`` archive, in ``zarr`` a bare chunk.
     """
 
-    files: array[int]
-    positions: array[int]
-    lengths: array[int]
+    files: IntArray
+    positions: IntArray
+    lengths: IntArray
 
 
 class Chunks(NamedTuple):
-    """The chunks of one tensor as columns, in ascending order of their offsets.
+    """The chunks of one tensor as int64 columns, in ascending order of their offsets.
 
-    ``offsets`` and ``shapes`` are in elements, ``[chunks, ndim]``; the others say where the archive of each lies.
+    ``offsets`` and ``shapes`` (``[chunks, ndim]``) are in elements; the other columns place each chunk's archive.
     """
 
     offsets: IntArray
@@ -48,22 +46,26 @@ class Chunks(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredTensor:
-    """One tensor: torch dtype name, shape in elements, the chunks that are described, and what is stored of them.
+    """One tensor as the metadata describes it: torch dtype name, shapes in elements, and its chunks.
 
-    ``offsets`` and ``shapes`` are those of ``Chunks``, one chunk behind the other. Archive ``archives[i]`` of the
-    checkpoint is said to hold the chunk at ``stored_offsets``. Chunks are those of ``stored_shape``, which is another
-    than ``global_shape`` where the tensor is stored as blocks (gather/flat_ranges.py).
+    ``offsets`` and ``shapes`` (``[chunks, ndim]``) are the boxes that are described. Archive ``archives[i]`` of the
+    checkpoint is said to hold the chunk that begins at ``stored_offsets[i]``. Boxes lie in ``stored_shape``. That
+    differs from ``global_shape`` where Megatron stored the tensor as blocks (``in_own_shape`` in gather/index.py).
     """
 
     name: str
     dtype: str
     global_shape: Shape
     stored_shape: Shape
-    num_chunks: int
-    offsets: array[int]
-    shapes: array[int]
-    stored_offsets: array[int]
-    archives: array[int]
+    offsets: IntArray
+    shapes: IntArray
+    stored_offsets: IntArray
+    archives: IntArray
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of described chunks."""
+        return len(self.offsets)
 
     @property
     def num_bytes(self) -> int:
@@ -74,8 +76,9 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredMetadata:
-    """Everything by key. ``file_bytes`` says where the last archive of each file ends; files count in that order.
+    """All tensors and objects of a checkpoint by key, and its data files.
 
+    ``file_bytes`` gives the end of the last archive in each file, in bytes; file numbers are positions in that order.
     ``folders`` are the directories beside the metadata that belong to the format.
     """
 
@@ -86,24 +89,17 @@ class StoredMetadata:
     folders: frozenset[str] = frozenset()
 
     def chunks(self, name: str) -> Chunks:
-        """All chunks of a tensor. Raises ValueError unless those described are those stored, each once."""
+        """All chunks of a tensor. Raises ValueError unless each described chunk is stored once, and no other is."""
         tensor = self.tensors[name]
-        offsets, shapes = (_boxes(tensor, each, tensor.num_chunks) for each in (tensor.offsets, tensor.shapes))
-        stored = _boxes(tensor, tensor.stored_offsets, len(tensor.archives))
-        order, stored_order = ascending(offsets), ascending(stored)
-        _require_all_stored(offsets[order], stored[stored_order], name)
-        archives = np.asarray(tensor.archives)[stored_order]
-        files, positions, lengths = (np.asarray(column)[archives] for column in self.archives)
-        return Chunks(offsets[order], shapes[order], files, positions, lengths)
-
-
-def _boxes(tensor: StoredTensor, column: array[int], count: int) -> IntArray:
-    """A column as ``[count, ndim]``: its boxes have the axes of the tensor."""
-    return np.asarray(column).reshape(count, len(tensor.stored_shape))
+        order, stored_order = ascending(tensor.offsets), ascending(tensor.stored_offsets)
+        offsets = tensor.offsets[order]
+        _require_all_stored(offsets, tensor.stored_offsets[stored_order], name)
+        archives = tensor.archives[stored_order]
+        return Chunks(offsets, tensor.shapes[order], *(column[archives] for column in self.archives))
 
 
 def _require_all_stored(described: IntArray, stored: IntArray, name: str) -> None:
-    """Raise ValueError unless two ascending arrays of offsets are the same, and each stands there once."""
+    """Raise ValueError unless two ascending arrays of offsets are equal and have no row twice."""
     if described.shape == stored.shape and (described == stored).all() and not (stored[1:] == stored[:-1]).all(1).any():
         return
     in_metadata, in_files = (Counter(map(tuple, offsets.tolist())) for offsets in (described, stored))
@@ -113,7 +109,9 @@ def _require_all_stored(described: IntArray, stored: IntArray, name: str) -> Non
         "described more than once": {offset for offset, count in in_metadata.items() if count > 1},
         "stored more than once": {offset for offset, count in in_files.items() if count > 1},
     }
-    told = (
-        f"{len(at)} are {what}, at {listed([*map(str, map(list, sorted(at)))])}" for what, at in faults.items() if at
+    problems = (
+        f"{len(offsets)} {fault}, at {listed([str([*offset]) for offset in sorted(offsets)])}"
+        for fault, offsets in faults.items()
+        if offsets
     )
-    raise ValueError(f"of the chunks of {name!r} {'; '.join(told)}")
+    raise ValueError(f"chunks of {name!r}: {'; '.join(problems)}")

@@ -1,5 +1,5 @@
-"""The plan of byte copies, and what carries it out: boxes and links in, copied, compared or digested bytes out.
+"""The plan of byte copies, and its execution: from boxes and links to copied, compared or digested bytes.
 
-May enter: numbers: offsets, shapes, element types, positions in files.
-May not: a file format, a name of a tensor that means anything, or a model.
+May enter: offsets, shapes, element types, positions in files.
+May not: a file format, a model, or the meaning of a tensor's name.
 """

@@ -1,7 +1,7 @@
-"""Reads the segments of a ``BytePlan`` band by band.
+"""Read the segments of a ``BytePlan`` band by band.
 
-A band is gathered into a small buffer that stays in the processor's cache, then its reader writes, checksums or
-compares it. Every thread has buffers of its own.
+A band is a piece of a segment, gathered in a buffer that fits into the processor's cache. The caller then writes,
+checksums or compares it. Each thread has its own buffers.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.plan import CopyArray, Segment
 from dist_ckpt_mistral.storage.local import SourceFiles
 
-#: Bytes gathered at a time: whole elements of any dtype. Bands that spill the processor's cache are up to twice slower.
+#: Size of a band: a multiple of every itemsize. Bands larger than the processor's cache take up to twice the time.
 BAND_BYTES: Final = 512 << 10
-#: Each thread has two buffers of a band's size: the band itself, and rows on their way into it.
+#: Buffers of each thread, of a band's size each: the band, and rows with the gaps between them.
 BUFFERS: Final = 2
-#: Kernels copy into page-aligned memory up to three times faster (measured, AMD): buffers begin at pages. Writes begin
-#: at multiples of their length, where the page cache holds each in one piece: another tenth less (Linux 6.18, ext4).
+#: Buffers are page-aligned: the kernel copies into them up to three times faster (measured, AMD). Writes begin at
+#: multiples of their length, where the page cache has each in one piece: 10 % less time (Linux 6.18, ext4).
 PAGE_BYTES: Final = 4096
-#: A gap between two rows that is cheaper to jump over than to read.
+#: A gap between two rows that takes longer to read than to skip.
 _LONG_GAP_BYTES: Final = 64 << 10
 
 ByteArray = npt.NDArray[np.uint8]
 
 
-class Stopped(Exception):  # noqa: N818  (no error: another one is why)
-    """A thread ends because another one failed, or because the run was interrupted."""
+class Stopped(Exception):  # noqa: N818  (a consequence of another error)
+    """A thread stops because another one failed or the run was interrupted."""
 
 
 class BandReader:
-    """Gathers segments band by band from open files, with buffers of its own for every thread."""
+    """Gathers segments band by band from open files. May be used by several threads."""
 
     def __init__(self, sources: SourceFiles, band_bytes: int = BAND_BYTES) -> None:
         """Read from ``sources``, at most ``band_bytes`` at a time."""
@@ -46,15 +46,16 @@ class BandReader:
         self._stopped = False
 
     def stop(self) -> None:
-        """Have all threads end with their bands: ``Stopped`` is raised in them."""
+        """Raise ``Stopped`` in all threads before their next band."""
         self._stopped = True
 
     def bands(
         self, segment: Segment, low: int = 0, high: int | None = None, *, position: int = 0
     ) -> Iterator[memoryview]:
-        """Yield bytes ``[low, high)`` of a segment, in ``source_dtype``; a band is valid until the thread's next.
+        """Yield bytes ``[low, high)`` of a segment, in its ``source_dtype``.
 
-        The first will be stored at ``position``: it ends where all others begin at multiples of their stored length.
+        A band is valid until this thread asks for the next. ``position`` is where the caller will store the first band:
+        its length is chosen so that the others are stored at multiples of their stored length.
         """
         high = segment.num_bytes if high is None else high
         itemsize, stored_itemsize = dtypes.itemsize_bytes(segment.source_dtype), dtypes.itemsize_bytes(segment.dtype)
@@ -65,18 +66,20 @@ class BandReader:
         yield from self._bands(segment, low + ahead, high)
 
     def _bands(self, segment: Segment, low: int, high: int) -> Iterator[memoryview]:
+        """Yield bytes ``[low, high)`` of a segment in bands of full length and a shorter last one."""
         copies = _overlapping(segment.copies, low, high)
-        buffer, scratch = self._own_buffers()
+        buffer, scratch = self._thread_buffers()
         for start in range(low, high, len(buffer)):
             if self._stopped:
                 raise Stopped
             band = buffer[: high - start]
-            for first, last, copy in copies:
-                if first < start + len(band) and last > start:
+            for begin, end, copy in copies:
+                if begin < start + len(band) and end > start:
                     _gather(copy, start, band, scratch, self._sources)
             yield band.data
 
-    def _own_buffers(self) -> tuple[ByteArray, ByteArray]:
+    def _thread_buffers(self) -> tuple[ByteArray, ByteArray]:
+        """Return the two buffers of this thread."""
         if not hasattr(self._buffers, "pair"):
             self._buffers.pair = tuple(aligned_buffer(self._band_bytes) for _ in range(BUFFERS))
         pair: tuple[ByteArray, ByteArray] = self._buffers.pair
@@ -84,32 +87,32 @@ class BandReader:
 
 
 def aligned_buffer(num_bytes: int) -> ByteArray:
-    """A buffer that begins at a page. It is private: a forked process gets its own copy, not this one to fill, too."""
+    """Return a page-aligned buffer. It is a private mapping, so that a forked process does not share it."""
     return np.frombuffer(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
 
 
 def _overlapping(copies: CopyArray, low: int, high: int) -> list[tuple[int, int, tuple[int, ...]]]:
-    """The copies that write into ``[low, high)``: (first byte, end, plain numbers in the order of ``COPY``)."""
-    firsts = copies["target_offset"]
-    lasts = firsts + (copies["rows"] - 1) * copies["target_stride"] + copies["row_bytes"]
-    hit = (firsts < high) & (lasts > low)
-    return list(zip(firsts[hit].tolist(), lasts[hit].tolist(), copies[hit].tolist(), strict=True))
+    """Return the copies that write into ``[low, high)``: (first byte, end, the fields of ``COPY`` as plain numbers)."""
+    begins = copies["target_offset"]
+    ends = begins + (copies["rows"] - 1) * copies["target_stride"] + copies["row_bytes"]
+    hit = (begins < high) & (ends > low)
+    return list(zip(begins[hit].tolist(), ends[hit].tolist(), copies[hit].tolist(), strict=True))
 
 
 def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray, sources: SourceFiles) -> None:
-    """Bring what ``copy`` has for the band that begins at target offset ``low``."""
+    """Read the part of ``copy`` that falls into ``band``, which begins at target offset ``low``."""
     file, position, source_stride, offset, target_stride, rows, row_bytes = copy
-    start = offset - low  # of row 0, in the band
+    start = offset - low  # of row 0, relative to the band
     first = max(0, (-start - row_bytes) // target_stride + 1)  # the rows [first, last) touch the band
     last = min(rows, -((start - len(band)) // target_stride))
-    if first >= last:  # the band lies between two rows
+    if first >= last:  # the band falls between two rows
         return
     whole_first = first if start + first * target_stride >= 0 else first + 1
     whole_last = last if start + (last - 1) * target_stride + row_bytes <= len(band) else last - 1
     for row in {first, last - 1}:
         if whole_first <= row < whole_last:
             continue
-        at = start + row * target_stride  # cut by an edge of the band
+        at = start + row * target_stride  # of a row that an edge of the band cuts
         skip = max(0, -at)
         piece = band[at + skip : min(at + row_bytes, len(band))]
         sources.read_into(file, position + row * source_stride + skip, piece.data)
@@ -123,7 +126,7 @@ def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray
 def _gather_rows(
     file: int, position: int, source_stride: int, target: ByteArray, scratch: ByteArray, sources: SourceFiles
 ) -> None:
-    """Fill ``target`` ``[rows, row_bytes]`` from rows that lie ``source_stride`` bytes apart."""
+    """Fill ``target`` ``[rows, row_bytes]`` from rows that begin at ``position``, ``source_stride`` bytes apart."""
     rows, row_bytes = target.shape
     if source_stride == row_bytes and target.flags.c_contiguous:
         sources.read_into(file, position, target.reshape(-1).data)

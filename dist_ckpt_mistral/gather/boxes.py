@@ -1,6 +1,6 @@
 """N-dimensional boxes: intersection, exact tiling, and the byte runs that two row-major arrays share.
 
-A box is an offset and a shape in elements. Many boxes are two int64 arrays ``[n, ndim]``, one row per box.
+A box is an offset and a shape in elements. A list of boxes is two int64 arrays ``[n, ndim]``, with one row per box.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy.typing as npt
 from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather.dtypes import Shape
 
-#: More faults of one tensor than this are not told.
-_MOST_FAULTS: Final = 20
+#: A message lists at most this many faults of one tensor.
+_MAX_FAULTS: Final = 20
 IntArray = npt.NDArray[np.int64]
 
 
 class Runs(NamedTuple):
-    """Strided copies as columns: ``rows`` pieces of ``row_bytes`` bytes, so many bytes apart in each of two arrays.
+    """Strided copies as columns ``[runs]``: each copies ``rows`` pieces of ``row_bytes`` bytes.
 
-    ``box`` says which of the given boxes a run belongs to; starts and strides are in bytes.
+    ``box`` is the row number of the box that a run belongs to. Starts and strides are in bytes.
     """
 
     box: IntArray
@@ -36,8 +36,8 @@ class Runs(NamedTuple):
     row_bytes: IntArray
 
 
-class Meets(NamedTuple):
-    """Where boxes meet chunks: the numbers of both, and the box ``[low, high)`` that they share."""
+class Overlaps(NamedTuple):
+    """Overlaps of boxes and chunks: the row numbers of both ``[n]``, and their intersections ``[low, high)``."""
 
     box: IntArray
     chunk: IntArray
@@ -46,32 +46,32 @@ class Meets(NamedTuple):
 
 
 def ascending(rows: IntArray) -> IntArray:
-    """The order in which the rows of ``[n, k]`` ascend."""
+    """Return the row numbers that sort ``rows`` ``[n, k]`` in ascending order."""
     return np.lexsort(rows.T[::-1]) if rows.shape[1] else np.arange(len(rows))
 
 
 def equal_rows(rows: IntArray) -> list[IntArray]:
-    """The numbers of the rows of ``[n, k]`` in groups of equal ones."""
+    """Return the row numbers of ``rows`` ``[n, k]``, one array for each group of equal rows."""
     order = ascending(rows)
     ordered = rows[order]
     return np.split(order, np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1) if len(rows) else []
 
 
-def intersect(lows: IntArray, highs: IntArray, chunk_lows: IntArray, chunk_highs: IntArray) -> Meets:
-    """Where the boxes ``[lows, highs)`` meet chunks of any arrangement."""
-    none = np.empty(0, dtype=np.int64)
-    found = [Meets(none, none, lows[:0], lows[:0])]
+def intersect(lows: IntArray, highs: IntArray, chunk_lows: IntArray, chunk_highs: IntArray) -> Overlaps:
+    """Return the overlaps of the boxes ``[lows, highs)`` with chunks in any arrangement."""
+    empty = np.empty(0, dtype=np.int64)
+    overlaps = [Overlaps(empty, empty, lows[:0], lows[:0])]
     for box, (low, high) in enumerate(zip(lows, highs, strict=True)):
         inner_lows, inner_highs = np.maximum(chunk_lows, low), np.minimum(chunk_highs, high)
         hit = np.flatnonzero((inner_lows < inner_highs).all(axis=1))
-        found.append(Meets(np.full(len(hit), box), hit, inner_lows[hit], inner_highs[hit]))
-    return Meets(*map(np.concatenate, zip(*found, strict=True)))
+        overlaps.append(Overlaps(np.full(len(hit), box), hit, inner_lows[hit], inner_highs[hit]))
+    return Overlaps(*map(np.concatenate, zip(*overlaps, strict=True)))
 
 
 def require_tiling(offsets: IntArray, shapes: IntArray, global_shape: Shape, what: str) -> None:
     """Raise PlanError unless the boxes cover every element of ``global_shape`` exactly once.
 
-    ``what`` begins the message, which names all gaps, overlaps or boxes outside, up to a number that one can read.
+    The message begins with ``what`` and lists the gaps, overlaps and boxes outside, at most 20 of them.
     """
     ends = offsets + shapes
     outside = np.flatnonzero(
@@ -89,33 +89,34 @@ def require_tiling(offsets: IntArray, shapes: IntArray, global_shape: Shape, wha
 
 
 def _joined(faults: Iterable[str]) -> str:
-    told = [*itertools.islice(faults, _MOST_FAULTS + 1)]
-    return ", ".join([*told[:_MOST_FAULTS], *(["and more"] if len(told) > _MOST_FAULTS else [])])
+    """Join the first 20 faults with commas, then "and more"."""
+    first = [*itertools.islice(faults, _MAX_FAULTS + 1)]
+    return ", ".join([*first[:_MAX_FAULTS], *(["and more"] if len(first) > _MAX_FAULTS else [])])
 
 
 def grid_cuts(offsets: IntArray, shapes: IntArray, global_shape: Shape) -> tuple[IntArray, ...] | None:
-    """Of boxes that are the cells of a grid over all of ``global_shape``, where each axis is cut; else None.
+    """Return the cuts of each axis if the boxes are the cells of a grid over ``global_shape``, otherwise None.
 
-    The cuts of an axis are the starts of its cells and, last, its extent. In ascending order of their offsets, the
-    boxes are the cells in row-major order.
+    The cuts of an axis are the starts of its cells, and its extent at the end. Sorted by their offsets, the boxes are
+    the cells in row-major order.
     """
     ends = offsets + shapes
     cell = np.zeros(len(offsets), dtype=np.int64)
     cuts: list[IntArray] = []
     for axis, extent in enumerate(global_shape):
         starts = np.unique(offsets[:, axis])
-        place = np.searchsorted(starts, offsets[:, axis])
+        index = np.searchsorted(starts, offsets[:, axis])
         axis_cuts = np.append(starts, extent)
-        if not starts.size or starts[0] != 0 or not np.array_equal(ends[:, axis], axis_cuts[place + 1]):
+        if not starts.size or starts[0] != 0 or not np.array_equal(ends[:, axis], axis_cuts[index + 1]):
             return None
-        cell = cell * starts.size + place
+        cell = cell * starts.size + index
         cuts.append(axis_cuts)
-    cells = math.prod(len(axis_cuts) - 1 for axis_cuts in cuts)
-    return tuple(cuts) if cells == len(offsets) == np.unique(cell).size else None
+    num_cells = math.prod(len(axis_cuts) - 1 for axis_cuts in cuts)
+    return tuple(cuts) if num_cells == len(offsets) == np.unique(cell).size else None
 
 
-def grid_meets(lows: IntArray, highs: IntArray, cuts: Sequence[IntArray]) -> Meets:
-    """Where the boxes ``[lows, highs)`` meet the cells of a grid, which count in row-major order."""
+def grid_overlaps(lows: IntArray, highs: IntArray, cuts: Sequence[IntArray]) -> Overlaps:
+    """Return the overlaps of the boxes ``[lows, highs)`` with the cells of a grid, numbered in row-major order."""
     first, last = np.empty_like(lows), np.empty_like(lows)
     for axis, axis_cuts in enumerate(cuts):
         first[:, axis] = np.searchsorted(axis_cuts, lows[:, axis], side="right") - 1
@@ -127,11 +128,14 @@ def grid_meets(lows: IntArray, highs: IntArray, cuts: Sequence[IntArray]) -> Mee
         low[:, axis] = np.maximum(low[:, axis], axis_cuts[cell[:, axis]])
         high[:, axis] = np.minimum(high[:, axis], axis_cuts[cell[:, axis] + 1])
         chunk = chunk * (len(axis_cuts) - 1) + cell[:, axis]
-    return Meets(box, chunk, low, high)
+    return Overlaps(box, chunk, low, high)
 
 
 def unrolled(extents: IntArray) -> tuple[IntArray, IntArray]:
-    """All index tuples of arrays with the shapes ``extents`` ``[n, ndim]``: (number of the array, indices)."""
+    """Return all index tuples of ``n`` arrays with the shapes ``extents`` ``[n, ndim]``.
+
+    The result is the number of the array ``[total]`` and the indices ``[total, ndim]``, in row-major order.
+    """
     counts = extents.prod(axis=1)
     owner = np.repeat(np.arange(len(extents)), counts)
     rest = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
@@ -142,23 +146,23 @@ def unrolled(extents: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def _faults(lows: IntArray, highs: IntArray, extents: Shape) -> Iterator[str]:
-    """The faults of boxes ``[lows, highs)``: each where the first element is that isn't covered just once.
+    """Yield the gaps and overlaps of the boxes ``[lows, highs)`` in row-major order of their first elements.
 
-    A box that makes up for a fault, as often as needed, leaves the next to be found.
+    After each one, a box is added that corrects it (with a negative weight for an overlap), to find the next.
     """
-    times = np.ones(len(lows), dtype=np.int64)
-    while (at := _first_miscovered(lows, highs, times, extents)) is not None:
-        low, high, count = _slab(lows, highs, times, at, extents)
-        named = _describe(low, high)
-        yield f"{count} boxes overlap at {named}" if count else f"nothing is stored for {named}"
+    weights = np.ones(len(lows), dtype=np.int64)
+    while (at := _first_miscovered(lows, highs, weights, extents)) is not None:
+        low, high, count = _slab(lows, highs, weights, at, extents)
+        region = _describe(low, high)
+        yield f"{count} boxes overlap at {region}" if count else f"nothing is stored for {region}"
         lows, highs = np.concatenate([lows, [low]]), np.concatenate([highs, [high]])
-        times = np.append(times, 1 - count)
+        weights = np.append(weights, 1 - count)
 
 
 def _slab(
-    lows: IntArray, highs: IntArray, times: IntArray, at: Shape, extents: Shape
+    lows: IntArray, highs: IntArray, weights: IntArray, at: Shape, extents: Shape
 ) -> tuple[list[int], list[int], int]:
-    """The slab from element ``at`` on, as far as the same boxes reach, and how often they cover it."""
+    """Return the box from element ``at`` on that the same boxes cover entirely, and the sum of their weights."""
     low, high = [], []
     for axis, start in enumerate(at):
         stops = np.concatenate([[extents[axis]], lows[:, axis], highs[:, axis]])
@@ -166,22 +170,23 @@ def _slab(
         spanning = (lows[:, axis] <= start) & (highs[:, axis] >= stop)
         low.append(start if len(lows) else 0)
         high.append(stop if len(lows) else extents[axis])
-        lows, highs, times = lows[spanning], highs[spanning], times[spanning]
-    return low, high, int(times.sum())
+        lows, highs, weights = lows[spanning], highs[spanning], weights[spanning]
+    return low, high, int(weights.sum())
 
 
-def _first_miscovered(lows: IntArray, highs: IntArray, times: IntArray, extents: Shape) -> Shape | None:
-    """The first element, in row-major order, that the boxes ``[lows, highs)``, each so many times, don't cover once.
+def _first_miscovered(lows: IntArray, highs: IntArray, weights: IntArray, extents: Shape) -> Shape | None:
+    """Return the first element, in row-major order, whose boxes' weights do not add up to 1; None if there is none.
 
-    What a box covers is the signed sum, over its corners, of all that lies behind each; such sums are equal only where
-    their corners are. So boxes tile the whole where all corners but its own cancel out, and else go wrong at the first
-    that is left. Corners are taken along the axes that are cut at all: the boxes of a tensor of any rank stay few.
+    The indicator of a box is the signed sum, over its corners, of the indicators of the orthants that begin there, and
+    those of different corners are linearly independent. So the boxes tile the tensor if and only if the signed corners
+    of all boxes, minus those of the tensor, cancel out; the first corner that is left is the first element to be
+    reported. Axes that no box cuts are left out, which keeps the 2^axes corners of each box few.
     """
     cut = np.flatnonzero(((lows != 0) | (highs != np.array(extents, dtype=np.int64))).any(axis=0))
     whole = np.array(extents, dtype=np.int64)[None, cut]
     corners = np.concatenate([np.zeros_like(whole), lows[:, cut]])
     opposite = np.concatenate([whole, highs[:, cut]])
-    signs = np.append(-1, times)
+    signs = np.append(-1, weights)
     for axis in range(len(cut)):
         further = corners.copy()
         further[:, axis] = opposite[:, axis]
@@ -190,15 +195,16 @@ def _first_miscovered(lows: IntArray, highs: IntArray, times: IntArray, extents:
     order = ascending(corners)
     ordered = corners[order]
     firsts = np.append(0, np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1)
-    left = np.flatnonzero(np.add.reduceat(signs[order], firsts))
-    if not left.size:
+    remaining = np.flatnonzero(np.add.reduceat(signs[order], firsts))
+    if not remaining.size:
         return None
     at = np.zeros(len(extents), dtype=np.int64)
-    at[cut] = ordered[firsts[left[0]]]
+    at[cut] = ordered[firsts[remaining[0]]]
     return tuple(at.tolist())
 
 
 def _describe(low: Sequence[int] | IntArray, high: Sequence[int] | IntArray) -> str:
+    """Format a box as slices: ``[0:4, 8:16]``."""
     return "[" + ", ".join(f"{a}:{b}" for a, b in zip(low, high, strict=True)) + "]"
 
 
@@ -210,16 +216,16 @@ def shared_runs(
     target_strides: IntArray,
     itemsize: int,
 ) -> Runs:
-    """The byte runs of boxes that pairs of row-major arrays share.
+    """Return the byte runs that copy boxes from one row-major array each to another.
 
-    ``boxes`` are shapes ``[n, ndim]`` in elements; starts ``[n]`` and strides ``[n, ndim]``, like ``itemsize``, in
-    bytes. Neighbouring axes that are contiguous in both arrays become one run; an axis that is not makes it a strided
-    run; further ones are unrolled.
+    ``boxes`` are shapes ``[n, ndim]`` in elements; starts ``[n]``, strides ``[n, ndim]`` and ``itemsize`` are in bytes.
+    The last axes that are contiguous in both arrays become the row of a run, the axis before them becomes its stride,
+    and the remaining axes are unrolled into separate runs.
     """
     row_bytes = np.full(len(boxes), itemsize, dtype=np.int64)
     rows, source_stride, target_stride = np.ones_like(row_bytes), np.zeros_like(row_bytes), np.zeros_like(row_bytes)
     is_strided = np.zeros(len(boxes), dtype=bool)
-    further = boxes.copy()
+    unrolled_extents = boxes.copy()
     for axis in reversed(range(boxes.shape[1])):
         extent, in_source, in_target = boxes[:, axis], source_strides[:, axis], target_strides[:, axis]
         is_joined = ~is_strided & ((extent == 1) | ((in_source == row_bytes) & (in_target == row_bytes)))
@@ -229,10 +235,10 @@ def shared_runs(
         np.copyto(source_stride, in_source, where=is_new)
         np.copyto(target_stride, in_target, where=is_new)
         is_strided |= is_new
-        further[is_joined | is_new, axis] = 1
+        unrolled_extents[is_joined | is_new, axis] = 1
     np.copyto(source_stride, row_bytes, where=~is_strided)
     np.copyto(target_stride, row_bytes, where=~is_strided)
-    box, index = unrolled(further)
+    box, index = unrolled(unrolled_extents)
     return Runs(
         box,
         source_start[box] + (index * source_strides[box]).sum(axis=1),
@@ -245,7 +251,7 @@ def shared_runs(
 
 
 def row_major_strides(shapes: IntArray, itemsize: int) -> IntArray:
-    """Byte strides of row-major arrays of the shapes ``[n, ndim]`` in elements."""
+    """Return the strides in bytes ``[n, ndim]`` of row-major arrays with the shapes ``[n, ndim]`` in elements."""
     strides = np.full_like(shapes, itemsize)
     for axis in reversed(range(shapes.shape[1] - 1)):
         strides[:, axis] = strides[:, axis + 1] * shapes[:, axis + 1]

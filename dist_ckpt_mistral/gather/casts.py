@@ -1,8 +1,8 @@
-"""From one element type to another: the values, how many of them did not survive, and types that hold all of another.
+"""Convert values to another element type, count the values that are lost, and find a type that holds all values.
 
-Values are rounded to nearest even, float64 to float32 first, and what is too large becomes infinite: bit for bit as
-``tensor.to(dtype)`` of torch 2.13. NaN stays NaN. Its sign and payload may change, and differ from torch's, whose own
-depend on the processor and on where in a tensor the element stands.
+Results are bit for bit those of ``tensor.to(dtype)`` of torch 2.13: values are rounded to nearest even (float64 to
+float32 first), and values that are too large become infinite. NaN stays NaN, but its sign and payload may differ from
+torch's, which depend on the processor and on the position in the tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
+import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
 import numpy.typing as npt
 
@@ -19,7 +20,7 @@ from dist_ckpt_mistral.gather.index import IndexedTensor
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
-#: Pairs of a dtype and another that has all of its range: between these no value is lost.
+#: (dtype, another one with at least its range): no value overflows or becomes zero.
 _WITHIN: Final = {
     ("float16", "bfloat16"),
     *((narrow, wide) for narrow in ("float16", "bfloat16") for wide in ("float32", "float64")),
@@ -28,43 +29,36 @@ _WITHIN: Final = {
 
 
 class Lost(NamedTuple):
-    """How many values a conversion destroyed: finite ones that became infinite or NaN, others that became zero."""
+    """Numbers of values lost in a conversion: finite ones that became infinite or NaN, others that became zero."""
 
     overflowed: int = 0
     vanished: int = 0
 
     def plus(self, other: Lost) -> Lost:
-        """Those of both."""
+        """Add the numbers of two conversions."""
         return Lost(self.overflowed + other.overflowed, self.vanished + other.vanished)
 
 
 NOTHING: Final = Lost()
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a torch name."""
-    import ml_dtypes  # noqa: F401, PLC0415  (registers bfloat16 and float8; only conversions need it)
-
-    return np.dtype(name)
-
-
 def cast(band: memoryview, source: str, target: str) -> tuple[memoryview, Lost]:
-    """Values of dtype ``source`` (a torch name) in dtype ``target``, and how many of them were lost."""
+    """Convert values of dtype ``source`` (a torch name) to ``target``, and count those that are lost."""
     if source == target:
         return band, NOTHING
-    values = np.frombuffer(band, dtype=numpy_dtype(source))
+    values = np.frombuffer(band, dtype=np.dtype(source))
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = values.astype(np.float32) if source == "float64" else values  # as torch: c10/util/Half.h takes float
-        converted = rounded.astype(numpy_dtype(target))
+        converted = rounded.astype(np.dtype(target))
         lost = NOTHING if (source, target) in _WITHIN else _lost(values, converted)
     return converted.view(np.uint8).data, lost
 
 
 def _lost(values: npt.NDArray[Any], converted: npt.NDArray[Any]) -> Lost:
-    """Most bands end without a zero and an infinity, which the largest and the smallest of their bits tell at once."""
+    """Count the values that a conversion lost."""
     bits = converted.view(f"u{converted.itemsize}") << 1  # without the sign
     infinity = np.array(np.inf, converted.dtype).view(bits.dtype) << 1
-    if bits.max() < infinity and bits.min() > 0:
+    if bits.max() < infinity and bits.min() > 0:  # neither zero nor infinity nor NaN, as in most bands
         return NOTHING
     return Lost(
         overflowed=int(np.count_nonzero((bits >= infinity) & np.isfinite(values))),
@@ -73,7 +67,7 @@ def _lost(values: npt.NDArray[Any], converted: npt.NDArray[Any]) -> Lost:
 
 
 def widest(names: Sequence[str]) -> str | None:
-    """The least dtype that holds all values of these dtypes; None if there is none, as for integers among floats."""
+    """Return float32 or float64, the smaller one that holds all values of these dtypes; None if not all are floats."""
     if not set(names) <= {*_FLOATS}:
         return None
     return next(
@@ -83,9 +77,9 @@ def widest(names: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WidenedFile:
-    """Values of ``stored_dtype`` from byte ``position`` of file ``file`` on, as a file of them in the wider ``dtype``.
+    """A virtual file (``DerivedFile``): values of ``stored_dtype`` in another file, converted to a wider ``dtype``.
 
-    A ``DerivedFile``. Buffers hold whole values.
+    The stored values begin at byte ``position`` of file ``file``. Only whole values can be read.
     """
 
     file: int
@@ -94,15 +88,15 @@ class WidenedFile:
     dtype: str
 
     def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with values, from byte ``position`` of them on."""
+        """Fill ``buffer`` with converted values, from byte ``position`` of this file on."""
         itemsize, stored_itemsize = dtypes.itemsize_bytes(self.dtype), dtypes.itemsize_bytes(self.stored_dtype)
-        stored = np.empty(len(buffer) // itemsize, dtype=numpy_dtype(self.stored_dtype))
+        stored = np.empty(len(buffer) // itemsize, dtype=np.dtype(self.stored_dtype))
         files.read_into(self.file, self.position + position // itemsize * stored_itemsize, stored.view(np.uint8).data)
-        np.frombuffer(buffer, dtype=numpy_dtype(self.dtype))[:] = stored
+        np.frombuffer(buffer, dtype=np.dtype(self.dtype))[:] = stored
 
 
 def widened(tensor: IndexedTensor, dtype: str, first_file: int) -> tuple[IndexedTensor, list[WidenedFile]]:
-    """``tensor`` in a wider ``dtype``: each chunk is a file, counted on from ``first_file``."""
+    """Return ``tensor`` in a wider ``dtype``, and one virtual file per chunk, numbered from ``first_file`` on."""
     files = [
         WidenedFile(file=file, position=position, stored_dtype=tensor.dtype, dtype=dtype)
         for file, position in zip(tensor.files.tolist(), tensor.positions.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""Two plans for reading the same tensors, compared bit by bit in bounded memory: the third end of a plan."""
+"""Compare the tensors that two plans read, bit by bit, in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from dist_ckpt_mistral.storage.local import SourceFiles
 
 
 def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: Effort) -> Iterator[tuple[str, str]]:
-    """Compare tensors of the same dtypes and shapes; segment ``i`` of both plans is the one called ``names[i]``.
+    """Compare tensors of equal dtypes and shapes. Segment ``i`` of both plans is tensor ``names[i]``.
 
-    Yields the name of each tensor that differs, and where its bits begin to differ.
+    Yields the name of each tensor that differs, and its first byte that differs, in words.
     """
-    with _opened(plan_a) as files_a, _opened(plan_b) as files_b:
+    with (
+        SourceFiles(plan_a.source_files, plan_a.derived_files) as files_a,
+        SourceFiles(plan_b.source_files, plan_b.derived_files) as files_b,
+    ):
         reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
 
         def work(number: int) -> str | None:
@@ -30,21 +33,17 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
                 effort.progress(len(band_a))
             return None
 
-        found = run_all(work, range(len(names)), workers=effort.threads, stop=reader_a.stop)
-    return ((name, what) for name, what in zip(names, found, strict=True) if what is not None)
-
-
-def _opened(plan: BytePlan) -> SourceFiles:
-    return SourceFiles(plan.source_files, plan.derived_files)
+        differences = run_all(work, range(len(names)), workers=effort.threads, stop=reader_a.stop)
+    return ((name, what) for name, what in zip(names, differences, strict=True) if what is not None)
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:
-    """Whether two bands are the same bytes; numpy compares without the interpreter lock, here in words if it can."""
+    """Whether two bands are equal. numpy compares without the interpreter lock, in 8-byte words if possible."""
     word = np.uint64 if len(a) == len(b) and len(a) % 8 == 0 else np.uint8
     return np.array_equal(np.frombuffer(a, word), np.frombuffer(b, word))
 
 
 def _describe(band_a: memoryview, band_b: memoryview, at: int, dtype: str) -> str:
-    """The first byte that differs."""
+    """Describe the first byte that differs. The bands begin at byte ``at`` of their tensors."""
     first = int(np.flatnonzero(np.frombuffer(band_a, np.uint8) != np.frombuffer(band_b, np.uint8))[0])
     return f"bits differ from byte {at + first} of the {dtype} data on"

@@ -1,4 +1,4 @@
-"""What tells whether bytes have changed: the SHA-256 of whole files and the CRC-32 of spans of them, in one pass."""
+"""Checksums of a file in one pass: the SHA-256 of all of it and the CRC-32 of spans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digest:
-    """The SHA-256 of a whole file in hexadecimal (None: not asked for), and the CRC-32 of spans in their order."""
+    """Checksums of a file: its SHA-256 in hexadecimal, None if not requested, and the CRC-32 of each span."""
 
     num_bytes: int
     sha256: str | None
@@ -32,11 +32,11 @@ class Digest:
 
 
 def digest(path: Path, spans: Sequence[Span], *, sha256: bool, effort: Effort) -> Digest:
-    """Read a file once, in a buffer of a band's size.
+    """Read a file once, in blocks of a band's size, and return its checksums.
 
-    ``spans`` are in ascending order and do not overlap. Raises FormatError where the file cannot be read.
+    ``spans`` must be in ascending order and must not overlap. Raises FormatError if the file cannot be read.
     """
-    whole, sums, open_span = hashlib.sha256(), [0] * len(spans), 0
+    file_hash, sums, open_span = hashlib.sha256(), [0] * len(spans), 0
     buffer = aligned_buffer(effort.band_bytes()).data
     with SourceFiles([path]) as files:
         size = files.size_bytes(0)
@@ -44,13 +44,13 @@ def digest(path: Path, spans: Sequence[Span], *, sha256: bool, effort: Effort) -
             block = buffer[: min(len(buffer), size - start)]
             files.read_into(0, start, block)
             if sha256:
-                whole.update(block)
+                file_hash.update(block)
             while open_span < len(spans) and spans[open_span].position < start + len(block):
                 low = spans[open_span].position - start
                 high = low + spans[open_span].num_bytes
                 sums[open_span] = zlib_ng.crc32(block[max(low, 0) : high], sums[open_span])
                 if high > len(block):
-                    break  # it goes on in the next block
+                    break  # the span continues in the next block
                 open_span += 1
             effort.progress(len(block))
-    return Digest(num_bytes=size, sha256=whole.hexdigest() if sha256 else None, crc32=tuple(sums))
+    return Digest(num_bytes=size, sha256=file_hash.hexdigest() if sha256 else None, crc32=tuple(sums))

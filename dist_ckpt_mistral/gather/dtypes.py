@@ -1,4 +1,4 @@
-"""Element types, as torch, safetensors and numpy name them, and shapes, in elements. Needs none of the three."""
+"""Names and sizes of element types in torch, safetensors and numpy, and shapes. Imports none of the three."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ _TABLE = {
 }
 _FROM_SAFETENSORS = {name: dtype for dtype, (name, _) in _TABLE.items()}
 
-#: What model weights may be, and what ``--dtype`` accepts.
+#: Dtypes of model weights, which ``--dtype`` accepts.
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 #: All torch names that this package can store.
 KNOWN_DTYPES = tuple(_TABLE)
+#: Extents in elements.
 Shape: TypeAlias = tuple[int, ...]
-
-#: What files say may be no more: then the bytes of so many elements, and the sum of any two such numbers, can still be
-#: counted in 63 bits, as numpy and the operating system count.
+#: Largest number of elements that is accepted from a file. The bytes of so many elements, and the sum of two such byte
+#: counts, fit into 63 bits, as numpy and the operating system require.
 MOST: Final = 1 << 59
 
 
 @dataclass(frozen=True, slots=True)
 class TorchDtype:
-    """Stands for torch's own dtype object in what is to be pickled: ``TorchDtype("bfloat16")`` for torch.bfloat16."""
+    """Represents a torch dtype in objects to be pickled: ``TorchDtype("bfloat16")`` becomes ``torch.bfloat16``."""
 
     name: str
 
 
 def itemsize_bytes(dtype: str) -> int:
-    """Size of one element of ``dtype`` (a torch name) in bytes."""
+    """Return the size of one element of ``dtype`` (a torch name) in bytes."""
     return _TABLE[dtype][1]
 
 
 def to_safetensors(dtype: str) -> str:
-    """The safetensors name of a torch name: ``bfloat16`` -> ``BF16``."""
+    """Return the safetensors name of a torch name: ``bfloat16`` -> ``BF16``."""
     return _TABLE[dtype][0]
 
 
 def from_safetensors(name: object, where: str) -> str:
-    """The torch name of a safetensors name: ``BF16`` -> ``bfloat16``; ``where`` names the tensor for the error."""
+    """Return the torch name of a safetensors name: ``BF16`` -> ``bfloat16``. ``where`` names the tensor in errors."""
     if not isinstance(name, str) or name not in _FROM_SAFETENSORS:
         raise FormatError(
             f"unknown dtype for {where}: expected one of {', '.join(_FROM_SAFETENSORS)}, got {short(name)}"
@@ -65,18 +65,18 @@ def from_safetensors(name: object, where: str) -> str:
 
 
 def require_known(name: object, where: str) -> str:
-    """``name`` if it is a torch dtype name that this package can store; ``where`` names the tensor for the error."""
+    """Return ``name``. Raises FormatError if it is not in ``KNOWN_DTYPES``; ``where`` names the tensor."""
     if not isinstance(name, str) or name not in _TABLE:
         raise FormatError(f"unknown dtype for {where}: expected one of {', '.join(_TABLE)}, got {short(name)}")
     return name
 
 
 def require_weight_dtype(dtype: str | None) -> None:
-    """Refuse a ``dtype`` that model weights cannot have."""
+    """Raise ConfigError if ``dtype`` is neither None nor in ``WEIGHT_DTYPES``."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported: expected one of {', '.join(WEIGHT_DTYPES)}")
 
 
 def is_countable(shape: Iterable[int]) -> bool:
-    """Whether a tensor of this shape can be counted and indexed; one that is empty because of another axis, too."""
+    """Whether the product of the extents, with 1 in place of 0, is at most ``MOST``."""
     return math.prod(extent or 1 for extent in shape) <= MOST

@@ -1,6 +1,6 @@
-"""Runs a ``BytePlan``: bounded memory, threads, progress. Knows positions and bytes, and no format.
+"""Execute a ``BytePlan`` with threads, in bounded memory, and report progress.
 
-Every segment is filled band by band. Reading, writing and checksums release the interpreter lock, so threads suffice.
+Segments are copied band by band. Reads, writes and checksums release the interpreter lock, so threads are enough.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
 from dist_ckpt_mistral.storage.local import SourceFiles
 
-_MOST_WORKERS: Final = 4096
-_LEAST_BAND_BYTES: Final = 64 << 10
-#: What one thread takes at a time of a segment that needs no checksum, so that threads end together.
+_MAX_WORKERS: Final = 4096
+_MIN_BAND_BYTES: Final = 64 << 10
+#: A segment without a checksum is split into parts of this size, so that all threads finish at about the same time.
 _PART_BYTES: Final = 64 << 20
-#: How much is written before a target may begin to bring it onto the disk.
+#: Bytes written before writeback to the disk is started.
 _WRITEBACK_BYTES: Final = 16 << 20
 
 Progress = Callable[[int], None]
@@ -33,62 +33,55 @@ T = TypeVar("T")
 
 
 class Target(Protocol):
-    """Where segments are written: a file (``TargetFile``), or memory."""
+    """Receives the bytes of segments: a file (``TargetFile``), or memory."""
 
     def write(self, position: int, data: memoryview) -> None:
-        """Write all of ``data`` at ``position``, from any thread."""
+        """Write all of ``data`` at ``position``. May be called from any thread."""
 
     def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Have bytes that were written begin their way to where they last, without waiting."""
+        """Start writing bytes back to durable storage, without waiting."""
 
 
 class Copied(NamedTuple):
-    """What is to be known of a part that was copied: the CRC-32 of its stored bytes, and the values that were lost."""
+    """Result of copying a part: the CRC-32 of its stored bytes, and the numbers of values lost."""
 
     crc32: int
     lost: Lost
 
 
 class CopiedParts(Protocol):
-    """Which parts were copied, by an earlier run too (``journal.Journal``).
+    """Record of the parts already copied, by this run or an earlier one (``journal.Journal``).
 
-    ``must_prove`` says that sources may have changed since: what is recalled must still be what they hold.
+    With ``must_prove``, sources may have changed since the earlier run, so its checksums are compared with theirs.
     """
 
     must_prove: bool
 
     def recall(self, part: Part) -> Copied | None:
-        """What was noted of the part if its stored bytes are there; else None."""
+        """Return the record of a part whose stored bytes are intact, otherwise None."""
 
     def note(self, part: Part, copied: Copied) -> None:
-        """Note, from any thread, that the part was written."""
-
-
-class _Nowhere:
-    """A target for what is read only for its checksum."""
-
-    def write(self, position: int, data: memoryview) -> None:
-        """Drop it."""
-
-    def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Nothing lasts."""
+        """Record that a part was written. May be called from any thread."""
 
 
 def no_progress(num_bytes: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much of a machine to use.
+    """How much of the machine a conversion or comparison may use.
 
     Args:
-        workers: Threads that copy; 0 means one a core, at most 8.
-        memory_bytes: Size of the buffers of all threads together.
-        progress: Called with the number of bytes that were just copied or compared, from any thread.
+        workers: Number of copying threads, at most 4096; 0 means one per core, at most 8.
+        memory_bytes: Total size of copy buffers in bytes.
+        progress: Called with the number of bytes just copied or compared, from any thread.
 
     Raises:
-        ConfigError: There are more ``workers`` than any machine has cores.
+        ConfigError: ``workers`` is negative or larger than 4096.
+
+    Example:
+        ``dcm.to_hf("ckpt", "out", effort=Effort(workers=4, memory_bytes=64 << 20))``
     """
 
     workers: int = 0
@@ -96,22 +89,21 @@ class Effort:
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:
-        """Refuse what the operating system would, when all is begun."""
-        if not 0 <= self.workers <= _MOST_WORKERS:
-            raise ConfigError(f"workers: expected 0 (one a core) to {_MOST_WORKERS} threads, got {self.workers}")
+        """Check the number of workers, before anything is started."""
+        if not 0 <= self.workers <= _MAX_WORKERS:
+            raise ConfigError(f"workers: expected 0 (one per core) to {_MAX_WORKERS} threads, got {self.workers}")
 
     @property
     def threads(self) -> int:
-        """Threads that saturate a local disk: as many as there are cores, at most 8, unless ``workers`` says."""
+        """Number of threads: ``workers``, or one per core, at most 8, which is enough to saturate a local disk."""
         return self.workers or min(8, len(os.sched_getaffinity(0)))
 
     def band_bytes(self, readers: int = 1) -> int:
-        """Bytes that each thread gathers at a time with each of ``readers``: whole pages."""
+        """Size of a band in bytes if each thread uses this many ``BandReader``: whole pages."""
         share = self.memory_bytes // (self.threads * BUFFERS * readers) // PAGE_BYTES * PAGE_BYTES
-        return max(_LEAST_BAND_BYTES // readers, min(BAND_BYTES, share))
+        return max(_MIN_BAND_BYTES // readers, min(BAND_BYTES, share))
 
 
-#: What functions use that are given no effort.
 DEFAULT_EFFORT: Final = Effort()
 
 
@@ -124,11 +116,11 @@ def execute(
     checksums: bool,
     record: CopiedParts | None = None,
 ) -> dict[int, Copied]:
-    """Write the segments ``numbers`` of ``plan`` into ``targets``, which are by number of the plan's target file.
+    """Copy the segments ``numbers`` of a plan into ``targets`` (number of the target file -> target).
 
-    What ``record`` recalls is not copied again; where that must be proven, the sources must still give the same
-    checksum. Returns, by the numbers of segments, the CRC-32 of each one's stored bytes if ``checksums`` (else it means
-    nothing), and the values that it lost. The first failure ends the run.
+    Parts that ``record`` recalls are not copied again; with ``record.must_prove``, only if the sources still give the
+    same checksum. The first error stops all threads. Returns, by number of the segment, the CRC-32 of its stored bytes
+    (undefined without ``checksums``) and its lost values.
     """
     parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
@@ -140,8 +132,8 @@ def execute(
             copied = record.recall(part) if record else None
             if record and record.must_prove and copied is not None:
                 silent = replace(effort, progress=no_progress)
-                found = _copy(segment, part, _Nowhere(), reader, silent, checksum=True)
-                copied = copied if found == copied else None
+                proof = _copy(segment, part, None, reader, silent, checksum=True)
+                copied = copied if proof == copied else None
             if copied is not None:
                 effort.progress(segment.stored(part.low, part.high)[1])
                 return copied
@@ -160,28 +152,29 @@ def execute(
 
 
 def _copy(
-    segment: Segment, part: Part, target: Target, reader: BandReader, effort: Effort, *, checksum: bool
+    segment: Segment, part: Part, target: Target | None, reader: BandReader, effort: Effort, *, checksum: bool
 ) -> Copied:
-    """Copy a part. The CRC-32 is 0 unless wanted."""
-    begun, _ = segment.stored(part.low, part.high)
-    position, crc32, lost = begun, 0, NOTHING
+    """Copy a part, or only read it if ``target`` is None. The CRC-32 of the result is 0 without ``checksum``."""
+    unflushed, _ = segment.stored(part.low, part.high)
+    position, crc32, lost = unflushed, 0, NOTHING
     for band in reader.bands(segment, part.low, part.high, position=position):
-        stored, lost_here = cast(band, segment.source_dtype, segment.dtype)
-        lost = lost.plus(lost_here)
-        target.write(position, stored)
+        stored, lost_in_band = cast(band, segment.source_dtype, segment.dtype)
+        lost = lost.plus(lost_in_band)
+        if target is not None:
+            target.write(position, stored)
         crc32 = zlib_ng.crc32(stored, crc32) if checksum else 0
         position += len(stored)
-        if position - begun >= _WRITEBACK_BYTES:
-            target.start_writeback(begun, position - begun)
-            begun = position
+        if target is not None and position - unflushed >= _WRITEBACK_BYTES:
+            target.start_writeback(unflushed, position - unflushed)
+            unflushed = position
         effort.progress(len(stored))
     return Copied(crc32, lost)
 
 
 def _parts(plan: BytePlan, numbers: Sequence[int], *, threads: int, whole: bool) -> list[Part]:
-    """What one thread takes at a time, in an order in which threads do not collide.
+    """Split segments into parts, unless they must stay ``whole``, in an order that keeps threads in different files.
 
-    Kernels let one thread at a time write into a file: as many files as there are threads take turns.
+    The kernel lets only one thread at a time write into a file, so the parts of as many files as threads alternate.
     """
     by_file: dict[int, list[Part]] = defaultdict(list)
     for number in numbers:
@@ -197,9 +190,10 @@ def _parts(plan: BytePlan, numbers: Sequence[int], *, threads: int, whole: bool)
 def run_all(
     work: Callable[[int], T], numbers: Sequence[int], *, workers: int, stop: Callable[[], None] = lambda: None
 ) -> list[T]:
-    """``work`` on every number with ``workers`` threads, results in order. The first exception cancels the rest.
+    """Call ``work`` on every number in ``workers`` threads and return the results in order.
 
-    ``stop`` is called when nothing is to begin any more: it may end what goes on, with ``Stopped``.
+    After the first exception, pending calls are cancelled and ``stop`` is called, which may make running calls raise
+    ``Stopped``. The exception is raised when all threads have ended.
     """
     if workers <= 1:
         return [work(number) for number in numbers]
@@ -207,7 +201,7 @@ def run_all(
         futures = [pool.submit(work, number) for number in numbers]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # also when the wait itself is interrupted
+        finally:  # also if the wait itself is interrupted
             stop()
             pool.shutdown(wait=True, cancel_futures=True)
         failed = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]

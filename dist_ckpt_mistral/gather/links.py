@@ -1,4 +1,4 @@
-"""What is the same in two tensor indexes: boxes that hold the same elements."""
+"""Links between two tensor indexes: boxes with the same elements."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from dist_ckpt_mistral.gather.dtypes import Shape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A box of a source tensor and a box of a target tensor hold the same elements in the same order.
+    """A box of a source tensor and a box of a target tensor that contain the same elements in the same order.
 
-    ``shape`` has the fewer axes of the two; the further leading axes of the other have extent 1. In elements.
+    Offsets and ``shape`` are in elements. If one tensor has more axes, ``shape`` leaves out the leading ones, along
+    which its box has extent 1.
     """
 
     source: str
@@ -24,13 +25,13 @@ class Link:
 
 
 def whole(name: str, shape: Shape) -> Link:
-    """All of a tensor, which has the same name on both sides."""
+    """Return the link of a whole tensor to the tensor of the same name and shape."""
     origin = (0,) * len(shape)
     return Link(source=name, source_offset=origin, target=name, target_offset=origin, shape=shape)
 
 
 def reverse(link: Link) -> Link:
-    """The same boxes, read the other way."""
+    """Exchange source and target."""
     return Link(
         source=link.target,
         source_offset=link.target_offset,
@@ -41,9 +42,9 @@ def reverse(link: Link) -> Link:
 
 
 def compose(first: Link, second: Link) -> Link | None:
-    """The link from what ``first`` reads to what ``second`` fills, where they meet in between; None if they do not.
+    """Return the link from the source of ``first`` to the target of ``second``; None if it would be empty.
 
-    The target of ``first`` is the source of ``second``.
+    The target of ``first`` must be the source of ``second``; the link covers the overlap of their boxes in it.
     """
     ndim = len(first.target_offset)
     first_shape, second_shape = (((1,) * (ndim - len(link.shape)) + link.shape) for link in (first, second))
@@ -62,6 +63,6 @@ def compose(first: Link, second: Link) -> Link | None:
 
 
 def _moved(offset: Shape, by: Iterable[int], shared: int, ndim: int) -> Shape:
-    """``offset`` moved on its last ``shared`` axes; on the others of ``by``'s ``ndim`` axes nothing moves."""
+    """Add the last ``shared`` of the ``ndim`` steps ``by`` to the last axes of ``offset``; the other steps are 0."""
     steps = tuple(by)[ndim - shared :]
     return (*offset[: len(offset) - shared], *map(add, offset[len(offset) - shared :], steps))

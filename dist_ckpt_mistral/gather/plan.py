@@ -1,6 +1,6 @@
-"""Two tensor indexes and the links between them -> ``BytePlan``. Pure: numbers in, numbers out, no I/O.
+"""Make a ``BytePlan`` from two tensor indexes and the links between them. Pure arithmetic without I/O.
 
-Totality is proved here: every target byte is written exactly once, and from bytes that are stored exactly once.
+A plan writes every target byte exactly once, from bytes that are stored exactly once; otherwise PlanError is raised.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage.local import DerivedFile
 
-#: One strided copy: ``rows`` pieces of ``row_bytes`` bytes. Source positions count from the start of the source file,
-#: target offsets from the start of the segment. All in bytes.
+#: A strided copy of ``rows`` pieces of ``row_bytes`` bytes. ``source_position`` counts from the start of the source
+#: file, ``target_offset`` from the start of the segment. Positions, offsets and strides are in bytes.
 COPY = np.dtype(
     [
         ("source_file", np.int64),
@@ -43,10 +43,10 @@ CopyArray = npt.NDArray[np.void]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Segment:
-    """One contiguous run of one target file (a tensor of a safetensors file, the data of a chunk) and what fills it.
+    """A contiguous run of bytes of one target file: a tensor of a safetensors file, or the data of a chunk.
 
-    ``copies`` fill ``num_bytes`` bytes of ``source_dtype``, which are stored as ``dtype``. ``sources`` are the names of
-    the tensors that they come from.
+    ``copies`` fill ``num_bytes`` bytes of ``source_dtype``, which are converted to ``dtype`` and stored from byte
+    ``position`` of the file on. ``sources`` are the names of the source tensors.
     """
 
     tensor: str
@@ -60,17 +60,17 @@ class Segment:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that the segment takes in its file."""
+        """Size of the segment in its file, in bytes of ``dtype``."""
         return self.num_bytes // dtypes.itemsize_bytes(self.source_dtype) * dtypes.itemsize_bytes(self.dtype)
 
     def stored(self, low: int, high: int) -> tuple[int, int]:
-        """Where in the file bytes ``[low, high)`` of a segment that has any are stored, and how many they are there."""
+        """Return (position in the file, number of bytes there) of the bytes ``[low, high)`` in ``source_dtype``."""
         first, end = (self.stored_bytes * at // self.num_bytes for at in (low, high))
         return self.position + first, end - first
 
 
 class Part(NamedTuple):
-    """Bytes ``[low, high)`` of segment ``number`` of a plan: what is copied at a time."""
+    """Bytes ``[low, high)`` of segment ``number`` of a plan, in its ``source_dtype``: the unit of work of a thread."""
 
     number: int
     low: int
@@ -79,9 +79,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BytePlan:
-    """What to copy where: segments in the order of their target files and positions.
+    """All copies from source files to target files: segments, ordered by target file and position.
 
-    Source files are those of the index, and ``derived_files`` are counted on from there.
+    Source files ``len(source_files)`` and up are the ``derived_files``.
     """
 
     source_files: tuple[Path, ...]
@@ -96,7 +96,7 @@ class BytePlan:
 
     @property
     def files_to_read(self) -> tuple[Path, ...]:
-        """The source files that any segment is copied from; what derived files read is not among them."""
+        """The source files that the segments are copied from, without those that derived files read."""
         numbers = {number for segment in self.segments for number in segment.copies["source_file"].tolist()}
         return tuple(path for number, path in enumerate(self.source_files) if number in numbers)
 
@@ -104,17 +104,18 @@ class BytePlan:
 def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link]) -> BytePlan:
     """Plan how to fill every chunk of ``target`` from the chunks of ``source``.
 
-    What is stored in several element types is brought to one that holds all their values, then to that of its target.
+    If the parts of one target tensor have several element types, they are converted to one that holds all values, and
+    then to the target's.
 
-    Raises PlanError where links, source chunks or target chunks leave a gap or overlap, TensorMismatchError where no
-    element type holds all values.
+    Raises:
+        PlanError: Links, source chunks or target chunks leave a gap or overlap.
+        TensorMismatchError: No element type holds all values of a target tensor's parts.
     """
     by_target = defaultdict[str, list[Link]](list)
     for link in links:
         by_target[link.target].append(link)
-    for_all(
-        lambda name: _require_whole(source.tensors[name]), sorted({link.source for link in chain(*by_target.values())})
-    )
+    sources = sorted({link.source for link in chain(*by_target.values())})
+    for_all(_require_whole, [source.tensors[name] for name in sources])
     source, links_to = _unmixed(source, by_target)
     segments = [
         segment
@@ -130,35 +131,35 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
     )
 
 
-def plan_reading(source: TensorIndex, wanted: Mapping[str, tuple[Shape, Sequence[Link]]]) -> BytePlan:
-    """A plan for reading: one segment for each of ``wanted``, in this order, given its shape and the links to it."""
+def plan_segments(source: TensorIndex, targets: Mapping[str, tuple[Shape, Sequence[Link]]]) -> BytePlan:
+    """Plan to read whole tensors: one segment for each of ``targets`` (name -> shape, links to it), in this order."""
     tensors = {
         name: IndexedTensor.whole(name, only_dtype(source, links), shape, file=number, position=0)
-        for number, (name, (shape, links)) in enumerate(wanted.items())
+        for number, (name, (shape, links)) in enumerate(targets.items())
     }
-    target = TensorIndex(files=tuple(map(Path, wanted)), tensors=tensors)
-    return plan_gather(source, target, chain.from_iterable(links for _, links in wanted.values()))
+    target = TensorIndex(files=tuple(map(Path, targets)), tensors=tensors)
+    return plan_gather(source, target, chain.from_iterable(links for _, links in targets.values()))
 
 
 def only_dtype(source: TensorIndex, links: Sequence[Link]) -> str:
-    """The element type (a torch name) of what ``links``, all to one target, read of ``source``.
+    """Return the element type (a torch name) of the source tensors of ``links``, which all have the same target.
 
-    Raises TensorMismatchError where there are several, and names them: then a target needs one that is chosen.
+    Raises TensorMismatchError if there are several: then the user must choose one.
     """
-    found: dict[str, list[str]] = defaultdict(list)
+    names_of: dict[str, list[str]] = defaultdict(list)
     for link in links:
-        found[source.tensors[link.source].dtype].append(link.source)
-    if len(found) > 1:
-        told = "; ".join(f"{dtype}: {listed([*dict.fromkeys(names)])}" for dtype, names in sorted(found.items()))
+        names_of[source.tensors[link.source].dtype].append(link.source)
+    if len(names_of) > 1:
+        types = "; ".join(f"{dtype}: {listed([*dict.fromkeys(names)])}" for dtype, names in sorted(names_of.items()))
         raise TensorMismatchError(
-            f"{links[0].target!r} would mix element types: expected its parts in one, got {told}. "
-            "Give --dtype, to which all are converted."
+            f"{links[0].target!r} would mix element types: expected one for all its parts, got {types}. "
+            "Give --dtype to convert all of them."
         )
-    return next(iter(found))
+    return next(iter(names_of))
 
 
 def _unmixed(source: TensorIndex, by_target: Mapping[str, list[Link]]) -> tuple[TensorIndex, Mapping[str, list[Link]]]:
-    """Where links to one target read several element types, they read all in one that holds all values."""
+    """Replace links that give one target several element types by links to widened tensors, which are added."""
     tensors, derived, links_to = dict(source.tensors), list(source.derived), dict(by_target)
     for target, links in by_target.items():
         stored = sorted({source.tensors[link.source].dtype for link in links})
@@ -183,16 +184,16 @@ def _require_whole(tensor: IndexedTensor) -> None:
 
 
 def _fill(source: TensorIndex, target: IndexedTensor, links: list[Link]) -> list[Segment]:
-    """The segments of one target tensor."""
+    """Return the segments of one target tensor, one per chunk."""
     _require_total(target, links)
     by_source: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         by_source[link.source].append(link)
     source_dtype = source.tensors[links[0].source].dtype if links else target.dtype
     names = [source.tensors[name].name for name in by_source]
-    found = [_copies(source.tensors[name], target, group) for name, group in by_source.items()]
-    chunks = np.concatenate([np.empty(0, dtype=np.int64), *(each for each, _ in found)])
-    copies = np.concatenate([np.empty(0, dtype=COPY), *(each for _, each in found)])
+    copies_of = [_copies(source.tensors[name], target, group) for name, group in by_source.items()]
+    chunks = np.concatenate([np.empty(0, dtype=np.int64), *(numbers for numbers, _ in copies_of)])
+    copies = np.concatenate([np.empty(0, dtype=COPY), *(array for _, array in copies_of)])
     order = np.lexsort((copies["target_offset"], chunks))
     copies = copies[order]
     ends = np.bincount(chunks, minlength=target.num_chunks).cumsum().tolist()
@@ -211,33 +212,33 @@ def _fill(source: TensorIndex, target: IndexedTensor, links: list[Link]) -> list
             sources=sources,
         )
         for file, position, size, start, end, sources in zip(
-            *columns, [0, *ends[:-1]], ends, _sources(names, found, target.num_chunks), strict=True
+            *columns, [0, *ends[:-1]], ends, _sources(names, copies_of, target.num_chunks), strict=True
         )
     ]
 
 
 def _sources(
-    names: Iterable[str], found: Sequence[tuple[IntArray, CopyArray]], num_chunks: int
+    names: Iterable[str], copies_of: Sequence[tuple[IntArray, CopyArray]], num_chunks: int
 ) -> list[tuple[str, ...]]:
-    """Of each chunk, which of the sources ``names`` have copies into it, given what ``_copies`` gave of each."""
-    into: list[list[str]] = [[] for _ in range(num_chunks)]
-    for name, (chunks, _) in zip(names, found, strict=True):
+    """Return the names of each chunk's sources, from the names of all sources and the ``_copies`` of each."""
+    sources: list[list[str]] = [[] for _ in range(num_chunks)]
+    for name, (chunks, _) in zip(names, copies_of, strict=True):
         for chunk in np.unique(chunks).tolist():
-            into[chunk].append(name)
-    return [tuple(each) for each in into]
+            sources[chunk].append(name)
+    return [*map(tuple, sources)]
 
 
 def _require_filled(chunks: IntArray, copies: CopyArray, num_bytes: IntArray, name: str) -> None:
-    """Raise PlanError unless the copies into each chunk fill it."""
+    """Raise PlanError unless the sizes of the copies into each chunk add up to its size."""
     filled = np.zeros_like(num_bytes)
     np.add.at(filled, chunks, copies["rows"] * copies["row_bytes"])
     faulty = np.flatnonzero(filled != num_bytes)
-    if faulty.size:  # a fault of this module, not of the data: never write such a plan
+    if faulty.size:  # an error of this module, not of the data
         raise PlanError(f"the plan fills {filled[faulty[0]]} of {num_bytes[faulty[0]]} bytes of {name!r}")
 
 
 def _require_total(target: IndexedTensor, links: list[Link]) -> None:
-    """Links and chunks must each cover the target tensor exactly once."""
+    """Raise PlanError unless links and chunks each cover the target tensor exactly once."""
     ndim = len(target.global_shape)
     offsets = np.array([link.target_offset for link in links], dtype=np.int64).reshape(len(links), ndim)
     shapes = np.array([(1,) * (ndim - len(link.shape)) + link.shape for link in links], dtype=np.int64)
@@ -247,18 +248,18 @@ def _require_total(target: IndexedTensor, links: list[Link]) -> None:
 
 
 def _copies(source: IndexedTensor, target: IndexedTensor, links: list[Link]) -> tuple[IntArray, CopyArray]:
-    """What ``links`` bring from one source tensor: the chunk of ``target`` that each copy goes into, and the copies."""
+    """Return the copies of ``links`` from one source tensor, and the number of the target chunk of each copy."""
     itemsize = dtypes.itemsize_bytes(source.dtype)
     ndim = len(links[0].shape)
     in_source, in_target = slice(len(source.global_shape) - ndim, None), slice(len(target.global_shape) - ndim, None)
     source_lows, target_lows, shapes = _columns(links)
     source_highs = source_lows + _padded(shapes, len(source.global_shape))
     _require_inside(source_highs, source)
-    read = source.meeting(source_lows, source_highs)
+    read = source.overlaps(source_lows, source_highs)
 
-    lows = target_lows[read.box]  # what is read of each chunk, as boxes of the target
+    lows = target_lows[read.box]  # the overlaps with source chunks, as boxes of the target
     lows[:, in_target] += (read.low - source_lows[read.box])[:, in_source]
-    written = target.meeting(lows, lows + _padded((read.high - read.low)[:, in_source], len(target.global_shape)))
+    written = target.overlaps(lows, lows + _padded((read.high - read.low)[:, in_source], len(target.global_shape)))
 
     source_chunk, source_low = read.chunk[written.box], read.low[written.box]
     source_low[:, in_source] += (written.low - lows[written.box])[:, in_target]
@@ -280,7 +281,7 @@ def _copies(source: IndexedTensor, target: IndexedTensor, links: list[Link]) -> 
 
 
 def _columns(links: list[Link]) -> Iterator[IntArray]:
-    """Source offsets, target offsets and shapes of links between the same two tensors, ``[links, axes]``."""
+    """Yield source offsets, target offsets and shapes of links between the same two tensors, each ``[links, axes]``."""
     for rows in (
         [link.source_offset for link in links],
         [link.target_offset for link in links],
@@ -290,7 +291,7 @@ def _columns(links: list[Link]) -> Iterator[IntArray]:
 
 
 def _padded(shapes: IntArray, ndim: int) -> IntArray:
-    """Shapes with leading axes of extent 1, so that there are ``ndim``."""
+    """Prepend axes of extent 1 to ``shapes`` ``[n, axes]``, so that there are ``ndim``."""
     padded = np.ones((len(shapes), ndim), dtype=np.int64)
     padded[:, ndim - shapes.shape[1] :] = shapes
     return padded

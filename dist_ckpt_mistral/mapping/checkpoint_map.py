@@ -14,17 +14,17 @@ from dist_ckpt_mistral.model.table.rules import Index, KeyStyle, ParamState, Ten
 from dist_ckpt_mistral.model.table.table import HfTensor, StoredRows, TensorTable
 from dist_ckpt_mistral.model.table.vision import is_carried, with_prefix
 
-#: Stored entries that are not used: the name of each, and why.
+#: Stored entries that are not used: (name, reason) of each.
 Ignored = tuple[tuple[str, str], ...]
-#: Why rows of a vocabulary are not used, which are named as ``NAME[first row:last row + 1]``.
+#: The reason for unused vocabulary rows, which are called ``NAME[first row:last row + 1]``.
 PADDING: Final = "rows that pad the vocabulary"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Twin:
-    """A stored tensor whose values are stored a second time: they must be equal, for only the ``main`` ones are used.
+    """A stored tensor that repeats the values of the tensor ``main``. Only ``main`` is used, so both must be equal.
 
-    ``links`` say which stored boxes make up the same ``shape``, in elements; ``main`` names one of them.
+    ``links`` are the boxes of the main tensor (or of several) that make up the same ``shape``, in elements.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Twin:
 
     @classmethod
     def of(cls, name: str, main: str, shape: Shape, rule: TensorRule) -> Self:
-        """Two tensors of the same shape."""
+        """A twin of one tensor of the same shape."""
         origin = (0,) * len(shape)
         link = Link(source=main, source_offset=origin, target=name, target_offset=origin, shape=shape)
         return cls(name=name, main=main, shape=shape, links=(link,), is_head=rule.padded_vocabulary)
 
     @classmethod
     def of_alias(cls, alias: HfTensor, links: Sequence[Link]) -> Self:
-        """A Hugging Face tensor that others hold, too, by ``links``."""
+        """The twin that an alias is: a Hugging Face tensor whose rows the tensors of ``links`` hold, too."""
         return cls(
             name=alias.hf_name,
             main=links[0].source,
@@ -54,10 +54,10 @@ class Twin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMap:
-    """How a checkpoint spells the tensors of a table: its prefix, its key style, and the key it uses for every rule.
+    """How a checkpoint spells the tensors of a table: its prefix, its key style, and the key of every rule.
 
-    The same for the weights and for every other ``state`` of the parameters: ``states`` gives the stored names of those
-    by their parameters' keys.
+    ``state`` is what it maps of each parameter: the weights, or a state of the optimizer. For the latter, ``states``
+    maps the key of a parameter to the stored name of its state.
     """
 
     table: TensorTable
@@ -69,32 +69,30 @@ class CheckpointMap:
     ignored: Ignored = ()
 
     def stored(self, rule: TensorRule, index: Index) -> tuple[StoredRows, ...]:
-        """Where the rows of one tensor lie, under keys without the prefix."""
+        """The stored rows of one tensor, under keys without the prefix."""
         return self.table.stored(rule, index, self.style, self.keys[rule])
 
     def stored_name(self, mcore_key: str) -> str:
-        """What the checkpoint calls the tensor that the table spells ``mcore_key``."""
+        """The stored name of the tensor that the table calls ``mcore_key``."""
         key = with_prefix(self.prefix, mcore_key)
         if self.state is ParamState.WEIGHTS or key in self.states or is_carried(mcore_key):
-            return self.states.get(key, key)  # what is carried along has no state, unless it was trained elsewhere
-        return state_key(key, self.state.value[0])  # the name of what is missing
+            return self.states.get(key, key)  # the vision tower has no optimizer state, unless it was trained elsewhere
+        return state_key(key, self.state.value[0])  # the name that is missing, for the error
 
-    def spelling(self, rule: TensorRule, index: Index, key: str) -> dict[str, str]:
-        """What the checkpoint calls the tensors of one index, by what a layout calls them that uses ``key``."""
+    def spelling(self, key: str, index: Index) -> dict[str, str]:
+        """The keys that a layout using ``key`` gives the tensors of one index -> their names in this checkpoint."""
+        rule = next(rule for rule in self.table.rules if key in (rule.local.mcore_key, rule.te.mcore_key))
         keys = (stored.mcore_key for stored in self.table.stored(rule, index, self.style, key))
         return dict(zip(keys, (self.stored_name(stored.mcore_key) for stored in self.stored(rule, index)), strict=True))
 
     def tensors(self) -> Iterator[tuple[str, TensorRule, Shape]]:
-        """Every stored tensor that holds this state of the parameters, once: its name, its rule and its least shape.
-
-        The name is as the checkpoint spells it, the shape is that without vocabulary padding.
-        """
+        """Yield (stored name, rule, shape without vocabulary padding) of each tensor that must be stored."""
         for rule in self.table.rules:
             for key, shape in self.table.spelled(rule, self.style, self.keys[rule]):
                 yield self.stored_name(key), rule, shape
 
     def other_tensors(self) -> Iterator[tuple[str, TensorRule, Twin]]:
-        """The same tensors under the keys that this checkpoint does not go by, each with that key and its rule."""
+        """Yield (key, rule, twin) of the same tensors under the other keys of their rules."""
         for rule in self.table.rules:
             for key in rule.keys:
                 if key != self.keys[rule]:
@@ -103,7 +101,7 @@ class CheckpointMap:
                         yield key, rule, Twin.of(self.stored_name(other), self.stored_name(main), shape, rule)
 
     def also_written(self) -> dict[str, tuple[str, ...]]:
-        """The other keys under which this package writes a tensor, for models of other layer specs, by its name."""
+        """Name of a tensor -> the other names under which ``from_hf`` writes it, for models of other layer specs."""
         found: dict[str, tuple[str, ...]] = {}
         for key, rule, twin in self.other_tensors():
             if key in rule.written_keys:
@@ -111,15 +109,15 @@ class CheckpointMap:
         return found
 
     def twins(self, stored: Collection[str]) -> tuple[Twin, ...]:
-        """What a checkpoint of these ``stored`` tensors holds under a second key."""
+        """The tensors of ``stored`` that repeat others under a second key."""
         return tuple(twin for _, _, twin in self.other_tensors() if twin.name in stored)
 
     def names(self) -> list[str]:
-        """The names of all these tensors."""
+        """The stored names of ``tensors``."""
         return [name for name, _, _ in self.tensors()]
 
     def shapes(self) -> dict[str, Shape]:
-        """Their names, and the shapes that they must have at least."""
+        """Stored name -> minimum shape, in elements, of ``tensors``."""
         return {name: shape for name, _, shape in self.tensors()}
 
     def links(self, tensor: HfTensor) -> list[Link]:
@@ -127,7 +125,7 @@ class CheckpointMap:
         return [link for index, at in tensor.packed() for link in self.links_of(tensor, index, at)]
 
     def links_of(self, tensor: HfTensor, index: Index, at: Index) -> Iterator[Link]:
-        """Those of one Megatron tensor, whose rows stand at ``at`` of the leading axes; both are from ``packed``."""
+        """The links of one Megatron tensor. ``index`` and its position ``at`` on leading axes are from ``packed``."""
         columns = tensor.shape[len(at) + 1 :]
         origin = (0,) * len(columns)
         for rows_of in self.stored(tensor.rule, index):
@@ -147,10 +145,10 @@ class CheckpointMap:
 
 
 def hf_links(table: TensorTable, stored: Collection[str]) -> dict[str, list[Link]]:
-    """Of every Hugging Face tensor of ``table``, the boxes of the ``stored`` ones that make it up.
+    """Hugging Face name -> the boxes of ``stored`` tensors that make it up, for every tensor of ``table``.
 
-    No two of ``stored`` may hold the same rows. What is not stored is made of what holds the same Megatron rows: a
-    usual tensor of an alias, an alias of usual tensors.
+    No two tensors of ``stored`` may hold the same rows. A tensor that is not stored is made of the tensors that hold
+    the same Megatron rows.
     """
     known, megatron = table.hf_tensors(), new_checkpoint_map(table)
     absent = [tensor for name, tensor in known.items() if name not in stored]
@@ -172,5 +170,5 @@ def hf_links(table: TensorTable, stored: Collection[str]) -> dict[str, list[Link
 
 
 def new_checkpoint_map(table: TensorTable) -> CheckpointMap:
-    """How this package itself spells the tensors: stacked layers, no prefix, the first key of every rule."""
+    """The map of a checkpoint that ``from_hf`` writes: stacked layers, no prefix, the first key of every rule."""
     return CheckpointMap(table=table, keys={rule: rule.mcore_key for rule in table.rules})

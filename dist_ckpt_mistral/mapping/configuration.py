@@ -1,8 +1,8 @@
-"""Which configuration a stored model goes by, and whether everything that describes the model agrees with it.
+"""The configuration of a stored model, and whether everything that describes the model agrees with it.
 
-A model may be described several times: by the configuration that the caller gives, by config.json or params.json, by
-the record that an import left, by Megatron-LM's ``args``, by Megatron-Bridge's ``run_config.yaml``. The first of them
-counts. All others are compared with it, value by value: nothing is taken in silence.
+A model may be described several times: by the caller's configuration, config.json or params.json, the record of an
+import, Megatron-LM's ``args``, and Megatron-Bridge's ``run_config.yaml``. The first of these is used. All others are
+compared with it, value by value. Differences are errors or warnings, never ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dist_ckpt_mistral.storage import documents, paths
 
 #: The key in ``content_metadata``.
 KEY: Final = "dist_ckpt_mistral"
-#: Raised when an older reader could no longer make sense of the record.
+#: Increased when older versions of this package could misread the record.
 _VERSION: Final = 1
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ RUN_CONFIG_FILE: Final = "run_config.yaml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfRecord:
-    """The Hugging Face configuration, and the headers of the files that the weights came from (None: not kept)."""
+    """What ``from_hf`` records in a checkpoint: the configuration, and the headers of the original files or None."""
 
     config: MistralConfig
     hf_files: FileSet | None
@@ -86,38 +86,38 @@ def from_common_state(common_state: Mapping[str, Any], where: str) -> HfRecord |
 
 
 class Description(Protocol):
-    """One thing that says what a stored model is."""
+    """One description of a stored model."""
 
     @property
     def source(self) -> str:
-        """What it is and where it is from, in words."""
+        """The kind and place of the description, in words."""
 
     def config(self) -> MistralConfig:
-        """The configuration as this description alone gives it. Raises ConfigError if it does not give all of it."""
+        """The configuration of this description alone. Raises ConfigError if it is incomplete."""
 
     def disagreements(self, config: MistralConfig, names: Collection[str] | None) -> list[Disagreement]:
-        """Every value that it gives differently than ``config`` does, beside the stored tensors of these ``names``."""
+        """Every value that differs from ``config``. The stored ``names`` decide what the description leaves open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfDescription:
-    """A configuration in Hugging Face's terms. ``config`` reads it, and raises ConfigError if it is none."""
+    """A configuration in Hugging Face's terms. ``config`` reads it and raises ConfigError if it is invalid."""
 
     source: str
     config: Callable[[], MistralConfig]
 
     def disagreements(self, config: MistralConfig, names: Collection[str] | None) -> list[Disagreement]:
-        """Every value that differs; what it leaves open is as the stored tensors have it."""
-        told = self.config()
-        return disagreements(config, told if names is None else config_as_stored(told, names))
+        """Every value that differs from ``config``."""
+        described = self.config()
+        return disagreements(config, described if names is None else config_as_stored(described, names))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArgsDescription:
-    """Megatron-LM's args, or Megatron-Bridge's configuration in their terms; ``where`` names them in errors.
+    """Megatron-LM's args, or Megatron-Bridge's configuration as such args; ``where`` names them in errors.
 
-    ``config`` is the configuration that they give, with Megatron-LM's defaults for what they leave out; ``read`` gives
-    themselves. Both raise FormatError or ConfigError for a file that does not hold them.
+    ``read`` returns the args, ``config`` the configuration that they describe, with Megatron-LM's defaults for missing
+    fields. Both raise FormatError or ConfigError if the file is invalid.
     """
 
     source: str
@@ -126,13 +126,13 @@ class ArgsDescription:
     read: Callable[[], Mapping[str, Any]]
 
     def disagreements(self, config: MistralConfig, names: Collection[str] | None = None) -> list[Disagreement]:  # noqa: ARG002
-        """Every value that the args give differently; what they leave open agrees."""
+        """Every value of the args that differs from ``config``. A missing field agrees."""
         return args_disagreements(config, self.read(), self.where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreed:
-    """The configuration that a stored model goes by, the description that gave it, and whether it overrides others."""
+    """The configuration of a stored model, its description, and whether it overrides the other descriptions."""
 
     config: MistralConfig
     description: Description
@@ -140,15 +140,15 @@ class Agreed:
 
     @property
     def source(self) -> str:
-        """Where the configuration is from, in words."""
+        """The place of the configuration, in words."""
         return self.description.source
 
     def __reduce__(self) -> tuple[object, ...]:
-        """A copy in another process has the configuration, and not the files that it was read from."""
+        """A pickled copy has the configuration, but not the files that it was read from."""
         return _copied, (self.config, self.source, self.overrides)
 
     def disagreements(self, other: Agreed) -> list[Disagreement]:
-        """Every value that two models' configurations give differently, as far as both descriptions can tell."""
+        """Every value that differs between two models' configurations, of those that both descriptions give."""
         if isinstance(self.description, ArgsDescription):
             found = self.description.disagreements(other.config)
             return [Disagreement(name=d.name, first=d.second, second=d.first, of_weights=d.of_weights) for d in found]
@@ -164,35 +164,40 @@ def _copied(config: MistralConfig, source: str, overrides: bool) -> Agreed:
 def agreed(
     where: str, chosen: ChosenConfig | None, described: Iterable[Description], names: Collection[str] | None
 ) -> Agreed:
-    """The configuration that was chosen, else the first that is ``described``, once all others are compared with it.
+    """The ``chosen`` configuration, or the first of ``described``; all others are compared with it.
 
-    What config.json leaves open, the stored tensors of these ``names`` decide; None where they are not known.
+    Args:
+        where: The model's place, for messages.
+        chosen: The caller's configuration.
+        described: The descriptions of the model, the most complete first.
+        names: Names of the stored tensors, which decide what config.json leaves open; None if unknown.
 
-    Raises ConfigError where another one says otherwise about how the stored weights are read, unless ``chosen``
-    overrides it. What else differs, and what cannot be compared, is logged as a warning.
+    Raises:
+        ConfigError: Another description differs in a value that decides how the stored weights are read, and
+            ``chosen`` does not override it. Other differences are logged as warnings.
     """
     before: list[Description] = []
     if chosen is not None:
         before.append(HfDescription(source=chosen.source, config=lambda: chosen.config))
     override = chosen is not None and chosen.overrides
     first, *others = [*before, *described]
-    given = first.config()
-    config = given if names is None else config_as_stored(given, names)
-    if config is not given:
+    described_config = first.config()
+    config = described_config if names is None else config_as_stored(described_config, names)
+    if config is not described_config:
         _LOG.info(
             "tie_word_embeddings of %s leaves open whether embeddings are tied. The stored tensors have %s head of "
             "their own: it is read and written as %s",
             *(first.source, *(("no", "true") if config.tie_word_embeddings else ("a", "false"))),
         )
-    named: list[Disagreement] = []
+    reported: list[Disagreement] = []
     for other in others:
         try:
             found = other.disagreements(config, names)
         except ConfigError as error:
             if not override:
-                told = str(error).rstrip(".")
+                reason = str(error).rstrip(".")
                 raise ConfigError(
-                    f"{first.source} and {other.source} do not describe the same model: {told}. {_WAY_OUT}"
+                    f"{first.source} and {other.source} do not describe the same model: {reason}. {_WAY_OUT}"
                 ) from error
             _LOG.warning("%s is not what %s describes: %s", where, other.source, error)
             continue
@@ -205,10 +210,10 @@ def agreed(
                 f"{first.source} and {other.source} disagree about how the weights in {where} are read: "
                 f"{listed_disagreements(severe)}. {_WAY_OUT}"
             )
-        new = [each for each in found if each not in named]
+        new = [each for each in found if each not in reported]
         if new:
             _LOG.warning("%s is used; %s says otherwise: %s", first.source, other.source, listed_disagreements(new))
-        named += new
+        reported += new
     return Agreed(config=config, description=first, overrides=override)
 
 
@@ -221,14 +226,13 @@ _WAY_OUT: Final = (
 def directory_config(
     directory: Path, chosen: ChosenConfig | None = None, names: Collection[str] | None = None
 ) -> Agreed:
-    """The configuration of a Hugging Face directory, or of one of Mistral AI's own files: ``chosen``, else its own.
+    """The configuration of a Hugging Face or consolidated directory: ``chosen``, or else the directory's own.
 
-    ``names`` are those of its tensors; None where they are not known.
-
-    Raises ConfigError where there is none, or where two contradict each other, UnsupportedModelError for another model.
+    ``names`` are the names of its tensors, None if unknown. Raises ConfigError if there is no configuration or two
+    contradict each other, UnsupportedModelError for another model family.
     """
-    own = dict.fromkeys([config_file(directory), *_params_files(directory)])
-    files = [path for path in own if path.is_file()] if chosen else [*own]
+    candidates = dict.fromkeys([config_file(directory), *_params_files(directory)])
+    files = [path for path in candidates if path.is_file()] if chosen else [*candidates]
     return agreed(str(directory), chosen, map(_hf_file, files), names)
 
 
@@ -237,20 +241,21 @@ def _hf_file(path: Path) -> Description:
 
 
 def _params_files(directory: Path) -> list[Path]:
-    """The params.json that describes Mistral AI's own files beside it; beside Hugging Face's it describes others."""
+    """The params.json of a consolidated directory. Beside Hugging Face files, params.json describes other files."""
     path = directory / PARAMS_FILE
-    return [path] if what_is(directory).kind is Kind.OWN and path.is_file() else []
+    return [path] if what_is(directory).kind is Kind.CONSOLIDATED and path.is_file() else []
 
 
 def read_embedded(checkpoint: StoredCheckpoint) -> HfRecord | None:
-    """What an import left in the checkpoint, if training has not dropped it since."""
+    """The record that ``from_hf`` left in the checkpoint, or None if a later save has dropped it."""
     return from_common_state(checkpoint.common_state, str(checkpoint.directory))
 
 
 def checkpoint_config(checkpoint: StoredCheckpoint, chosen: ChosenConfig | None = None) -> Agreed:
-    """The configuration of a Megatron checkpoint: ``chosen``, else the first of those that describe it.
+    """The configuration of a Megatron checkpoint: ``chosen``, or else its first description.
 
-    Raises ConfigError where there is none, or where two contradict each other, UnsupportedModelError for another model.
+    Raises ConfigError if there is no configuration or two contradict each other, UnsupportedModelError for another
+    model family.
     """
     described = [*_descriptions(checkpoint)]
     if chosen is None and not described:
@@ -262,11 +267,11 @@ def checkpoint_config(checkpoint: StoredCheckpoint, chosen: ChosenConfig | None 
 
 
 def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
-    """Everything in a checkpoint that says what the model is, the most telling first."""
-    remembered = read_embedded(checkpoint)
-    if remembered is not None:
+    """All descriptions of the model in a checkpoint, the most complete first."""
+    record = read_embedded(checkpoint)
+    if record is not None:
         source = "the Hugging Face configuration inside the checkpoint"
-        yield HfDescription(source=source, config=lambda: remembered.config)
+        yield HfDescription(source=source, config=lambda: record.config)
     hf_file = checkpoint.directory / small_files.ASSETS_FOLDER / CONFIG_FILE
     if hf_file.is_file() and not paths.leads_outside(hf_file, checkpoint.directory):
         yield _hf_file(hf_file)
@@ -290,9 +295,9 @@ def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matched:
-    """A Megatron checkpoint matched against the tensor table of the configuration that it goes by.
+    """A Megatron checkpoint matched with the tensor table of its configuration.
 
-    ``table`` is that of the whole model; ``found`` has that of the part which the checkpoint holds.
+    ``table`` describes the whole model, ``found.table`` the part of it that the checkpoint holds.
     """
 
     agreed: Agreed
@@ -301,9 +306,10 @@ class Matched:
 
 
 def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = ParamState.WEIGHTS) -> Matched:
-    """Match what a checkpoint stores against the model that its ``checkpoint_config`` describes.
+    """Match the stored tensors of a checkpoint with the tensor table of the configuration ``known``.
 
-    Raises TensorMismatchError where other tensors are stored, or more rows of the vocabulary than padding explains.
+    ``state`` selects the weights or a state of the optimizer. Raises TensorMismatchError if tensors are missing,
+    unknown or of another shape, or if the vocabulary has more rows than padding explains.
     """
     table = tensor_table(known.config)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
@@ -314,9 +320,9 @@ def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = Par
 
 
 def _require_padding(checkpoint: StoredCheckpoint, known: Agreed, found: CheckpointMap) -> None:
-    """Raise TensorMismatchError where rows beyond the vocabulary are no padding: they may have been trained."""
+    """Raise TensorMismatchError if rows beyond the vocabulary are not padding: they may be trained tokens."""
     args: Mapping[str, Any] = {}
-    with contextlib.suppress(ConfigError, FormatError):  # one that cannot be read was named when all were compared
+    with contextlib.suppress(ConfigError, FormatError):  # agreed() has already reported args that cannot be read
         args = next((each.read() for each in _descriptions(checkpoint) if isinstance(each, ArgsDescription)), args)
     size = known.config.vocab_size
     for name, rule, _ in found.tensors():

@@ -1,7 +1,7 @@
-"""What is stored against the tensor table: a checkpoint, a Hugging Face model, Mistral AI's own files.
+"""Match stored tensors with the tensor table: of a checkpoint, a Hugging Face model, or consolidated files.
 
-Nothing is guessed: every stored tensor is a tensor of the model or is ignored for a reason, and every tensor of the
-model is there with the right shape; else all problems are reported together.
+Nothing is guessed. Every stored tensor must be a tensor of the model or be ignored for a reason, and every tensor of
+the model must be stored with the right shape. All problems are reported together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Ignored
-from dist_ckpt_mistral.mapping.consolidated import own_shapes
+from dist_ckpt_mistral.mapping.consolidated import consolidated_shapes
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.table.entries import (
     flat_state,
@@ -37,12 +37,15 @@ def match_checkpoint(
     where: str,
     state: ParamState = ParamState.WEIGHTS,
 ) -> CheckpointMap:
-    """Match the stored ``tensors`` (key -> global shape in elements) and ``objects`` (keys) against the table.
+    """Match the stored ``tensors`` (key -> global shape in elements) and ``objects`` (keys) with the table.
 
-    ``state`` says which of the tensors that belong to a parameter to look for. A checkpoint may hold all or nothing of
-    what Megatron's model does not have; with nothing, the map is that of the other tensors. Raises TensorMismatchError
-    that lists every missing, unknown and misshapen tensor, or says which format it is that does not hold ``state``
-    readably.
+    ``state`` selects the weights, or a state of the optimizer. A checkpoint may hold all or none of the vision tensors,
+    which Megatron's model does not have; without them, the map is that of the language model.
+
+    Raises:
+        TensorMismatchError: Tensors are missing, unknown or of another shape (it lists all), or the optimizer state is
+            in a format that cannot be read.
+        UnsupportedModelError: The tensors are those of an adapter.
     """
     objects = tuple(objects)
     _refuse_adapter(tensors, where)
@@ -67,7 +70,7 @@ def match_checkpoint(
 
 
 def _left(found: CheckpointMap, tensors: Mapping[str, Shape]) -> tuple[list[tuple[str, str]], list[str]]:
-    """The tensors that are not in ``found``: those to leave, with the reason, and those that nothing explains."""
+    """The stored tensors that ``found`` does not use: (name, reason) of those to ignore, and the unknown ones."""
     used, states = set(found.names()), set(found.states.values())
     others: set[str] = set()
     if found.state is not ParamState.WEIGHTS:
@@ -89,12 +92,12 @@ def _left(found: CheckpointMap, tensors: Mapping[str, Shape]) -> tuple[list[tupl
 
 
 def _again(found: CheckpointMap) -> Iterator[str]:
-    """What the tensors of ``found`` are called under other keys."""
+    """The names of the tensors of ``found`` under the other keys of their rules."""
     return (twin.name for _, _, twin in found.other_tensors())
 
 
 def _states(state: ParamState, tensors: Iterable[str], objects: Iterable[str], where: str) -> dict[str, str]:
-    """The stored names of a state of the parameters, by the parameters' keys. Raises if there are none, or twice."""
+    """Key of a parameter -> stored name of its state. Raises TensorMismatchError for none, or two of one key."""
     names: dict[str, str] = {}
     for name in tensors:
         called, key = split_state_key(name) or ("", "")
@@ -117,7 +120,7 @@ _CALLED: Final = {
 
 
 def _why_absent(state: ParamState, names: Iterable[str], where: str) -> str:
-    """Why a checkpoint of these stored entries does not hold a state of the parameters, and what to do."""
+    """The error text for a checkpoint without this state: the reason and the way out. ``names`` are all its entries."""
     what = f"{where} holds no {_CALLED[state]} that can be read"
     flat = sorted({name for name in map(flat_state, names) if name is not None})
     if flat:
@@ -130,7 +133,7 @@ def _why_absent(state: ParamState, names: Iterable[str], where: str) -> str:
     return f"{what}: it has no optimizer state. Give a checkpoint that training saved with its optimizer."
 
 
-#: What optimizer state in flat buffers is, and what can be done (Megatron-LM training/checkpointing.py, 0.15 to 0.19).
+#: The error text for optimizer state in flat buffers (Megatron-LM training/checkpointing.py, 0.15 to 0.19).
 FLAT_STATE_ADVICE: Final = (
     "its optimizer state is in the format {name}, flat buffers whose layout only a run of the same tensor and pipeline "
     "parallelism knows. Resume once in Megatron at that parallelism and save with --dist-ckpt-optim-fully-reshardable "
@@ -144,23 +147,23 @@ def _spelled(
     state: ParamState = ParamState.WEIGHTS,
     states: Mapping[str, str] = _NO_STATES,
 ) -> CheckpointMap:
-    """How ``names``, keys of parameters, spell the tensors of the table."""
+    """How the parameter keys ``names`` spell the tensors of the table."""
     prefix = model_prefix(names)
     style, keys = _spelling(table, {name.removeprefix(prefix) for name in names if name.startswith(prefix)})
     return CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, state=state, states=states)
 
 
 def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[TensorRule, str]]:
-    """The key style, and of every rule the key, of which most is present."""
+    """The key style and the key of every rule that match the most of ``present``."""
 
-    def held(rule: TensorRule, style: KeyStyle, key: str) -> int:
+    def count(rule: TensorRule, style: KeyStyle, key: str) -> int:
         return len({name for name, _ in table.spelled(rule, style, key)} & present)
 
     scores = {
-        style: sum(max(held(rule, style, key) > 0 for key in rule.keys) for rule in table.rules) for style in KeyStyle
+        style: sum(max(count(rule, style, key) > 0 for key in rule.keys) for rule in table.rules) for style in KeyStyle
     }
     style = max(KeyStyle, key=lambda candidate: scores[candidate])
-    return style, {rule: max(rule.keys, key=lambda key: held(rule, style, key)) for rule in table.rules}
+    return style, {rule: max(rule.keys, key=lambda key: count(rule, style, key)) for rule in table.rules}
 
 
 def _missing(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
@@ -180,14 +183,14 @@ def _misshapen(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
 
 
 def _fits(shape: Shape, expected: Shape, rule: TensorRule) -> bool:
-    """Equal shapes; a vocabulary may be padded, never cut."""
+    """Whether the shapes are equal, or the vocabulary is larger than expected (padded)."""
     if rule.padded_vocabulary and len(shape) == len(expected):
         return shape[0] >= expected[0] and shape[1:] == expected[1:]
     return shape == expected
 
 
 def _refuse_adapter(names: Iterable[str], where: str) -> None:
-    """Raise UnsupportedModelError if a name is that of an adapter's tensor, or of one that it is wrapped around."""
+    """Raise UnsupportedModelError if a name belongs to an adapter, or to a layer that an adapter wraps."""
     found = [name for name in names if is_of_adapter(name)]
     if found:
         raise UnsupportedModelError(
@@ -198,28 +201,29 @@ def _refuse_adapter(names: Iterable[str], where: str) -> None:
 
 
 def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tuple[FileSpelling, Ignored]:
-    """Match the tensors of a Hugging Face model (name -> shape) against the table: how they spell it.
+    """Match the tensors of a Hugging Face model (name -> shape in elements) with the table.
 
-    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor, and UnsupportedModelError for
-    those of an adapter.
+    Returns how the files spell the tensors, and the ignored ones. Raises TensorMismatchError that lists every missing,
+    unknown and misshapen tensor, and UnsupportedModelError for an adapter.
     """
     _refuse_adapter(tensors, where)
     known = table.hf_tensors()
     ignored = tuple((name, reason) for name in tensors if name not in known and (reason := why_hf_ignored(name)))
     dropped = {name for name, _ in ignored}
-    held = {name: shape for name, shape in tensors.items() if name not in dropped}
-    spelling = table.spelling(held)
-    _require_all({name: tensor.shape for name, tensor in known.items()}, held, where, missing=spelling.missing)
+    kept = {name: shape for name, shape in tensors.items() if name not in dropped}
+    spelling = table.spelling(kept)
+    _require_all({name: tensor.shape for name, tensor in known.items()}, kept, where, missing=spelling.missing)
     return spelling, ignored
 
 
-def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
-    """Match the tensors of Mistral AI's own files (name -> shape): the Hugging Face tensors that they make up.
+def match_consolidated(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
+    """Match the tensors of consolidated files (name -> shape in elements) with the table.
 
-    Raises TensorMismatchError that lists every missing, unknown and misshapen tensor.
+    Returns the Hugging Face tensors that they make up. Raises TensorMismatchError that lists every missing, unknown and
+    misshapen tensor.
     """
     found = [tensor for tensor in table.hf_tensors().values() if not tensor.is_alias]
-    expected = {name: shape for tensor in found for name, shape in own_shapes(tensor).items()}
+    expected = {name: shape for tensor in found for name, shape in consolidated_shapes(tensor).items()}
     _refuse_adapter(tensors, where)
     _require_all(expected, tensors, where, missing=[name for name in expected if name not in tensors])
     return found
@@ -228,7 +232,7 @@ def match_own(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> l
 def _require_all(
     expected: Mapping[str, Shape], tensors: Mapping[str, Shape], where: str, *, missing: Sequence[str]
 ) -> None:
-    """Raise TensorMismatchError if any are ``missing``, or if ``tensors`` has other ones than the expected."""
+    """Raise TensorMismatchError if tensors are ``missing``, unknown, or of another shape than ``expected``."""
     unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in expected]
     problems = [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
     problems += [f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}"] if unknown else []

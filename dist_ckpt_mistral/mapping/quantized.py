@@ -1,8 +1,8 @@
-"""Quantized weights in Hugging Face files: FP8 numbers beside their scales; everything else is refused by name.
+"""Quantized weights in Hugging Face files: FP8 numbers and their scales. Other quantization is refused by name.
 
-The tensors tell, whatever config.json says. Scales are called ``NAME_scale_inv`` by transformers (5.23,
-integrations/finegrained_fp8.py) and in Mistral's releases, ``NAME_scale`` by compressed-tensors and AutoFP8; in all of
-them a value is the number times its scale, ``inv`` or not. Scales of activations serve FP8 kernels alone.
+The tensors decide whether a model is quantized, not config.json. Scales are called ``NAME_scale_inv`` by transformers
+(5.23, integrations/finegrained_fp8.py) and in Mistral's releases, ``NAME_scale`` by compressed-tensors and AutoFP8. In
+all of them a value is the number times its scale, ``inv`` or not. Only FP8 kernels use the scales of activations.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LEFT_OVER: Final = (
 _WHY_SCALES: Final = "scales of FP8 weights, multiplied into them"
 _WHY_ACTIVATIONS: Final = "scales of activations, which only FP8 kernels use"
 
-#: What tensors are called in files of other methods, as their own tools and transformers 5.23 write them.
+#: Names of tensors in files of other quantization methods, as their tools and transformers 5.23 write them.
 _OTHERS: Final = (
     (re.compile(r".*\.(qweight|qzeros|g_idx)$"), "by GPTQ or AWQ"),
     (re.compile(r".*\.(weight_global_scale|weight_scale_2|input_global_scale)$"), "to NVFP4"),
@@ -53,9 +53,9 @@ _OTHER_DTYPES: Final = ("int8", "uint8", "int16", "int32", "int64", "float8_e5m2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """FP8 weights with their scales, the dtype of their values, and the tensors that are none of the model's, with why.
+    """The FP8 weights with their scales, the dtype of their values, and the ignored tensors with the reasons.
 
-    All of it is empty for a model that is not quantized.
+    All fields are empty for a model that is not quantized.
     """
 
     weights: tuple[ScaledTensor, ...] = ()
@@ -63,12 +63,12 @@ class Quantized:
     ignored: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """What there is, in a few words."""
+        """A summary in a few words."""
         return f"{len(self.weights)} FP8 weights with scales, read as {self.dtype}"
 
     @property
     def note(self) -> str:
-        """What becomes of it, in full."""
+        """What is read and what is ignored, in a sentence."""
         activations = sum(reason == _WHY_ACTIVATIONS for _, reason in self.ignored)
         left = f"; {activations} scales of activations stay behind" if activations else ""
         return (
@@ -80,48 +80,50 @@ class Quantized:
 def match_quantized(
     tensors: Iterable[FileTensor], config: MistralConfig, where: str, dtype: str | None = None
 ) -> Quantized:
-    """Find the FP8 weights among ``tensors``, and the scales of each; there may be none.
+    """Find the FP8 weights among ``tensors``, and the scales of each.
 
-    Their values are to be of ``dtype``, else of the one that ``config`` names, else bfloat16. What config.json says of
-    quantization counts only where a tensor is quantized: else it was left over, as where an adapter was merged. Raises
-    UnsupportedModelError for weights that are quantized in another way, and TensorMismatchError that lists every scale
-    that is missing, left over or does not fit.
+    ``dtype`` is the dtype of their values; by default the one that ``config`` names, or else bfloat16. A
+    ``quantization_config`` without quantized tensors is ignored with a warning: merging an adapter leaves it behind.
+
+    Raises:
+        UnsupportedModelError: The weights are quantized by another method.
+        TensorMismatchError: Scales are missing, belong to no weight or do not fit (it lists all).
     """
-    told = config.hf_config or {}
+    raw = config.hf_config or {}
     by_name = {tensor.name: tensor for tensor in tensors}
     numbers = [tensor for tensor in by_name.values() if tensor.dtype == FP8]
     scales = {name: by_name[name] for name in by_name if name.endswith(_SUFFIXES)}
-    _refuse_others(by_name.values(), told, where, is_quantized=bool(numbers or scales))
+    _refuse_others(by_name.values(), raw, where, is_quantized=bool(numbers or scales))
     if not numbers:
-        if not scales and (method := described_method(told)):
+        if not scales and (method := described_method(raw)):
             _LOG.warning(_LEFT_OVER, where, method)
         return Quantized()
     of_activations = [name for name in by_name if _OF_ACTIVATIONS.match(name)]
-    held = _pairs(numbers, scales.keys() - set(of_activations), where)
-    weights = _scaled(held, scales, weight_block_size(told, where), where)
-    ignored = dict.fromkeys(held.values(), _WHY_SCALES) | dict.fromkeys(of_activations, _WHY_ACTIVATIONS)
+    scale_names = _pairs(numbers, scales.keys() - set(of_activations), where)
+    weights = _scaled(scale_names, scales, weight_block_size(raw, where), where)
+    ignored = dict.fromkeys(scale_names.values(), _WHY_SCALES) | dict.fromkeys(of_activations, _WHY_ACTIVATIONS)
     dtype = dtype or (config.dtype if config.dtype in dtypes.WEIGHT_DTYPES else "bfloat16")
     return Quantized(weights=weights, dtype=dtype, ignored=tuple(sorted(ignored.items())))
 
 
 def _refuse_others(tensors: Iterable[FileTensor], raw: Mapping[str, Any], where: str, *, is_quantized: bool) -> None:
-    """Raise UnsupportedModelError at the first sign of another method, in tensors or in what config.json says of them.
+    """Raise UnsupportedModelError if a tensor, or config.json, is of another quantization method.
 
-    ``is_quantized`` says that there are FP8 numbers or scales.
+    config.json counts only if ``is_quantized``: there are FP8 numbers or scales.
     """
-    signs = ((how, tensor.name) for tensor in tensors if (how := _other_method(tensor)))
-    how, name = next(signs, ("", ""))
+    others = ((how, tensor.name) for tensor in tensors if (how := _other_method(tensor)))
+    how, name = next(others, ("", ""))
     if how or (is_quantized and not is_readable(raw)):
-        said = f"{described_method(raw)} in config.json" if described_method(raw) else ""
-        named = ", ".join(filter(None, (repr(name) if name else "", said)))
+        method = f"{described_method(raw)} in config.json" if described_method(raw) else ""
+        signs = ", ".join(filter(None, (repr(name) if name else "", method)))
         raise UnsupportedModelError(
-            f"{where} holds weights that are quantized{f' {how}' if how else ''} ({named}), which cannot be read: "
+            f"{where} holds weights that are quantized{f' {how}' if how else ''} ({signs}), which cannot be read: "
             f"only FP8 ({FP8}, with scales) can. {next_step(raw)}"
         )
 
 
 def _other_method(tensor: FileTensor) -> str:
-    """By what a tensor's name or dtype says that it is quantized, if not to FP8; empty if it says nothing."""
+    """The quantization method that a tensor's name or dtype shows, other than FP8; empty if it shows none."""
     how = next((how for pattern, how in _OTHERS if pattern.match(tensor.name)), "")
     if not how and tensor.dtype in _OTHER_DTYPES and not tensor.name.endswith(_SUFFIXES):
         how = f"to {tensor.dtype}"
@@ -129,25 +131,25 @@ def _other_method(tensor: FileTensor) -> str:
 
 
 def _pairs(numbers: list[FileTensor], scales: set[str], where: str) -> dict[FileTensor, str]:
-    """The name of the scales of every weight. Raises TensorMismatchError unless all have just one, and all belong."""
-    held = {tensor: [tensor.name + end for end in _SUFFIXES if tensor.name + end in scales] for tensor in numbers}
+    """The name of each weight's scales. Raises TensorMismatchError unless they pair up one to one."""
+    candidates = {tensor: [tensor.name + end for end in _SUFFIXES if tensor.name + end in scales] for tensor in numbers}
     problems = {
-        "of them have no scales": [tensor.name for tensor, names in held.items() if not names],
-        "of them have two tensors of scales": [tensor.name for tensor, names in held.items() if len(names) > 1],
-        "tensors of scales have no FP8 weight": sorted(scales.difference(*held.values())),
+        "of them have no scales": [tensor.name for tensor, names in candidates.items() if not names],
+        "of them have two tensors of scales": [tensor.name for tensor, names in candidates.items() if len(names) > 1],
+        "tensors of scales have no FP8 weight": sorted(scales.difference(*candidates.values())),
     }
     _raise_any([f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names], where)
-    return {tensor: names[0] for tensor, names in held.items()}
+    return {tensor: names[0] for tensor, names in candidates.items()}
 
 
 def _scaled(
-    held: Mapping[FileTensor, str], scales: Mapping[str, FileTensor], block_size: BlockShape | None, where: str
+    scale_names: Mapping[FileTensor, str], scales: Mapping[str, FileTensor], block_size: BlockShape | None, where: str
 ) -> tuple[ScaledTensor, ...]:
-    """How scales lie over the weights. Raises TensorMismatchError where they do not fit."""
+    """Each weight with the grid of its scales. Raises TensorMismatchError if scales do not fit."""
     weights: list[ScaledTensor] = []
     problems: list[str] = []
     blocks = f"blocks of {list(block_size)}" if block_size else "equal blocks"
-    for weight, scale in ((weight, scales[name]) for weight, name in held.items()):
+    for weight, scale in ((weight, scales[name]) for weight, name in scale_names.items()):
         found = scaled_tensor(weight.name, weight.shape, scale.name, scale.shape, block_size)
         if found is not None and scale.dtype in dtypes.WEIGHT_DTYPES:
             weights.append(found)

@@ -1,4 +1,4 @@
-"""What a rank's model takes from a stored model, whatever that is stored as: one plan into memory."""
+"""The plan that fills one rank's local tensors in memory from a stored model of any format."""
 
 from __future__ import annotations
 
@@ -15,39 +15,31 @@ from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
 from dist_ckpt_mistral.model.table.rules import Index
 
 
-def live_rows(held: LocalTensor) -> int:
-    """Rows of a local tensor, from the first on, that are no vocabulary padding."""
-    rows = held.local_shape[0]
-    if not held.rule.padded_vocabulary:
-        return rows
-    return min(rows, max(0, held.rule.shape[0] - held.boxes[0].global_offset[0]))
+def plan_local_tensors(source: ModelSource, local_tensors: Sequence[LocalTensor], dtype: str) -> BytePlan:
+    """The plan that fills ``local_tensors`` from ``source``, but for vocabulary padding, in ``dtype`` (a torch name).
 
-
-def plan_held(source: ModelSource, held: Sequence[LocalTensor], dtype: str) -> BytePlan:
-    """The plan that fills the live rows of local tensors in ``dtype`` (a torch name) from ``source``.
-
-    Target file ``i`` of the plan is the memory of ``held[i]``, from its first byte on. Local tensors must be described
-    in stacked style, as ``ParallelLayout.local_tensors`` does by default.
+    Target file ``i`` of the plan is the memory of ``local_tensors[i]``, from its first byte on. They must be in the
+    stacked key style and by the local spec, the defaults of ``model.layout.local_tensors``.
     """
-    names = [f"{number}: {each.module_name}" for number, each in enumerate(held)]
+    names = [f"{number}: {each.module_name}" for number, each in enumerate(local_tensors)]
     tensors = {
-        name: IndexedTensor.whole(name, dtype, (rows, *each.local_shape[1:]), file=number, position=0)
-        for number, (name, each) in enumerate(zip(names, held, strict=True))
-        if (rows := live_rows(each))
+        name: IndexedTensor.whole(name, dtype, (each.live_rows, *each.local_shape[1:]), file=number, position=0)
+        for number, (name, each) in enumerate(zip(names, local_tensors, strict=True))
+        if each.live_rows
     }
     target = TensorIndex(files=tuple(map(Path, names)), tensors=tensors)
-    return plan_gather(source.index, target, _links(source, held, names))
+    return plan_gather(source.index, target, _links(source, local_tensors, names))
 
 
-def _links(source: ModelSource, held: Sequence[LocalTensor], names: list[str]) -> Iterator[Link]:
-    """Stored boxes -> Hugging Face rows -> Megatron's rows -> local rows, each step a link that exists already."""
+def _links(source: ModelSource, local_tensors: Sequence[LocalTensor], names: list[str]) -> Iterator[Link]:
+    """Compose three links: stored boxes -> Hugging Face rows -> Megatron rows -> local rows."""
     megatron = new_checkpoint_map(source.table)
     stored: dict[tuple[str, Index], list[Link]] = defaultdict(list)
-    wanted = {(each.rule.mcore_key, each.index) for each in held}
+    needed = {(each.mcore_key, each.index) for each in local_tensors}
     for tensor in source.tensors:
         for index, at in () if tensor.is_alias else tensor.packed():
-            key = (tensor.rule.mcore_key, index)
-            if key in wanted:
+            key = (tensor.rule.local.mcore_key, index)
+            if key in needed:
                 into = [reverse(link) for link in megatron.links_of(tensor, index, at)]
                 stored[key] += [
                     link
@@ -55,19 +47,18 @@ def _links(source: ModelSource, held: Sequence[LocalTensor], names: list[str]) -
                     for second in into
                     if (link := compose(first, second))
                 ]
-    for name, each in zip(names, held, strict=True):
+    for name, each in zip(names, local_tensors, strict=True):
         for local in _local_links(name, each):
-            for link in stored[each.rule.mcore_key, each.index]:
-                found = compose(link, local)
-                if found is not None:
-                    yield found
+            for link in stored[each.mcore_key, each.index]:
+                if (into_local := compose(link, local)) is not None:
+                    yield into_local
 
 
-def _local_links(name: str, held: LocalTensor) -> Iterator[Link]:
-    """The boxes of Megatron's tensors that make up a local tensor, one below the other."""
+def _local_links(name: str, tensor: LocalTensor) -> Iterator[Link]:
+    """The boxes of Megatron tensors that make up a local tensor, one below the other."""
     row = 0
-    for box in held.boxes:
-        shape = box.shape[held.prepended_axes :]
+    for box in tensor.boxes:
+        shape = box.shape[tensor.prepended_axes :]
         origin = (row, *(0,) * len(shape[1:]))
         yield Link(
             source=box.mcore_key, source_offset=box.global_offset, target=name, target_offset=origin, shape=shape

@@ -1,4 +1,4 @@
-"""One view of every place that a model can be read from: its tensors in Hugging Face's names, and their bytes."""
+"""A stored model of any format under Hugging Face names, with the place of every byte."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, whole
-from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_reading
+from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_segments
 from dist_ckpt_mistral.mapping import configuration
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched, read_embedded
-from dist_ckpt_mistral.mapping.consolidated import indexed_shapes, own_links
-from dist_ckpt_mistral.mapping.matching import match_hf, match_own
+from dist_ckpt_mistral.mapping.consolidated import consolidated_links, indexed_shapes
+from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.mistral_config import (
@@ -30,7 +30,7 @@ from dist_ckpt_mistral.model.config.mistral_config import (
     MistralConfig,
     require_config_file,
 )
-from dist_ckpt_mistral.model.table.rules import ParamState, Place
+from dist_ckpt_mistral.model.table.rules import ParamState, Stage
 from dist_ckpt_mistral.model.table.table import HfTensor, TensorTable, tensor_table
 
 _LOG = logging.getLogger(__name__)
@@ -38,14 +38,22 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelSource:
-    """A model that can be read: a Megatron checkpoint, a Hugging Face directory, or one of Mistral AI's own files.
+    """A model to read: a Megatron checkpoint, a Hugging Face directory, or a directory of consolidated files.
 
-    ``tensors`` are those it holds, in table order; ``links`` say of each, and of all aliases in the table, which stored
-    boxes make it up. ``twins`` are stored tensors whose values are stored a second time. ``hf_files`` is how Hugging
-    Face files hold or held it, ``assets`` the directories of the small files that belong to it: of a name that several
-    have, the first counts.
-    ``quantized`` says which weights are stored as FP8 numbers and scales: the index has their values.
-    ``carried_from`` is where the tensors are that Megatron's model does not have: None if there are none, or nowhere.
+    Args:
+        path: Directory of the model; of a checkpoint root, the iteration's directory.
+        kind: What it is, in words.
+        agreed: The configuration.
+        table: The tensor table of the configuration.
+        index: The stored tensors and the place of their bytes. FP8 weights appear with their dequantized values.
+        tensors: The Hugging Face tensors that the model holds, in table order.
+        links: Hugging Face name -> the stored boxes that make up the tensor, for all tensors and aliases of the table.
+        ignored: Stored entries that are not used, with the reason.
+        hf_files: Layout of the Hugging Face files that hold or held the weights; None if unknown.
+        assets: Directories with the model's small files. The first one that has a file counts.
+        carried_from: Directory of the vision tower and projector, which Megatron's model does not have; None without.
+        quantized: The FP8 weights and their scales.
+        twins: Stored tensors that repeat the values of others.
     """
 
     path: Path
@@ -64,12 +72,12 @@ class ModelSource:
 
     @property
     def config(self) -> MistralConfig:
-        """The configuration that the model goes by."""
+        """The configuration of the model."""
         return self.agreed.config
 
     @property
     def config_from(self) -> str:
-        """Where the configuration is from, in words."""
+        """The place of the configuration, in words."""
         return self.agreed.source
 
     def dtype_of(self, tensor: HfTensor) -> str:
@@ -78,49 +86,49 @@ class ModelSource:
 
     @property
     def hidden_twins(self) -> tuple[Twin, ...]:
-        """The twins that have no Hugging Face name of their own, by which they could be seen."""
+        """The twins that have no Hugging Face name of their own."""
         return tuple(twin for twin in self.twins if twin.name not in self.links)
 
     @property
     def main_dtype(self) -> str:
-        """The torch dtype name of the embedding, which is that of the model."""
-        return next(self.dtype_of(tensor) for tensor in self.tensors if tensor.rule.place is Place.EMBEDDING)
+        """The torch dtype name of the embedding, which stands for the model's dtype."""
+        return next(self.dtype_of(tensor) for tensor in self.tensors if tensor.rule.stage is Stage.EMBEDDING)
 
     def plan_into(self, target: TensorIndex) -> BytePlan:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
         return plan_gather(self.index, target, (link for name in target.tensors for link in self.links[name]))
 
     def plan_of(self, tensors: Iterable[HfTensor]) -> BytePlan:
-        """A plan for reading: one segment for each of ``tensors``, in this order."""
-        return plan_reading(self.index, {each.hf_name: (each.shape, self.links[each.hf_name]) for each in tensors})
+        """The plan that reads ``tensors``: one segment each, in this order."""
+        return plan_segments(self.index, {each.hf_name: (each.shape, self.links[each.hf_name]) for each in tensors})
 
 
 def open_source(path: str | Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
-    """Open whatever ``path`` is, a hub id included. ``config`` comes before the configurations that it brings along.
+    """Open a model of any format, or a hub id. ``config`` takes precedence over the model's own configurations.
 
-    ``dtype`` is what the values of quantized weights are rounded to, else as ``open_hf`` says.
+    ``dtype`` (a torch name) is the dtype of dequantized FP8 weights; see ``open_hf`` for the default.
     """
-    place = locate(path, Kind.HF, Kind.OWN, Kind.CHECKPOINT)
+    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT)
     if place.kind is Kind.CHECKPOINT:
         return open_megatron(place.path, config=config)
     return open_hf(place.path, config=config, dtype=dtype)
 
 
 def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
-    """Open a Hugging Face directory, or one in Mistral AI's own rendering.
+    """Open a Hugging Face directory, or a directory of consolidated files.
 
-    Its configuration must be there unless ``config`` is given. FP8 weights have values of ``dtype``, else of the dtype
-    that the configuration names, else of bfloat16.
+    It must hold a configuration unless ``config`` is given. FP8 weights are dequantized to ``dtype``; by default to the
+    dtype that the configuration names, or else to bfloat16.
     """
-    kind = locate(path, Kind.HF, Kind.OWN).kind
+    kind = locate(path, Kind.HF, Kind.CONSOLIDATED).kind
     if config is None:
         require_config_file(path)
     files = hf_directory.read_directory(path)
     hf_directory.warn_of_files_not_read(path, files)
     agreed = directory_config(path, config, files.names())
     table = tensor_table(agreed.config)
-    if kind is Kind.OWN:
-        return _open_own(path, agreed, table, files)
+    if kind is Kind.CONSOLIDATED:
+        return _open_consolidated(path, agreed, table, files)
     quantized = match_quantized(files.tensors(table.usual_name), agreed.config, str(path), dtype)
     scales = dict(quantized.ignored)
     shapes = {each.name: each.shape for each in files.tensors(table.usual_name) if each.name not in scales}
@@ -147,11 +155,11 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
     )
 
 
-def _open_own(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) -> ModelSource:
-    """A model in Mistral AI's own rendering, seen as Hugging Face's."""
+def _open_consolidated(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) -> ModelSource:
+    """A model in consolidated files, under Hugging Face names."""
     index = files.tensor_index(path)
     shapes = {name: tensor.global_shape for name, tensor in index.tensors.items()}
-    tensors = match_own(table, shapes, str(path))
+    tensors = match_consolidated(table, shapes, str(path))
     seen = {
         name: IndexedTensor.whole(
             name, stored.dtype, shape, file=int(stored.files[0]), position=int(stored.positions[0])
@@ -162,12 +170,12 @@ def _open_own(path: Path, agreed: Agreed, table: TensorTable, files: FileSet) ->
     }
     return ModelSource(
         path=path,
-        kind=Kind.OWN.value,
+        kind=Kind.CONSOLIDATED.value,
         agreed=agreed,
         table=table,
         index=TensorIndex(files=index.files, tensors=seen),
         tensors=tuple(tensors),
-        links={tensor.hf_name: own_links(tensor) for tensor in table.hf_tensors().values()},
+        links={tensor.hf_name: consolidated_links(tensor) for tensor in table.hf_tensors().values()},
         ignored=(),
         hf_files=None,
         assets=(path,),
@@ -180,17 +188,17 @@ def open_megatron(
 ) -> ModelSource:
     """Open a Megatron checkpoint (root or iteration).
 
-    The configuration is ``config``, else what an import embedded, else the checkpoint's own ``args``, else its
-    run_config.yaml; all of these must agree. ``state`` may pick another tensor than the weights that training kept for
-    every parameter, such as the master weights.
+    The configuration is ``config``, or else the record of an import, the checkpoint's ``args``, or its run_config.yaml,
+    in this order; all of them must agree. ``state`` selects the weights, or a state of the optimizer such as the master
+    weights.
     """
     checkpoint = stored_checkpoint.open_stored(path)
     known = matched(checkpoint, checkpoint_config(checkpoint, config), state)
     table, found = known.table, known.found
-    remembered = read_embedded(checkpoint)
+    record = read_embedded(checkpoint)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     twins = found.twins(checkpoint.tensors)
-    with paused_collector():  # of a hundred thousand links each lives
+    with paused_collector():  # none of a hundred thousand new links is garbage
         links = {tensor.hf_name: found.links(tensor) for tensor in found.table.hf_tensors().values()}
     return ModelSource(
         path=checkpoint.directory,
@@ -198,10 +206,10 @@ def open_megatron(
         agreed=known.agreed,
         table=table,
         index=checkpoint.index([*found.names(), *(twin.name for twin in twins)]),
-        tensors=_described(found.table, remembered),
+        tensors=_described(found.table, record),
         links=links,
         ignored=(*found.ignored, *_padding(table, found, shapes)),
-        hf_files=remembered.hf_files if remembered else None,
+        hf_files=record.hf_files if record else None,
         assets=small_files.folders_beside(checkpoint.directory),
         carried_from=checkpoint.directory if found.table.carried else None,
         twins=twins,
@@ -209,13 +217,12 @@ def open_megatron(
 
 
 def completed(source: ModelSource, directory: Path | None) -> ModelSource:
-    """``source`` with what Megatron's model does not have, from a Hugging Face directory if it has none of its own.
+    """Add the vision tower and projector of ``directory`` to a language model that was saved without them.
 
-    Then that directory's layout of files counts, too.
-
-    Raises TensorMismatchError if it takes a directory and there is none, or one without these tensors.
+    The layout of that directory's files then counts, too. A source that is complete is returned as it is. Raises
+    TensorMismatchError if the tensors are needed and ``directory`` is None or does not hold them.
     """
-    carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.place is Place.CARRIED]
+    carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.stage is Stage.CARRIED]
     if not carried or source.carried_from is not None:
         return source
     what = (
@@ -239,14 +246,14 @@ def completed(source: ModelSource, directory: Path | None) -> ModelSource:
     )
 
 
-def _described(table: TensorTable, remembered: configuration.HfRecord | None) -> tuple[HfTensor, ...]:
-    """All usual tensors of the table; aliases only where the original files had them besides."""
-    files = remembered.hf_files if remembered and remembered.hf_files else FileSet(files={})
+def _described(table: TensorTable, record: configuration.HfRecord | None) -> tuple[HfTensor, ...]:
+    """All tensors of the table; aliases only if the original files had them."""
+    files = record.hf_files if record and record.hf_files else FileSet(files={})
     return table.spelling(files.by_name("the record of the original files", table.usual_name)).tensors
 
 
 def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tuple[int, ...]]) -> Ignored:
-    """The vocabulary rows that only pad it."""
+    """The vocabulary rows that are padding."""
     padded = []
     for rule in table.rules:
         if rule.padded_vocabulary:
@@ -261,7 +268,7 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
 def twin_differences(
     index: TensorIndex, twins: Sequence[Twin], effort: Effort = DEFAULT_EFFORT
 ) -> Iterator[tuple[Twin, str]]:
-    """The twins that are stored with two different values, and how they differ."""
+    """Yield every twin whose values differ from those of its main tensor, and how they differ."""
     apart = [twin for twin in twins if not index.tensors[twin.name].shares_bytes(index.tensors[twin.main])]
     found = {
         twin.name: f"{dtypes[0]}, not {dtypes[1]}"
@@ -269,8 +276,8 @@ def twin_differences(
         if len(set(dtypes := (index.tensors[twin.name].dtype, only_dtype(index, twin.links)))) > 1
     }
     same = {twin.name: twin for twin in apart if twin.name not in found}
-    own = plan_reading(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
-    others = plan_reading(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
+    own = plan_segments(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
+    others = plan_segments(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
     found |= dict(compare_bits(own, others, [*same], effort))
     for twin in apart:
         if twin.name in found:
@@ -278,14 +285,14 @@ def twin_differences(
 
 
 def require_equal_twins(source: ModelSource, *, only_hidden: bool = False) -> None:
-    """Raise TensorMismatchError, which names both, unless what is stored a second time is the same: only one is used.
+    """Raise TensorMismatchError if a tensor that is stored twice has two values, because only one of them is used.
 
-    ``only_hidden`` leaves out those that ``source`` lists by a Hugging Face name of their own.
+    ``only_hidden`` skips the twins that have a Hugging Face name of their own in ``source``.
     """
-    found = [*twin_differences(source.index, source.hidden_twins if only_hidden else source.twins)]
-    if found:
-        told = "; ".join(f"{twin.name!r} {what}" for twin, what in found)
+    differences = [*twin_differences(source.index, source.hidden_twins if only_hidden else source.twins)]
+    if differences:
+        contradictions = "; ".join(f"{twin.name!r} {what}" for twin, what in differences)
         remove = "remove the tensor that is not meant"
         tied = f"The configuration ties them. Set tie_word_embeddings to false in config.json, or {remove}"
-        advice = tied if any(twin.is_head for twin, _ in found) else remove.capitalize()
-        raise TensorMismatchError(f"{source.path} contradicts itself: {told}. {advice}.")
+        advice = tied if any(twin.is_head for twin, _ in differences) else remove.capitalize()
+        raise TensorMismatchError(f"{source.path} contradicts itself: {contradictions}. {advice}.")

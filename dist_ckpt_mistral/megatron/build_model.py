@@ -1,6 +1,6 @@
-"""A rank's ``GPTModel`` of a Mistral model, for training and inference, on CUDA or on a CPU.
+"""Build a rank's ``GPTModel`` of a Mistral model, for training and inference, on CUDA or on a CPU.
 
-``model_config`` tells Megatron what the model is, ``local_layers`` what its layers are made of.
+``model_config`` makes its TransformerConfig; ``layer_spec`` here chooses the modules of its layers.
 """
 
 from __future__ import annotations
@@ -32,54 +32,51 @@ from dist_ckpt_mistral.megatron.sharded_state_dict import weight_dtype
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
 
-#: One rank's model: a GPTModel, or one for each of its virtual pipeline stages.
+#: One rank's model: a GPTModel, or with virtual pipeline stages a list with one GPTModel for each.
 Model: TypeAlias = GPTModel | list[GPTModel]
 
-_ALONE: Final = ParallelLayout()
-_NOTHING: Final[Mapping[str, Any]] = {}
-
+ONE_RANK: Final = ParallelLayout()
+NO_SETTINGS: Final[Mapping[str, Any]] = {}
 #: Megatron's tensor-parallel layers, and the axis along which each cuts its weight.
 _CUT_AXES: Final[Mapping[type, int]] = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+#: The epsilon of the norms of latents in transformers, whatever rms_norm_eps is (modeling_mistral4.py, 5.23).
 _LATENT_EPSILON: Final = 1e-6
-
-
-class CpuGPTModel(GPTModel):  # type: ignore[misc]  # megatron is untyped
-    """A GPTModel that runs where there is no CUDA, though Megatron's code asks for it."""
-
-    @functools.wraps(GPTModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (as GPTModel)
-        """Run forward on the CPU."""
-        with without_cuda():
-            return super().forward(*args, **kwargs)
 
 
 def build_model(
     config: MistralConfig,
-    layout: ParallelLayout = _ALONE,
+    layout: ParallelLayout = ONE_RANK,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     padded_vocab_size: int | None = None,
     perform_initialization: bool = True,
-    transformer_config: Mapping[str, Any] = _NOTHING,
+    transformer_config: Mapping[str, Any] = NO_SETTINGS,
 ) -> Model:
-    """This rank's GPTModel, or the list of them with virtual pipeline stages.
+    """Build this rank's GPTModel with random weights.
 
-    Megatron's process group, parallel state and random numbers are set up if they are not (``initialize_megatron``).
-    Experts train without tensor parallelism alone: Megatron demands sequence parallelism with it, which the norms of
-    its local spec lack.
+    Every rank makes the same call. The call sets up Megatron's process group, parallel state and random numbers where
+    they are missing (``initialize_megatron``). Experts can be trained only with ``tp=1``: Megatron demands sequence
+    parallelism for experts with tensor parallelism, and the norms of its local layer spec do not support that.
+
+        model = dcm.build_model(dcm.MistralConfig.from_hf("hf_dir"), dcm.ParallelLayout(tp=2))
 
     Args:
-        config: The model.
-        layout: The parallel layout; its data-parallel replicas follow from the number of ranks.
-        dtype: Of the weights (torch's own or its name), by default what ``config`` says.
-        device: Where the model goes, by default CUDA where there is any, else the CPU.
-        padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to.
-        perform_initialization: Draw random weights; else they are whatever the memory held.
-        transformer_config: Further fields of Megatron's TransformerConfig, such as dropout or recomputation; they win.
+        config: The configuration of the model.
+        layout: The parallel layout. Its ``dp`` is multiplied so that all ranks of the job are used.
+        dtype: Dtype of the weights, as a torch dtype or its name; by default that of ``config``.
+        device: Device of the model; by default CUDA if available, else the CPU.
+        padded_vocab_size: Rows of the embedding and of the output layer; by default the next multiple of 128 x tp, as
+            in Megatron-LM.
+        perform_initialization: Draw random weights. Without it the weights are uninitialized memory.
+        transformer_config: Further fields of Megatron's TransformerConfig, such as dropout or recomputation. They
+            replace those that follow from ``config`` and ``layout``.
+
+    Returns:
+        The GPTModel; with virtual pipeline stages (``layout.vpp``) the list of this rank's GPTModels.
 
     Raises:
-        LayoutError: The layout does not fit the model or the ranks.
+        LayoutError: The layout does not fit the model or the number of ranks.
         ConfigError: Neither ``dtype`` nor ``config`` gives a dtype for weights, or ``transformer_config`` has unknown
             fields.
         UnsupportedModelError: The installed megatron-core cannot express the model.
@@ -89,7 +86,7 @@ def build_model(
     layout = initialize_megatron(layout, device=device)
     settings = {"perform_initialization": perform_initialization, **transformer_config}
     chunks = build_chunks(config, layout, weight_dtype(config, dtype), device, padded_vocab_size, settings)
-    return as_model([chunk.to(device) for chunk in chunks])
+    return as_model(chunks, device)
 
 
 def build_chunks(
@@ -100,22 +97,24 @@ def build_chunks(
     vocab_rows: int | None,
     settings: Mapping[str, Any],
 ) -> list[GPTModel]:
-    """One GPTModel for each model chunk of this rank, made for ``device`` but still on the CPU (mostly)."""
-    told, spec = transformer_config(config, layout, dtype, settings), layer_spec(config)
+    """One GPTModel for each model chunk (virtual pipeline stage) of this rank.
+
+    Their parameters are on the CPU, even if ``device`` is CUDA: ``as_model`` moves them.
+    """
+    megatron_config, spec = transformer_config(config, layout, dtype, settings), layer_spec(config)
     kind = GPTModel if device.type == "cuda" else CpuGPTModel
     rows = padded_vocab_size(config.vocab_size, layout.tp) if vocab_rows is None else vocab_rows
     chunks = []
-    for number in range(layout.vpp or 1):
-        stage = number if layout.vpp else None
-        ends = {"ignore_virtual": False, "vp_stage": stage}
+    for vp_stage in range(layout.vpp) if layout.vpp else [None]:
+        stage = {"ignore_virtual": False, "vp_stage": vp_stage}
         with on_device(device):
             chunk = kind(
-                told,
+                megatron_config,
                 spec,
                 vocab_size=rows,
-                pre_process=parallel_state.is_pipeline_first_stage(**ends),
-                post_process=parallel_state.is_pipeline_last_stage(**ends),
-                vp_stage=stage,
+                pre_process=parallel_state.is_pipeline_first_stage(**stage),
+                post_process=parallel_state.is_pipeline_last_stage(**stage),
+                vp_stage=vp_stage,
                 **gpt_model_arguments(config),
             )
         _mark_tensor_parallel(chunk)
@@ -124,46 +123,57 @@ def build_chunks(
 
 
 def _mark_tensor_parallel(chunk: GPTModel) -> None:
-    """Say which weights tensor parallelism cuts, and along which axis.
+    """Mark the weights that tensor parallelism cuts with the axis of the cut.
 
-    Megatron-core 0.16 does so only where it initializes them (tensor_parallel/layers.py). What is not marked it takes
-    for a copy, and leaves it out of the gradient norm: training such a model would clip wrongly.
+    Megatron-core 0.16 marks only weights that it initializes (tensor_parallel/layers.py). Ranks above 0 leave unmarked
+    weights out of the gradient norm, because they take them for copies; training would clip gradients wrongly.
     """
-    glu = {module.linear_fc1 for module in chunk.modules() if isinstance(module, MLP)}
+    gated = {module.linear_fc1 for module in chunk.modules() if isinstance(module, MLP)}
     for module in chunk.modules():
         axis = next((axis for kind, axis in _CUT_AXES.items() if isinstance(module, kind)), None)
         weight = None if axis is None else module.weight
         if weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1 + (module in glu))
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1 + (module in gated))
 
 
-def as_model(chunks: list[GPTModel]) -> Model:
-    """What stands for a rank's model: its only chunk, or the list."""
-    return chunks[0] if len(chunks) == 1 else chunks
+def as_model(chunks: list[GPTModel], device: torch.device) -> Model:
+    """Move the model chunks of a rank to ``device``; return the only one, or the list of several."""
+    moved = [chunk.to(device) for chunk in chunks]
+    return moved[0] if len(moved) == 1 else moved
 
 
 def as_chunks(model: Model) -> list[GPTModel]:
-    """The chunks of a rank's model."""
+    """The model chunks (GPTModels) of a rank's model, as a list."""
     return model if isinstance(model, list) else [model]
 
 
+class CpuGPTModel(GPTModel):  # type: ignore[misc]  # megatron is untyped
+    """A GPTModel whose forward pass runs on a machine without CUDA."""
+
+    @functools.wraps(GPTModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (as GPTModel)
+        """Run GPTModel's forward ``without_cuda``."""
+        with without_cuda():
+            return super().forward(*args, **kwargs)
+
+
 class LocalAttention(DotProductAttention):  # type: ignore[misc]  # megatron is untyped
-    """Megatron's attention, which may be latent and may scale queries by their position."""
+    """Megatron's attention, usable for latent attention, and with an optional scale of queries by position."""
 
     def __init__(
         self,
         *args: Any,  # noqa: ANN401  (as DotProductAttention)
-        k_channels: int | None = None,  # noqa: ARG002  (what latent attention tells, config.kv_channels says)
+        k_channels: int | None = None,  # noqa: ARG002  (given by latent attention; config.kv_channels has the size)
         v_channels: int | None = None,  # noqa: ARG002
         query_scaling: tuple[float, int] | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Scale the query at position p by ``1 + beta * log(1 + p // period)``, given (beta, period)."""
+        """With ``query_scaling`` = (beta, period), scale the query at position p by 1 + beta * log(1 + p // period)."""
         super().__init__(*args, **kwargs)
         self.query_scaling = query_scaling
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-        """Attend. ``query`` ``[queries, batch, heads, size]`` stands at the last ones of the positions of ``key``."""
+        """Attend. ``query`` ``[queries, batch, heads, size]`` has the last of the positions that ``key`` has."""
         if self.query_scaling is not None:
             beta, period = self.query_scaling
             positions = torch.arange(len(key) - len(query), len(key), device=query.device)
@@ -174,19 +184,19 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]  # megatron is 
 
 
 class LatentNorm(torch.nn.RMSNorm):
-    """The norm of a latent, as transformers has it."""
+    """The norm of a latent, with the epsilon of transformers."""
 
     def __init__(self, hidden_size: int, config: object, eps: float) -> None:  # noqa: ARG002  (Megatron's)
-        """Take what Megatron tells every norm."""
+        """Take the arguments that Megatron gives to every norm."""
         super().__init__(hidden_size, eps=_LATENT_EPSILON)
 
 
 def layer_spec(config: MistralConfig) -> ModuleSpec:
-    """Megatron's spec of a layer of the model; experts are a ``SequentialMLP``.
+    """Megatron's local spec of a layer of the model, with experts as ``SequentialMLP``.
 
-    Raises UnsupportedModelError for scaled queries without YaRN's original context.
+    Raises UnsupportedModelError if queries are scaled by position but there is no YaRN.
     """
-    _mend_without_transformer_engine()
+    _define_names_of_transformer_engine()
     is_latent = config.latent_attention is not None
     spec = get_gpt_layer_local_spec(
         num_experts=None if config.experts is None else config.experts.num_experts,
@@ -200,19 +210,20 @@ def layer_spec(config: MistralConfig) -> ModuleSpec:
     return spec
 
 
-def _mend_without_transformer_engine() -> None:
-    """Megatron-core 0.16 uses two names without Transformer Engine that it has only with it."""
+def _define_names_of_transformer_engine() -> None:
+    """Define two names that megatron-core 0.16 uses but defines only if Transformer Engine is installed."""
     moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
         multi_latent_attention.HAVE_TE = False
 
 
 def _query_scaling(config: MistralConfig) -> tuple[float, int] | None:
-    """How queries are scaled by their position, as transformers does (``get_llama_4_attn_scale``, 5.23)."""
+    """(beta, period in tokens) of the scale of queries (transformers' ``get_llama_4_attn_scale``, 5.23), or None."""
     if config.llama_4_scaling_beta is None:
         return None
     if config.yarn is None:
         raise UnsupportedModelError(
-            f"llama_4_scaling_beta={config.llama_4_scaling_beta} without YaRN, whose original context it counts in."
+            f"llama_4_scaling_beta={config.llama_4_scaling_beta} without YaRN: the scale of queries needs YaRN's "
+            "original_max_position_embeddings."
         )
     return config.llama_4_scaling_beta, config.yarn.original_max_position_embeddings

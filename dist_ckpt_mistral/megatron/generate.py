@@ -1,4 +1,4 @@
-"""Texts that a stored model writes: tokenizer and sampling are Hugging Face's, the model runs on Megatron."""
+"""Generate text with a stored model: Megatron runs the model, transformers provides tokenizer and sampling."""
 
 from __future__ import annotations
 
@@ -27,57 +27,96 @@ from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-#: Picks the next token: (the tokens so far ``[tokens]``, logits of the next one ``[vocab_size]``, float32) -> its id.
+#: Chooses the next token: (previous tokens ``[tokens]``, float32 logits of the next token ``[vocab_size]``) -> its id.
 Choose: TypeAlias = Callable[[torch.Tensor, torch.Tensor], int]
 
 
-def greedy(tokens: torch.Tensor, logits: torch.Tensor) -> int:  # noqa: ARG001  (the signature of Choose)
-    """The likeliest token; of several the first."""
-    return int(logits.argmax())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A prompt and its continuation by the model.
 
-
-@torch.no_grad()
-def forward(
-    model: Model, tokens: torch.Tensor, *, vocab_size: int, context: StaticInferenceContext | None = None
-) -> torch.Tensor | None:
-    """Logits of ``tokens`` ``[1, n]``: ``[1, n, vocab_size]`` on ranks of the last stage, None on the others.
-
-    Every rank makes the same call. With a ``context``, ``tokens`` come after those that it has seen, and there may be
-    logits of the last of them alone. Dropout is off meanwhile. Raises LayoutError with context parallelism, which
-    would cut the prompt.
+    ``text`` is the prompt with its continuation, without special tokens. ``ended`` says whether the last new token is
+    a stop token.
     """
-    if (cp := parallel_state.get_context_parallel_world_size()) > 1:
-        raise LayoutError(f"inference takes whole prompts: expected cp=1, got cp={cp}. Load the model with cp=1.")
-    chunks = as_chunks(model)
-    with _evaluating(chunks):
-        return _through(chunks, tokens, vocab_size, context)
+
+    prompt: str
+    text: str
+    continuation: str
+    prompt_tokens: tuple[int, ...]
+    new_tokens: tuple[int, ...]
+    ended: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
 
 
-def _through(
-    chunks: Sequence[GPTModel], tokens: torch.Tensor, vocab_size: int, context: StaticInferenceContext | None
-) -> torch.Tensor | None:
-    seen = 0 if context is None else context.sequence_len_offset
-    device = torch.device("cuda", torch.cuda.current_device()) if _is_on_cuda(chunks) else torch.device("cpu")
-    tokens = tokens.to(device)
-    positions = torch.arange(seen, seen + tokens.shape[1], device=device)[None]
-    first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
-    for chunk in chunks:
-        stage = {"ignore_virtual": False, "vp_stage": chunk.vp_stage}
-        if not first(**stage):
-            shape = (tokens.shape[1], 1, chunk.config.hidden_size)
-            hidden = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=device)
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-            chunk.set_input_tensor(hidden)
-        # Without a mask Megatron makes its own, causal and as wide as the window.
-        result: torch.Tensor = chunk(tokens, positions, None, inference_context=context, runtime_gather_output=True)
-        if last(**stage):
-            return result[..., :vocab_size].float()
-        dist.send(result.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-    return None
+def complete(
+    path: str | Path,
+    prompts: Sequence[str],
+    *,
+    layout: ParallelLayout,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    config: GivenConfig | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+) -> Iterator[Completion]:
+    """Yield the completion of each prompt. Every rank of ``layout`` makes the same call and gets the same texts.
+
+    The model runs on CUDA if available, else on the CPU.
+
+    Args:
+        path: A Megatron checkpoint, a Hugging Face directory or a hub id.
+        prompts: The texts to complete.
+        layout: The parallel layout.
+        max_new_tokens: Maximum number of tokens that are generated for each prompt.
+        sampling: How tokens are drawn; by default the likeliest token is chosen.
+        config: Configuration of a checkpoint that has none.
+        tokenizer: Directory or hub id of the tokenizer; by default the directory ``config``, else the model's own.
+        dtype: Torch name of the dtype to convert the weights to. Destroyed values are only a warning.
+
+    Raises:
+        DistCkptMistralError: The model cannot be read or run, or it has no tokenizer. Raised on all ranks.
+    """
+    device = default_device()
+    layout = initialize_megatron(layout, device=device)
+
+    def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
+        source = open_source(path, config=chosen_config(config))
+        if max_new_tokens > source.config.max_position_embeddings:  # generation allocates memory for all of them first
+            most = f"max_position_embeddings={source.config.max_position_embeddings}"
+            raise ConfigError(f"max_new_tokens: expected at most {most}, got {max_new_tokens}")
+        loaded = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), *source.assets))
+        return source, loaded, stop_tokens(source, loaded, [*map(given_directory, (tokenizer, config)), *source.assets])
+
+    source, loaded_tokenizer, stop = ranks.from_environment().each(prepare)
+    model = load_source(source, layout, dtype=dtype, device=device, allow_lossy=True)
+    for prompt in prompts:
+        tokens = tuple(loaded_tokenizer(prompt)["input_ids"])
+        new = tuple(
+            generate(
+                model,
+                tokens,
+                vocab_size=source.config.vocab_size,
+                max_new_tokens=max_new_tokens,
+                stop_tokens=stop,
+                choose=greedy if sampling is None else sampling.chooser(),
+            )
+        )
+        yield Completion(
+            prompt=prompt,
+            text=loaded_tokenizer.decode([*tokens, *new], skip_special_tokens=True),
+            continuation=loaded_tokenizer.decode(list(new), skip_special_tokens=True),
+            prompt_tokens=tokens,
+            new_tokens=new,
+            ended=bool(new) and new[-1] in stop,
+        )
 
 
-def _is_on_cuda(chunks: Sequence[GPTModel]) -> bool:
-    return any(parameter.is_cuda for chunk in chunks for parameter in chunk.parameters())
+def greedy(tokens: torch.Tensor, logits: torch.Tensor) -> int:  # noqa: ARG001  (the signature of Choose)
+    """The token with the largest logit; the first of them if several are equal."""
+    return int(logits.argmax())
 
 
 def generate(
@@ -89,12 +128,11 @@ def generate(
     stop_tokens: Collection[int] = (),
     choose: Choose = greedy,
 ) -> Iterator[int]:
-    """Yield the tokens that follow ``prompt`` as they come, at most ``max_new_tokens``, the same on all ranks.
+    """Yield up to ``max_new_tokens`` tokens that continue ``prompt``, the same on all ranks.
 
-    The first token among ``stop_tokens`` ends it and is yielded too. ``choose`` is asked on one rank of the last stage.
-    ``vocab_size`` leaves out the rows that only pad the vocabulary.
-
-    Dropout is off meanwhile; whether the model is in training mode afterwards is as it was before.
+    A token in ``stop_tokens`` is the last one. ``choose`` is called on one rank of the last pipeline stage.
+    ``vocab_size`` excludes the rows that only pad the vocabulary. The modules of the model are in evaluation mode
+    meanwhile; the modes that they had before are restored afterwards.
 
     Raises ConfigError if the prompt is empty or has tokens outside the vocabulary.
     """
@@ -108,22 +146,9 @@ def require_tokens(prompt: Sequence[int], vocab_size: int) -> None:
     outside = [token for token in prompt if not 0 <= token < vocab_size]
     if not prompt or outside:
         raise ConfigError(
-            f"a prompt needs tokens of 0 to {vocab_size - 1}, got {outside[:5] or 'none'}. "
+            f"a prompt needs tokens of 0 to {vocab_size - 1}, got {outside[:5] or 'no tokens'}. "
             "Give a prompt that is not empty, and the tokenizer of this model."
         )
-
-
-@contextlib.contextmanager
-def _evaluating(chunks: Sequence[GPTModel]) -> Iterator[None]:
-    """Within the block no module is in training mode; afterwards those are that were before."""
-    training = [module for chunk in chunks for module in chunk.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _tokens(
@@ -150,11 +175,12 @@ def _tokens(
 
 
 def _agree(choose: Callable[[], int] | None) -> int:
-    """The token that one rank of the last stage chooses, on every rank. ``choose`` is None before the last stage."""
-    tp_source, tp_group = (
-        parallel_state.get_tensor_model_parallel_src_rank(),
-        parallel_state.get_tensor_model_parallel_group(),
-    )
+    """Choose a token on one rank of the last stage and return it on all ranks.
+
+    ``choose`` is None on ranks of the other stages.
+    """
+    tp_source = parallel_state.get_tensor_model_parallel_src_rank()
+    tp_group = parallel_state.get_tensor_model_parallel_group()
     chosen = choose() if choose is not None and dist.get_rank() == tp_source else -1
     device = "cuda" if dist.get_backend(tp_group) == "nccl" else "cpu"
     token = torch.tensor([chosen], device=device)
@@ -165,75 +191,59 @@ def _agree(choose: Callable[[], int] | None) -> int:
     return int(token)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """A prompt and what the model wrote after it; ``ended`` if the model ended the text itself.
+@torch.no_grad()
+def forward(
+    model: Model, tokens: torch.Tensor, *, vocab_size: int, context: StaticInferenceContext | None = None
+) -> torch.Tensor | None:
+    """Run the model on ``tokens`` ``[1, n]``. Every rank makes the same call.
 
-    ``text`` is prompt and continuation without special tokens, ``continuation`` what was written alone.
+    With a ``context``, ``tokens`` continue the tokens of earlier calls with it. Dropout is off during the call. Raises
+    LayoutError with context parallelism, which would cut the prompt.
+
+    Returns:
+        On ranks of the last pipeline stage the float32 logits ``[1, n, vocab_size]``; with a ``context`` they may be
+        ``[1, 1, vocab_size]``, of the last token. None on other ranks.
     """
-
-    prompt: str
-    text: str
-    continuation: str
-    prompt_tokens: tuple[int, ...]
-    new_tokens: tuple[int, ...]
-    ended: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    if (cp := parallel_state.get_context_parallel_world_size()) > 1:
+        raise LayoutError(f"inference takes whole prompts: expected cp=1, got cp={cp}. Load the model with cp=1.")
+    chunks = as_chunks(model)
+    with _evaluating(chunks):
+        return _pipelined(chunks, tokens, vocab_size, context)
 
 
-def complete(
-    path: str | Path,
-    prompts: Sequence[str],
-    *,
-    layout: ParallelLayout,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    config: GivenConfig | None = None,
-    tokenizer: str | Path | None = None,
-    dtype: str | None = None,
-) -> Iterator[Completion]:
-    """Complete ``prompts`` one after the other; every rank of ``layout`` makes the same call and gets the same texts.
+def _pipelined(
+    chunks: Sequence[GPTModel], tokens: torch.Tensor, vocab_size: int, context: StaticInferenceContext | None
+) -> torch.Tensor | None:
+    """Run this rank's model chunks; receive hidden states from the previous stage and send them to the next one."""
+    seen = 0 if context is None else context.sequence_len_offset
+    is_on_cuda = any(parameter.is_cuda for chunk in chunks for parameter in chunk.parameters())
+    device = torch.device("cuda", torch.cuda.current_device()) if is_on_cuda else torch.device("cpu")
+    tokens = tokens.to(device)
+    positions = torch.arange(seen, seen + tokens.shape[1], device=device)[None]
+    first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+    for chunk in chunks:
+        stage = {"ignore_virtual": False, "vp_stage": chunk.vp_stage}
+        if not first(**stage):
+            shape = (tokens.shape[1], 1, chunk.config.hidden_size)
+            hidden = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=device)
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            chunk.set_input_tensor(hidden)
+        # Without a mask, Megatron makes a causal one with the width of the sliding window.
+        result: torch.Tensor = chunk(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+        if last(**stage):
+            return result[..., :vocab_size].float()
+        dist.send(result.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    return None
 
-    ``path`` is a Megatron checkpoint, a Hugging Face directory or a hub id. The likeliest token follows unless
-    ``sampling`` is given. The tokenizer is that of the directory ``tokenizer``, else of ``config``, else the one that
-    came with the model. ``dtype`` (a torch name) converts the weights, with a warning where it destroys values. Runs on
-    CUDA where there is any, else on a CPU.
 
-    Raises DistCkptMistralError if the model cannot be read or run, or has no tokenizer; on all ranks alike.
-    """
-    device = default_device()
-    layout = initialize_megatron(layout, device=device)
-
-    def prepare() -> tuple[ModelSource, Any, frozenset[int]]:
-        source = open_source(path, config=chosen_config(config))
-        if max_new_tokens > source.config.max_position_embeddings:  # memory for all of them is taken at once
-            most = f"max_position_embeddings={source.config.max_position_embeddings}"
-            raise ConfigError(f"max_new_tokens: expected at most {most}, got {max_new_tokens}")
-        words = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), *source.assets))
-        return source, words, stop_tokens(source, words, [*map(given_directory, (tokenizer, config)), *source.assets])
-
-    source, words, stop = ranks.from_environment().each(prepare)
-    model = load_source(source, layout, dtype=dtype, device=device, allow_lossy=True)
-    for prompt in prompts:
-        tokens = tuple(words(prompt)["input_ids"])
-        new = tuple(
-            generate(
-                model,
-                tokens,
-                vocab_size=source.config.vocab_size,
-                max_new_tokens=max_new_tokens,
-                stop_tokens=stop,
-                choose=greedy if sampling is None else sampling.chooser(),
-            )
-        )
-        yield Completion(
-            prompt=prompt,
-            text=words.decode([*tokens, *new], skip_special_tokens=True),
-            continuation=words.decode(list(new), skip_special_tokens=True),
-            prompt_tokens=tokens,
-            new_tokens=new,
-            ended=bool(new) and new[-1] in stop,
-        )
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[GPTModel]) -> Iterator[None]:
+    """Within the block all modules are in evaluation mode; afterwards their previous modes are restored."""
+    training = [module for chunk in chunks for module in chunk.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

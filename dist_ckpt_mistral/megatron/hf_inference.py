@@ -1,6 +1,6 @@
-"""What Hugging Face knows of inference: tokenizers, where to stop, how to sample, and the forward pass to compare with.
+"""The parts of inference that transformers does: tokenizer, stop tokens, sampling, and a forward pass for comparison.
 
-All of it is transformers' own; nothing is fetched from the network but a tokenizer that is given by its hub id.
+The network is used only for a tokenizer that is given by its hub id.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
+import transformers
 
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
 from dist_ckpt_mistral.formats import small_files
@@ -18,18 +21,15 @@ from dist_ckpt_mistral.mapping.source import ModelSource
 from dist_ckpt_mistral.storage import documents, hub
 from dist_ckpt_mistral.views.lazy import LazyCheckpoint
 
-if TYPE_CHECKING:
-    import torch
-
 _GENERATION_FILE: Final = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; the draws of one ``seed`` are those of transformers after ``torch.manual_seed(seed)``.
+    """How tokens are drawn. A ``seed`` gives the tokens that transformers draws after ``torch.manual_seed(seed)``.
 
-    ``temperature`` divides the logits; ``top_k`` keeps the likeliest tokens, ``top_p`` the likeliest that together have
-    this probability; None leaves a step out.
+    ``temperature`` divides the logits. ``top_k`` keeps that many of the likeliest tokens. ``top_p`` keeps the fewest
+    likeliest tokens whose probabilities add up to at least that. None leaves the step out.
     """
 
     temperature: float = 1.0
@@ -38,7 +38,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what there is nothing to draw from."""
+        """Raise ConfigError for values that leave no token to draw."""
         problems = []
         if not self.temperature > 0:
             problems.append(f"temperature must be above 0, got {self.temperature}")
@@ -50,20 +50,12 @@ class Sampling:
             raise ConfigError("; ".join(problems))
 
     def chooser(self) -> Callable[[torch.Tensor, torch.Tensor], int]:
-        """Draws the next token from the tokens so far ``[tokens]`` and the logits ``[vocab_size]`` of the next one."""
-        import torch  # noqa: PLC0415  (who does not sample needs neither)
-        from transformers import (  # noqa: PLC0415
-            LogitsProcessorList,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
-
-        steps = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        """A function that draws a token, given the previous tokens ``[tokens]`` and its logits ``[vocab_size]``."""
+        steps = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(self.temperature)])
         if self.top_k is not None:
-            steps.append(TopKLogitsWarper(self.top_k))
+            steps.append(transformers.TopKLogitsWarper(self.top_k))
         if self.top_p is not None:
-            steps.append(TopPLogitsWarper(self.top_p))
+            steps.append(transformers.TopPLogitsWarper(self.top_p))
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(tokens: torch.Tensor, logits: torch.Tensor) -> int:
@@ -74,12 +66,12 @@ class Sampling:
 
 
 def tokenizer_directories(tokenizer: str | Path | None, *others: Path | None) -> list[Path]:
-    """Where to look for a tokenizer: in ``tokenizer`` alone if given, else in ``others`` in this order.
+    """The directories to search for a tokenizer: only ``tokenizer`` if given, else ``others`` in this order.
 
-    Raises ConfigError if ``tokenizer`` is given and is no directory.
+    Raises ConfigError if ``tokenizer`` is given and is not a directory.
     """
     if tokenizer is None:
-        return [each for each in others if each is not None]
+        return [directory for directory in others if directory is not None]
     directory = hub.local_directory(str(tokenizer), weights=False)
     if not directory.is_dir():
         raise ConfigError(f"the tokenizer {tokenizer} is not a directory. Give the one that holds its files.")
@@ -87,19 +79,17 @@ def tokenizer_directories(tokenizer: str | Path | None, *others: Path | None) ->
 
 
 def load_tokenizer(directories: Iterable[Path]) -> Any:  # noqa: ANN401  (transformers is untyped)
-    """The tokenizer in the first of ``directories`` that has one. Raises ConfigError where none has."""
-    from transformers import AutoTokenizer  # noqa: PLC0415  (slow)
-
-    looked = list(directories)
-    for directory in looked:
+    """The tokenizer in the first of ``directories`` that has one. Raises ConfigError if none has, or it is damaged."""
+    searched = list(directories)
+    for directory in searched:
         if small_files.has_tokenizer(directory):
             try:
-                return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+                return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
             except (OSError, ValueError, KeyError, ImportError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(f"transformers cannot read the tokenizer in {directory}: {reason}") from error
-    where = ", ".join(map(str, looked)) or "the checkpoint"
-    raise ConfigError(f"no tokenizer in {where}. Give the Hugging Face directory that has it with --tokenizer.")
+    places = ", ".join(map(str, searched)) or "the checkpoint"
+    raise ConfigError(f"no tokenizer in {places}. Give the Hugging Face directory that has it with --tokenizer.")
 
 
 def stop_tokens(
@@ -107,35 +97,33 @@ def stop_tokens(
     tokenizer: Any,  # noqa: ANN401  (transformers is untyped)
     directories: Iterable[Path | None],
 ) -> frozenset[int]:
-    """The tokens that end a text: of generation_config.json, else of config.json, else the tokenizer's own.
+    """The token ids that end a text: ``eos_token_id`` of generation_config.json, of config.json, or of the tokenizer.
 
-    The first of ``directories`` that has a generation_config.json counts.
+    The first of these that has the value counts, and the first of ``directories`` that has a generation_config.json.
+    Raises ConfigError if the value is neither a number nor a list of numbers.
     """
     paths = [directory / _GENERATION_FILE for directory in directories if directory is not None]
     path = next((path for path in paths if path.is_file()), None)
     generation = {} if path is None else documents.read_json(path)
-    for told in (generation.get("eos_token_id"), source.config.to_hf().get("eos_token_id"), tokenizer.eos_token_id):
-        if told is not None:
-            found = told if isinstance(told, list) else [told]
-            if not all(isinstance(token, int) for token in found):
-                raise ConfigError(
-                    f"eos_token_id of {source.path}: expected numbers, got {json.dumps(told)}. "
-                    f"Correct it in {_GENERATION_FILE}, else in config.json."
-                )
-            return frozenset(found)
-    return frozenset()
+    values = (generation.get("eos_token_id"), source.config.to_hf().get("eos_token_id"), tokenizer.eos_token_id)
+    value: Any = next((value for value in values if value is not None), [])
+    tokens = value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) for token in tokens):
+        raise ConfigError(
+            f"eos_token_id of {source.path}: expected numbers, got {json.dumps(value)}. "
+            f"Correct it in {_GENERATION_FILE}, else in config.json."
+        )
+    return frozenset(tokens)
 
 
 def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is untyped)
-    """The transformers model of a stored one, in float32 on the CPU.
+    """The transformers model with the weights of ``source``, in float32 on the CPU.
 
-    A checkpoint is exported in memory, and so are FP8 weights: transformers wants accelerate for them.
+    Weights of a Megatron checkpoint are exported in memory. So are FP8 weights, which transformers reads only with
+    accelerate. Raises ConfigError if the installed transformers does not have the architecture.
     """
-    import torch  # noqa: PLC0415  (slow)
-    import transformers  # noqa: PLC0415
-
     name = source.config.architecture
-    kind: Any = getattr(transformers, name, None)  # AutoModelForCausalLM does not know them all
+    kind: Any = getattr(transformers, name, None)  # AutoModelForCausalLM does not have all architectures
     if kind is None:
         raise ConfigError(f"transformers {transformers.__version__} has no {name}, which runs this model. Update it.")
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
@@ -143,11 +131,11 @@ def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is
         return kind.from_pretrained(source.path, local_files_only=True, **options).eval()
     with LazyCheckpoint(source) as stored:
         weights: Mapping[str, torch.Tensor] = {name: stored[name].float() for name in stored}
-    told = dict(source.config.to_hf())
-    config = transformers.AutoConfig.for_model(told.pop("model_type"), **told)
-    model, found = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
+    fields = dict(source.config.to_hf())
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
     wrong = [
-        f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, names)))}" for what, names in found.items() if names
+        f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, names)))}" for what, names in report.items() if names
     ]
     if wrong:
         raise DistCkptMistralError(

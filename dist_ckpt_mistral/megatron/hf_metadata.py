@@ -1,4 +1,4 @@
-"""Megatron's ShardedTensors with Hugging Face names: the classes, and naming what a live model holds.
+"""ShardedTensors with Hugging Face names: their classes, and ``add_hf_metadata`` for the entries of a live model.
 
 Upstream: megatron-core dist_checkpointing/mapping.py, the same in 0.16 and 0.19.
 """
@@ -24,7 +24,7 @@ ShardedStateDict: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class PendingTensor:
-    """A tensor that nobody has asked for yet."""
+    """A tensor that ``produce`` makes when it is needed."""
 
     produce: Callable[[], torch.Tensor]
 
@@ -33,13 +33,13 @@ Data: TypeAlias = torch.Tensor | PendingTensor | None
 
 
 class _OnDemand:
-    """Gives a sharded entry a ``data`` that is produced when first touched, and kept from then on."""
+    """Adds a ``data`` to a sharded entry that is produced at its first use, and then kept."""
 
     _data: Data
 
     @property
     def data(self) -> torch.Tensor | None:
-        """The local tensor, or None where Megatron is to allocate it."""
+        """The local tensor, or None if Megatron allocates it on load."""
         if isinstance(self._data, PendingTensor):
             self._data = self._data.produce()
         return self._data
@@ -51,43 +51,56 @@ class _OnDemand:
 
 @dataclass
 class HfShardedTensor(_OnDemand, ShardedTensor):  # type: ignore[misc]  # megatron is untyped
-    """Megatron's ShardedTensor, and the Hugging Face tensors that it holds rows of.
+    """Megatron's ShardedTensor with the Hugging Face tensors whose rows it holds.
 
-    The rows of ``hf_parts`` are those of the stored tensor ``key``, without its axes of layer and expert. A local
-    tensor of nothing but vocabulary padding has no parts. ``data`` may be given as a ``PendingTensor``.
+    ``hf_parts`` has one entry for each Hugging Face tensor. Its rows count rows of the stored tensor ``key``, without
+    the axes of layer and expert. A local tensor that is only vocabulary padding has no parts. ``data`` may be a
+    ``PendingTensor``.
     """
 
     hf_parts: tuple[HfPart, ...] = ()
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Names of the Hugging Face tensors that this local tensor holds rows of."""
+        """Names of the Hugging Face tensors whose rows this local tensor holds."""
         return tuple(part.hf_name for part in self.hf_parts)
 
     def validate_metadata_integrity(self) -> None:
-        """Check as Megatron does, but produce no tensor for it."""
-        held = self._data
-        self._data = None if isinstance(held, PendingTensor) else held
+        """Check as Megatron does, without producing a pending tensor."""
+        data = self._data
+        self._data = None if isinstance(data, PendingTensor) else data
         super().validate_metadata_integrity()
-        self._data = held
+        self._data = data
 
 
 @dataclass
 class HfShardedTensorFactory(_OnDemand, ShardedTensorFactory):  # type: ignore[misc]  # megatron is untyped
-    """Megatron's ShardedTensorFactory whose ``build_fn`` makes HfShardedTensors, and takes a ``PendingTensor``."""
+    """Megatron's ShardedTensorFactory with a ``build_fn`` that makes HfShardedTensors and accepts a PendingTensor."""
 
-    def build(self) -> Any:  # noqa: ANN401  (whatever build_fn gives)
-        """Build the entries as Megatron does, but leave a pending tensor pending."""
+    def build(self) -> Any:  # noqa: ANN401  (as ShardedTensorFactory)
+        """Build the entries as Megatron does, without producing a pending tensor."""
         return self.build_fn(self.key, self._data, self.replica_id, self.flattened_range)
 
 
 def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig) -> ShardedStateDict:
-    """A copy of a live model's sharded state dict whose tensors say which Hugging Face tensors they hold rows of.
+    """Copy a live model's sharded state dict and add the Hugging Face names to the entries of its tensors.
 
-    Tensor data is shared, not copied, and the given dict stays as it is. Works for every key style and for the local
-    and the Transformer Engine spec; objects and optimizer state pass through unchanged.
+    Works for every key style, and for the local and the Transformer Engine layer spec. Objects and optimizer state stay
+    as they are.
 
-    Raises TensorMismatchError for tensors that ``config`` does not have, or has in another shape; all are named.
+        state = dcm.add_hf_metadata(model.sharded_state_dict(), config)
+        state["embedding.word_embeddings.weight"].hf_names  # ("model.embed_tokens.weight",)
+
+    Args:
+        sharded_state_dict: The result of ``GPTModel.sharded_state_dict()``. It is not changed.
+        config: The configuration of the model.
+
+    Returns:
+        A copy in which every ShardedTensor is a ``HfShardedTensor``. The data of the tensors is shared, not copied.
+
+    Raises:
+        TensorMismatchError: A model with ``config`` does not have some of the tensors, or has them in another shape.
+            The error names them all.
     """
     index = stored_index(tensor_table(config))
     problems = []
@@ -107,23 +120,23 @@ def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig)
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """One index's part of a stored tensor: the rule that it follows, and where its rows lie."""
+    """The rows of a stored tensor that hold one tensor of a rule: that of a layer, of an expert or of the model."""
 
     rule: TensorRule
     index: Index
     rows: StoredRows
 
     def hf_parts(self, first_row: int, rows: int) -> tuple[HfPart, ...]:
-        """The Hugging Face tensors with rows among ``rows`` rows of the stored tensor, from ``first_row`` on."""
+        """The Hugging Face tensors in ``rows`` rows of the stored tensor, starting at ``first_row``."""
         first = self.rows.first_row + first_row
         return tuple(
-            self._own(part)
+            self._stored_part(part)
             for part in self.rule.parts
             if any(start < first + rows and first < start + length for _, start, length in part.rows)
         )
 
-    def _own(self, part: HfPart) -> HfPart:
-        """A part of the rule as far as its rows are in the stored tensor, which may have one half of a packed one."""
+    def _stored_part(self, part: HfPart) -> HfPart:
+        """The rows of ``part`` that are in the stored tensor, which may hold only the gate or up half of linear_fc1."""
         start, end = self.rows.first_row, self.rows.first_row + self.rows.rows
         low, high = max(part.rows.offset, start), min(part.rows.offset + part.rows.length, end)
         return HfPart(
@@ -137,7 +150,7 @@ StoredIndex: TypeAlias = dict[tuple[str, tuple[int, ...]], StoredLayer]
 
 
 def stored_index(table: TensorTable) -> StoredIndex:
-    """All stored tensors in all key styles, by key and coordinates on the axes that only the stored tensor has."""
+    """All stored tensors in all key styles, by (key, offset on the axes of layer and expert)."""
     return {
         (rows.mcore_key, rows.index): StoredLayer(rule, index, rows)
         for rule in table.rules
@@ -150,15 +163,15 @@ def stored_index(table: TensorTable) -> StoredIndex:
 
 @dataclass(frozen=True, slots=True)
 class _AnnotatedBuild:
-    """The ``build_fn`` of a live model's factory, with Hugging Face names added to what it builds."""
+    """A ``build_fn`` that adds Hugging Face names to the entries that the live model's ``build_fn`` makes."""
 
     build_fn: Callable[..., Any]
-    own_key: str
+    weight_key: str
     index: StoredIndex
 
-    def __call__(self, key: str, *args: object) -> Any:  # noqa: ANN401  (whatever build_fn gives)
-        """Build as the live model does. Megatron's optimizers put a prefix before the model's own key."""
-        prefix = key.removesuffix(self.own_key)
+    def __call__(self, key: str, *args: object) -> Any:  # noqa: ANN401  (as build_fn)
+        """Build the entries. ``key`` is that of the weight; Megatron's optimizers put a prefix before it."""
+        prefix = key.removesuffix(self.weight_key)
 
         def annotated(entry: object) -> object:
             return _annotated_tensor(self.index, prefix, entry) if isinstance(entry, ShardedTensor) else entry
@@ -167,42 +180,45 @@ class _AnnotatedBuild:
 
 
 def _annotated(entry: object, index: StoredIndex) -> object:
+    """``entry`` with Hugging Face names if it is an entry of a weight, else ``entry`` itself."""
     if isinstance(entry, HfShardedTensor | HfShardedTensorFactory) or why_ignored(getattr(entry, "key", "")):
         return entry
     if isinstance(entry, ShardedTensor):
         return _annotated_tensor(index, "", entry)
     if isinstance(entry, ShardedTensorFactory):
-        own = {field.name: getattr(entry, field.name) for field in fields(ShardedTensorFactory)}
-        own["build_fn"] = _AnnotatedBuild(entry.build_fn, entry.key, index)
-        factory = HfShardedTensorFactory(**own)
-        factory.build()  # for its errors, which should come now and not at the save
+        values = {field.name: getattr(entry, field.name) for field in fields(ShardedTensorFactory)}
+        values["build_fn"] = _AnnotatedBuild(entry.build_fn, entry.key, index)
+        factory = HfShardedTensorFactory(**values)
+        factory.build()  # raises errors now instead of at the save
         return factory
     return entry
 
 
 def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
-    held, axis = _held_by(index, tensor.key.removeprefix(prefix), tensor)
-    if not held:
+    """``tensor`` with Hugging Face names. Raises TensorMismatchError for an unknown key, offset or shape."""
+    layers, axis = _stored_layers(index, tensor.key.removeprefix(prefix), tensor)
+    if not layers:
         raise TensorMismatchError(f"unknown tensor {tensor.key!r} with global_offset {tensor.global_offset}")
-    expected = held[0].rows.global_shape
-    if held[0].rule.padded_vocabulary:
+    expected = layers[0].rows.global_shape
+    if layers[0].rule.padded_vocabulary:
         expected = (max(expected[0], tensor.global_shape[0]), *expected[1:])
     if tensor.global_shape != expected:
         raise TensorMismatchError(f"shape mismatch for {tensor.key!r}: expected {expected}, got {tensor.global_shape}")
-    own = {field.name: getattr(tensor, field.name) for field in fields(ShardedTensor)}
+    values = {field.name: getattr(tensor, field.name) for field in fields(ShardedTensor)}
     first, rows = tensor.global_offset[axis], tensor.local_shape[axis - tensor.prepend_axis_num]
-    parts = dict.fromkeys(part for each in held for part in each.hf_parts(first, rows))
-    return HfShardedTensor(**own, hf_parts=tuple(parts))
+    parts = dict.fromkeys(part for layer in layers for part in layer.hf_parts(first, rows))
+    return HfShardedTensor(**values, hf_parts=tuple(parts))
 
 
-def _held_by(index: StoredIndex, key: str, tensor: ShardedTensor) -> tuple[list[StoredLayer], int]:
-    """The stored tensors that a live one holds rows of, and the axis of rows.
+def _stored_layers(index: StoredIndex, key: str, tensor: ShardedTensor) -> tuple[list[StoredLayer], int]:
+    """The stored rows that a live ``tensor`` is part of, and its axis of rows.
 
-    It is one, but for GroupedMLP (moe/experts.py, to 0.16): there the first axis counts experts.
+    They are those of one expert or layer. Only GroupedMLP (moe/experts.py, to 0.16) has those of several experts, on
+    the first axis of its local tensor.
     """
     lead = tensor.prepend_axis_num
-    at = tensor.global_offset[:lead]
-    if (key, at) in index:
-        return [index[key, at]], lead
+    offset = tensor.global_offset[:lead]
+    if (key, offset) in index:
+        return [index[key, offset]], lead
     experts = range(tensor.global_offset[lead], tensor.global_offset[lead] + tensor.local_shape[0])
-    return [index[key, (*at, expert)] for expert in experts if (key, (*at, expert)) in index], lead + 1
+    return [index[key, (*offset, expert)] for expert in experts if (key, (*offset, expert)) in index], lead + 1

@@ -1,8 +1,8 @@
-"""One rank of a check that Megatron itself reads a checkpoint: ``python -m dist_ckpt_mistral.megatron.load_check``.
+"""One rank of a check that Megatron can load a checkpoint: ``python -m dist_ckpt_mistral.megatron.load_check``.
 
-Megatron's own ``dist_checkpointing.load`` fills this rank's sharded state dict. What every tensor should then hold is
-said again here in torch operations on the original Hugging Face files, which the safetensors library reads: only the
-names come from the table. Nothing needs a GPU.
+Megatron's own ``dist_checkpointing.load`` fills this rank's sharded state dict. The expected values are computed here
+independently of the package, with the safetensors library and torch operations on the original Hugging Face files.
+Only the names come from the tensor table. The check needs no GPU.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
-#: prctl(2): the signal that a process gets when its parent dies.
+#: The option of prctl(2) that sets the signal which a process gets when its parent dies.
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def main() -> None:
-    """Join the other ranks, load, compare, and leave the outcome in REPORTS/rankN.json."""
+    """Join the other ranks, load and compare, and write the result to REPORTS/rankN.json."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--pp", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True, help="process id; this process does not outlive it")
+    parser.add_argument("--parent", type=int, required=True, help="process id; this process ends with that one")
     parser.add_argument("hf", type=Path, help="Hugging Face directory")
     parser.add_argument("checkpoint", help="iteration directory of the checkpoint")
-    parser.add_argument("reports", type=Path, help="directory of the outcomes, empty before the first rank starts")
+    parser.add_argument("reports", type=Path, help="directory for the results, empty before the first rank starts")
     arguments = parser.parse_args()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != arguments.parent:
-        raise SystemExit("the parent is gone")
+        raise SystemExit("the parent process has ended")
     layout = ParallelLayout(tp=arguments.tp, pp=arguments.pp)
     dist.init_process_group(
         "gloo",
@@ -55,16 +55,19 @@ def main() -> None:
         world_size=layout.world_size,
         timeout=timedelta(minutes=5),
     )
-    outcome = check_rank(arguments.hf, arguments.checkpoint, layout, arguments.rank)
-    (arguments.reports / f"rank{arguments.rank}.json").write_text(json.dumps(outcome))
+    result = check_rank(arguments.hf, arguments.checkpoint, layout, arguments.rank)
+    (arguments.reports / f"rank{arguments.rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def check_rank(hf: Path, checkpoint: str, layout: ParallelLayout, rank: int) -> dict[str, Any]:
-    """Load what ``rank`` holds and compare it: its layers, counts, bytes, and the names of tensors that differ."""
+    """Load and compare the tensors of ``rank``.
+
+    The result has the rank's layers, its other tensors, their number and size, and the names of those that differ.
+    """
     config = MistralConfig.from_hf(hf)
-    state = sharded_state_dict(config, layout, rank, padded_vocab_size=config.vocab_size)  # nothing but real rows
+    state = sharded_state_dict(config, layout, rank, padded_vocab_size=config.vocab_size)  # without padding rows
     hf_names = {name: _hf_names(entry) for name, entry in state.items()}
     started = time.perf_counter()
     loaded = dist_checkpointing.load(state, checkpoint)
@@ -75,7 +78,7 @@ def check_rank(hf: Path, checkpoint: str, layout: ParallelLayout, rank: int) -> 
     different = [
         name
         for name, tensor in tensors.items()
-        if not _is_part(tensor, [originals[each] for each in hf_names[name]], config, layout.tp, tp_rank)
+        if not _is_part(tensor, [originals[hf_name] for hf_name in hf_names[name]], config, layout.tp, tp_rank)
     ]
     return {
         "layers": sorted({int(match[1]) for name in originals if (match := re.search(r"\.layers\.(\d+)\.", name))}),
@@ -88,27 +91,30 @@ def check_rank(hf: Path, checkpoint: str, layout: ParallelLayout, rank: int) -> 
 
 
 def _hf_names(entry: Any) -> tuple[str, ...]:  # noqa: ANN401  (an entry of a sharded state dict)
-    """The Hugging Face tensors that an entry holds rows of, in order; none for objects."""
-    pieces = entry.build() if isinstance(entry, HfShardedTensorFactory) else [entry]
-    return tuple(name for piece in pieces for name in getattr(piece, "hf_names", ()))
+    """The names of the Hugging Face tensors whose rows an entry holds, in order; empty for objects."""
+    parts = entry.build() if isinstance(entry, HfShardedTensorFactory) else [entry]
+    return tuple(name for part in parts for name in getattr(part, "hf_names", ()))
 
 
 def _read(hf: Path, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-    """The named tensors of all safetensors files of a directory."""
-    found = {}
+    """Read the named tensors from the safetensors files in a directory."""
+    tensors = {}
     for path in sorted(hf.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found.update({name: file.get_tensor(name) for name in set(names) & set(file.keys())})
-    return found
+            tensors.update({name: file.get_tensor(name) for name in set(names) & set(file.keys())})
+    return tensors
 
 
 def _is_part(tensor: torch.Tensor, originals: list[torch.Tensor], config: MistralConfig, tp: int, tp_rank: int) -> bool:
-    """Whether ``tensor`` is what ``tp_rank`` of ``tp`` holds of query, key, value; of gate, up; or of one tensor."""
-    if len(originals) == 3:  # noqa: PLR2004  (query, key, value: group by group)
-        groups = [each.view(config.num_key_value_heads, -1, config.hidden_size) for each in originals]
+    """Whether ``tensor`` equals part ``tp_rank`` of ``tp`` of the original tensors, bit for bit.
+
+    The originals are query, key and value; gate and up; or a single tensor.
+    """
+    if len(originals) == 3:  # noqa: PLR2004  (query, key, value: interleaved by query group)
+        groups = [original.view(config.num_key_value_heads, -1, config.hidden_size) for original in originals]
         expected = torch.cat(groups, dim=1).flatten(0, 1).chunk(tp)[tp_rank]
-    elif len(originals) == 2:  # noqa: PLR2004  (gate and up, each cut on its own)
-        expected = torch.cat([each.chunk(tp)[tp_rank] for each in originals])
+    elif len(originals) == 2:  # noqa: PLR2004  (gate and up, each cut by itself)
+        expected = torch.cat([original.chunk(tp)[tp_rank] for original in originals])
     else:
         expected = originals[0]
         for axis, size in enumerate(tensor.shape):

@@ -1,7 +1,7 @@
-"""A running Megatron model from a stored one: a Megatron checkpoint of any version, or Hugging Face files.
+"""Build a rank's ``GPTModel`` and fill it with stored weights: from a Megatron checkpoint or Hugging Face files.
 
-A rank's parameters are filled by the one plan that also makes files; Megatron's own reader, which needs a torch of the
-writer's kind, has no part in it.
+The weights are copied by a ``BytePlan``, as in a conversion. Megatron's own reader is not used, because it reads only
+checkpoints of similar versions of torch and Megatron.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,59 +19,65 @@ from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, execute
-from dist_ckpt_mistral.mapping.rank_plan import live_rows, plan_held
+from dist_ckpt_mistral.mapping.rank_plan import plan_local_tensors
 from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
-from dist_ckpt_mistral.megatron.build_model import Model, as_model, build_chunks
+from dist_ckpt_mistral.megatron.build_model import NO_SETTINGS, ONE_RANK, Model, as_model, build_chunks
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
-
-_ALONE: Final = ParallelLayout()
-_NOTHING: Final[Mapping[str, Any]] = {}
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_tensors
 
 
 def load_model(
     path: str | Path,
     *,
-    layout: ParallelLayout = _ALONE,
+    layout: ParallelLayout = ONE_RANK,
     config: GivenConfig | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     padded_vocab_size: int | None = None,
-    transformer_config: Mapping[str, Any] = _NOTHING,
+    transformer_config: Mapping[str, Any] = NO_SETTINGS,
     allow_lossy: bool = False,
     effort: Effort = DEFAULT_EFFORT,
 ) -> Model:
-    """This rank's GPTModel with the weights in ``path``, or the list of them with virtual pipeline stages.
+    """Build this rank's GPTModel and load the weights in ``path`` into it.
 
-    Every rank of ``layout`` makes the same call and reads what it holds. Megatron is set up if it is not
-    (``initialize_megatron``). Vocabulary padding holds zeros.
+    Every rank makes the same call and reads only its own part of the weights. The call sets up Megatron's process
+    group, parallel state and random numbers where they are missing (``initialize_megatron``). Rows that only pad the
+    vocabulary become zeros.
+
+        model = dcm.load_model("ckpt", layout=dcm.ParallelLayout(tp=2, pp=4))  # under torchrun, on 8 ranks
 
     Args:
-        path: A Megatron checkpoint (root or iteration), a Hugging Face directory or hub id.
-        layout: The parallel layout; its data-parallel replicas follow from the number of ranks.
-        config: For checkpoints that do not tell theirs: itself, a config.json, or a directory with one.
-        dtype: Converts the weights (rounding to nearest even; torch's own or its name), by default they keep the one
-            that they are stored in.
-        device: Where the model goes, by default CUDA where there is any, else the CPU.
-        padded_vocab_size: Rows of embedding and head, by default what Megatron-LM pads to.
-        transformer_config: Further fields of Megatron's TransformerConfig; they win.
-        allow_lossy: Only warn where ``dtype`` destroys values, finite ones that become infinite or others that become
-            zero; by default that is an error, which counts them.
-        effort: Threads and copy buffers.
+        path: A Megatron checkpoint (root or iteration directory), a Hugging Face directory or a hub id.
+        layout: The parallel layout. Its ``dp`` is multiplied so that all ranks of the job are used.
+        config: Configuration of a checkpoint that has none: a MistralConfig, a config.json, or a directory or hub id
+            with one.
+        dtype: Dtype to convert the weights to (rounding to nearest even), as a torch dtype or its name; by default
+            they keep their stored dtype.
+        device: Device of the model; by default CUDA if available, else the CPU.
+        padded_vocab_size: Rows of the embedding and of the output layer; by default the next multiple of 128 x tp, as
+            in Megatron-LM.
+        transformer_config: Further fields of Megatron's TransformerConfig. They replace those that follow from the
+            configuration and ``layout``.
+        allow_lossy: Warn, instead of raising an error, if the conversion to ``dtype`` makes finite values infinite or
+            other values zero. Warning and error count the values.
+        effort: Number of threads and size of the copy buffers.
+
+    Returns:
+        The GPTModel; with virtual pipeline stages (``layout.vpp``) the list of this rank's GPTModels.
 
     Raises:
-        DistCkptMistralError: The model cannot be read, does not fit the layout or cannot be expressed in Megatron; if
-            that happens on one rank, it is raised on all.
+        DistCkptMistralError: The model cannot be read, does not fit the layout or cannot be expressed in Megatron.
+            An error on one rank is raised on all ranks.
     """
     device = default_device() if device is None else torch.device(device)
     layout = initialize_megatron(layout, device=device)
 
     def opened() -> ModelSource:
-        name = None if dtype is None else "float32"  # FP8 values: rounded once, where losses are counted
-        return open_source(path, config=chosen_config(config), dtype=name)
+        fp8_values_as = None if dtype is None else "float32"  # so that they are rounded once, where losses are counted
+        return open_source(path, config=chosen_config(config), dtype=fp8_values_as)
 
     return load_source(
         ranks.from_environment().each(opened),
@@ -92,11 +98,11 @@ def load_source(
     dtype: torch.dtype | str | None,
     device: torch.device,
     padded_vocab_size: int | None = None,
-    transformer_config: Mapping[str, Any] = _NOTHING,
+    transformer_config: Mapping[str, Any] = NO_SETTINGS,
     allow_lossy: bool = False,
     effort: Effort = DEFAULT_EFFORT,
 ) -> Model:
-    """As ``load_model``, from an opened model."""
+    """Build and fill the model as ``load_model`` does, from an opened ``source``."""
     layout.check(source.config)
     layout = initialize_megatron(layout, device=device)
     dtype = torch_dtype(_only_dtype(source) if dtype is None else dtype)
@@ -104,16 +110,16 @@ def load_source(
     chunks = build_chunks(source.config, layout, dtype, device, padded_vocab_size, settings)
     pairs = [
         pair
-        for chunk, held in zip(chunks, _held(source, layout, padded_vocab_size), strict=True)
-        for pair in _pairs(dict(chunk.named_parameters()), held)
+        for chunk, tensors in zip(chunks, _local_tensors(source, layout, padded_vocab_size), strict=True)
+        for pair in _pairs(dict(chunk.named_parameters()), tensors)
     ]
     losses = LossPolicy(allowed=allow_lossy, names_of=names_of_sources)
     ranks.from_environment().each(lambda: _fill(source, pairs, str(dtype).removeprefix("torch."), losses, effort))
-    return as_model([chunk.to(device) for chunk in chunks])
+    return as_model(chunks, device)
 
 
 def _only_dtype(source: ModelSource) -> str:
-    """The torch name of the dtype in which all weights are stored."""
+    """The torch name of the dtype of all stored weights. Raises ConfigError if they have several."""
     names = sorted({source.dtype_of(tensor) for tensor in source.tensors})
     if len(names) > 1:
         raise ConfigError(
@@ -123,32 +129,32 @@ def _only_dtype(source: ModelSource) -> str:
     return names[0]
 
 
-def _held(source: ModelSource, layout: ParallelLayout, vocab_rows: int | None) -> Iterator[list[LocalTensor]]:
-    """What this rank holds of each of its model chunks."""
+def _local_tensors(source: ModelSource, layout: ParallelLayout, vocab_rows: int | None) -> Iterator[list[LocalTensor]]:
+    """Yield the local tensors of each model chunk of this rank."""
     at = layout.coordinates(dist.get_rank())
     for chunk in layout.model_chunks(source.table.num_layers, parallel_state.get_pipeline_model_parallel_rank()):
-        yield list(layout.local_tensors(source.table, chunk, at, vocab_rows=vocab_rows))
+        yield list(local_tensors(layout, source.table, chunk, at, vocab_rows=vocab_rows))
 
 
 def _pairs(
-    parameters: Mapping[str, torch.nn.Parameter], held: Sequence[LocalTensor]
+    parameters: Mapping[str, torch.nn.Parameter], tensors: Sequence[LocalTensor]
 ) -> list[tuple[LocalTensor, torch.nn.Parameter]]:
-    """Every parameter of a model chunk with what it holds."""
-    described = {each.module_name: each.local_shape for each in held}
-    found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if described != found:
-        different = sorted({name for name, _ in described.items() ^ found.items()})
+    """Pair the local tensors of a model chunk with its parameters. Raises TensorMismatchError if they do not match."""
+    expected = {tensor.module_name: tensor.local_shape for tensor in tensors}
+    actual = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if expected != actual:
+        different = sorted({name for name, _ in expected.items() ^ actual.items()})
         raise TensorMismatchError(
             "the installed megatron-core makes another model than the tensor table describes: "
-            + "; ".join(f"{name}: expected {described.get(name)}, got {found.get(name)}" for name in different)
+            + "; ".join(f"{name}: expected {expected.get(name)}, got {actual.get(name)}" for name in different)
             + ". Install a version that this package is tested with: 0.16 or 0.19."
         )
-    return [(each, parameters[each.module_name]) for each in held]
+    return [(tensor, parameters[tensor.module_name]) for tensor in tensors]
 
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """Bytes of a tensor as the target of a plan."""
+    """The bytes of a tensor in memory, as a target of ``execute``."""
 
     view: memoryview
 
@@ -156,7 +162,7 @@ class _Memory:
         self.view[position : position + len(data)] = data
 
     def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Memory is where it lasts."""
+        """Do nothing: the bytes stay in memory."""
 
 
 @torch.no_grad()
@@ -167,16 +173,16 @@ def _fill(
     losses: LossPolicy,
     effort: Effort,
 ) -> None:
-    """Read what the parameters hold; rows that pad the vocabulary become zeros."""
+    """Read the weights into the parameters; rows that pad the vocabulary become zeros."""
     require_equal_twins(source)
-    plan = plan_held(source, [held for held, _ in pairs], dtype)
+    plan = plan_local_tensors(source, [tensor for tensor, _ in pairs], dtype)
     values = [
         torch.empty(parameter.shape, dtype=parameter.dtype) if parameter.is_cuda else parameter.detach()
         for _, parameter in pairs
     ]
     targets = {number: _Memory(value.view(-1).view(torch.uint8).numpy().data) for number, value in enumerate(values)}
     losses.accept(plan, execute(plan, targets, effort=effort, numbers=range(len(plan.segments)), checksums=False))
-    for (held, parameter), value in zip(pairs, values, strict=True):
-        value[live_rows(held) :] = 0
+    for (tensor, parameter), value in zip(pairs, values, strict=True):
+        value[tensor.live_rows :] = 0
         if parameter.is_cuda:
             parameter.copy_(value)

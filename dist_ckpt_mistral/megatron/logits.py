@@ -1,4 +1,4 @@
-"""Two stored models by what they compute: transformers runs the one, Megatron the other, in float32 on the CPU."""
+"""Compare the logits of two stored models: one runs in transformers, the other in Megatron, in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
-#: Float32 on both sides leaves rounding; anything that is computed differently is orders of magnitude above this.
+#: Largest accepted difference of two logits. Rounding in float32 stays below; another computation is far above.
 TOLERANCE: Final = 1e-4
 _RANDOM_PROMPTS: Final = 2
-#: Random prompts have some tokens, or as many as reach behind a window or YaRN's original context if not many.
+#: Random prompts are longer than this, than a sliding window and than YaRN's original context, but at most
+#: ``_MANY_TOKENS`` tokens long: a window or context that would need more is ignored.
 _FEW_TOKENS: Final = 64
 _MANY_TOKENS: Final = 512
 _CPU: Final = torch.device("cpu")
@@ -30,9 +31,10 @@ _CPU: Final = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLogits:
-    """How far the logits of one prompt lie apart, at most; ``largest_logit`` is the largest magnitude among them.
+    """The largest difference between the logits of both models for one prompt.
 
-    ``prompt`` is None for random tokens. ``same_tokens`` says whether both find the same token likeliest everywhere.
+    ``prompt`` is None for random tokens. ``largest_logit`` is the largest magnitude of a logit in transformers.
+    ``same_tokens`` says whether both models have the same likeliest token at every position.
     """
 
     prompt: str | None
@@ -44,7 +46,7 @@ class PromptLogits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitsComparison:
-    """The outcome: transformers ran the weights of ``in_transformers``, Megatron those of ``in_megatron``."""
+    """The result: transformers ran the model ``in_transformers``, Megatron the model ``in_megatron``."""
 
     in_transformers: Path
     in_megatron: Path
@@ -53,7 +55,7 @@ class LogitsComparison:
 
     @property
     def largest_difference(self) -> float:
-        """Over all prompts; not a number if any logit is none."""
+        """The largest difference over all prompts; NaN if any logit is NaN."""
         return float(torch.tensor([prompt.largest_difference for prompt in self.prompts]).max())
 
     @property
@@ -62,7 +64,7 @@ class LogitsComparison:
         return self.largest_difference <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The result as plain values."""
         paths = {"in_transformers": str(self.in_transformers), "in_megatron": str(self.in_megatron)}
         return {"agree": self.agree, "largest_difference": self.largest_difference, **asdict(self), **paths}
 
@@ -79,34 +81,35 @@ def compare_logits(
 ) -> LogitsComparison:
     """Compare the logits of two models, each a Megatron checkpoint or a Hugging Face directory.
 
-    transformers runs A if that is a Hugging Face directory or neither is one (then A is exported in memory), else B.
-    Megatron runs the other. Without ``prompts`` the prompts are random tokens drawn from ``seed``. Raises
-    DistCkptMistralError if either cannot be read or run, or if their vocabularies differ.
+    transformers runs B if only B is a Hugging Face directory, else A; it exports a Megatron checkpoint in memory.
+    Megatron runs the other model. Without ``prompts`` the prompts are random tokens drawn with ``seed``. Raises
+    DistCkptMistralError if a model cannot be read or run, or if the vocabularies differ.
     """
     source_a, source_b = open_pair(Path(a), Path(b), config=chosen_config(config))
     if source_a.config.vocab_size != source_b.config.vocab_size:
         sizes = f"{source_a.config.vocab_size} in {a}, {source_b.config.vocab_size} in {b}"
         raise TensorMismatchError(f"the vocabularies differ: {sizes}. Their logits cannot be compared.")
-    theirs, ours = source_a, source_b
+    hf_side, megatron_side = source_a, source_b
     if what_is(source_b.path).kind is Kind.HF and what_is(source_a.path).kind is not Kind.HF:
-        theirs, ours = ours, theirs
+        hf_side, megatron_side = megatron_side, hf_side
     if prompts:
-        words = load_tokenizer(tokenizer_directories(tokenizer, *source_a.assets, *source_b.assets))
-        tokens = [_tokens(words(prompt)["input_ids"], source_a.config) for prompt in prompts]
+        loaded_tokenizer = load_tokenizer(tokenizer_directories(tokenizer, *source_a.assets, *source_b.assets))
+        tokens = [_tokens(loaded_tokenizer(prompt)["input_ids"], source_a.config) for prompt in prompts]
     else:
-        tokens = _random_tokens(theirs.config, seed)
-    theirs = completed(theirs, given_directory(config, vision=True))
-    expected, actual = _in_transformers(theirs, tokens), _in_megatron(ours, tokens)
+        tokens = _random_tokens(hf_side.config, seed)
+    hf_side = completed(hf_side, given_directory(config, vision=True))
+    expected, actual = _in_transformers(hf_side, tokens), _in_megatron(megatron_side, tokens)
     names: Sequence[str | None] = list(prompts) or [None] * len(tokens)
     return LogitsComparison(
-        in_transformers=theirs.path,
-        in_megatron=ours.path,
+        in_transformers=hf_side.path,
+        in_megatron=megatron_side.path,
         tolerance=tolerance,
         prompts=tuple(map(_compared, names, expected, actual)),
     )
 
 
 def _compared(prompt: str | None, expected: torch.Tensor, actual: torch.Tensor) -> PromptLogits:
+    """Compare the logits ``[1, n, vocab_size]`` of one prompt."""
     return PromptLogits(
         prompt=prompt,
         num_tokens=expected.shape[1],
@@ -117,19 +120,17 @@ def _compared(prompt: str | None, expected: torch.Tensor, actual: torch.Tensor) 
 
 
 def _tokens(ids: Sequence[int], config: MistralConfig) -> torch.Tensor:
-    """A prompt ``[1, n]``."""
+    """The token ids of a prompt as a tensor ``[1, n]``. Raises ConfigError for tokens outside the vocabulary."""
     require_tokens(ids, config.vocab_size)
     return torch.tensor([ids])
 
 
 def _random_tokens(config: MistralConfig, seed: int) -> list[torch.Tensor]:
-    """Random prompts ``[1, n]``, long enough for whatever depends on the length if that is not too long."""
-    reach = [
-        _FEW_TOKENS,
-        config.sliding_window or 0,
-        config.yarn.original_max_position_embeddings if config.yarn else 0,
-    ]
-    length = max(each for each in reach if each <= _MANY_TOKENS - _FEW_TOKENS // 2) + _FEW_TOKENS // 2
+    """Random prompts ``[1, n]`` that exceed the sliding window and YaRN's original context where that is short."""
+    original_context = config.yarn.original_max_position_embeddings if config.yarn else 0
+    lengths = (_FEW_TOKENS, config.sliding_window or 0, original_context)
+    beyond = _FEW_TOKENS // 2
+    length = max(length for length in lengths if length <= _MANY_TOKENS - beyond) + beyond
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(config.vocab_size, (1, length), generator=generator) for _ in range(_RANDOM_PROMPTS)]
@@ -137,11 +138,13 @@ def _random_tokens(config: MistralConfig, seed: int) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _in_transformers(source: ModelSource, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits ``[1, n, vocab_size]`` of each prompt ``[1, n]``, from transformers."""
     model = load_hf_model(source)
     return [model(tokens).logits for tokens in prompts]
 
 
 def _in_megatron(source: ModelSource, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits ``[1, n, vocab_size]`` of each prompt ``[1, n]``, from Megatron."""
     model = load_source(source, ParallelLayout(), dtype=torch.float32, device=_CPU)
-    found = (forward(model, tokens, vocab_size=source.config.vocab_size) for tokens in prompts)
-    return [logits for logits in found if logits is not None]  # a single stage gives them all
+    outputs = (forward(model, tokens, vocab_size=source.config.vocab_size) for tokens in prompts)
+    return [logits for logits in outputs if logits is not None]  # the only rank is in the last stage

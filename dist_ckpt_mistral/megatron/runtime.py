@@ -1,7 +1,7 @@
-"""What a Megatron model needs around it: process group, parallel state, random numbers, and a CPU in place of CUDA.
+"""Set up process group, parallel state and random numbers for a Megatron model, and run its code on a CPU.
 
-Megatron-core 0.16 and 0.19 ask for CUDA in places that a CPU gets to as well (rotary_pos_embedding.py,
-transformer/utils.py, parallel_state.py): ``without_cuda`` answers them.
+Megatron-core 0.16 and 0.19 use CUDA in code that also runs on a CPU (rotary_pos_embedding.py, transformer/utils.py,
+parallel_state.py). ``without_cuda`` replaces the functions that they call.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
-#: What Megatron-LM adds to the seed from one pipeline stage to the next (megatron/training/initialize.py).
+#: Megatron-LM adds this to the seed for each pipeline stage (megatron/training/initialize.py).
 _SEED_STEP: Final = 100
-#: The process group of this rank along each axis of a layout.
+#: Axis of a layout -> the function that returns this rank's process group along it.
 _GROUPS: Final[Mapping[str, Callable[[], dist.ProcessGroup]]] = {
     "tp": parallel_state.get_tensor_model_parallel_group,
     "pp": parallel_state.get_pipeline_model_parallel_group,
@@ -37,20 +37,32 @@ _GROUPS: Final[Mapping[str, Callable[[], dist.ProcessGroup]]] = {
 
 
 def default_device() -> torch.device:
-    """CUDA where there is any, else the CPU."""
+    """CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def initialize_megatron(
     layout: ParallelLayout, *, device: torch.device | str | None = None, seed: int = 1234
 ) -> ParallelLayout:
-    """Set up whatever Megatron models of ``layout`` need and is not there yet; the same call on every rank.
+    """Set up the process group, Megatron's parallel state and its random numbers, where they are missing.
 
-    Under ``torchrun`` its ranks are joined, else this process stands alone: over gloo on a CPU, nccl with CUDA (the
-    default where there is any). What is already set up must fit the layout and stays as it is; else random numbers are
-    seeded as Megatron-LM does. Returns the layout with the ``dp`` that the number of ranks comes to.
+    Every rank makes the same call. Under ``torchrun`` the process joins its ranks; otherwise it is the only rank. The
+    backend is gloo on a CPU, and gloo with nccl on CUDA. An existing process group or parallel state is kept, and must
+    fit the layout. Random numbers are seeded as in Megatron-LM, together with a new parallel state.
 
-    Raises LayoutError where the number of ranks or the parallel state that is there is not that of ``layout``.
+        layout = dcm.initialize_megatron(dcm.ParallelLayout(tp=2, pp=2))  # under torchrun, on 8 ranks: dp is 2
+
+    Args:
+        layout: The parallel layout.
+        device: Device of the models; by default CUDA if available, else the CPU.
+        seed: Seed of the random numbers, as Megatron-LM's ``--seed``.
+
+    Returns:
+        The layout with its ``dp`` multiplied so that all ranks of the job are used.
+
+    Raises:
+        LayoutError: The number of ranks is not a multiple of that of ``layout``, or the existing parallel state is of
+            another layout.
     """
     device = default_device() if device is None else torch.device(device)
     if not dist.is_initialized():
@@ -65,12 +77,12 @@ def initialize_megatron(
         if device.type == "cuda":
             model_parallel_cuda_manual_seed(seed)
     if device.type == "cpu":
-        initialize_rng_tracker(inference_rng_tracker=True)  # the other kind keeps CUDA's random number states
+        initialize_rng_tracker(inference_rng_tracker=True)  # the default tracker reads CUDA's random number states
     return layout
 
 
 def _join(device: torch.device) -> None:
-    """Join the ranks of torchrun, or stand alone."""
+    """Initialize torch's process group: the ranks of torchrun, or this process alone."""
     cuda = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
@@ -83,7 +95,7 @@ def _join(device: torch.device) -> None:
 
 
 def _with_replicas(layout: ParallelLayout, world_size: int) -> ParallelLayout:
-    """``layout`` with as many data-parallel replicas as the ranks make up."""
+    """``layout`` with its ``dp`` multiplied to use ``world_size`` ranks. Raises LayoutError if that is impossible."""
     if world_size % layout.world_size:
         raise LayoutError(
             f"wrong number of ranks: expected {layout.world_size} (tp={layout.tp} x pp={layout.pp} x cp={layout.cp} x "
@@ -93,6 +105,7 @@ def _with_replicas(layout: ParallelLayout, world_size: int) -> ParallelLayout:
 
 
 def _initialize_parallel_state(layout: ParallelLayout) -> None:
+    """Initialize Megatron's parallel state with the sizes and the rank order of ``layout``."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -105,33 +118,33 @@ def _initialize_parallel_state(layout: ParallelLayout) -> None:
 
 
 def destroy_parallel_state() -> None:
-    """Take down Megatron's parallel state, and every process group but that of all ranks; all ranks call it.
+    """Destroy Megatron's parallel state and all process groups except the default one. All ranks make the call.
 
-    ``parallel_state.destroy_model_parallel`` forgets the groups without closing them: each keeps its threads and
-    sockets, some hundred for every layout that a process goes through (megatron-core 0.16 to 0.19).
+    ``parallel_state.destroy_model_parallel`` only forgets the groups (megatron-core 0.16 to 0.19). Their threads and
+    sockets, about a hundred for each layout, stay until the groups are destroyed.
     """
     parallel_state.destroy_model_parallel()
     if not dist.is_initialized():
         return
-    dist.barrier()  # no rank closes a group that another one still talks in
-    for group in list(distributed_c10d._world.pg_map):  # noqa: SLF001  (torch has no list of groups that is public)
+    dist.barrier()  # other ranks may still use a group
+    for group in list(distributed_c10d._world.pg_map):  # noqa: SLF001  (torch has no public list of groups)
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 
 
 def _require_same(layout: ParallelLayout) -> None:
-    """Refuse a layout that is not that of the parallel state: other sizes, or ranks that count in another order.
+    """Raise LayoutError if Megatron's parallel state has other sizes or another rank order than ``layout``.
 
-    Who shares a group with a rank shows both, on any rank: so all ranks refuse alike, and none waits for the others.
+    The ranks of a rank's groups show both differences on every rank. So all ranks raise the error and none hangs.
     """
     vpp = (layout.vpp or 1, parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1)
     different = [f"vpp: expected {vpp[0]}, got {vpp[1]}"] if vpp[0] != vpp[1] else []
     for axis, group in _GROUPS.items():
-        wanted, found = layout.peers(dist.get_rank(), axis), dist.get_process_group_ranks(group())
-        if len(wanted) != len(found):
-            different.append(f"{axis}: expected {len(wanted)}, got {len(found)}")
-        elif wanted != found:
-            different.append(f"{axis} group of rank {dist.get_rank()}: expected ranks {wanted}, got {found}")
+        expected, actual = layout.peers(dist.get_rank(), axis), dist.get_process_group_ranks(group())
+        if len(expected) != len(actual):
+            different.append(f"{axis}: expected {len(expected)}, got {len(actual)}")
+        elif expected != actual:
+            different.append(f"{axis} group of rank {dist.get_rank()}: expected ranks {expected}, got {actual}")
     if different:
         raise LayoutError(
             f"Megatron's parallel state is not that of the layout: {', '.join(different)}. Give the layout that it "
@@ -140,36 +153,36 @@ def _require_same(layout: ParallelLayout) -> None:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Within the block Megatron's code runs on ``device``: as it is on CUDA, ``without_cuda`` on a CPU."""
+    """Within the block Megatron's code runs on ``device``: unchanged on CUDA, ``without_cuda`` on a CPU."""
     return contextlib.nullcontext() if device.type == "cuda" else without_cuda()
 
 
 @contextlib.contextmanager
 def without_cuda() -> Iterator[None]:
-    """Within the block what asks for CUDA gets the CPU: the current device, ``device="cuda"``, ``.cuda()``.
+    """Within the block code that uses CUDA gets the CPU: the current device, ``device="cuda"`` and ``Tensor.cuda``.
 
-    ``torch.cuda.current_device``, ``torch.cuda.synchronize`` and ``Tensor.cuda`` are replaced for the whole process,
-    all its threads included: no other thread may use a GPU meanwhile, or enter or leave such a block. Every forward of
-    a model on the CPU is one (``CpuGPTModel``).
+    ``torch.cuda.current_device``, ``torch.cuda.synchronize`` and ``Tensor.cuda`` are replaced for all threads of the
+    process. Meanwhile no other thread may use a GPU, or enter or leave such a block. Every forward pass of a
+    ``CpuGPTModel`` is such a block.
     """
-    answers = {
+    replacements = {
         (torch.cuda, "current_device"): lambda: "cpu",
         (torch.cuda, "synchronize"): lambda *_: None,
         (torch.Tensor, "cuda"): lambda tensor, *_, **__: tensor,
     }
-    kept = {(owner, name): getattr(owner, name) for owner, name in answers}
+    originals = {(owner, name): getattr(owner, name) for owner, name in replacements}
     try:
-        for (owner, name), answer in answers.items():
-            setattr(owner, name, answer)
+        for (owner, name), replacement in replacements.items():
+            setattr(owner, name, replacement)
         with _CpuForCuda():
             yield
     finally:
-        for (owner, name), own in kept.items():
-            setattr(owner, name, own)
+        for (owner, name), original in originals.items():
+            setattr(owner, name, original)
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """Creates on the CPU what is to be created on CUDA."""
+    """Changes the argument ``device="cuda"`` of torch functions to ``device="cpu"``."""
 
     def __torch_function__(
         self,

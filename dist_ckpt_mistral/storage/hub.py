@@ -1,4 +1,4 @@
-"""Hugging Face hub ids as local directories."""
+"""Hugging Face hub ids: the local directory of a model's snapshot."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from typing import Final
 
 from dist_ckpt_mistral.errors import FormatError
 
-#: ``org/name``, ``org/name@revision`` or the hub's URL of one; paths have lost a slash of ``https://``. A name that
-#: ends as one of a file or of an iteration is taken for a path that is mistyped.
+#: ``org/name``, ``org/name@revision``, or the hub's URL of one, in which ``Path`` turns ``https://`` into ``https:/``.
+#: A name that ends like a file or an iteration is a mistyped path, not a hub id.
 _NAME: Final = re.compile(
     r"(?:https?:/{1,2}(?:www\.)?(?:huggingface|hf)\.co/|hf:/{1,2})?"
     r"(?P<id>\w[\w.-]*/(?!iter_\d+$|release$)\w[\w.-]*(?<!\.json)(?<!\.safetensors)(?<!\.gguf))"
     r"(?:(?:@|/tree/)(?P<revision>[\w./-]+?))?/?"
 )
-#: Weights that are never read, which would only cost time.
+#: Weights in formats that this package never reads, so they are not downloaded.
 _NOT_READ: Final = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "onnx/*", "original/*")
-#: The weights that transformers reads or their index, and Mistral AI's own, which count where there are no others.
+#: Weights in transformers' format, and their index.
 _WEIGHTS: Final = "model*.safetensors*"
-_OWN_WEIGHTS: Final = "consolidated*"
+#: Weights in Mistral AI's format, which are read only if the others are missing.
+_CONSOLIDATED_WEIGHTS: Final = "consolidated*"
 
 
 def local_directory(path_or_id: str, *, weights: bool = True, check: Callable[[Sequence[str]], object] = len) -> Path:
-    """The directory of a model: ``path_or_id`` if there is one, else the hub's snapshot, downloaded or from the cache.
+    """Return ``path_or_id`` if that path exists or is not a hub id, else the hub's snapshot of the model.
 
-    Without ``weights`` the other files are enough. ``check`` gets the names of the model's files before any weights
-    are downloaded, and may raise. Raises FormatError that says why there is neither directory nor model.
+    The snapshot is downloaded, or comes from the hub's cache; without ``weights``, only the other files. ``check`` is
+    called with the names of the model's files before any weights are downloaded, and may raise. Raises FormatError if
+    there is no such path and the hub does not provide the model.
     """
     path, name = Path(path_or_id), _NAME.fullmatch(path_or_id)
     if path.exists() or name is None:
@@ -38,27 +40,31 @@ def local_directory(path_or_id: str, *, weights: bool = True, check: Callable[[S
         return small
     files = _files(name, small)
     check(files)
-    return _snapshot(name, [*_NOT_READ, *([_OWN_WEIGHTS] if matching(files, _WEIGHTS) else [])])
+    return _snapshot(name, [*_NOT_READ, *([_CONSOLIDATED_WEIGHTS] if matching(files, _WEIGHTS) else [])])
 
 
 def _snapshot(name: re.Match[str], ignored: list[str]) -> Path:
-    import huggingface_hub  # noqa: PLC0415  (only hub ids need it, and it is slow to import)
+    """Return the snapshot's directory, after downloading what the cache lacks, without files that match ``ignored``."""
+    import huggingface_hub  # noqa: PLC0415  (slow; only hub ids need it)
 
     try:
         return Path(huggingface_hub.snapshot_download(name["id"], revision=name["revision"], ignore_patterns=ignored))
-    except Exception as error:  # the hub's errors and those of the transport have no class in common
-        why = " ".join(str(error).split())  # the first line is a status; the others say what it means, and what to do
-        raise FormatError(f"{name[0]} is neither a directory nor a model that the hub gives: {why}") from error
+    except Exception as error:  # the errors of the hub and of its transport have no common base class
+        why = " ".join(str(error).split())  # the first line is a status, the next ones are its meaning and advice
+        raise FormatError(f"{name[0]} is neither a directory nor a model that the hub provides: {why}") from error
 
 
 def _files(name: re.Match[str], small: Path) -> list[str]:
-    """The names of the model's files; those in the snapshot ``small`` if that is enough, or the hub cannot be asked."""
-    import huggingface_hub  # noqa: PLC0415  (as above)
+    """Return the names of the model's files.
 
-    here = sorted(path.name for path in small.iterdir())
-    if matching(here, _WEIGHTS):
-        return here
+    These are the files of the snapshot ``small`` if it contains an index of the weights, or if the hub does not answer.
+    """
+    import huggingface_hub  # noqa: PLC0415  (slow; only hub ids need it)
+
+    local_names = sorted(path.name for path in small.iterdir())
+    if matching(local_names, _WEIGHTS):
+        return local_names
     try:
         return huggingface_hub.list_repo_files(name["id"], revision=name["revision"])
-    except Exception:  # noqa: BLE001  (as above; what is missing, the download says)
-        return here
+    except Exception:  # noqa: BLE001  (no common base class; if a file is missing, the download raises)
+        return local_names

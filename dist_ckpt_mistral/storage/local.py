@@ -1,42 +1,43 @@
-"""Files: reading at positions, writing at positions, small ones whole; and what becomes of them meanwhile."""
+"""Local files: reads and writes at positions, read-ahead, and detection of files that change during a run."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import os
 import re
 import resource
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
 from dist_ckpt_mistral.errors import FormatError
 
 T = TypeVar("T")
 
-#: How mountinfo spells blanks and backslashes.
+#: An escaped character in /proc/self/mountinfo: ``\040`` is a space (proc(5)).
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
-_SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
-#: At most three such groups of files are open at once (two sources and a target), and then some others.
+#: Each ``SourceFiles`` may open a quarter of the descriptors: up to three groups of files (two sources and a target)
+#: are open at once, and a few others.
 _SHARE_OF_DESCRIPTORS: Final = 4
-#: So many places are asked for at once: more made no difference.
-_PLACES: Final = 256
-#: After one place that is in memory, so many are taken to be there too: looking takes longer than reading.
+_SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
+#: ``ReadAhead`` requests this many reads at once; more made no difference.
+_REQUESTED: Final = 256
+#: After one read from the page cache, ``ReadAhead`` expects this many there: a test takes longer than such a read.
 _TRUSTED: Final = 16
 
 
 class Stamp(NamedTuple):
-    """What tells one state of one file from all others: its size, times (ns since 1970), inode and device.
+    """Identifies one state of one file: size, times (ns since 1970), inode and device.
 
-    ``cp -p``, ``rsync -t`` and ``touch`` set ``mtime_ns`` as they like. Nothing but a change of the file sets
-    ``ctime_ns``: of its content, its name, its owner or its mode. Another machine may see another ``device``, and some
-    network file systems show another ``ctime_ns`` or ``inode`` after they were mounted again.
+    ``cp -p``, ``rsync -t`` and ``touch`` set ``mtime_ns`` to any value. ``ctime_ns`` changes only with the file's
+    content, name, owner or mode. Another machine may see another ``device``. Some network file systems show another
+    ``ctime_ns`` or ``inode`` after a remount.
     """
 
     num_bytes: int
@@ -47,102 +48,87 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
-        """The stamp of a file that has this status."""
+        """Return the stamp of a file with this status."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
 
     def is_same(self, other: Stamp) -> bool:
-        """Whether both are of one state of one file; a device of None is any."""
+        """Whether both stamps show the same state of the same file. A device of None matches any device."""
         return self[:4] == other[:4] and (None in {self.device, other.device} or self.device == other.device)
-
-    def looks_like(self, other: Stamp) -> bool:
-        """Whether ``ls -l`` shows no difference: equal sizes and times of change. Only reading tells more."""
-        return self[:2] == other[:2]
 
 
 def stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:
-    """The stamps of those of ``paths`` that are files. What is absent or something else is left out."""
-    found = {}
+    """Return the stamps of the regular files among ``paths``. Missing paths and other kinds of files are left out."""
+    stamp_of = {}
     for path in paths:
         with contextlib.suppress(OSError):
             status = path.stat()
             if stat.S_ISREG(status.st_mode):
-                found[path] = Stamp.of(status)
-    return found
+                stamp_of[path] = Stamp.of(status)
+    return stamp_of
 
 
 class Sources:
-    """The files that a run looks at, and the stamp of each when the run first came to it.
+    """The input files of a run, each with its stamp when the run first saw it.
 
-    Within a ``with`` block every file that this thread opens to read (``storage``) is noted here. A block may be
-    entered again. The threads of a gather share the ``SourceFiles`` that this thread made.
+    A ``with`` block records every file that this thread opens to read, and refuses one that has changed. The block may
+    be entered again. A ``SourceFiles`` records in the block that was active when it was made, from all its threads.
+    ``first`` maps each file to its first stamp; ``opened`` are the files that were opened.
     """
 
     def __init__(self) -> None:
-        """Nothing was looked at yet."""
-        self._first: dict[Path, Stamp] = {}
-        self._opened: set[Path] = set()
+        """Start without files."""
+        self.first: dict[Path, Stamp] = {}
+        self.opened: set[Path] = set()
         self._tokens: list[Token[Sources | None]] = []
 
     def __getstate__(self) -> dict[str, object]:
-        """What a copy in another process notes by: another machine may see the same files on another device."""
-        first = {path: stamp._replace(device=None) for path, stamp in self._first.items()}
-        return {"_first": first, "_opened": set(self._opened), "_tokens": []}
+        """Copy to another process without the devices: another machine may see the same files on another device."""
+        first = {path: stamp._replace(device=None) for path, stamp in self.first.items()}
+        return {"first": first, "opened": set(self.opened), "_tokens": []}
 
     def __enter__(self) -> Self:
-        """Note the files that are opened from now on."""
+        """Start to record the files that this thread opens."""
         self._tokens.append(_ACTIVE.set(self))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Note no more."""
+    def __exit__(self, *_: object) -> None:
+        """Stop recording."""
         _ACTIVE.reset(self._tokens.pop())
 
     @staticmethod
     def active() -> Sources | None:
-        """Where this thread notes the files that it opens."""
+        """Return the record of the innermost ``with`` block of this thread, None outside of any."""
         return _ACTIVE.get()
 
-    @property
-    def first(self) -> Mapping[Path, Stamp]:
-        """The first stamps of all files that were looked at."""
-        return self._first
-
     def look_at(self, paths: Iterable[Path]) -> None:
-        """Note those of ``paths`` that are files and were not looked at before."""
-        self._first = {**stamps(path for path in paths if path not in self._first), **self._first}
-
-    @property
-    def opened(self) -> frozenset[Path]:
-        """The files that were opened."""
-        return frozenset(self._opened)
+        """Record the first stamps of the regular files among ``paths``, without opening them."""
+        self.first = {**stamps(path for path in paths if path not in self.first), **self.first}
 
     def note(self, path: Path, status: os.stat_result) -> None:
-        """Note an opened file. Raises FormatError unless it is what the run has seen at this path before."""
+        """Record an opened file. Raises FormatError if the run has seen another state of it."""
         stamp = Stamp.of(status)
-        if not self._first.setdefault(path, stamp).is_same(stamp):
+        if not self.first.setdefault(path, stamp).is_same(stamp):
             raise changed(path)
-        self._opened.add(path)
+        self.opened.add(path)
 
     def looks_changed(self) -> bool:
-        """Whether any file has another size or time of change than at first. One that is absent may come back."""
-        return any(not self._first[path].looks_like(stamp) for path, stamp in stamps(self._first).items())
+        """Whether any existing file has another size or ``mtime_ns`` than at first. Missing files do not count."""
+        return any(self.first[path][:2] != stamp[:2] for path, stamp in stamps(self.first).items())
 
 
 _ACTIVE: ContextVar[Sources | None] = ContextVar("sources", default=None)
 
 
 def changed(path: Path) -> FormatError:
-    """The error that says so."""
+    """Return the error for a file that changed or vanished during the run."""
     what = "changed" if path.exists() else "vanished"
-    return FormatError(f"{path} {what} while it was read. Start again when nobody touches it.")
+    return FormatError(f"{path} {what} while it was read. Run the command again when nothing else writes the file.")
 
 
 def open_to_read(path: Path, sources: Sources | None) -> int:
-    """A descriptor of a regular file, wherever links lead, noted in ``sources``.
+    """Open a regular file (links are followed), record it in ``sources``, and return its descriptor.
 
-    Nobody may wait for the other end of a pipe.
+    O_NONBLOCK keeps a named pipe from blocking. Raises FormatError.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -151,7 +137,7 @@ def open_to_read(path: Path, sources: Sources | None) -> int:
     status = os.fstat(descriptor)
     try:
         if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"cannot read {path}: it is no regular file")  # noqa: TRY301  (its descriptor is closed)
+            raise FormatError(f"cannot read {path}: it is not a regular file")  # noqa: TRY301  (closed below)
         if sources is not None:
             sources.note(path, status)
     except FormatError:
@@ -161,11 +147,11 @@ def open_to_read(path: Path, sources: Sources | None) -> int:
 
 
 def require_unchanged(sources: Sources) -> None:
-    """Raise FormatError unless all files that were opened are still what they were.
+    """Raise FormatError if any opened file has changed or vanished.
 
-    Each is opened again: a network file system answers from its memory else.
+    Each file is opened again, because a network file system may answer ``stat`` from its cache.
     """
-    for path in sources.opened:
+    for path in [*sources.opened]:
         try:
             os.close(open_to_read(path, sources))
         except FormatError as error:
@@ -173,44 +159,44 @@ def require_unchanged(sources: Sources) -> None:
 
 
 def mount_points() -> list[Path]:
-    """Where file systems are mounted, those of one device too, which ``os.path.ismount`` does not see (proc(5))."""
+    """Return all mount points (proc(5)), with bind mounts on the same device, which ``os.path.ismount`` misses."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return []
     fields = (line.split()[4] for line in lines)
-    return [Path(os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), each))) for each in fields]
+    return [Path(os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field))) for field in fields]
 
 
 class DerivedFile(Protocol):
-    """A file that lies nowhere: what is read of it is computed from other files of the same ``SourceFiles``."""
+    """A virtual file whose content is computed, when it is read, from other files of the same ``SourceFiles``."""
 
     def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from ``position`` on, from any thread."""
+        """Fill ``buffer`` with the bytes from ``position`` on. May be called from any thread."""
 
 
 class _Descriptor:
-    """An open file, closed with the last reference: no other file gets its number while a thread still reads."""
+    """An open file, closed with its last reference, so that its number is not reused while a thread still reads."""
 
     __slots__ = ("number",)
 
     def __init__(self, number: int) -> None:
-        """Own ``number``."""
+        """Take over the descriptor ``number``."""
         self.number = number
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        """Close the file; ``os`` may be gone by then."""
+        """Close the file. ``close`` is a default argument because ``os`` may be gone when Python shuts down."""
         close(self.number)
 
 
 class SourceFiles:
-    """Files to read at positions from several threads. Opened on first use, closed together.
+    """Files to read at positions from several threads. They are opened on first use and closed together.
 
-    Where there are more than may be open, the others are opened anew for each read.
+    If there are more files than may be open at once, the rest are opened for each read.
     """
 
     def __init__(self, paths: Sequence[Path], derived: Sequence[DerivedFile] = ()) -> None:
-        """Remember them; file ``i`` of the other methods is ``paths[i]``, and ``derived`` are counted on from there."""
+        """File ``i`` of the other methods is ``paths[i]``, and ``derived[i - len(paths)]`` from ``len(paths)`` on."""
         self._paths = tuple(paths)
         self._derived = dict(enumerate(derived, len(self._paths)))
         self._descriptors: dict[int, _Descriptor] = {}
@@ -218,79 +204,74 @@ class SourceFiles:
         self._most_open = allow_open_files(len(self._paths))
 
     def __enter__(self) -> Self:
-        """Nothing is opened yet."""
+        """Open nothing yet."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close all files, each when the call that uses it is over."""
+    def __exit__(self, *_: object) -> None:
+        """Close all files. A file in use is closed when its call returns."""
         self._descriptors.clear()
 
     def _call(self, file: int, function: Callable[..., T], *arguments: object) -> T:
-        """A call of the operating system on a file."""
+        """Call a function of the operating system with a file's descriptor."""
         descriptor = self._descriptors.get(file)
         if descriptor is None:
             descriptor = _Descriptor(open_to_read(self._paths[file], self._sources))
             if len(self._descriptors) < self._most_open:
-                descriptor = self._descriptors.setdefault(file, descriptor)  # another thread's, if that was quicker
+                descriptor = self._descriptors.setdefault(file, descriptor)  # another thread may have been faster
         return function(descriptor.number, *arguments)
 
     def size_bytes(self, file: int) -> int:
-        """Size of a file."""
+        """Return the size of a file in bytes."""
         return self._call(file, os.fstat).st_size
 
     def read_into(self, file: int, position: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from ``position`` on. Raises FormatError if there are too few bytes."""
+        """Fill ``buffer`` with the bytes from ``position`` on. Raises FormatError if the file ends before."""
         if file in self._derived:
             self._derived[file].read_into(self, position, buffer)
             return
-        done = 0
-        while done < len(buffer):  # again after a short read, behind what came
-            step = self._preadv(file, buffer[done:], position + done)
-            if step == 0:
-                path, size = self._paths[file], self.size_bytes(file)
-                raise FormatError(
-                    f"{path} is truncated: expected at least {position + len(buffer)} bytes, got {size}. "
-                    "Copy the file again from where it came from."
-                )
-            done += step
-
-    def _preadv(self, file: int, buffer: memoryview, position: int) -> int:
+        done, step = 0, 1
         try:
-            return self._call(file, os.preadv, (buffer,), position)
+            while step and done < len(buffer):  # preadv may return fewer bytes than requested
+                step = self._call(file, os.preadv, (buffer[done:],), position + done)
+                done += step
         except OSError as error:
             raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
+        if done < len(buffer):
+            path, size = self._paths[file], self.size_bytes(file)
+            raise FormatError(
+                f"{path} is truncated: expected at least {position + len(buffer)} bytes, got {size}. "
+                "Copy the file again from where it came from."
+            )
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
-        """``num_bytes`` bytes from ``position`` on."""
+        """Return the ``num_bytes`` bytes from ``position`` on. Raises FormatError if the file ends before."""
         try:
             data = self._call(file, os.pread, num_bytes, position)
         except OSError as error:
             raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
         if len(data) == num_bytes:
             return data
-        buffer = bytearray(num_bytes)  # a short read, or an end
+        buffer = bytearray(num_bytes)  # a short read, or the end of the file
         self.read_into(file, position, memoryview(buffer))
         return bytes(buffer)
 
     def read_cached(self, file: int, position: int, num_bytes: int) -> bytes | None:
-        """The same without waiting for a disk: None where any of it is not in memory, or the kernel cannot tell."""
+        """Read like ``read``, but return None if some bytes are not in the page cache or the kernel cannot tell."""
         buffer = bytearray(num_bytes)
         try:
             done = self._call(file, os.preadv, (buffer,), position, os.RWF_NOWAIT)
-        except OSError:  # whatever it is, reading in the ordinary way tells it
+        except OSError:  # ``read`` raises it again
             return None
         return bytes(buffer) if done == num_bytes else None
 
     def ask_for(self, file: int, position: int, num_bytes: int) -> None:
-        """Have the kernel begin to bring bytes into memory, without waiting. A hint: what is amiss, reading tells."""
+        """Start reading ahead (posix_fadvise WILLNEED). Errors are ignored here and raised by the read itself."""
         with contextlib.suppress(OSError):
             self._call(file, os.posix_fadvise, position, num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def allow_open_files(count: int) -> int:
-    """How many of ``count`` files may be open: others are open besides. The soft limit is raised where it is near."""
+    """Return how many of ``count`` files may be open at once, after raising the soft limit if it is too low."""
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit not in {hard, resource.RLIM_INFINITY} and count > limit // _SHARE_OF_DESCRIPTORS:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -299,13 +280,13 @@ def allow_open_files(count: int) -> int:
 
 
 class TargetFile:
-    """One file to write at positions, from several threads and processes."""
+    """A file to write at positions, from several threads and processes."""
 
     def __init__(self, path: Path, num_bytes: int | None = None, *, kept: bool = False, durable: bool = False) -> None:
-        """Create ``path`` with ``num_bytes`` reserved, or join in writing an existing one.
+        """Create ``path`` with ``num_bytes`` reserved, or open an existing file if ``num_bytes`` is None.
 
-        A file to create must not exist, unless what it holds is to be ``kept``, as far as it fits. Of a file that is to
-        be ``durable`` the disk gets to work early.
+        A new file must not exist, unless its content is to be ``kept``: then it is cut or extended to ``num_bytes``.
+        With ``durable``, ``start_writeback`` takes effect.
         """
         self.path = path
         self._durable = durable
@@ -328,22 +309,22 @@ class TargetFile:
             view, position = view[step:], position + step
 
     def read(self, position: int, num_bytes: int) -> bytes:
-        """What stands at ``position``: ``num_bytes`` bytes, or as many as there are."""
+        """Read up to ``num_bytes`` bytes at ``position``; fewer at the end of the file."""
         return self._call(os.pread, num_bytes, position)
 
     def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Have the kernel begin to write bytes to the disk, without waiting, if a later ``sync`` would wait for it."""
+        """Start writing bytes to the disk if the file is durable, so that a later ``sync`` has less to wait for."""
         if not self._durable:
             return
         sync_file_range = linux_call("sync_file_range", "c_int", "c_int64", "c_int64", "c_uint")
-        sync_file_range(self._descriptor, position, num_bytes, _SYNC_FILE_RANGE_WRITE)  # a hint: may fail
+        sync_file_range(self._descriptor, position, num_bytes, _SYNC_FILE_RANGE_WRITE)  # a hint: errors do not matter
 
     def sync(self) -> None:
-        """Make the content durable."""
+        """Wait until the content is on the disk (fsync)."""
         self._call(os.fsync)
 
     def _call(self, function: Callable[..., T], *arguments: object) -> T:
-        """A call that knows but the descriptor, and whose errors are to have the name of the file."""
+        """Call a function of the operating system with the descriptor, and add the file's name to an OSError."""
         try:
             return function(self._descriptor, *arguments)
         except OSError as error:
@@ -351,12 +332,15 @@ class TargetFile:
             raise
 
     def close(self) -> None:
-        """Close the file; what was not synced may be lost with the machine."""
+        """Close the file. Bytes that were not synced may be lost if the machine fails."""
         os.close(self._descriptor)
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """fallocate(2) where the file system has it. glibc's posix_fallocate would write zeros where it has not."""
+    """Set the size and reserve the space with fallocate(2), if the file system supports that.
+
+    glibc's posix_fallocate would write zeros on other file systems.
+    """
     os.ftruncate(descriptor, num_bytes)
     if num_bytes:
         fallocate = linux_call("fallocate", "c_int", "c_int", "c_int64", "c_int64")
@@ -367,9 +351,7 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 @functools.cache
 def linux_call(name: str, *argument_types: str) -> Callable[..., int]:
-    """A function of the C library that Python does not offer; it returns an error number, ENOSYS if there is none."""
-    import ctypes  # noqa: PLC0415  (slow, and only writing needs it)
-
+    """Return a C library function that Python does not wrap. Its result is 0 or an errno; ENOSYS if it is missing."""
     function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
     if function is None:
         return lambda *_: errno.ENOSYS
@@ -378,27 +360,32 @@ def linux_call(name: str, *argument_types: str) -> Callable[..., int]:
 
 
 class ReadAhead:
-    """Reads at places in about the order given; another order, or other places, cost time and nothing else."""
+    """Reads small pieces at known places, and requests the next ones from the disk in advance.
+
+    Reads in another order, or at other places, return the same bytes but take longer.
+    """
 
     def __init__(self, files: SourceFiles, places: Iterable[tuple[int, int]]) -> None:
-        """``places`` are (file, position) of the reads to come."""
+        """Expect reads at ``places``, (file, position in bytes), in this order."""
         self._files, self._places = files, iter(places)
-        self._reads = self._looking_at = self._taken = 0
+        self._num_reads = 0
+        self._next_test = 0  # number of the next read that tests whether its bytes are in the page cache
+        self._num_consumed = 0  # of the places
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
-        """``num_bytes`` bytes from ``position`` on."""
-        number, self._reads = self._reads, self._reads + 1
-        if number >= self._looking_at:
-            found = self._files.read_cached(file, position, num_bytes)
-            if found is not None:
-                self._looking_at = number + _TRUSTED
-                return found
-            self._ask(number, num_bytes)
+        """Return the ``num_bytes`` bytes from ``position`` on. Raises FormatError if the file ends before."""
+        number, self._num_reads = self._num_reads, self._num_reads + 1
+        if number >= self._next_test:
+            cached = self._files.read_cached(file, position, num_bytes)
+            if cached is not None:
+                self._next_test = number + _TRUSTED
+                return cached
+            self._request(number, num_bytes)
         return self._files.read(file, position, num_bytes)
 
-    def _ask(self, number: int, num_bytes: int) -> None:
-        """Have what is read from read ``number`` on brought into memory."""
-        self._looking_at = number + _PLACES
-        for file, position in islice(self._places, number - self._taken, self._looking_at - self._taken):
+    def _request(self, number: int, num_bytes: int) -> None:
+        """Start reading ahead for the next reads, from read ``number`` on, ``num_bytes`` bytes each."""
+        self._next_test = number + _REQUESTED
+        for file, position in islice(self._places, number - self._num_consumed, self._next_test - self._num_consumed):
             self._files.ask_for(file, position, num_bytes)
-        self._taken = self._looking_at
+        self._num_consumed = self._next_test

@@ -1,4 +1,4 @@
-"""Names and places of files: which may be read, and which may be written."""
+"""Checks of paths: which files may be read, and which outputs may be written."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Final
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.storage import local
 
-#: Of a file name, on the file systems of Linux (linux/limits.h).
+#: Maximum length of a file name on Linux (linux/limits.h).
 _MAX_NAME_BYTES: Final = 255
-#: How URLs begin, as ``Path`` has them: ``s3://bucket/ckpt`` is ``s3:/bucket/ckpt``.
+#: The scheme of a URL. ``Path`` removes one of its slashes: ``s3://bucket/ckpt`` becomes ``s3:/bucket/ckpt``.
 _SCHEME: Final = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:(?=/)")
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name that a file gives can only be that of a file beside it, and can be printed as it is."""
+    """Whether ``name``, read from a file, is a printable file name without a path, and not too long."""
     is_name = Path(name).name == name and name not in {"", ".."} and name.isprintable()
     return is_name and len(os.fsencode(name)) <= _MAX_NAME_BYTES
 
 
 def is_url(path: Path) -> bool:
-    """Whether ``path`` was a URL of any kind, and not a directory that is called so."""
-    return _SCHEME.match(str(path)) is not None and not os.path.exists(path.parts[0])  # noqa: PTH110  (as of a NUL)
+    """Whether ``path`` was made from a URL; a local directory with the name of a scheme is none."""
+    return _SCHEME.match(str(path)) is not None and not os.path.exists(path.parts[0])  # noqa: PTH110  (accepts a NUL)
 
 
 def as_given(path: Path) -> str:
-    """``path`` for an error, with both slashes if it was a URL."""
+    """Format ``path`` for an error, with both slashes after the scheme if it was made from a URL."""
     return _SCHEME.sub(r"\g<0>/", str(path)) if is_url(path) else str(path)
 
 
 def leads_outside(path: Path, directory: Path) -> bool:
-    """Whether a file or folder that seems to lie in ``directory`` is a link to somewhere else.
+    """Whether ``path``, a file or folder in ``directory``, is a link to somewhere else.
 
-    To copy such a file, or what such a folder holds, might give away something whose place the maker of the link knew.
-    In a snapshot of the hub's cache, links lead to the blobs of the same repository, and from there on to those that
-    repositories share (huggingface_hub 2.4, utils/_shared_blobs.py): they are part of the snapshot.
+    Copying the target of such a link could leak a file from outside the model directory. In a snapshot of the hub's
+    cache, links to the blobs of the same repository, and to the blobs that repositories share (huggingface_hub 2.4,
+    utils/_shared_blobs.py), count as inside.
     """
     target, inside = path.resolve(), directory.resolve()
     repositories = [place.parent for place in (inside, *inside.parents) if place.name == "snapshots"]
@@ -48,26 +48,26 @@ def leads_outside(path: Path, directory: Path) -> bool:
 
 
 def require_apart(source: Path, target: Path) -> None:
-    """Refuse an output that is, lies in, or contains the input."""
+    """Raise OutputError if the output ``target`` is, lies in, or contains the input ``source``."""
     try:
-        inside, outside = target.resolve(), source.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12
+        real_target, real_source = target.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise OutputError(f"cannot write {target} from {source}: {error}") from error
-    if inside == outside or outside in inside.parents or inside in outside.parents:
+    if real_target == real_source or real_source in real_target.parents or real_target in real_source.parents:
         raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
 
 
 def placed(target: Path) -> Path:
-    """Where an output lies, by a name that can be renamed: ``.`` and ``..`` are none."""
+    """Return the absolute path of an output, without ``.`` and ``..``, which cannot be renamed."""
     absolute = target.absolute()
     return absolute.resolve() if ".." in absolute.parts else absolute
 
 
 def require_writable(target: Path, *, overwrite: bool) -> None:
-    """Refuse an output that cannot be created, or exists, unless ``overwrite``; an empty directory counts as absent.
+    """Raise OutputError if an output cannot be created, or if it exists without ``overwrite``. Changes nothing.
 
-    A checkpoint root with several iterations is never replaced: no command writes more than one, so it is a training's.
-    Nothing is touched. Raises OutputError.
+    An empty directory counts as absent. A checkpoint root with several iterations is never replaced: it belongs to a
+    training, because no command writes more than one.
     """
     if is_url(target):
         raise OutputError(
@@ -77,12 +77,12 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
         place = placed(target)
         require_replaceable(target, place, overwrite=overwrite)
         _require_creatable(place)
-    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise OutputError(f"cannot create {target}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
-    """Refuse to let what lies at ``place`` give way to the output ``target``. Raises OutputError, or OSError."""
+    """Raise OutputError or OSError unless the output ``target`` may replace the file or directory at ``place``."""
     real = place.parent.resolve() / place.name
     mounted = next((point for point in local.mount_points() if point.is_relative_to(real)), None)
     if mounted == real:
@@ -91,22 +91,24 @@ def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
     if mounted is not None:
         raise OutputError(f"the output {target} holds the mount point {mounted}. Choose another name.")
-    if place.exists() and not place.is_dir():  # also where a link leads to it, as /dev/stdout does
-        raise OutputError(f"the output {target} is no directory, and --overwrite replaces none else. Choose another.")
-    found = (path for pattern in ("iter_*", "release") for path in place.glob(pattern))
-    steps = sorted(path.name for path in found if not path.is_symlink())  # of an import, one is a link to the other
+    if place.exists() and not place.is_dir():  # follows links, such as /dev/stdout
+        raise OutputError(
+            f"the output {target} is not a directory, and --overwrite replaces only directories. Choose another name."
+        )
+    directories = (path for pattern in ("iter_*", "release") for path in place.glob(pattern))
+    steps = sorted(path.name for path in directories if not path.is_symlink())  # an import links one to the other
     if len(steps) > 1:
         raise OutputError(
             f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
             "all remove. Choose another name."
         )
-    moves = not (is_absent(place) or place.is_symlink())  # a directory notes its parent, which will be another one
-    if moves and not os.access(place, os.W_OK, effective_ids=True):
+    is_moved = not (is_absent(place) or place.is_symlink())  # moving a directory rewrites its ``..`` entry
+    if is_moved and not os.access(place, os.W_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _require_creatable(place: Path) -> None:
-    """Raise OSError where the directory in which an output grows, beside it, could not be made."""
+    """Raise OSError if the staging directory of an output at ``place`` cannot be created."""
     parent = existing_parent(place)
     if max(len(os.fsencode(name)) for name in (*place.parts, staging_name(place))) > _MAX_NAME_BYTES:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -119,7 +121,7 @@ def _require_creatable(place: Path) -> None:
 
 
 def existing_parent(place: Path) -> Path:
-    """The nearest of the directories above ``place`` that is there. Raises OSError where that cannot be told."""
+    """Return the nearest existing directory above ``place``. Raises OSError if one cannot be examined."""
     for parent in place.parents:
         with contextlib.suppress(FileNotFoundError):
             parent.lstat()
@@ -128,11 +130,11 @@ def existing_parent(place: Path) -> Path:
 
 
 def staging_name(place: Path) -> str:
-    """The name of the directory beside an output in which it grows."""
+    """Return the name of the staging directory of an output, which lies beside it."""
     return f".{place.name}.incomplete"
 
 
 def is_absent(target: Path) -> bool:
-    """Whether nothing is lost with ``target``: there is nothing of this name, or an empty directory."""
+    """Whether ``target`` does not exist or is an empty directory."""
     is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
     return is_empty or not os.path.lexists(target)

@@ -1,4 +1,4 @@
-"""Where an output grows until it is whole: a hidden sibling that one run holds at a time, published by one rename."""
+"""The staging directory of an output: a hidden sibling, locked by one run at a time and published by one rename."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from dist_ckpt_mistral.storage.paths import (
 
 _LOG = logging.getLogger(__name__)
 _LOCK_FILE: Final = "lock"
-#: Each time another run has just removed the lock. Nobody is so unlucky so often.
-_MOST_ATTEMPTS: Final = 100
-#: What flock(2) says where a file system has no locks.
+#: Attempts to lock. One fails only if another run removes the lock file at the same moment.
+_MAX_ATTEMPTS: Final = 100
+#: Errors of flock(2) on a file system without locks.
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-#: What renameat2(2) says where the kernel or the file system cannot exchange two names.
+#: Errors of renameat2(2) if the kernel or the file system cannot exchange two names.
 _NO_EXCHANGE: Final = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _AT_FDCWD: Final = -100  # linux/fcntl.h
 _RENAME_EXCHANGE: Final = 2  # linux/fs.h
@@ -37,18 +37,18 @@ _BLOCK_BYTES: Final = 512  # of st_blocks, see stat(2)
 
 
 class Staging:
-    """``.NAME.incomplete`` beside an output NAME: there it grows, as ``output``, until a rename publishes it.
+    """The directory ``.NAME.incomplete`` beside an output NAME. Its subdirectory ``output`` becomes the output.
 
-    A run holds it by a lock, so that others can tell a living run from a killed one's leftovers. What else lies in it
-    is the run's own and never published. It stays after ``release``, for a run that resumes, and is gone after
-    ``remove`` and ``publish``.
+    A run locks it, so that other runs can tell a running one from the leftovers of a killed one. Other files in it
+    belong to the run and are never published. The directory stays after ``release``, for a run that resumes, and is
+    removed by ``remove`` and ``publish``.
 
-    Where two names cannot be exchanged, an old output is ``.NAME.replaced`` for a moment. A run that is killed in that
-    moment leaves it so; the next one that holds the staging directory puts it back.
+    If the file system cannot exchange two names, an old output is called ``.NAME.replaced`` for a moment. If the run is
+    killed in that moment, the next run that locks the staging directory restores the old output.
     """
 
     def __init__(self, target: Path) -> None:
-        """Touch nothing yet."""
+        """Change nothing yet."""
         self.target = placed(target)
         self.path = self.target.parent / staging_name(self.target)
         self.output = self.path / "output"
@@ -58,20 +58,20 @@ class Staging:
 
     @property
     def is_held(self) -> bool:
-        """Whether this run holds the directory."""
+        """Whether this run has locked the directory."""
         return self._lock is not None
 
     def require_room(self, num_bytes: int) -> None:
-        """Raise OutputError unless there is room for an output. Nothing is touched.
+        """Raise OutputError if the disk has less space than ``num_bytes``. Changes nothing.
 
-        What a killed run left takes no room: it is kept, or removed first. Another run may be at work there still.
+        Leftovers of a killed run count as free space, because they are reused or removed first.
         """
         free = _bytes_in(self.path) + shutil.disk_usage(existing_parent(self.target)).free
         if free < num_bytes:
             raise OutputError(f"not enough space for {self.target}: {num_bytes} bytes are needed, {free} are free.")
 
     def require_free(self, *, overwrite: bool, resume: bool) -> None:
-        """Raise OutputError where ``hold`` would. Nothing is touched."""
+        """Raise OutputError if ``hold`` would. Changes nothing."""
         try:
             with contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(self.path / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
@@ -79,25 +79,28 @@ class Staging:
                     self._flock(descriptor, fcntl.LOCK_SH, may_be_held=not resume)
                 finally:
                     os.close(descriptor)
-            if is_absent(self.target) and os.path.lexists(self._replaced):  # ``hold`` puts it back
+            if is_absent(self.target) and os.path.lexists(self._replaced):  # ``hold`` would restore it
                 require_replaceable(self.target, self._replaced, overwrite=overwrite)
         except OSError as error:
             raise self._cannot_create(error) from error
 
     def hold(self, *, overwrite: bool, resume: bool) -> None:
-        """Make the directory, or take over what a killed run left, as it is.
+        """Create and lock the directory, or take over the leftovers of a killed run unchanged.
 
-        Raises OutputError where another run is writing the output, and where it must not be written. Where locks do not
-        exist, only who wants to ``resume`` takes over.
+        On a file system without locks, leftovers are taken over only with ``resume``. Raises OutputError if another run
+        is writing the output, or ``require_writable`` refuses it.
         """
         try:
-            attempts = (self._try_lock(resume=resume) for _ in range(_MOST_ATTEMPTS))
+            attempts = (self._try_lock(resume=resume) for _ in range(_MAX_ATTEMPTS))
             if not any(attempts):
-                raise OutputError(f"other runs come and go that write {self.target}. Choose another output.")
-            self._put_back()
+                raise OutputError(
+                    f"cannot lock {self.target}: other runs that write it keep starting and ending. "
+                    "Choose another output."
+                )
+            self._restore_replaced()
             require_writable(self.target, overwrite=overwrite)
         except OSError as error:
-            with contextlib.suppress(OSError):  # it is not empty, or not there
+            with contextlib.suppress(OSError):  # it is not empty, or it does not exist
                 self.path.rmdir()
             raise self._cannot_create(error) from error
 
@@ -105,14 +108,14 @@ class Staging:
         return OutputError(f"cannot create {self.target}: {error.strerror or error}")
 
     def _try_lock(self, *, resume: bool) -> bool:
-        """Take the lock, unless the file was removed before that: then it is another one's already, or nobody's."""
-        found = os.path.lexists(self.path)
+        """Lock the lock file. Returns False if another run removed it, or its directory, at the same moment."""
+        existed = os.path.lexists(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / _LOCK_FILE
-        with contextlib.suppress(FileNotFoundError):  # the run that held it has just removed it, or its directory
+        with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                self._flock(descriptor, fcntl.LOCK_EX, may_be_held=found and not resume)
+                self._flock(descriptor, fcntl.LOCK_EX, may_be_held=existed and not resume)
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
                     self._lock = descriptor
             finally:
@@ -121,6 +124,10 @@ class Staging:
         return self.is_held
 
     def _flock(self, descriptor: int, kind: int, *, may_be_held: bool) -> None:
+        """Lock a file without waiting for another run.
+
+        Raises OutputError if another run holds the lock, or ``may_be_held`` on a file system without locks.
+        """
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -136,37 +143,39 @@ class Staging:
                     f"({error.strerror}). If none is, remove {self.path} or give --resume."
                 ) from error
 
-    def _put_back(self) -> None:
+    def _restore_replaced(self) -> None:
+        """Restore the old output that a killed run had renamed, or remove it if the new one was published."""
         if os.path.lexists(self._replaced):
             if is_absent(self.target):
                 self._replaced.rename(self.target)
-                _LOG.warning("%s is back: a run that was killed had moved it to %s", self.target, self._replaced)
+                _LOG.warning("restored %s: a killed run had moved it to %s", self.target, self._replaced)
             else:
                 _remove(self._replaced)
-                _LOG.warning("removed %s, an old output that a run had replaced before it was killed", self._replaced)
+                _LOG.warning("removed %s, an old output that a killed run had already replaced", self._replaced)
 
     def clear(self) -> None:
-        """Remove all that an earlier run left."""
-        left = [path for path in self.path.iterdir() if path.name != _LOCK_FILE]
-        if left:
-            _LOG.warning("removing %s, which a run that did not end well left behind", self.path)
-        for path in left:
+        """Remove the leftovers of an earlier run."""
+        leftovers = [path for path in self.path.iterdir() if path.name != _LOCK_FILE]
+        if leftovers:
+            _LOG.warning("removing %s, which an unfinished run left behind", self.path)
+        for path in leftovers:
             _remove(path)
 
     def keep(self, names: Container[str]) -> None:
-        """Remove all of the output but the files ``names``."""
+        """Remove all files of the output except ``names``, which are relative paths, and empty directories."""
         for folder, _, files in os.walk(self.output, topdown=False):
             for path in (Path(folder) / file for file in files):
                 if str(path.relative_to(self.output)) not in names:
                     path.unlink()
-            with contextlib.suppress(OSError):  # it holds files to keep
+            with contextlib.suppress(OSError):  # it contains files to keep
                 Path(folder).rmdir()
 
     def publish(self, *, overwrite: bool, durable: bool) -> None:
-        """Give ``output`` its name, on the disk before that if ``durable``, and remove all else.
+        """Rename ``output`` to its final name and remove the staging directory.
 
-        With ``overwrite`` there is an output at every moment, the old or the new one, where the file system can do
-        that. Without, what has appeared meanwhile stays as it is, and OSError is raised.
+        With ``overwrite``, an old output is replaced, atomically if the file system can exchange two names; without,
+        an output that has appeared meanwhile is an OSError. With ``durable``, the output is on the disk before and
+        after the rename; OutputError is raised if only the latter failed.
         """
         if durable:
             _sync_tree(self.output)
@@ -185,7 +194,7 @@ class Staging:
             self.remove()
 
     def _exchange(self) -> None:
-        """Let the old output and the new one change names."""
+        """Exchange the names of the old output and the new one, or rename both if that is not supported."""
         renameat2 = linux_call("renameat2", "c_int", "c_char_p", "c_int", "c_char_p", "c_uint")
         names = os.fsencode(self.output), os.fsencode(self.target)
         code = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
@@ -203,23 +212,24 @@ class Staging:
             raise
 
     def release(self) -> None:
-        """Leave the directory as it is, to whoever comes next."""
+        """Unlock the directory and keep its content for the next run."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def remove(self) -> None:
-        """Remove the directory, with an old output in it that was replaced. What cannot be removed is named."""
+        """Remove the directory, with a replaced output in it, and unlock it. Logs paths that cannot be removed."""
         for path in self.path.iterdir():
             if path.name != _LOCK_FILE:
                 _try_remove(path)
-        _try_remove(self.path / _LOCK_FILE)  # last: until then nobody else comes in
+        _try_remove(self.path / _LOCK_FILE)  # last, because another run may lock the directory from then on
         self.release()
-        with contextlib.suppress(OSError):  # another run has come in, or something could not be removed
+        with contextlib.suppress(OSError):  # another run uses it already, or some path could not be removed
             self.path.rmdir()
 
 
 def _try_remove(path: Path) -> None:
+    """Remove a file or directory if it exists; log a warning if that fails."""
     try:
         if os.path.lexists(path):
             _remove(path)
@@ -235,7 +245,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(root: Path) -> None:
-    """Files before the directories that name them."""
+    """Flush all files to the disk, each before the directories above it."""
     for folder, _, names in os.walk(root, topdown=False):
         for name in (*names, "."):
             _sync(Path(folder) / name)
@@ -250,10 +260,10 @@ def _sync(path: Path) -> None:
 
 
 def _bytes_in(directory: Path) -> int:
-    """The space that the files under ``directory`` take on the disk; what vanishes meanwhile takes none."""
-    found = 0
+    """Return the disk space of all files under ``directory`` in bytes. Files that vanish meanwhile count 0."""
+    num_blocks = 0
     for folder, _, names in os.walk(directory):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                found += os.lstat(os.path.join(folder, name)).st_blocks * _BLOCK_BYTES  # noqa: PTH118
-    return found
+                num_blocks += os.lstat(os.path.join(folder, name)).st_blocks  # noqa: PTH118
+    return num_blocks * _BLOCK_BYTES

@@ -126,7 +126,7 @@ UNKNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         key: (f"{key} in params.json: ", {key: {"hidden_size": 8}})
         for key in ("quantization_config", "quantization", "vision_encoder", "multimodal", "audio_encoder", "lora")
     },
-    "several": ("causal: expected True, got False; x: it means nothing known, got 1", {"causal": False, "x": 1}),
+    "several": ("causal: expected True, got False; x: unknown key, got 1", {"causal": False, "x": 1}),
     "scaled queries alone": ("llama_4_scaling in params.json: no mistral model", {"llama_4_scaling": {"beta": 0.1}}),
     "two windows": ("sliding_window and _sliding_window", {"sliding_window": 8, "_sliding_window": [None, 8]}),
     **{

@@ -210,7 +210,7 @@ def test_what_no_family_has_is_refused_by_name(case: str, changes: dict[str, Any
         ("ministral", {"window_attn_skip_freq": [1, 0, 2, 1]}, "0 or 1 for each of 4"),
         ("ministral", {"window_attn_skip_freq": 0}, "expected a number of layers.* got 0"),
         ("mistral4", {"kv_lora_rank": 0}, "kv_lora_rank must be a positive integer, got 0"),
-        ("mistral4", {"mscale": "x"}, "mscale must be a number"),
+        ("mistral4", {"mscale": "x"}, "mscale and mscale_all_dim must be numbers"),
     ],
 )
 def test_args_that_do_not_fit_are_told(case: str, changes: dict[str, Any], complaint: str) -> None:

@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused(megatron: SimpleNamespace, saved: dict[str
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("mistral4", {"q_lora_rank": None}, "Megatron then norms what queries are made of"),
+        ("mistral4", {"q_lora_rank": None}, "Megatron then puts a norm before the query projection"),
         ("mistral4", {"qk_rope_head_dim": 3, "qk_nope_head_dim": 7}, "qk_rope_head_dim=3"),
         ("mistral4", {"num_experts_per_tok": 1}, "one expert per token with a probability of 1"),
         ("mistral4", {"n_group": 2}, "chooses groups in the same way only if normalized=False"),

@@ -236,7 +236,8 @@ def test_keys_as_megatron_bridge_writes_them(trip: Trip, tmp_path: Path) -> None
 def test_logits_of_text(trip: Trip) -> None:
     """Of text, Megatron's language model says what the whole model says in transformers, from files or exported."""
     for sides in ((trip.original, trip.checkpoint), (trip.trained, trip.trained)):
-        outcome = run("verify", *sides, "--logits", "--config", trip.original)
+        # Logits reach 18 here, and processors round float32 sums differently: 4e-4 was seen. A wrong tensor makes 1.
+        outcome = run("verify", *sides, "--logits", "--config", trip.original, "--tolerance", "2e-3")
         assert outcome.code == 0, outcome
         assert outcome.out[-1].startswith("the logits agree: largest difference ")
 

@@ -22,7 +22,7 @@ from torch_reading import described, edited_metadata, load_in_own_shapes, read_m
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
-from dist_ckpt_mistral.gather.index import IndexedTensor, boxes_of_range, in_own_shape
+from dist_ckpt_mistral.gather.index import IndexedTensor, boxes_of_range, unblocked
 from dist_ckpt_mistral.mapping.source import open_megatron
 from dist_ckpt_mistral.model.config.mistral_config import chosen_config
 from dist_ckpt_mistral.model.table.rules import ParamState
@@ -187,7 +187,7 @@ def test_tensors_of_blocks_get_their_own_shape(data: st.DataObject) -> None:
             chunks.append(((*index, start), (*(1,) * len(grid), stop - start), 0, 4 * len(file)))
             file += [(*index, at) for at in range(start, stop)]
     stored = IndexedTensor.build("t", "float32", (*grid, numel), chunks)
-    own = in_own_shape(stored, tuple(shape))
+    own = unblocked(stored, tuple(shape))
     found = np.full((*shape, len(grid) + 1), -1)
     for offset, extents, position in zip(
         own.offsets.tolist(), own.shapes.tolist(), own.positions.tolist(), strict=True
@@ -204,9 +204,9 @@ def test_tensors_of_blocks_get_their_own_shape(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ((4, 64, 95), r"\[4, 1, 2, 3072\], which are no equal blocks of \[4, 64, 95\]"),
-        ((4, 32, 96), r"no equal blocks of \[4, 32, 96\]"),
-        ((4, 6144), r"no equal blocks of \[4, 6144\]"),
+        ((4, 64, 95), r"\[4, 1, 2, 3072\], which are not equal blocks of \[4, 64, 95\]"),
+        ((4, 32, 96), r"not equal blocks of \[4, 32, 96\]"),
+        ((4, 6144), r"not equal blocks of \[4, 6144\]"),
         ((4, -64, -96), r"is not sound torch_dist metadata: expected sizes, got \(4, -64, -96\)"),
         ("4", "is not sound torch_dist metadata"),
     ],

@@ -327,7 +327,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     with edited_metadata(broken) as metadata:
         metadata.state_dict_metadata[key].chunks.append(lost)
     told = refusal(tmp_path, "plan", broken, "--config", config)
-    assert f".metadata is damaged: of the chunks of '{key}' 1 are stored nowhere, at [3, 0, 48]" in told
+    assert f".metadata is damaged: chunks of '{key}': 1 stored nowhere, at [3, 0, 48]" in told
     with edited_metadata(broken) as metadata:
         metadata.state_dict_metadata[key].chunks[-1] = replace(lost, offsets=torch.Size((1 << 62, 0, 0)))
         metadata.storage_data[MetadataIndex(key, torch.Size((1 << 62, 0, 0)))] = _StorageInfo(

@@ -381,7 +381,7 @@ def test_other_weights_are_named(tmp_path: Path) -> None:
         outcome = run(*command)
         assert (outcome.code, outcome.err) == (0, [note])
     assert what_is(tmp_path / "hf").kind is Kind.HF
-    assert what_is(tmp_path / "own").kind is Kind.OWN
+    assert what_is(tmp_path / "own").kind is Kind.CONSOLIDATED
 
 
 def test_weights_under_another_name(tmp_path: Path) -> None:

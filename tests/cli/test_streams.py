@@ -79,7 +79,7 @@ def test_a_full_disk(command: str, places: Path) -> None:
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: cannot write to standard output: No space left on device.")
     if command.startswith("to-hf"):
-        assert "It is lost: wrote 21 tensors" in line
+        assert "Lost output: wrote 21 tensors" in line
         assert contents(places / "full") == contents(places / "expected")
 
 

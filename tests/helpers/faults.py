@@ -22,7 +22,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -30,7 +30,7 @@ import tqdm
 
 from dist_ckpt_mistral.analysis import report
 from dist_ckpt_mistral.cli import main
-from dist_ckpt_mistral.convert import migrate, reshard, rewrite, to_hf
+from dist_ckpt_mistral.convert import from_hf, migrate, reshard, rewrite, to_hf
 from dist_ckpt_mistral.convert.output import write_output
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import DistCkptMistralError
@@ -55,7 +55,7 @@ REMOVING: Final = ("unlink", "rmdir")
 READING: Final = ("preadv", "pread")
 #: What is written in two steps: tensors, and not what stands around them.
 _MUCH_BYTES: Final = 900
-_WARM: Final = (to_hf, migrate, report, reshard, tqdm)  # imported before the forks
+_WARM: Final = (from_hf, to_hf, migrate, report, reshard, tqdm)  # imported before the forks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,7 @@ class Driver:
     def run(self) -> list[Outcome]:
         """The outcomes of all faults, until a run ends before it comes to the call."""
         self._set_up()
-        for module in (to_hf, rewrite):
+        for module in (from_hf, to_hf, rewrite):
             module.write_output = functools.partial(self._instead, write_output)  # type: ignore[attr-defined]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -211,7 +211,8 @@ class Driver:
             seen, calls = self._fork(lambda ranks: write(*arguments, **options | {"ranks": ranks}), fault)
             if self._is_forked() or (calls is not None and calls < call):
                 return
-            again = options | {"resume": True, "overwrite": self.scenario.old or seen.state == "complete"}
+            output = replace(options["output"], resume=True, overwrite=self.scenario.old or seen.state == "complete")
+            again = options | {"output": output}
             resumed, _ = self._fork(lambda ranks: write(*arguments, **again | {"ranks": ranks}), None)  # noqa: B023
             if self._is_forked():
                 return

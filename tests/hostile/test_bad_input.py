@@ -112,7 +112,7 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
             {"metadata.json": '{"sharded_backend": "zip"}'},
             "says sharded_backend 'zip': expected 'torch_dist' or",
         ),
-        ({"metadata.json": '{"sharded_backend": "torch_dist"}'}, ".metadata is missing: the checkpoint was not saved"),
+        ({"metadata.json": '{"sharded_backend": "torch_dist"}'}, ".metadata is missing: the save was not finished"),
         ({"metadata.json": "[1]"}, "invalid JSON in {path}/metadata.json: expected an object, got list"),
         ({"metadata.json": '{"sharded_backend": "torch_dist"}', ".metadata": ""}, ".metadata is not a readable pickle"),
     ],
@@ -435,8 +435,8 @@ def test_all_chunks_that_are_wrong_are_listed(genuine: Path, tmp_path: Path) -> 
         metadata.state_dict_metadata[FC1].chunks.append(metadata.state_dict_metadata[FC1].chunks[1])
         first, second = (list(chunk.offsets) for chunk in metadata.state_dict_metadata[FC1].chunks[:2])
     line = refusal(tmp_path, *arguments)
-    assert f"of the chunks of {NORM!r} 1 are stored nowhere, at [0]" in line
-    assert f"of the chunks of {FC1!r} 2 are described more than once, at {first}, {second}" in line
+    assert f"chunks of {NORM!r}: 1 stored nowhere, at [0]" in line
+    assert f"chunks of {FC1!r}: 2 described more than once, at {first}, {second}" in line
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_all_chunks_that_are_wrong_are_listed(genuine: Path, tmp_path: Path) -> 
     [
         (drop_chunk, (repr(FC1), "nothing is stored for [")),
         (drop_storage, (repr(NORM), "stored nowhere")),
-        (double_chunk, (repr(FC1), "1 are described more than once, at [")),
+        (double_chunk, (repr(FC1), "1 described more than once, at [")),
         (move_chunk, (repr(FC1), "47:48", "overlap")),
         (move_outside, (repr(NORM), "[1:65] lies outside the tensor of shape [64]")),
         (swap_entries, (repr(NORM), "__", "expected float32 [64], got bfloat16 [1, 48, 64]")),

@@ -62,7 +62,7 @@ def test_absurd_sizes(config: dict[str, Any], expected: str, tmp_path: Path) -> 
 
 
 HEADERS: Final[dict[str, tuple[object, str]]] = {
-    "a million brackets": (b'{"a":[' + b"[]," * 10**6 + b"[]]}", "more brackets than tensors of any name need"),
+    "a million brackets": (b'{"a":[' + b"[]," * 10**6 + b"[]]}", "more brackets than entries of its length need"),
     "escape sequences": ({"\x1b[2J\x1b]0;\x07\u202e\ud800\nx": ENTRY}, r"\x1b[2J\x1b]0;\x07\u202e\ud800 x [64]"),
     "a thousand numbers in a name": ({".".join(map(str, range(3000))): ENTRY}, "0.1.2.3.4"),
     "a number of five thousand digits": ({"9" * 5000: ENTRY}, "9999"),

@@ -1,9 +1,9 @@
-"""Index and plan a checkpoint of a million chunks: ``python tools/bench/metadata.py [--torch] [--experts N] ...``.
+"""Open and plan a checkpoint of a million chunks: ``python tools/bench/metadata.py [--torch] [--experts N] ...``.
 
-Makes a checkpoint whose data are holes, with optimizer state beside the weights and ``.metadata`` as Megatron pickles
-it, then runs each step in a process of its own; prints seconds (wall, and of the processor, which is what counts on a
-busy machine) behind the imports, peak resident memory, and what the step added to it. With ``--experts`` it is a
-Mixtral: ``--layers 72 --tp 8 --experts 128`` has 897 000 chunks.
+Makes a sparse checkpoint with optimizer state and with ``.metadata`` as Megatron pickles it. Runs each step in its own
+process and prints wall time and processor time in seconds, without imports, peak resident memory in MB, and the memory
+that the step added. On a busy machine, compare the processor time. With ``--experts`` the model is a Mixtral:
+``--layers 72 --tp 8 --experts 128`` has 897 000 chunks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dist_ckpt_mistral.model.config.parts import Experts
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 
-#: Step -> (what it imports, what is timed).
+#: Step -> (its imports, the statement that is timed).
 _STEPS = {
     "open .metadata": (
         "import numpy; from dist_ckpt_mistral.formats.stored_checkpoint import open_stored",
@@ -53,28 +53,31 @@ print(json.dumps({{"s": round(seconds, 2), "cpu_s": round(cpu, 2), "peak_mb": af
 
 
 def main() -> None:
-    """Make the checkpoint, run each step, print a line for each."""
+    """Make the checkpoint, run each step, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=136)
     parser.add_argument("--tp", type=int, default=256)
-    parser.add_argument("--experts", type=int, default=0, help="so many in every layer")
-    parser.add_argument("--directory", type=Path, default=None, help="keep the checkpoint here, or use the one there")
+    parser.add_argument("--experts", type=int, default=0, help="experts in each layer")
+    parser.add_argument(
+        "--directory", type=Path, default=None, help="make the checkpoint here and keep it, or use the one that is here"
+    )
     parser.add_argument("--torch", action="store_true", help="also time torch's own pickle.load")
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
-    left_out = set() if arguments.torch else {"torch: pickle.load"}
+    skipped = set() if arguments.torch else {"torch: pickle.load"}
     with tempfile.TemporaryDirectory() as scratch:
         directory = arguments.directory or Path(scratch) / "checkpoint"
         if not directory.exists():
             print(f"{_make(directory, arguments.layers, arguments.tp, arguments.experts)} chunks")
         for _ in range(arguments.rounds):
             for name, (imports, timed) in _STEPS.items():
-                if name not in left_out:
+                if name not in skipped:
                     script = _SCRIPT.format(imports=imports, timed=timed)
                     print(json.dumps({"step": name, **_run(script, directory)}), flush=True)
 
 
 def _make(directory: Path, layers: int, tp: int, experts: int) -> int:
+    """Make the sparse checkpoint. Returns its number of chunks."""
     size = tp * 128
     mixture = Experts(num_experts=experts, experts_per_token=2, intermediate_size=size) if experts else None
     config = MistralConfig(
@@ -100,7 +103,7 @@ def _make(directory: Path, layers: int, tp: int, experts: int) -> int:
 
 
 def _run(script: str, directory: Path) -> dict[str, float]:
-    """What the script measured: its last line."""
+    """Run a script and return its measurements, the JSON in its last line."""
     command = [sys.executable, "-c", script, str(directory)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     measured: dict[str, float] = json.loads(output.splitlines()[-1])

@@ -1,7 +1,7 @@
-"""Mistral-shaped models and checkpoints of a given size, with random weights, for the benchmarks.
+"""Make Mistral models and checkpoints of a given size, with random weights, for the benchmarks.
 
-``python tools/bench/models.py CASE BYTES DIRECTORY`` makes DIRECTORY/hf (or hf-2-files, as the case says) and the
-checkpoint DIRECTORY/CASE, unless they are there.
+``python tools/bench/models.py CASE BYTES DIRECTORY`` makes DIRECTORY/hf (the case may have another name) and the
+checkpoint DIRECTORY/CASE, unless they exist.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage.local import TargetFile
 
-#: Optimizer state beside the weights: prefix of the key -> dtype, as mcore's fully_reshardable format has it.
+#: Prefix of the keys of optimizer state -> its dtype, in mcore's fully_reshardable format.
 OPTIMIZER = {
     "optimizer.state.param.": "float32",
     "optimizer.state.exp_avg.": "float32",
@@ -42,9 +43,10 @@ OPTIMIZER = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """How a checkpoint is cut and spelled. Imports are made by ``from-hf``; others hold random bytes of their own.
+    """The layout and the keys of a checkpoint.
 
-    An import is exported into the files that it came from: at least ``num_files``, in the directory ``hf``.
+    With ``is_import``, ``from-hf`` makes it from the directory ``hf``, which has at least ``num_files`` files of
+    tensors. Otherwise it has its own random bytes.
     """
 
     tp: int = 2
@@ -66,11 +68,11 @@ CASES = {
 }
 _LAYER_BYTES = 436_224_000  # one layer of the shape below in bfloat16
 _BLOCK_BYTES = 16 << 20
-_ROOM_IN_FILES = 1.1  # a file is full before it has all that it may, and the last one takes the rest
+_ROOM_IN_FILES = 1.1  # files end at a whole tensor, below the maximum size
 
 
 def config_of_size(num_bytes: int) -> MistralConfig:
-    """A config in the shape of Mistral 7B (hidden 4096, ffn 14336, 32 heads in 8 groups) with as many layers as fit."""
+    """A config like Mistral 7B (hidden 4096, ffn 14336, 32 heads in 8 groups), with layers for ``num_bytes`` bytes."""
     vocabulary_bytes = 2 * 32768 * 4096 * 2
     return MistralConfig.from_hf(
         {
@@ -99,8 +101,8 @@ def make_hf_model(directory: Path, config: MistralConfig, num_files: int) -> Non
     (directory / places.CONFIG_FILE).write_text(json.dumps(config.to_hf()))
     (directory / "tokenizer.json").write_text("{}")
     tensors = [(name, "bfloat16", tensor.shape) for name, tensor in tensor_table(config).hf_tensors().items()]
-    most = min(5_000_000_000, int(model_bytes(config) / num_files * _ROOM_IN_FILES))
-    file_set = hf_directory.plan_files(tensors, max_file_bytes=most)
+    max_file_bytes = min(5_000_000_000, int(model_bytes(config) / num_files * _ROOM_IN_FILES))
+    file_set = hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)
     for name, file in file_set.files.items():
         with (directory / name).open("wb") as output:
             output.write(file.head)
@@ -112,7 +114,7 @@ def make_hf_model(directory: Path, config: MistralConfig, num_files: int) -> Non
 
 
 def _random_blocks(num_bytes: int) -> Iterator[bytes]:
-    """Bytes that no file system can compress and that do not repeat at page boundaries."""
+    """Yield random bytes that no file system can compress or deduplicate by page."""
     noise = np.random.default_rng(0).bytes(_BLOCK_BYTES + 4096)
     for number, start in enumerate(range(0, num_bytes, _BLOCK_BYTES)):
         shift = number * 61 % 4096
@@ -120,7 +122,7 @@ def _random_blocks(num_bytes: int) -> Iterator[bytes]:
 
 
 def make_checkpoint(directory: Path, hf: Path, config: MistralConfig, case: Case) -> None:
-    """The checkpoint of a case."""
+    """Make the checkpoint of a case."""
     if case.is_import:
         from_hf(hf, directory, tp=case.tp, pp=case.pp)
         return
@@ -139,17 +141,17 @@ def make_sparse_checkpoint(
     with_optimizer: bool,
     weights_only: bool = False,
 ) -> int:
-    """A checkpoint whose data are holes: everything around them is genuine. Returns its number of chunks.
+    """Make a checkpoint whose tensor data are holes in its files. Returns its number of chunks.
 
-    For planning and reading at any size, with per-layer keys or with optimizer state beside the weights. With
-    ``weights_only`` the archives of optimizer state are holes altogether, for a look at what is described.
+    Everything else is as in a real checkpoint. So planning and reading can be measured at any size. With
+    ``weights_only`` the archives of optimizer state have no heads either, and only ``.metadata`` describes them.
     """
     directory.mkdir(parents=True)
     prefixes = {"": "bfloat16", **(OPTIMIZER if with_optimizer else {})}
     written = writer.lay_out(_chunks(config, layout, style, prefixes), [], num_files=layout.world_size)
     targets = {number: TargetFile(directory / name, 0) for number, name in enumerate(written.file_names)}
     holes = tuple(OPTIMIZER) if weights_only else ()
-    placed = tuple(each for each in written.placed if not each.chunk.mcore_key.startswith(holes))
+    placed = tuple(place for place in written.placed if not place.chunk.mcore_key.startswith(holes))
     replace(written, placed=placed).write_around(targets, _ZeroChecksums())
     for number, target in targets.items():
         target.close()
@@ -162,7 +164,7 @@ def make_sparse_checkpoint(
 
 
 def _as_megatron_pickles(metadata: bytes) -> bytes:
-    """``.metadata`` as torch and Megatron pickle it: every object in a memo, and behind them the plans of all ranks."""
+    """``.metadata`` as torch and Megatron pickle it: with the plans of all ranks, and a memo entry for each object."""
     from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: PLC0415  (only this needs torch)
     from torch.distributed.checkpoint.planner import (  # noqa: PLC0415  (likewise)
         SavePlan,
@@ -172,7 +174,7 @@ def _as_megatron_pickles(metadata: bytes) -> bytes:
     )
 
     with paused_collector():
-        content: Any = pickle.loads(metadata)  # noqa: S301  (our own bytes)
+        content: Any = pickle.loads(metadata)  # noqa: S301  (bytes that this package wrote)
         data = {
             (name, chunk.offsets): TensorWriteData(chunk=chunk, properties=tensor.properties, size=tensor.size)
             for name, tensor in content.state_dict_metadata.items()
@@ -182,14 +184,14 @@ def _as_megatron_pickles(metadata: bytes) -> bytes:
         for index, info in content.storage_data.items():
             tensor_data = data.get((index.fqn, index.offset))
             kind = WriteItemType.BYTE_IO if tensor_data is None else WriteItemType.SHARD
-            again = MetadataIndex(index.fqn, index.offset)
-            items[info.relative_path].append(WriteItem(index=again, type=kind, tensor_data=tensor_data))
-        content.all_local_plans = [SavePlan(each) for each in items.values()]
+            copy = MetadataIndex(index.fqn, index.offset)
+            items[info.relative_path].append(WriteItem(index=copy, type=kind, tensor_data=tensor_data))
+        content.all_local_plans = [SavePlan(file_items) for file_items in items.values()]
         return pickle.dumps(content)
 
 
 class _ZeroChecksums(dict[tuple[int, int], int]):
-    """Checksums of data that nobody will read."""
+    """The checksum 0 for each chunk: its data is not read."""
 
     def __missing__(self, key: tuple[int, int]) -> int:
         return 0
@@ -198,12 +200,13 @@ class _ZeroChecksums(dict[tuple[int, int], int]):
 def _chunks(
     config: MistralConfig, layout: ParallelLayout, style: KeyStyle, prefixes: dict[str, str]
 ) -> Iterator[NewChunk]:
+    """Yield the chunks that the ranks of a layout save, once for each prefix of the keys."""
     table = tensor_table(config)
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
         for chunk in layout.model_chunks(config.num_hidden_layers, at.pp):
-            for held in layout.local_tensors(table, chunk, at, style=style):
-                for box in held.boxes if held.is_main_replica else ():
+            for tensor in local_tensors(layout, table, chunk, at, style=style):
+                for box in tensor.boxes if tensor.is_main_replica else ():
                     for prefix, dtype in prefixes.items():
                         yield NewChunk(
                             mcore_key=prefix + box.mcore_key,
@@ -216,7 +219,7 @@ def _chunks(
 
 
 def fill_holes(directory: Path) -> None:
-    """Give the chunks of a sparse checkpoint random bytes; their checksums stay zero."""
+    """Write random bytes into the chunks of a sparse checkpoint. Their checksums stay 0."""
     checkpoint = stored_checkpoint.open_stored(directory)
     index = checkpoint.index(checkpoint.tensors)
     for tensor in index.tensors.values():
@@ -229,13 +232,13 @@ def fill_holes(directory: Path) -> None:
 
 
 def model_bytes(config: MistralConfig) -> int:
-    """Size of the weights in bfloat16."""
+    """Size of the weights in bfloat16, in bytes."""
     size = dtypes.itemsize_bytes("bfloat16")
     return sum(math.prod(tensor.shape) * size for tensor in tensor_table(config).hf_tensors().values())
 
 
 def main() -> None:
-    """Make what is missing."""
+    """Make the model and the checkpoint if they do not exist."""
     case, num_bytes, work = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     config, hf = config_of_size(num_bytes), work / CASES[case].hf
     if not hf.exists():

@@ -1,8 +1,8 @@
-"""What people do without this package, on the same checkpoint: ``python tools/bench/peers.py PEER CKPT OUT``.
+"""Export a checkpoint as other converters do: ``python tools/bench/peers.py PEER CKPT OUT``.
 
-``dcp-full``: load everything with torch DCP, rename and split the tensors, ``save_file`` (what slime's converter does).
-``model``: the same into a Hugging Face model that is then saved with ``save_pretrained`` (as Megatron-Bridge goes
-through a built model). Only the dense layout of this benchmark is handled.
+``dcp-full`` loads everything with torch DCP, renames and splits the tensors, and calls ``save_file``, like slime's
+converter. ``model`` loads the same tensors into a Hugging Face model and calls ``save_pretrained``, because
+Megatron-Bridge also builds a model. Both support only the dense model of this benchmark.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADS, GROUPS, DIM = 32, 8, 128
 
 
 def load_all(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The whole checkpoint in memory, by Megatron key."""
+    """Load the whole checkpoint into memory. Returns the tensors by Megatron key."""
     reader = FileSystemReader(resolve_directory(checkpoint))
     described = reader.read_metadata().state_dict_metadata.items()
     state: dict[str, Any] = {
@@ -36,7 +36,7 @@ def load_all(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def to_hf(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Megatron keys to Hugging Face names, in torch operations."""
+    """Convert tensors by Megatron key to tensors by Hugging Face name, with torch operations."""
     layers = "decoder.layers."
     hf = {
         "model.embed_tokens.weight": state["embedding.word_embeddings.weight"],
@@ -64,14 +64,14 @@ def to_hf(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Run one peer."""
+    """Run one converter."""
     peer, checkpoint, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     hf = to_hf(load_all(checkpoint))
     if peer == "dcp-full":
         output.mkdir(parents=True)
         save_file(hf, output / "model.safetensors", metadata={"format": "pt"})
         return
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (only this peer needs it)
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (only this converter needs it)
 
     config = AutoConfig.from_pretrained(resolve_directory(checkpoint) / "hf")
     with torch.device("meta"):

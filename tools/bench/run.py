@@ -1,17 +1,18 @@
-"""Conversions against ``cp`` of the same bytes: ``python tools/bench/run.py --work DIR [--rounds 5] ...``.
+"""Compare conversions with ``cp`` of the same bytes: ``python tools/bench/run.py --work DIR [--rounds 5] ...``.
 
-Every round runs each command once, ``cp`` before and after, so that a machine whose speed drifts hurts both alike;
-outputs of the round before are deleted first. Printed: seconds and ratio to the mean of the two ``cp``s, as minimum,
-median and maximum, the least processor time, and peak resident memory, libraries included. Every round is appended to a
-results file, one JSON object a line.
+Each round runs each command once, with a ``cp`` before and after it, because the speed of a machine may drift. Outputs
+of the previous round are deleted first. The summary has seconds and the ratio to the mean of the two ``cp``s, as
+minimum, median and maximum, the smallest processor time, and peak resident memory including libraries. Each round is
+appended to a results file, one JSON object a line.
 
-"warm" reads sources from the page cache, "cold" from the disk (it drops the page cache before each command, as root);
-both wait for no disk at the end (``--no-sync``), as ``cp`` does. "durable" is warm and waits until the output is on the
-disk, for ``cp`` too (``sync -f``). Like ``cp``, commands write no manifest; "to-hf-manifest" shows what that costs.
+"warm" reads sources from the page cache. "cold" reads them from the disk: it drops the page cache before each command,
+as root. Both end without waiting for the disk (``--no-sync``), like ``cp``. "durable" is warm and waits until the
+output is on the disk, also for ``cp`` (``sync -f``). Commands write no manifest, because ``cp`` does not;
+"to-hf-manifest" measures its cost.
 
-A hypervisor takes idle memory back, and to touch it again costs seconds a gigabyte. So before each warm or durable run,
-of ``cp`` too, another process takes twice the memory that the output needs (at most half of what is available), writes
-to it and ends: both find memory at hand. Python finds bytecode in DIR/bytecode, as it would beside installed modules.
+A hypervisor takes idle memory back. Using it again costs seconds a gigabyte. So before each warm or durable run, also
+of ``cp``, another process allocates 2.2 times the memory of the output (at most half of the available memory), writes
+to it and ends. Python's bytecode is cached in DIR/bytecode, as it is for installed modules.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from dist_ckpt_mistral.storage.documents import total_bytes
 
 HERE = Path(__file__).parent
 TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
-#: The first rank works, with as many threads as it would have alone: this adds torchrun's start.
+#: torchrun starts two ranks, and the first one works with as many threads as alone. The difference is torchrun's start.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
 COMMANDS = ("to-hf", "to-hf-manifest", "from-hf", "verify", "reshard", "to-hf-2-ranks")
 PEERS = ("dcp-full", "model")
-#: Of the bytes of an output. The kernel need not choose the pages that were freed last: 1.2 was measured to be too few.
+#: Memory to touch, as a multiple of the output's size. The kernel may choose other pages than those freed last: with
+#: 1.2 it often did.
 ROOM_FOR_OUTPUT = 2.2
-#: Writes one byte into every page of as much memory as its argument says.
+#: Writes one byte into each page of as many bytes of memory as its argument says.
 TOUCH_MEMORY = """
 import mmap, sys
 pages = int(sys.argv[1]) // mmap.PAGESIZE
@@ -54,7 +56,7 @@ if pages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One timed command; processor time is its own and its children's."""
+    """The measurements of one command. Processor time includes that of its children."""
 
     seconds: float
     processor_s: float
@@ -63,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contest:
-    """A command, what it reads and writes, and the command that moves (or compares) the same bytes."""
+    """A command, its input and output, and the baseline that copies (or compares) the same bytes."""
 
     name: str
     command: list[str]
@@ -74,7 +76,7 @@ class Contest:
 
 
 def timed(command: list[str], *, sync: Path | None = None) -> Run:
-    """Run a command to its end; with ``sync``, until the file system of that path has written everything."""
+    """Run and measure a command; with ``sync``, until the file system of that path has written everything."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, status, usage = os.wait4(process.pid, 0)
@@ -91,7 +93,7 @@ def timed(command: list[str], *, sync: Path | None = None) -> Run:
 
 
 def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Iterator[Contest]:
-    """What is to be run on the checkpoint ``case``. An export moves the bytes of the weights alone."""
+    """Yield the named commands for the checkpoint ``case``. Their baseline copies what the command copies."""
     hf, checkpoint, copy = work / CASES[case].hf, work / case, work / "out-cp"
     sync = ["--no-sync"] if no_sync else []
     extra = ["--no-manifest", *sync]
@@ -129,7 +131,7 @@ def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Itera
 
 
 def twin(hf: Path) -> Path:
-    """A copy of the Hugging Face files, for ``cmp``."""
+    """The copy of the Hugging Face files for ``cmp``; made if it does not exist."""
     copy = hf.with_name(f"{hf.name}-twin")
     if not copy.exists():
         shutil.copytree(hf, copy)
@@ -137,12 +139,12 @@ def twin(hf: Path) -> Path:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files in a folder and below."""
+    """All files in a folder and its subfolders."""
     return [file for file in sorted(folder.rglob("*")) if file.is_file()]
 
 
 def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], results: Path) -> None:
-    """All rounds of one mode, then the summary."""
+    """Run all rounds of one mode, and print their summary."""
     sync = work if mode == "durable" else None
     runs: dict[str, list[tuple[float, Run]]] = defaultdict(list)
     for number in range(rounds):
@@ -153,9 +155,9 @@ def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], res
             shutil.rmtree(contest.output, ignore_errors=True)
             mean = (before + baseline(contest, work, mode)) / 2
             runs[contest.name].append((run.seconds / mean, run))
-            what = {"case": case, "mode": mode, "round": number, "command": contest.name, "baseline_s": mean}
+            fields = {"case": case, "mode": mode, "round": number, "command": contest.name, "baseline_s": mean}
             with results.open("a") as file:
-                file.write(json.dumps(what | asdict(run)) + "\n")
+                file.write(json.dumps(fields | asdict(run)) + "\n")
     for name, done in runs.items():
         ratios, seconds = [ratio for ratio, _ in done], [run.seconds for _, run in done]
         print(
@@ -168,7 +170,7 @@ def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], res
 
 
 def baseline(contest: Contest, work: Path, mode: str) -> float:
-    """Seconds of what moves the same bytes."""
+    """Run the baseline of a command. Returns its seconds."""
     copy = work / "out-cp"
     source, other = map(Path, contest.baseline[-2:])
     prepare([source, other] if contest.name == "verify" else [source], copy, mode, contest.output_bytes)
@@ -178,7 +180,7 @@ def baseline(contest: Contest, work: Path, mode: str) -> float:
 
 
 def prepare(sources: list[Path], output: Path, mode: str, output_bytes: int) -> None:
-    """Remove the old output, and bring the page cache into the state of ``mode``, and free memory within reach."""
+    """Remove the old output, bring the page cache into the state of ``mode``, and touch free memory."""
     shutil.rmtree(output, ignore_errors=True)
     if mode == "cold":
         subprocess.run(["sync"], check=True)
@@ -186,30 +188,40 @@ def prepare(sources: list[Path], output: Path, mode: str, output_bytes: int) -> 
         return
     files = [str(file) for source in sources for file in files_in(source)]
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
-    wanted = min(int(output_bytes * ROOM_FOR_OUTPUT), available_bytes() // 2)
-    subprocess.run([sys.executable, "-c", TOUCH_MEMORY, str(wanted)], check=True)
+    touched_bytes = min(int(output_bytes * ROOM_FOR_OUTPUT), available_bytes() // 2)
+    subprocess.run([sys.executable, "-c", TOUCH_MEMORY, str(touched_bytes)], check=True)
 
 
 def available_bytes() -> int:
-    """Memory that is free, or can be without swapping."""
+    """Memory in bytes that can be used without swapping."""
     (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024
 
 
 def main() -> None:
-    """Make what is missing, measure, print."""
+    """Make the model and the checkpoint, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a directory for some five times --size")
-    parser.add_argument("--size", type=size, default="4GB", help="of the weights; the case optimizer has 7 times that")
+    parser.add_argument("--work", type=Path, required=True, help="directory with room for about five times --size")
+    parser.add_argument(
+        "--size",
+        type=size,
+        default="4GB",
+        help="size of the weights (default 4GB); the case optimizer has 7 times that",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--case",
         choices=CASES,
         default="tp2pp2",
-        help="how the checkpoint is cut and spelled, or into how many files it is exported",
+        help="layout and keys of the checkpoint, or number of files that it is exported to",
     )
     parser.add_argument("--modes", nargs="+", choices=("warm", "durable", "cold"), default=["warm", "durable"])
-    parser.add_argument("--commands", nargs="+", choices=(*COMMANDS, *PEERS), help="peers: see peers.py")
+    parser.add_argument(
+        "--commands",
+        nargs="+",
+        choices=(*COMMANDS, *PEERS),
+        help="commands to run; peers.py describes dcp-full and model",
+    )
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
     arguments = parser.parse_args()
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -217,7 +229,7 @@ def main() -> None:
     case = CASES[arguments.case]
     names = arguments.commands or [name for name in COMMANDS if case.is_import or name != "verify"]
     config = config_of_size(arguments.size)
-    # In a process of its own: what a process has used of memory before exec counts as its child's.
+    # In another process: a child's peak memory includes what its parent had used before exec.
     make = [sys.executable, str(HERE / "models.py"), arguments.case, str(arguments.size), str(arguments.work)]
     subprocess.run(make, check=True)
     print(f"{model_bytes(config) / 1e9:.2f} GB in {config.num_hidden_layers} layers, {os.cpu_count()} cores")

@@ -1,6 +1,6 @@
-"""A matrix of files and ranks: how much each rank reads of each file, for more of them than ribbons can show.
+"""The matrix picture: the bytes that each rank reads from each file, for more files and ranks than ribbons can show.
 
-Consecutive files, and consecutive ranks, share a row or a column where there are too many for one each.
+A row stands for a file or several consecutive files, a column for a group of ranks or several consecutive groups.
 """
 
 from __future__ import annotations
@@ -17,57 +17,59 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Rows, and columns, that can still be told apart.
+#: Rows, and columns, that the eye can distinguish.
 _MOST_CELLS: Final = 64
 _MOST_LABELS: Final = 32
-#: In shares of the picture: where the matrix begins, how far it and its margins reach, the most that a cell takes.
+#: In fractions of the picture: the area of the matrix with its two bar charts, the largest cell, the smallest bar
+#: chart (both as width and height), the largest width of the chart at the right, and the gap before a chart.
 _LEFT, _BOTTOM, _RIGHT, _TOP = 0.13, 0.16, 0.965, 0.855
 _MOST_CELL: Final = (0.11, 0.08)
-_LEAST_MARGIN: Final = (0.12, 0.11)
-_MOST_BESIDE: Final = 0.25
+_LEAST_CHART: Final = (0.12, 0.11)
+_MOST_RIGHT_CHART: Final = 0.25
 _GAP: Final = 0.014
-#: What one cell of a matrix may fill of its place, and what it must fill to be seen.
+#: The largest side and the smallest area of a mark, in fractions of its cell.
 _MOST_FILLED, _LEAST_FILLED = 0.9, 0.02
 
 Bins = Sequence[range]
 
 
 def bins(count: int) -> list[range]:
-    """``count`` things in at most 64 runs of (but for the last) equal length."""
+    """The numbers below ``count`` in at most 64 ranges of equal length; the last one may be shorter."""
     step = -(-count // _MOST_CELLS) or 1
     return [range(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def draw(figure: Figure, plan: ReadingPlan) -> None:
-    """Draw the matrix, its margins and legend."""
+    """Draw the matrix, its two bar charts and its legend."""
     rows, columns = bins(len(plan.files)), bins(len(plan.groups))
-    width = min(_MOST_CELL[0] * len(columns), _RIGHT - _LEFT - _GAP - _LEAST_MARGIN[0])
-    height = min(_MOST_CELL[1] * len(rows), _TOP - _BOTTOM - _GAP - _LEAST_MARGIN[1])
-    above, beside = _BOTTOM + height + _GAP, _LEFT + width + _GAP
+    width = min(_MOST_CELL[0] * len(columns), _RIGHT - _LEFT - _GAP - _LEAST_CHART[0])
+    height = min(_MOST_CELL[1] * len(rows), _TOP - _BOTTOM - _GAP - _LEAST_CHART[1])
+    chart_bottom, chart_left = _BOTTOM + height + _GAP, _LEFT + width + _GAP
     matrix = figure.add_axes((_LEFT, _BOTTOM, width, height))
     _draw_cells(matrix, plan, rows, columns)
     _label_axes(matrix, plan, rows, columns)
-    _draw_ranks(figure.add_axes((_LEFT, above, width, _TOP - above)), plan, columns)
-    _draw_files(figure.add_axes((beside, _BOTTOM, min(_RIGHT - beside, _MOST_BESIDE), height)), plan, rows)
+    _draw_ranks(figure.add_axes((_LEFT, chart_bottom, width, _TOP - chart_bottom)), plan, columns)
+    chart_width = min(_RIGHT - chart_left, _MOST_RIGHT_CHART)
+    _draw_files(figure.add_axes((chart_left, _BOTTOM, chart_width, height)), plan, rows)
     _draw_scale(figure)
 
 
 def _cells(plan: ReadingPlan, rows: Bins, columns: Bins) -> dict[tuple[int, int], tuple[int, int]]:
-    """(column, row) -> bytes that one rank of each of its groups needs, and reads, of its files."""
+    """(column, row) -> the bytes of its files that one rank of each of its groups needs, and reads."""
     row_of = {file: row for row, files in enumerate(rows) for file in files}
     file_of = plan.chunks.files.tolist()
-    found: dict[tuple[int, int], tuple[int, int]] = {}
+    cells: dict[tuple[int, int], tuple[int, int]] = {}
     for column, groups in enumerate(columns):
         for reads in (plan.groups[group].reads for group in groups):
             for chunk, needed_bytes, read_bytes in reads:
                 cell = column, row_of[file_of[chunk]]
-                needed, read = found.get(cell, (0, 0))
-                found[cell] = needed + needed_bytes, read + read_bytes
-    return found
+                needed, read = cells.get(cell, (0, 0))
+                cells[cell] = needed + needed_bytes, read + read_bytes
+    return cells
 
 
 def _draw_cells(axes: Axes, plan: ReadingPlan, rows: Bins, columns: Bins) -> None:
-    from matplotlib.collections import PolyCollection  # noqa: PLC0415  (only pictures need matplotlib)
+    from matplotlib.collections import PolyCollection
 
     cells = _cells(plan, rows, columns)
     most = max((read for _, read in cells.values()), default=1)
@@ -84,7 +86,7 @@ def _draw_cells(axes: Axes, plan: ReadingPlan, rows: Bins, columns: Bins) -> Non
 
 
 def _square(cell: tuple[int, int], share: float) -> list[tuple[float, float]]:
-    """Corners of a mark of this share of a cell's area, in the middle of the cell."""
+    """The corners of a square in the middle of a cell, with this share of the cell's area."""
     half = _MOST_FILLED * max(share, _LEAST_FILLED) ** 0.5 / 2
     left, right, top, bottom = cell[0] - half, cell[0] + half, cell[1] - half, cell[1] + half
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
@@ -110,22 +112,22 @@ def _label_axes(axes: Axes, plan: ReadingPlan, rows: Bins, columns: Bins) -> Non
 
 
 def _ranks_text(plan: ReadingPlan, columns: Bins) -> str:
-    """What a column is."""
-    same, runs = len(plan.groups[0].ranks), len(columns[0])
-    told = "rank" if same == 1 else f"rank, for {same} ranks each that read the same"
-    told += f", the first of {runs} in a column" if runs > 1 else ""
-    return told + ("; lines part pipeline stages" if plan.layout.pp > 1 else "")
+    """The label of the axis of ranks."""
+    copies, groups = len(plan.groups[0].ranks), len(columns[0])
+    text = "rank" if copies == 1 else f"rank, for {copies} ranks each that read the same"
+    text += f", the first of {groups} in a column" if groups > 1 else ""
+    return text + ("; lines part pipeline stages" if plan.layout.pp > 1 else "")
 
 
 def _draw_ranks(axes: Axes, plan: ReadingPlan, columns: Bins) -> None:
-    """Above the matrix: what a rank needs and what it reads; of several in a column, the one that reads most."""
+    """Draw the chart above the matrix: the bytes that a rank needs and reads. A column shows its largest reader."""
     most = [max((plan.amounts[group] for group in groups), key=lambda amount: amount.read_bytes) for groups in columns]
     places = range(len(columns))
     needed = [amount.needed_bytes for amount in most]
-    in_vain = [amount.read_bytes - amount.needed_bytes for amount in most]
+    unneeded = [amount.read_bytes - amount.needed_bytes for amount in most]
     for number, bar in enumerate(axes.bar(places, needed, width=0.8, color=style.WHOLE)):
         bar.set_gid(f"ranks-{plan.groups[columns[number][0]].ranks[0]}")
-    axes.bar(places, in_vain, width=0.8, bottom=needed, color=style.PART)
+    axes.bar(places, unneeded, width=0.8, bottom=needed, color=style.PART)
     axes.set(xlim=(-0.5, len(columns) - 0.5), xticks=[])
     top = max(amount.read_bytes for amount in most)
     axes.set_yticks([0, top], ["0", human_bytes(top)], size=8)
@@ -134,7 +136,7 @@ def _draw_ranks(axes: Axes, plan: ReadingPlan, columns: Bins) -> None:
 
 
 def _draw_files(axes: Axes, plan: ReadingPlan, rows: Bins) -> None:
-    """Beside the matrix: how often a file's bytes are read, by all ranks together."""
+    """Draw the chart at the right of the matrix: how often all ranks together read each byte of a file."""
     stored: dict[int, int] = dict.fromkeys(range(len(plan.files)), 0)
     for file, num_bytes in zip(plan.chunks.files.tolist(), plan.chunks.num_bytes.tolist(), strict=True):
         stored[file] += num_bytes
@@ -152,14 +154,14 @@ def _draw_files(axes: Axes, plan: ReadingPlan, rows: Bins) -> None:
 
 
 def _bare(axes: Axes, *, keep: str) -> None:
-    """Only the axis that is read off."""
+    """Hide all sides of the frame but ``keep``."""
     axes.tick_params(length=2, color=style.FAINT)
     for side, spine in axes.spines.items():
         spine.set_visible(side == keep)
 
 
 def _draw_scale(figure: Figure) -> None:
-    """What size and colour of squares mean."""
+    """Draw the legend: the meaning of the size and the colour of a mark."""
     axes = figure.add_axes((0.13, 0.035, 0.20, 0.018))
     axes.imshow([[step / 99 for step in range(100)]], aspect="auto", cmap=style.needed_colours(), extent=(0, 1, 0, 1))
     axes.set(yticks=[], xticks=[0, 0.5, 1], xticklabels=["0 %", "50 %", "100 %"])

@@ -1,7 +1,7 @@
-"""The reading plan as a picture: which stored chunk goes to which rank.
+"""The reading plan as an SVG picture of which stored chunk goes to which rank.
 
-Few files and ranks are joined by ribbons, chunk by chunk; many become a matrix of files and ranks. The SVG is the same
-for the same plan, whatever matplotlib is configured to.
+Few files and ranks are connected by ribbons, chunk by chunk. Many files or ranks become a matrix. The SVG depends only
+on the plan, not on the user's matplotlib configuration.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from dist_ckpt_mistral.storage import documents
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: With more files or ranks, or more ribbons, the eye cannot follow them; with more chunks, no viewer can.
+#: The largest picture with ribbons: files or ranks and ribbons that the eye can follow, chunks that a viewer can draw.
 _MOST_ENDS: Final = 16
 _MOST_RIBBONS: Final = 600
 _MOST_CHUNKS: Final = 20_000
 
 
 def require_matplotlib() -> None:
-    """Raise MissingLibraryError if there is nothing to draw with."""
+    """Raise MissingLibraryError if matplotlib is not installed."""
     with libraries.needed("a picture", "matplotlib", extra="plot"):
-        import matplotlib as mpl  # noqa: F401, PLC0415  (only pictures need matplotlib)
+        import matplotlib as mpl  # noqa: F401
 
 
 def save_svg(plan: ReadingPlan, path: Path) -> None:
-    """Draw ``plan`` into an SVG file; an old one is replaced. Raises MissingLibraryError and OutputError."""
+    """Draw ``plan`` into an SVG file, or replace an old one. Raises MissingLibraryError and OutputError."""
     require_matplotlib()
     with _quiet_matplotlib():
         documents.write_whole(path, _svg(plan))
 
 
 def _svg(plan: ReadingPlan) -> bytes:
-    import matplotlib.style  # noqa: PLC0415  (only pictures need matplotlib)
+    import matplotlib.style
 
     with matplotlib.style.context(["default", dict(style.SETTINGS)]):
         content = io.BytesIO()
@@ -54,7 +54,7 @@ def _svg(plan: ReadingPlan) -> bytes:
 
 @contextlib.contextmanager
 def _quiet_matplotlib() -> Iterator[None]:
-    """Without what matplotlib tells of its fonts, which viewers choose; its logger is the caller's again afterwards."""
+    """Silence matplotlib's warnings about fonts, which the viewer of an SVG chooses, and restore its logger."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -67,8 +67,8 @@ def _quiet_matplotlib() -> Iterator[None]:
 
 
 def draw(plan: ReadingPlan) -> Figure:
-    """The picture as a matplotlib figure."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  (only pictures need matplotlib)
+    """The picture of ``plan``, as a matplotlib figure."""
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8.6), facecolor="white")
     _write_title(figure, plan)

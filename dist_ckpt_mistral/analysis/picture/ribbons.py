@@ -1,7 +1,7 @@
-"""Stored chunks on the left, ranks on the right, and a ribbon for what each rank reads.
+"""The ribbon picture: stored chunks on the left, ranks on the right, and a ribbon from chunks to each of their readers.
 
-Heights are bytes: on the left of what is stored, on the right of what is read. A stored byte that several ranks read
-stands on the right several times, so the two sides have scales of their own.
+Heights are bytes: stored bytes on the left, read bytes on the right. The two sides have different scales, because a
+stored byte that several ranks read is on the right several times.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TOP, _BOTTOM = 0.85, 0.095
-#: Where blocks stand, of the width of the picture.
+#: Left and right edges of the blocks, in fractions of the width of the picture.
 _LEFT: Final = (0.165, 0.19)
 _RIGHT: Final = (0.655, 0.68)
 _NEED: Final = (0.686, 0.694)
-#: The share of the height that gaps between blocks take, all together.
+#: In fractions of the height: all gaps between blocks together, one gap at most, and a label of two lines.
 _GAPS: Final = 0.16
 _MOST_GAP: Final = 0.02
-#: The height of a label of two lines.
 _LABEL: Final = 0.056
-#: Runs of ranks that fit beside a block.
+#: Runs of consecutive ranks that fit in a label.
 _MOST_RUNS: Final = 4
-#: Blocks of less height would be all edge.
+#: Blocks and ribbons of less height have no edge, which would hide them.
 _LEAST_EDGED: Final = 0.006
 
 
 class Extent(NamedTuple):
-    """A stretch of the height of the picture, 0 at the top and 1 at the bottom."""
+    """A vertical extent in the picture, in fractions of its height from the top."""
 
     top: float
     bottom: float
@@ -45,9 +44,10 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """Neighbouring chunks of a file that one group of ranks reads, all of them whole or none.
+    """One ribbon: consecutive chunks of a file that a group of ranks reads, and needs either all whole or none whole.
 
-    ``chunks`` are the first and the last; ``kinds`` are what they are and how many bytes of each are read, in order.
+    ``chunks`` has the numbers of the first and the last chunk, ``kinds`` the kinds of tensors with the bytes that are
+    read of each, in order.
     """
 
     file: int
@@ -58,12 +58,12 @@ class Flow:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one rank reads of these chunks."""
+        """Bytes that one rank reads from these chunks."""
         return sum(num_bytes for _, num_bytes in self.kinds)
 
 
 def flows(plan: ReadingPlan) -> list[Flow]:
-    """All ribbons: group after group, down the files."""
+    """All ribbons, ordered by group, then by chunk."""
     return [flow for number, group in enumerate(plan.groups) for flow in _flows_of(plan, number, group)]
 
 
@@ -75,35 +75,35 @@ def _flows_of(plan: ReadingPlan, number: int, group: RankReads) -> Iterator[Flow
         read[chunk] += read_bytes
     files, sizes = plan.chunks.files.tolist(), plan.chunks.num_bytes.tolist()
 
-    def run(place: tuple[int, int]) -> tuple[int, int, bool]:
-        order, chunk = place
-        return chunk - order, files[chunk], needed[chunk] == read[chunk] == sizes[chunk]
+    def run(numbered: tuple[int, int]) -> tuple[int, int, bool]:
+        number, chunk = numbered
+        return chunk - number, files[chunk], needed[chunk] == read[chunk] == sizes[chunk]
 
-    for (_, file, is_whole), places in groupby(enumerate(sorted(read)), key=run):
-        chunks = [chunk for _, chunk in places]
+    for (_, file, is_whole), run_of_chunks in groupby(enumerate(sorted(read)), key=run):
+        chunks = [chunk for _, chunk in run_of_chunks]
         kinds = groupby(chunks, key=lambda chunk: plan.kinds[int(plan.chunks.tensors[chunk])])
         yield Flow(
             file=file,
             group=number,
             chunks=(chunks[0], chunks[-1]),
             is_whole=is_whole,
-            kinds=tuple((kind, sum(read[chunk] for chunk in same)) for kind, same in kinds),
+            kinds=tuple((kind, sum(read[chunk] for chunk in of_kind)) for kind, of_kind in kinds),
         )
 
 
 def stacked(heights: Sequence[float]) -> list[Extent]:
-    """Blocks of these relative heights, one below the other with gaps between them, filling the whole height."""
+    """The extents of blocks of these relative heights, one below the other with gaps, that fill the whole height."""
     gap = min(_MOST_GAP, _GAPS / max(1, len(heights) - 1))
     scale = (1 - gap * (len(heights) - 1)) / (sum(heights) or 1)
-    spans_, top = [], 0.0
+    extents, top = [], 0.0
     for height in heights:
-        spans_.append(Extent(top, top + height * scale))
+        extents.append(Extent(top, top + height * scale))
         top += height * scale + gap
-    return spans_
+    return extents
 
 
 def apart(centres: Sequence[float]) -> list[float]:
-    """Where to write about blocks with these middles, in order, so that no two labels overlap."""
+    """The positions of the labels of blocks with these centres, in order, so that no two labels overlap."""
     placed: list[float] = []
     for centre in centres:
         placed.append(max(centre, placed[-1] + _LABEL) if placed else max(centre, _LABEL / 2))
@@ -115,16 +115,16 @@ def apart(centres: Sequence[float]) -> list[float]:
 
 
 def _divided(within: Extent, heights: Sequence[float]) -> list[Extent]:
-    """``within`` cut into stretches of these relative heights."""
-    total, top, cut = sum(heights) or 1, within.top, []
+    """``within`` divided into extents of these relative heights."""
+    total, top, extents = sum(heights) or 1, within.top, []
     for height in heights:
         bottom = top + (within.bottom - within.top) * height / total
-        cut.append(Extent(top, bottom))
+        extents.append(Extent(top, bottom))
         top = bottom
-    return cut
+    return extents
 
 
-def draw(figure: Figure, plan: ReadingPlan, drawn: Sequence[Flow]) -> None:
+def draw(figure: Figure, plan: ReadingPlan, ribbons: Sequence[Flow]) -> None:
     """Draw blocks, ribbons and legends."""
     axes = figure.add_axes((0.0, _BOTTOM, 1.0, _TOP - _BOTTOM))
     axes.set(xlim=(0, 1), ylim=(1, 0))
@@ -132,7 +132,7 @@ def draw(figure: Figure, plan: ReadingPlan, drawn: Sequence[Flow]) -> None:
     _heading(axes, sum(_LEFT) / 2, f"{human_bytes(plan.stored_bytes)} stored")
     _heading(axes, sum(_RIGHT) / 2, f"{human_bytes(plan.total.read_bytes)} read, all together")
     chunks = _draw_files(axes, plan)
-    _draw_ranks(axes, plan, drawn, chunks)
+    _draw_ranks(axes, plan, ribbons, chunks)
     kinds = [style.patch(style.KINDS[kind], kind) for kind in style.KINDS if kind in plan.kinds]
     style.legend(figure, "Stored chunks, by what they hold", kinds)
     whole = style.patch(style.WHOLE, "chunk needed whole", alpha=0.6)
@@ -141,29 +141,31 @@ def draw(figure: Figure, plan: ReadingPlan, drawn: Sequence[Flow]) -> None:
 
 
 def _draw_files(axes: Axes, plan: ReadingPlan) -> list[Extent]:
-    """The stored side; gives the span of every chunk."""
+    """Draw the stored side, and return the extent of every chunk."""
     files, sizes = plan.chunks.files.tolist(), plan.chunks.num_bytes.tolist()
-    of_file = [[chunk for chunk, file in enumerate(files) if file == number] for number in range(len(plan.files))]
-    blocks = stacked([sum(sizes[chunk] for chunk in chunks) for chunks in of_file])
-    drawn: list[Extent] = []
+    by_file = [[chunk for chunk, file in enumerate(files) if file == number] for number in range(len(plan.files))]
+    blocks = stacked([sum(sizes[chunk] for chunk in chunks) for chunks in by_file])
+    extents: list[Extent] = []
     labels = apart([(block.top + block.bottom) / 2 for block in blocks])
-    for name, chunks, block, label in zip(plan.files, of_file, blocks, labels, strict=True):
-        for chunk, place in zip(chunks, _divided(block, [sizes[chunk] for chunk in chunks]), strict=True):
-            _block(axes, _LEFT, place, style.KINDS[plan.kinds[int(plan.chunks.tensors[chunk])]], f"chunk-{chunk}")
-            drawn.append(place)
+    for name, chunks, block, label in zip(plan.files, by_file, blocks, labels, strict=True):
+        for chunk, extent in zip(chunks, _divided(block, [sizes[chunk] for chunk in chunks]), strict=True):
+            _block(axes, _LEFT, extent, style.KINDS[plan.kinds[int(plan.chunks.tensors[chunk])]], f"chunk-{chunk}")
+            extents.append(extent)
         size = human_bytes(sum(sizes[chunk] for chunk in chunks))
         _label(axes, _LEFT[0] - 0.008, label, name, f"{size}, {counted(len(chunks), 'chunk')}", align="right")
-    return drawn
+    return extents
 
 
-def _draw_ranks(axes: Axes, plan: ReadingPlan, drawn: Sequence[Flow], chunks: Sequence[Extent]) -> None:
+def _draw_ranks(axes: Axes, plan: ReadingPlan, ribbons: Sequence[Flow], chunks: Sequence[Extent]) -> None:
+    """Draw the side of the ranks, and the ribbons from ``chunks``."""
     blocks = stacked([amount.read_bytes for amount in plan.amounts])
-    layers = sum(amount.read_bytes for amount in plan.amounts) / (plan.stored_bytes or 1)  # of ribbons, on the left
-    alpha = 0.42 / max(1.0, layers) ** 0.6
+    ribbons_per_chunk = sum(amount.read_bytes for amount in plan.amounts) / (plan.stored_bytes or 1)
+    alpha = 0.42 / max(1.0, ribbons_per_chunk) ** 0.6
     labels = apart([(block.top + block.bottom) / 2 for block in blocks])
     for number, (group, amount, block) in enumerate(zip(plan.groups, plan.amounts, blocks, strict=True)):
-        own = [flow for flow in drawn if flow.group == number]
-        for flow, end in zip(own, _divided(block, [flow.read_bytes for flow in own]), strict=True):
+        group_flows = [flow for flow in ribbons if flow.group == number]
+        ends = _divided(block, [flow.read_bytes for flow in group_flows])
+        for flow, end in zip(group_flows, ends, strict=True):
             begin = Extent(chunks[flow.chunks[0]].top, chunks[flow.chunks[1]].bottom)
             _ribbon(axes, begin, end, style.WHOLE if flow.is_whole else style.PART, alpha=alpha)
             for (kind, _), part in zip(flow.kinds, _divided(end, [size for _, size in flow.kinds]), strict=True):
@@ -171,16 +173,18 @@ def _draw_ranks(axes: Axes, plan: ReadingPlan, drawn: Sequence[Flow], chunks: Se
         _block(axes, _NEED, block, style.PART)
         share = (block.bottom - block.top) * amount.needed_bytes / (amount.read_bytes or 1)
         _block(axes, _NEED, Extent(block.top, block.top + share), style.WHOLE, f"ranks-{group.ranks[0]}")
-        _label(axes, _NEED[1] + 0.008, labels[number], _who(plan, group), _how_much(plan, number), align="left")
+        _label(
+            axes, _NEED[1] + 0.008, labels[number], _ranks_text(plan, group), _amount_text(plan, number), align="left"
+        )
 
 
-def _who(plan: ReadingPlan, group: RankReads) -> str:
+def _ranks_text(plan: ReadingPlan, group: RankReads) -> str:
     name = "rank" if len(group.ranks) == 1 else "ranks"
     layers = f", layers {spans(group.layers)}" if group.layers and plan.layout.pp > 1 else ""
     return f"{name} {spans(group.ranks, most=_MOST_RUNS)}{layers}"
 
 
-def _how_much(plan: ReadingPlan, number: int) -> str:
+def _amount_text(plan: ReadingPlan, number: int) -> str:
     amount = plan.amounts[number]
     if not amount.needed_bytes:
         return "needs nothing"
@@ -191,7 +195,7 @@ def _how_much(plan: ReadingPlan, number: int) -> str:
 
 
 def _block(axes: Axes, columns: tuple[float, float], rows: Extent, colour: str, name: str | None = None) -> None:
-    from matplotlib.patches import Rectangle  # noqa: PLC0415  (only pictures need matplotlib)
+    from matplotlib.patches import Rectangle
 
     width, height = columns[1] - columns[0], rows.bottom - rows.top
     edge = 0.4 if height > _LEAST_EDGED else 0
@@ -201,8 +205,8 @@ def _block(axes: Axes, columns: tuple[float, float], rows: Extent, colour: str, 
 
 
 def _ribbon(axes: Axes, begin: Extent, end: Extent, colour: str, *, alpha: float) -> None:
-    from matplotlib.patches import PathPatch  # noqa: PLC0415  (only pictures need matplotlib)
-    from matplotlib.path import Path  # noqa: PLC0415
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
 
     left, right = _LEFT[1], _RIGHT[0]
     middle = (left + right) / 2

@@ -1,4 +1,4 @@
-"""How pictures of reading plans look, and their legend."""
+"""Colours, matplotlib settings and legends of the pictures of reading plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WHOLE: Final = "#2a9d8f"
 PART: Final = "#ee8a33"
 INK: Final = "#22303c"
 FAINT: Final = "#6b7885"
-#: Colours of kinds of tensors: none of them like those of reads.
+#: Colours of the kinds of tensors, all different from those of whole and partial reads.
 KINDS: Final[Mapping[str, str]] = {
     "embedding": "#27408b",
     "attention": "#5b8bd0",
@@ -24,8 +24,8 @@ KINDS: Final[Mapping[str, str]] = {
     "output layer": "#5e3c84",
     "optimizer state": "#d7b5c9",
 }
-#: matplotlib's settings, whatever its user has configured: text stays text, also with ``$`` in it (elsewhere matplotlib
-#: takes what stands between two of them for a formula), and no identifier is random.
+#: matplotlib's settings, in place of the user's: text stays text in the SVG, ``$`` does not begin a formula, and
+#: identifiers are not random.
 SETTINGS: Final[Mapping[str, Any]] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
@@ -43,21 +43,21 @@ SETTINGS: Final[Mapping[str, Any]] = {
 
 
 def needed_colours() -> Colormap:
-    """From nothing needed of what is read (0) to all of it (1)."""
-    from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415  (only pictures need matplotlib)
+    """Colours of the share of the read bytes that is needed, from 0 to 1."""
+    from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("needed", [(0, "#c8402f"), (0.5, PART), (0.85, "#d3c26a"), (1, WHOLE)])
 
 
 def patch(colour: str, label: str, *, alpha: float = 1.0) -> Patch:
-    """An entry of a legend."""
-    from matplotlib.patches import Patch  # noqa: PLC0415  (only pictures need matplotlib)
+    """A coloured entry of a legend."""
+    from matplotlib.patches import Patch
 
     return Patch(facecolor=colour, alpha=alpha, label=label)
 
 
 def legend(figure: Figure, title: str, patches: Iterable[Patch], *, right: bool = False) -> None:
-    """A legend in a lower corner of the picture."""
+    """Draw a legend in the lower left corner of the picture, or in the lower right one."""
     shown = list(patches)
     figure.legend(
         handles=shown,

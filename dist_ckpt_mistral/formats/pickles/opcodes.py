@@ -1,9 +1,10 @@
-"""What the bytes of a pickle tell before anything is unpickled: whether it is plain, and where an attribute begins.
+"""Inspect the opcodes of a pickle before it is unpickled: is it harmless, and where does an attribute begin?
 
-CPython's own unpickler trusts a pickle with more than its names. Some bytes make it reserve gigabytes (a memo slot of a
-high number), hash for ever (a dict key that is a tuple of twice the same tuple of twice ...) or overflow its stack (a
-key that is nested deeply). Plain pickles cannot, and whoever writes ``.metadata`` writes plain ones: a regular
-expression tells them, in a third of the time that unpickling takes. Opcodes: CPython 3.11 to 3.14, ``Lib/pickle.py``.
+An allowlist of names does not make CPython's C unpickler safe. A few bytes can make it reserve gigabytes (a memo slot
+with a high number), hash for ever (a dict key that is a tuple of twice the same tuple of twice ...), or overflow its
+stack (a deeply nested key). Pickles of a plain subset of opcodes cannot do that. Genuine ``.metadata`` is in this
+subset, which a regular expression recognises in a third of the time that unpickling takes. Opcodes: CPython 3.11 to
+3.14, ``Lib/pickle.py``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import re
 from bisect import bisect_right
 from typing import Final
 
-#: The length of the PROTO opcode with its argument, and of a FRAME opcode's argument.
+#: Length of the PROTO opcode with its argument, and of the argument of a FRAME opcode.
 _PROTO_BYTES: Final = 2
 _FRAME_LENGTH_BYTES: Final = 8
-#: From this protocol on, memo slots are not numbered by the pickle but count up.
+#: From this protocol on, picklers let memo slots count up (MEMOIZE) instead of numbering them.
 _COUNTING_PROTOCOL: Final = 4
-#: Longer tuples than torch's tensors have axes are not plain.
+#: The longest plain tuple of integers: tensors of torch have no more axes.
 _MAX_ITEMS: Final = 64
 
 _INT: Final = rb"(?:K.|M..|J.{4}|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}|\x00|\x01.|\x02..|\x03...|\x04....))"
@@ -37,29 +38,31 @@ _CONSUMERS: Final = (pickle.REDUCE, pickle.BUILD)
 
 
 def made_safe(pickled: bytes) -> bytes | None:
-    """The same pickle in a form that CPython's unpickler may have: in one frame, some opcodes swapped; None: in none.
+    """Rewrite ``pickled`` so that CPython's C unpickler uses memory and time linear in its length.
 
-    Then it takes time and memory in proportion to the length, whatever the pickle says, if no call that it asks for
-    makes tuples. In a plain pickle opcodes make tuples of integers, or tuples that the next opcode takes off the stack.
-    Where the memo remembers one of the latter, as picklers have it although nobody asks for it again, the opcodes are
-    swapped, so that it remembers what came of the tuple: else tuples could grow without end. In one frame it is what
-    was looked at: an unpickler takes the head of a frame in the middle of an argument for a part of that.
+    That holds whatever the pickle contains, as long as no function that it calls makes tuples. Returns None if the
+    pickle is not in the plain subset; use the Python unpickler then.
+
+    In a plain pickle, a tuple has only integers, or the next opcode consumes it. Picklers memoize a tuple before it is
+    consumed, although they never use that slot again. A hostile pickle could use it, to build tuples that grow without
+    end; so the two opcodes are swapped, and the slot gets what was made of the tuple. All opcodes are put into one
+    frame: otherwise an unpickler could read the head of a frame, in the middle of an argument, as part of it.
     """
     if pickled[:1] != pickle.PROTO or len(pickled) < _PROTO_BYTES:
         return None
     opcodes = unframed(pickled)
     run = _plain_run(counting=pickled[1] >= _COUNTING_PROTOCOL, is_large=len(pickled) >= 1 << 24)
     at = 0
-    found: list[int] = []
+    swapped: list[int] = []
     while True:
         at = run.match(opcodes, at).end()  # type: ignore[union-attr]  # may match nothing, but always matches
         opcode, behind = opcodes[at : at + 1], opcodes[at + 1 : at + 3]
         if opcode == pickle.STOP:
-            return _in_one_frame(pickled[:_PROTO_BYTES], opcodes, found)
-        if opcode == pickle.BINUNICODE:  # a long one
+            return _in_one_frame(pickled[:_PROTO_BYTES], opcodes, swapped)
+        if opcode == pickle.BINUNICODE:  # one of 256 bytes or more
             at += 1 + 4 + int.from_bytes(opcodes[at + 1 : at + 5], "little")
         elif opcode and opcode in _TUPLES and behind[:1] == pickle.MEMOIZE and behind[1:] in _CONSUMERS:
-            found.append(at + 1)
+            swapped.append(at + 1)
             at += 3
         elif opcode and opcode in _TUPLES and behind[:1] in _CONSUMERS:
             at += 2
@@ -68,20 +71,21 @@ def made_safe(pickled: bytes) -> bytes | None:
 
 
 def _in_one_frame(proto: bytes, opcodes: bytes, swapped: list[int]) -> bytes:
-    """A pickle of these opcodes, where each of those at ``swapped`` has changed places with the one behind it."""
+    """A pickle of ``opcodes`` in one frame; each opcode at an index in ``swapped`` changes places with the next."""
     head = proto + pickle.FRAME + len(opcodes).to_bytes(_FRAME_LENGTH_BYTES, "little")
     whole = bytearray().join((head, opcodes))
-    for at in swapped:
-        one = len(head) + at
-        whole[one], whole[one + 1] = whole[one + 1], whole[one]
+    for index in swapped:
+        at = len(head) + index
+        whole[at], whole[at + 1] = whole[at + 1], whole[at]
     return bytes(whole)
 
 
 @functools.cache
 def _plain_run(*, counting: bool, is_large: bool) -> re.Pattern[bytes]:
-    """A run of plain opcodes. Where memo slots are not counted, only names and strings have any, of low numbers.
+    """A regular expression for a run of plain opcodes.
 
-    Slot numbers need memory, which a large file may take.
+    With ``counting``, memo slots count up. Otherwise only names and strings have slots, and their numbers are below
+    2**16, or 2**24 in a large file: the unpickler's memo is as large as the highest number.
     """
     short = b"|".join(b"%b.{%d}" % (re.escape(bytes([length])), length) for length in range(256))
     if counting:
@@ -99,7 +103,7 @@ def _plain_run(*, counting: bool, is_large: bool) -> re.Pattern[bytes]:
 
 
 def unframed(pickled: bytes) -> bytes:
-    """The opcodes behind PROTO without the frames around them; where a frame is not there to its end, as they are."""
+    """The opcodes after PROTO without the heads of frames; unchanged if the last frame is incomplete."""
     ends = _frame_ends(pickled)
     if not ends or ends[-1] > len(pickled):
         return pickled[_PROTO_BYTES:]
@@ -110,7 +114,7 @@ def unframed(pickled: bytes) -> bytes:
 
 
 def _frame_ends(pickled: bytes) -> list[int]:
-    """Where each of the frames ends with which ``pickled`` begins: behind the PROTO opcode, one behind the other."""
+    """The end of each frame in the unbroken sequence of frames that follows the PROTO opcode."""
     ends, start = [], _PROTO_BYTES
     while pickled[start : start + 1] == pickle.FRAME:
         begin = start + 1 + _FRAME_LENGTH_BYTES
@@ -120,11 +124,11 @@ def _frame_ends(pickled: bytes) -> list[int]:
 
 
 def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes | None:
-    """A pickled object of attributes, ended before its attribute ``key``; None if that cannot be told from the bytes.
+    """Cut a pickled object off before its attribute ``key``; None if the bytes do not show where that is.
 
-    Those must be the frames that picklers make from protocol 4 on (PEP 3154), all of them, without the attribute
-    ``unless_behind`` behind ``key``. Where ``key`` is something else than an attribute of the topmost object, loading
-    the result fails, or gives something else than that object.
+    The pickle must consist of complete frames, as picklers write them from protocol 4 on (PEP 3154), and must not have
+    the string ``unless_behind`` after ``key``. If ``key`` is not an attribute of the topmost object after all, loading
+    the result fails, or gives another object.
     """
     at = pickled.rfind(_short_string(key))
     ends = _frame_ends(pickled)
@@ -135,9 +139,9 @@ def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes | Non
     if at < (ends[number - 1] if number else _PROTO_BYTES) + 1 + _FRAME_LENGTH_BYTES:
         return None
     ending = pickle.SETITEMS + pickle.BUILD + pickle.STOP
-    return b"".join((memoryview(pickled)[:at], ending.ljust(ends[number] - at, b"\0")))  # unpicklers want whole frames
+    return b"".join((memoryview(pickled)[:at], ending.ljust(ends[number] - at, b"\0")))  # frames must be complete
 
 
 def _short_string(text: str) -> bytes:
-    """The opcode of a string of less than 256 bytes."""
+    """The opcode of a string of fewer than 256 bytes."""
     return pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()

@@ -1,7 +1,7 @@
-"""Pickles as records: read through an allowlist of names and opcodes, without executing anything.
+"""Read pickles through an allowlist of names and opcodes, without executing anything.
 
-Reading builds inert stand-ins for the few classes that a format uses; any other name is refused before it is looked up.
-What a pickle can make of them is bounded, too: time and memory are in proportion to its length.
+Unpickling builds inert stand-ins for the few classes that a format uses. Any other name is refused without being
+imported. Time and memory are linear in the length of the pickle, whatever it contains.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats.pickles.opcodes import made_safe
 
-#: Names in errors: a pickle may ask for one of a gigabyte.
-_MOST_LETTERS: Final = 200
-#: More arguments than any call has that a format knows: each call copies its arguments.
+#: The longest part of a name in errors, in characters: a pickle may contain a name of a gigabyte.
+_MAX_NAME_LENGTH: Final = 200
+#: The most arguments of a call. Genuine ones have fewer, and each call copies its arguments.
 _MAX_ARGUMENTS: Final = 64
-#: Genuine pickles of many bytes have fifty and more for each list or dict, which takes one byte and makes 64.
+#: Pickles are refused that have more than ``_FEW_CONTAINERS`` lists and dicts and one in fewer than this many bytes. An
+#: empty one takes one byte in the pickle and 64 in memory; large genuine pickles have fifty bytes and more for each.
 _BYTES_OF_A_CONTAINER: Final = 10
-_FEW: Final = 1000
-#: What picklers of protocol 2 to 5 emit for plain values, calls, and objects made without keyword arguments.
+_FEW_CONTAINERS: Final = 1000
+#: The opcodes that picklers of protocol 2 to 5 write for plain values, calls, and objects made without keywords.
 _OPCODES: Final = (
     *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
@@ -35,57 +36,57 @@ _OPCODES: Final = (
     *("EMPTY_DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
     *("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
 )
-#: How CPython's pickle.py names its unpickler, which is the same from 3.8 to 3.14.
+#: The unpickler in CPython's pickle.py, which is the same from 3.8 to 3.14.
 _PythonUnpickler: Any = getattr(pickle, "_Unpickler")  # noqa: B009  (mypy knows no such name)
 
 
 class _RefusedError(Exception):
-    """What a pickle asks for and may not have."""
+    """A pickle asks for something outside the allowlist."""
 
 
 class Inert:
-    """An unpickled object that is nothing but its class name and attributes. There may be millions: no code runs."""
+    """An unpickled object: a class name and attributes. None of its code runs, so that millions of them are cheap."""
 
 
 class StateRecord(list[Any]):
-    """An unpickled object that is nothing but its class name and, as item 0, its pickle state: a dict of attributes.
+    """An unpickled object: a class name and, as item 0 of this list, its pickle state, a dict of attributes.
 
-    There may be millions: the state is kept as it comes, by C code, instead of being copied into attributes.
+    There may be millions. ``list.append`` is C code and keeps the state as it is, instead of copying it to attributes.
     """
 
     __slots__ = ()
-    __hash__ = object.__hash__  # type: ignore[assignment]  # may be a key, as what it stands for
+    __hash__ = object.__hash__  # type: ignore[assignment]  # objects can be keys, lists cannot
     __setstate__ = list.append
 
     def __init__(self) -> None:
-        """Accept no arguments: a list of them would be a copy."""
+        """Accept no arguments, which a list would copy."""
         super().__init__()
 
 
 class OpaqueRecord(Inert):
-    """A record that also keeps what its class would have interpreted: constructor arguments and pickle state."""
+    """An inert object that keeps its constructor arguments and its pickle state, which its class would interpret."""
 
     def __new__(cls, *args: object) -> OpaqueRecord:  # noqa: PYI034  (subclasses are made at run time)
         """Keep the arguments; nothing is called."""
         self = object.__new__(cls)
-        self.__dict__["args"] = few(args)
+        self.__dict__["args"] = _few(args)
         return self
 
     def __init__(self, *args: object) -> None:
         """Accept what the pickle passes."""
 
     def __setstate__(self, state: object) -> None:
-        """Keep ``state``, whatever it is."""
+        """Keep ``state``."""
         self.__dict__["state"] = state
 
 
 def record_class(name: str, base: type[Inert | StateRecord] = StateRecord) -> type[Inert | StateRecord]:
-    """A new stand-in class. Make one for every load: a pickle may set attributes of the classes that it names."""
+    """A new stand-in class. Make one for every load, because a pickle can set attributes of the classes it names."""
     return type(name, (base,), {"__slots__": ()})
 
 
 class _Function:
-    """Stands in for a function. Of one of Python's own, a pickle could set the attributes, for all pickles to come."""
+    """A callable that stands in for a function. A pickle cannot set its attributes, which would outlast the load."""
 
     __slots__ = ("_call",)
 
@@ -93,30 +94,30 @@ class _Function:
         self._call = call
 
     def __call__(self, *args: object) -> Any:  # noqa: ANN401  (stand-ins of any kind)
-        return self._call(*few(args))
+        return self._call(*_few(args))
 
     def __setstate__(self, state: object) -> None:
         raise _RefusedError(f"a change of a function ({short(state)})")
 
 
-def few(args: tuple[object, ...]) -> tuple[object, ...]:
-    """The arguments of a call, if they are as few as those of calls in genuine files."""
+def _few(args: tuple[object, ...]) -> tuple[object, ...]:
+    """``args``, unless there are more than ``_MAX_ARGUMENTS``."""
     if len(args) > _MAX_ARGUMENTS:
         raise _RefusedError(f"a call with {len(args)} arguments")
     return args
 
 
-#: Stands in for ``torch.Size``: gives back the tuple that it is called with, and raises for all else.
+#: Stands in for ``torch.Size``: returns the tuple that it is called with, and raises for anything else.
 as_tuple: Final = ().__add__
 
 
 def empty_dict() -> dict[Any, Any]:
-    """Stands in for the constructor of an ordered dict, which picklers fill afterwards."""
+    """Stands in for the constructor of an ordered dict, which a pickle fills afterwards."""
     return {}
 
 
 class _Loads(dict[int, Callable[[Any], None]]):
-    """How opcodes are carried out."""
+    """Opcode -> the unpickler's method for it; refuses all others by name."""
 
     def __missing__(self, opcode: int) -> Callable[[Any], None]:
         names = {code.code: code.name for code in pickletools.opcodes}
@@ -124,7 +125,7 @@ class _Loads(dict[int, Callable[[Any], None]]):
 
 
 class _Hooks:
-    """What both unpicklers ask: the allowlist, and nothing else."""
+    """The hooks of both unpicklers: names and persistent ids are looked up in the allowlist, and nowhere else."""
 
     def __init__(self, file: io.BytesIO, find: Callable[[str, str], Any], persistent: Callable[[Any], Any]) -> None:
         super().__init__(file)  # type: ignore[call-arg]  # an unpickler stands behind this class
@@ -132,27 +133,27 @@ class _Hooks:
         self._persistent = persistent
 
     def find_class(self, module_name: str, global_name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
-        name = f"{module_name:.{_MOST_LETTERS}}.{global_name:.{_MOST_LETTERS}}"
-        if len(name) > _MOST_LETTERS:
-            raise _RefusedError(f"{name:.{_MOST_LETTERS}}...")
+        name = f"{module_name:.{_MAX_NAME_LENGTH}}.{global_name:.{_MAX_NAME_LENGTH}}"
+        if len(name) > _MAX_NAME_LENGTH:
+            raise _RefusedError(f"{name:.{_MAX_NAME_LENGTH}}...")
         try:
-            found = self._find(module_name, global_name)
+            stand_in = self._find(module_name, global_name)
         except KeyError:
             raise _RefusedError(name) from None
-        return _Function(found) if isinstance(found, FunctionType) else found
+        return _Function(stand_in) if isinstance(stand_in, FunctionType) else stand_in
 
     def persistent_load(self, pid: Any) -> Any:  # noqa: ANN401  (what the pickle says)
         return self._persistent(pid)
 
 
 class _FastUnpickler(_Hooks, pickle.Unpickler):
-    """CPython's unpickler in C, for plain pickles."""
+    """CPython's unpickler in C, for pickles in the plain subset of pickles/opcodes.py."""
 
 
 class _CarefulUnpickler(_Hooks, _PythonUnpickler):  # type: ignore[misc]  # of no type that mypy knows
-    """CPython's unpickler in Python: slow, but its memo takes no more than is in it.
+    """CPython's unpickler in Python, for all other pickles: slow, but its memo is no larger than its content.
 
-    It loads any pickle of the opcodes that are allowed and whose keys can be hashed at once.
+    It carries out only ``_OPCODES``, and refuses dict keys that take long to hash.
     """
 
     def load_setitem(self) -> None:
@@ -170,13 +171,14 @@ class _CarefulUnpickler(_Hooks, _PythonUnpickler):  # type: ignore[misc]  # of n
 
 
 def _require_flat(keys: Iterable[object]) -> None:
-    """Python hashes a tuple anew each time, with all that is in it, without looking at the depth."""
+    """Refuse keys that are long or nested tuples: Python hashes all of a tuple each time, to any depth."""
     for key in keys:
         if type(key) is tuple and (len(key) > _MAX_ARGUMENTS or any(type(item) is tuple for item in key)):
             raise _RefusedError("a dict whose keys are tuples, long or of tuples")
 
 
 def _no_persistent(pid: object) -> object:
+    """Refuse persistent ids, in formats that have none."""
     raise _RefusedError(f"the persistent object {short(pid)}")
 
 
@@ -187,12 +189,24 @@ def loads(
     *,
     persistent: Callable[[Any], Any] = _no_persistent,
 ) -> Any:  # noqa: ANN401  (whatever the pickle holds)
-    """Unpickle ``data``. ``find(module, name)`` gives the stand-in of a global, or raises KeyError to refuse it.
+    """Unpickle ``data`` through an allowlist.
 
-    Stand-ins must make no tuples, see pickles/opcodes.py. Raises UnsafePickleError for a global or an opcode outside
-    the allowlist, FormatError for a broken pickle in the file ``where``.
+    Args:
+        data: The pickle.
+        find: Returns the stand-in of a global, given its module and name; raises KeyError to refuse it. A stand-in must
+            not make tuples, see pickles/opcodes.py.
+        where: Names the file in errors.
+        persistent: Returns what a persistent id stands for.
+
+    Returns:
+        The unpickled object.
+
+    Raises:
+        UnsafePickleError: The pickle asks for a global or an opcode outside the allowlist. Nothing was executed.
+        FormatError: The pickle is damaged.
     """
-    if data.count(pickle.EMPTY_DICT) + data.count(pickle.EMPTY_LIST) > _FEW + len(data) // _BYTES_OF_A_CONTAINER:
+    num_containers = data.count(pickle.EMPTY_DICT) + data.count(pickle.EMPTY_LIST)
+    if num_containers > _FEW_CONTAINERS + len(data) // _BYTES_OF_A_CONTAINER:
         raise FormatError(f"{where} is refused: its pickle has more lists and dicts than any genuine one of its length")
     safe = made_safe(data)
     if safe is None and not data.rstrip(b"\0").endswith(pickle.STOP):
@@ -208,12 +222,12 @@ def loads(
     except MemoryError:
         raise
     except Exception as error:  # a broken pickle raises nearly anything
-        raise FormatError(f"{where} is not a readable pickle: {error!r:.{_MOST_LETTERS}}") from error
+        raise FormatError(f"{where} is not a readable pickle: {error!r:.{_MAX_NAME_LENGTH}}") from error
 
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
-    """Keep the garbage collector off: it would look again and again at millions of live records (6 times slower)."""
+    """Pause the garbage collector, which would traverse millions of live records again and again (6 times slower)."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
-"""Records as pickles, written by opcodes that name classes: neither torch nor Megatron need be importable.
+"""Write pickles of plain values and of objects whose classes are given by name, without importing these classes.
 
-Opcodes: CPython 3.11, ``Lib/pickle.py``. What reads pickles is pickles/reader.py.
+Opcodes: protocol 2, CPython 3.11, ``Lib/pickle.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """``function(*args)``, called by whoever unpickles it."""
+    """The result of ``function(*args)``, which the unpickler calls."""
 
     function: Global
     args: tuple[Any, ...]
@@ -32,7 +32,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """An object of ``cls`` made without its constructor, then given ``state``."""
+    """An object of ``cls``, made without calling its constructor; ``state`` is its pickle state."""
 
     cls: Global
     state: Any
@@ -40,14 +40,14 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class PersistentId:
-    """An object that lies outside the pickle."""
+    """A persistent id: stands for an object outside the pickle, such as a storage in a ``torch.save`` archive."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class LazyDict:
-    """A dict given as (key, value) pairs, which may be made one by one: keys that are records are not hashable here."""
+    """A dict as (key, value) pairs, which may be made one by one. Keys may be records, which cannot be hashed."""
 
     items: Iterable[tuple[Any, Any]]
 
@@ -67,7 +67,7 @@ def dumps(value: Any) -> bytes:  # noqa: ANN401  (records of any shape)
 
 
 class _Emitter:
-    """Collects opcodes. Names and strings repeat for every chunk of a checkpoint, so they are memoized."""
+    """Collects opcodes. Memoizes names and strings, which repeat for every chunk of a checkpoint."""
 
     def __init__(self) -> None:
         self.opcodes = bytearray()

@@ -1,8 +1,9 @@
-"""The zip archives of ``torch.save``: finding a tensor's bytes in one, without torch.
+"""Read the zip archives of ``torch.save`` without torch: find the bytes of a tensor, or unpickle an object.
 
-An archive holds ``data.pkl`` (a pickle), ``data/0`` (the bytes of the only storage), ``byteorder`` and ``version``, all
-stored uncompressed (torch 2.6 to 2.15, ``caffe2/serialize/inline_container.cc``). torch writes sizes and checksums only
-into the central directory, so that is what is read here. ZIP and ZIP64: PKWARE APPNOTE 6.3.10.
+An archive holds the records ``data.pkl`` (a pickle), ``data/0`` (the bytes of the only storage), ``byteorder`` and
+``version``, all uncompressed (torch 2.6 to 2.15, ``caffe2/serialize/inline_container.cc``). torch writes sizes and
+checksums only behind the data and into the central directory, so this module reads the central directory. ZIP and
+ZIP64: PKWARE APPNOTE 6.3.10.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ LOCATOR64: Final = struct.Struct("<4sIQI")
 EXTRA: Final = struct.Struct("<2H")
 MAX32: Final = 0xFFFFFFFF
 ZIP64_FIELD: Final = 1
-#: Archive heads and tails fit in this many bytes in every checkpoint seen.
+#: What precedes and follows the data fits in this many bytes in every checkpoint seen.
 _EDGE_BYTES: Final = 2048
-#: More than any pickle, directory or small record has that Megatron writes: what is larger is not read whole.
+#: Pickles, directories and small records of more bytes are refused: Megatron writes none.
 _MAX_RECORD_BYTES: Final = 16 << 20
 LITTLE_ENDIAN: Final = b"little"
 
@@ -51,9 +52,9 @@ class Member:
 
 
 class Listed(NamedTuple):
-    """One record as the central directory lists it, under the archive's own top folder ``root``.
+    """One record as the central directory lists it: ``ROOT/NAME``, where all records have the same top folder.
 
-    ``offset`` is that of its local header in the archive.
+    ``offset`` is the byte of the archive where its local header begins.
     """
 
     root: str
@@ -65,7 +66,7 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchivedTensor:
-    """A tensor of an archive: torch dtype name, shape in elements, and where its row-major bytes lie."""
+    """The tensor of an archive: torch dtype name, shape in elements, and the record with its row-major bytes."""
 
     dtype: str
     shape: Shape
@@ -73,13 +74,13 @@ class ArchivedTensor:
 
 
 class TensorLocator:
-    """Finds tensors in the archives of one checkpoint.
+    """Find tensors in the archives of one checkpoint.
 
-    Archives of equal chunks begin with the same bytes: where a head is known already, comparing it tells all.
+    Archives of equal chunks begin with the same bytes. An archive is parsed only if its head differs from the last one.
     """
 
     def __init__(self, files: SourceFiles, paths: Sequence[Path], places: Iterable[tuple[int, int]] = ()) -> None:
-        """Read from ``files``, called ``paths`` in errors; ``places`` are about those that will be asked for."""
+        """Read from ``files``, which are at ``paths``; ``places`` are (file, position) to read ahead, in order."""
         self._files, self._paths = files, paths
         self._heads = ReadAhead(files, places)
         self._known: dict[tuple[str, Shape, int], bytes] = {}
@@ -87,7 +88,7 @@ class TensorLocator:
     def locate(
         self, name: str, dtype: str, shape: Shape, num_bytes: int, places: Iterable[tuple[int, int]]
     ) -> Iterator[int]:
-        """Yield the byte of the file where the data begins of the archive at each of ``places``: (file, position).
+        """Yield the byte of its file where the data of each archive begins; ``places`` are (file, position) of each.
 
         Archives are ``num_bytes`` long and hold equal chunks of the tensor ``name``. Raises FormatError unless each
         holds one tensor of the given torch dtype name and shape (in elements).
@@ -104,7 +105,7 @@ class TensorLocator:
             yield position + len(head)
 
     def _head(self, file: int, position: int, num_bytes: int, dtype: str, shape: Shape) -> bytes:
-        """What stands before the data of an archive that holds the given tensor."""
+        """The bytes before the data of an archive. Raises FormatError unless it holds the given dtype and shape."""
         stored = ArchiveReader(self._files, file, position, num_bytes, "the archive").tensor()
         if (stored.dtype, stored.shape) != (dtype, shape):
             raise FormatError(
@@ -115,7 +116,7 @@ class TensorLocator:
 
 
 class ArchiveReader:
-    """One archive inside a file. Reads its two edges once, and more only where that was not enough."""
+    """One archive inside a file. Reads its first and last bytes once, and more only where that is not enough."""
 
     def __init__(self, files: SourceFiles, file: int, position: int, num_bytes: int, where: str) -> None:
         """The archive is bytes ``[position, position + num_bytes)`` of file ``file``; ``where`` names it in errors."""
@@ -130,16 +131,16 @@ class ArchiveReader:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The records, without the archive's own top folder."""
+        """The names of the records, without the top folder."""
         return tuple(self._members)
 
     @property
     def directory_offset(self) -> int:
-        """Where the central directory begins in the archive."""
+        """The byte of the archive where the central directory begins."""
         return self._directory()[2]
 
     def member(self, name: str) -> Member:
-        """Where the record ``name`` lies, without the archive's own top folder. Raises FormatError if there is none."""
+        """The bytes of the record ``name``, given without the top folder. Raises FormatError if there is none."""
         if name not in self._members:
             raise FormatError(f"{self._where} is not a torch.save archive: it has no {name}")
         _, _, offset, num_bytes, crc32 = self._members[name]
@@ -161,7 +162,7 @@ class ArchiveReader:
         return content
 
     def tensor(self) -> ArchivedTensor:
-        """The archive's only tensor. Raises FormatError for a view, big-endian data and anything but one tensor."""
+        """The only tensor of the archive. Raises FormatError for views, big-endian data, and other content."""
         if "byteorder" in self._members and self.read("byteorder") != LITTLE_ENDIAN:
             raise FormatError(f"{self._where} is big-endian, which is not supported")
         dtype, shape = read_tensor(self.read("data.pkl"), self._where)
@@ -174,20 +175,21 @@ class ArchiveReader:
         return ArchivedTensor(dtype=dtype, shape=shape, data=data)
 
     def object(self, find: Callable[[str, str], Any]) -> Any:  # noqa: ANN401  (whatever was saved)
-        """The archive's pickled object, through the allowlist ``find``. Tensors in it become inert."""
+        """The pickled object of the archive, unpickled through the allowlist ``find``. Tensors in it become inert."""
         return reader.loads(self.read("data.pkl"), find, self._where, persistent=lambda _: None)
 
     def _require_small(self, name: str, num_bytes: int) -> None:
+        """Raise FormatError if the part ``name`` is too large to be read whole."""
         if num_bytes > _MAX_RECORD_BYTES:
             raise FormatError(
                 f"{self._where} has {num_bytes} bytes of {name}: expected at most {_MAX_RECORD_BYTES}. It is damaged."
             )
 
     def _read(self, offset: int, num_bytes: int) -> bytes:
-        """Bytes at ``offset`` of the archive, from an edge if they lie in one."""
+        """Bytes at ``offset`` of the archive, from what is in memory if they are there."""
         if offset < 0 or offset + num_bytes > self._size:
             raise FormatError(
-                f"{self._where} is damaged: bytes [{offset}, {offset + num_bytes}) of {self._size} are asked for"
+                f"{self._where} is damaged: it refers to bytes [{offset}, {offset + num_bytes}) of {self._size}"
             )
         if offset + num_bytes <= len(self._head):
             return self._head[offset : offset + num_bytes]
@@ -197,7 +199,7 @@ class ArchiveReader:
         return self._files.read(self._file, self._start + offset, num_bytes)
 
     def _walk(self) -> Iterator[Listed]:
-        """Yield every record."""
+        """Yield every record in the order of the central directory."""
         count, directory_bytes, offset = self._directory()
         self._require_small("central directory", directory_bytes)
         directory = self._read(offset, directory_bytes)
@@ -221,7 +223,7 @@ class ArchiveReader:
             yield Listed(root, record, header, size, crc32)
 
     def _zip64_values(self, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
-        """``values`` with those that are 0xFFFFFFFF taken from the ZIP64 extra field, in order."""
+        """``values``, where each 0xFFFFFFFF is replaced by the next number of the ZIP64 extra field."""
         at = 0
         while MAX32 in values and at + EXTRA.size <= len(extra):
             field, num_bytes = EXTRA.unpack_from(extra, at)

@@ -1,12 +1,13 @@
-"""The common state of a Megatron checkpoint: what is not tensors. ``args``, ``iteration``, ``content_metadata`` ...
+"""The common state of a Megatron checkpoint: everything but tensors and objects, such as ``args`` and ``iteration``.
 
-megatron-core up to 0.16 keeps it in ``common.pt``, from 0.17 on in an object inside the shards; every version reads
+megatron-core up to 0.18 saves it as ``common.pt``, 0.19 as an object inside a data file. Every version reads
 ``common.pt`` first where it exists (dist_checkpointing/serialization.py, ``load_common_state_dict``), so that is what
 is written here.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ COMMON_FILE: Final = "common.pt"
 #: The object that holds the common state from megatron-core 0.17 on.
 SHARDED_KEY: Final = "common_state/shard_0_1"
 
-#: No number of Megatron's comes near; one of 1024 bits is beyond all floats.
+#: Integers of more bits are refused: they exceed all floats, and Megatron has none.
 _MAX_BITS: Final = 1024
-#: Of what is written out, each value counts as one and each string as so many as it has letters. A pickle refers to one
-#: list a thousand times for little; error messages and config.json spell it out.
+#: The most that the state may be when it is written out, as errors and config.json do. A value counts as one item, a
+#: string as many as it has characters. A pickle can refer to one list a thousand times at little cost.
 _MAX_ITEMS: Final = 1 << 24
 _MAX_HEIGHT: Final = 100
 #: Classes that training puts into the common state: those of megatron-core's own ``safe_globals.py`` (0.14 to 0.19).
-#: All become inert records, so a whole package of classes can be let in; functions cannot.
+#: All become inert records, so that all of Megatron's classes can be allowed; functions cannot.
 _RECORDS: Final = {
     ("pathlib", "PosixPath"),
     ("signal", "Signals"),
@@ -68,7 +69,7 @@ _BUILTINS: Final = {("collections", "OrderedDict"): empty_dict}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one archive lies: its file, relative to the checkpoint's directory, and its bytes there."""
+    """One archive: its file, relative to the checkpoint's directory, and its byte range there."""
 
     file: str
     offset: int
@@ -76,34 +77,29 @@ class Entry:
 
 
 def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
-    """The common state of the checkpoint in ``directory``; ``sharded`` is where its shards hold it, if they do.
+    """The common state of the checkpoint in ``directory``; empty if it has none.
 
-    Plain values stay what they are; namespaces become dicts; everything else becomes an inert record. A checkpoint
-    without common state gives an empty dict.
+    ``sharded`` is the archive of the object ``SHARDED_KEY``, if there is one; ``common.pt`` comes first.
+    Plain values are kept, namespaces at the top become dicts, and everything else becomes an inert record.
+    Raises FormatError where it is damaged, UnsafePickleError where its pickle asks for more than the allowlist.
     """
-    path = directory / COMMON_FILE
-    if path.is_symlink() or path.exists():
-        with SourceFiles([path]) as files:
-            entry = Entry(COMMON_FILE, 0, files.size_bytes(0))
-    elif sharded is not None:
-        entry = sharded
-    else:
+    if os.path.lexists(directory / COMMON_FILE):
+        sharded = None
+    elif sharded is None:
         return {}
-    path = directory / entry.file
+    path = directory / (COMMON_FILE if sharded is None else sharded.file)
+    where = f"the common state in {path}"
     with SourceFiles([path]) as files:
-        if files.size_bytes(0) < entry.offset + entry.num_bytes:
-            raise FormatError(
-                f"{path} is truncated: the common state should end at byte {entry.offset + entry.num_bytes}"
-            )
-        value = ArchiveReader(files, 0, entry.offset, entry.num_bytes, f"the common state in {path}").object(
-            allowlist()
-        )
-    return _state(value, f"the common state in {path}")
+        file_bytes = files.size_bytes(0)
+        begin, num_bytes = (0, file_bytes) if sharded is None else (sharded.offset, sharded.num_bytes)
+        if file_bytes < begin + num_bytes:
+            raise FormatError(f"{path} is truncated: the common state should end at byte {begin + num_bytes}")
+        return _state(ArchiveReader(files, 0, begin, num_bytes, where).object(allowlist()), where)
 
 
 def _state(value: object, where: str) -> dict[str, Any]:
-    """What was pickled as a common state, if it is one."""
-    if isinstance(value, list) and len(value) == 1:  # objects in shards are lists of one
+    """The unpickled ``value`` as a common state. Raises FormatError unless it is a dict of bounded size."""
+    if isinstance(value, list) and len(value) == 1:  # an object in a data file is a list of length 1
         value = value[0]
     if not isinstance(value, dict):
         raise FormatError(f"{where} is not a dict")
@@ -117,9 +113,9 @@ def _state(value: object, where: str) -> dict[str, Any]:
 
 
 def write(state: Mapping[str, Any]) -> bytes:
-    """The content of ``common.pt``. ``state`` holds plain values; its ``args`` become an ``argparse.Namespace``.
+    """The content of ``common.pt`` for a ``state`` of plain values; its ``args`` become an ``argparse.Namespace``.
 
-    A ``TorchDtype`` among the args becomes torch's own, for which neither torch nor a class needs to be imported.
+    A ``TorchDtype`` among the args is pickled as torch's own dtype, without importing torch.
     """
     args = {
         name: Global("torch", value.name) if isinstance(value, TorchDtype) else value
@@ -129,9 +125,9 @@ def write(state: Mapping[str, Any]) -> bytes:
 
 
 def _extent(value: object, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:
-    """How much ``value`` is when it is written out, and its height; ``known`` are those met before, by their ids.
+    """(items, height) of ``value`` when it is written out; ``known`` has those of values seen before, by ``id``.
 
-    Raises ValueError where either is too much, and for a number that Python does not even print.
+    Raises ValueError where either exceeds its limit, and for an integer that Python would not print.
     """
     if type(value) is int and value.bit_length() > _MAX_BITS:
         raise ValueError(f"a number of more than {_MAX_BITS} bits")
@@ -147,14 +143,14 @@ def _extent(value: object, known: dict[int, tuple[int, int]], depth: int = 0) ->
 
 
 def _parts(value: Any) -> Iterable[object]:  # noqa: ANN401  (from a pickle)
-    """What a value consists of."""
+    """The keys, items or attributes of ``value``; nothing for a plain value."""
     if isinstance(value, dict):
         return chain.from_iterable(value.items())
     return value if isinstance(value, list | tuple) else vars(value).values() if isinstance(value, OpaqueRecord) else ()
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (from a pickle)
-    """Namespaces as dicts."""
+    """``value``, but the attributes of a namespace as a dict."""
     if not isinstance(value, StateRecord):
         return value
     if len(value) > 1 or not all(isinstance(state, dict) for state in value):
@@ -163,20 +159,20 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  (from a pickle)
 
 
 def allowlist() -> Callable[[str, str], Any]:
-    """Fresh inert stand-ins for all that Megatron stores beside tensors, one class per name."""
+    """A lookup of fresh inert stand-ins for the classes that Megatron pickles beside tensors, one for each name."""
     made: dict[tuple[str, str], Any] = dict(_BUILTINS)
 
     def find(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
-        known = made.get((module, name)) or torch_dtype_name(module, name)
-        if known is not None:
-            return known
-        spelled = f"{module}:{name}"
+        stand_in = made.get((module, name)) or torch_dtype_name(module, name)
+        if stand_in is not None:
+            return stand_in
+        full_name = f"{module}:{name}"
         if (module, name) in _NAMESPACES:
             made[module, name] = record_class(name)
-        elif (module, name) in _RECORDS or _MEGATRON_CLASS.fullmatch(spelled) or _TORCH_STORAGE.fullmatch(spelled):
+        elif (module, name) in _RECORDS or _MEGATRON_CLASS.fullmatch(full_name) or _TORCH_STORAGE.fullmatch(full_name):
             made[module, name] = record_class(name, OpaqueRecord)
         else:
-            raise KeyError(spelled)
+            raise KeyError(full_name)
         return made[module, name]
 
     return find

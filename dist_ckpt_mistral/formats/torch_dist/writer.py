@@ -1,7 +1,7 @@
-"""Writing Megatron ``torch_dist`` checkpoints that every megatron-core from 0.12 on loads, without torch and Megatron.
+"""Write Megatron ``torch_dist`` checkpoints that every megatron-core from 0.12 on loads, without torch and Megatron.
 
-First the layout (which archive where), then the data through a byte plan, then what stands around it.
-Five-element ``TensorProperties`` and a ``common.pt`` are what all versions read (torch 2.6 to 2.15).
+``lay_out`` places the archives in files, a byte plan copies the data into them, and ``CheckpointLayout`` writes the
+bytes around the data and ``.metadata``. All versions read ``TensorProperties`` of five elements (torch 2.6 to 2.15).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dist_ckpt_mistral.formats.pickles import writer
 from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, LazyDict, LazyList
 from dist_ckpt_mistral.formats.torch_dist import archive_writer
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout
-from dist_ckpt_mistral.formats.torch_dist.metadata import MCORE_DATA, OWN_SHAPE
+from dist_ckpt_mistral.formats.torch_dist.metadata import GLOBAL_SHAPE, MCORE_DATA
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, as_range_of_blocks
 from dist_ckpt_mistral.gather.plan import BytePlan
@@ -41,11 +41,11 @@ _INFO: Final = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewChunk:
-    """One chunk to write: a box of the global tensor ``mcore_key``, in elements, into data file number ``file``.
+    """One chunk to write: a box (in elements) of the global tensor ``mcore_key``, into data file number ``file``.
 
-    ``other_keys`` stand for the same bytes. ``as_block`` stores the chunk as Megatron's ``fully_sharded_model_space``
-    does (0.14, see gather/flat_ranges.py): the bytes are the same, the metadata says other shapes. All chunks of such a
-    tensor must have one shape.
+    ``other_keys`` are further keys of the same bytes. ``as_block`` describes the chunk as Megatron's
+    ``fully_sharded_model_space`` does (0.14; ``as_range_of_blocks`` in gather/index.py): the bytes are the same, the
+    shapes in the metadata differ. All chunks of such a tensor must have one shape.
     """
 
     mcore_key: str
@@ -59,7 +59,7 @@ class NewChunk:
 
     @property
     def described(self) -> tuple[Shape, Shape, Shape]:
-        """What the metadata says: shape of the tensor, offset and shape of the chunk."""
+        """Shape of the tensor, offset and shape of the chunk, all in elements, as the metadata says them."""
         if self.as_block:
             return as_range_of_blocks(self.global_shape, self.offset, self.shape)
         return self.global_shape, self.offset, self.shape
@@ -69,8 +69,7 @@ class NewChunk:
 class NewObject:
     """The archive of an object that is stored under ``keys``, in data file number ``file``.
 
-    Its first ``copied_bytes`` bytes are to come, like those of chunks: the byte plan knows them by the first key.
-    ``rest`` follows them.
+    Its first ``copied_bytes`` bytes are copied by the byte plan, under the first key; ``rest`` follows them.
     """
 
     keys: tuple[str, ...]
@@ -80,18 +79,18 @@ class NewObject:
 
     @property
     def num_bytes(self) -> int:
-        """Length of the archive."""
+        """Length of the archive in bytes."""
         return self.copied_bytes + len(self.rest)
 
     @classmethod
     def empty(cls, keys: Iterable[str]) -> NewObject:
-        """Objects that hold nothing, such as absent extra states: one archive serves all keys."""
+        """Objects without content, such as absent extra states. One archive serves all keys."""
         return cls(keys=tuple(keys), copied_bytes=0, rest=_EMPTY_OBJECT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Placed:
-    """A chunk and the archive around it, which starts at byte ``position`` of its file."""
+    """A chunk and the archive around it, which begins at byte ``position`` of its file."""
 
     chunk: NewChunk
     position: int
@@ -99,12 +98,13 @@ class _Placed:
 
     @property
     def data_position(self) -> int:
+        """The byte of the file where the chunk's data begins."""
         return self.position + self.archive.data_offset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointLayout:
-    """Where everything of a new checkpoint lies, in its files: chunks, and objects with their positions."""
+    """The data files of a new checkpoint (names, sizes in bytes), and all chunks and (position, object) in them."""
 
     file_names: tuple[str, ...]
     file_bytes: tuple[int, ...]
@@ -112,10 +112,8 @@ class CheckpointLayout:
     objects: tuple[tuple[int, NewObject], ...]
 
     def index(self, directory: Path) -> TensorIndex:
-        """The chunks, and the objects whose bytes are to come, as a target of a byte plan."""
-        by_key: dict[str, list[_Placed]] = {}
-        for placed in self.placed:
-            by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
+        """The chunks, and the copied parts of objects, as the target of a byte plan into ``directory``."""
+        by_key = self._by_key()
         tensors = {
             key: IndexedTensor.build(
                 key,
@@ -125,44 +123,42 @@ class CheckpointLayout:
             )
             for key, group in by_key.items()
         }
-        for position, each in self.objects:
-            if each.copied_bytes:
-                key = each.keys[0]
-                tensors[key] = object_bytes(key, each.copied_bytes, file=each.file, position=position)
+        for position, obj in self.objects:
+            if obj.copied_bytes:
+                key = obj.keys[0]
+                tensors[key] = object_bytes(key, obj.copied_bytes, file=obj.file, position=position)
         return TensorIndex(files=tuple(directory / name for name in self.file_names), tensors=tensors)
 
     def file_sizes(self, directory: Path) -> dict[str, int]:
-        """The bytes of the data files by name, in ``directory`` of the output."""
+        """Path of each data file in ``directory`` -> its size in bytes."""
         return {str(directory / name): size for name, size in zip(self.file_names, self.file_bytes, strict=True)}
 
     def finish(self, targets: Mapping[int, TargetFile], plan: BytePlan, checksums: Mapping[int, int]) -> None:
-        """Write what stands around the data that ``plan`` has written; ``checksums`` are CRC-32 by its segments."""
+        """Write the bytes around the data that ``plan`` has copied; ``checksums`` maps its segments to CRC-32."""
         segments = plan.segments
         crc32_at = {(segments[i].file, segments[i].position): crc32 for i, crc32 in checksums.items()}
         self.write_around(targets, crc32_at)
 
     def write_around(self, targets: Mapping[int, TargetFile], crc32_at: Mapping[tuple[int, int], int]) -> None:
-        """Write what stands around the data; ``targets`` are by file, ``crc32_at`` by file and position of the data."""
+        """Write the bytes around the data; ``crc32_at`` maps (file number, position of the data) to its CRC-32."""
         for placed in self.placed:
             target, crc32 = targets[placed.chunk.file], crc32_at[placed.chunk.file, placed.data_position]
             target.write(placed.position, placed.archive.head)
             target.write(placed.data_position + placed.archive.data_bytes, placed.archive.tail(crc32))
-        for position, each in self.objects:
-            if each.rest:
-                targets[each.file].write(position + each.copied_bytes, each.rest)
+        for position, obj in self.objects:
+            if obj.rest:
+                targets[obj.file].write(position + obj.copied_bytes, obj.rest)
 
     def metadata(self) -> bytes:
         """The content of ``.metadata``."""
-        by_key: dict[str, list[_Placed]] = {}
-        for placed in self.placed:
-            by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
+        by_key = self._by_key()
         described = [
             (name, _tensor_metadata(group))
             for key, group in by_key.items()
             for name in (key, *group[0].chunk.other_keys)
         ]
         as_bytes = Instance(Global(_METADATA, "BytesStorageMetadata"), {})
-        described += [(key, as_bytes) for _, each in self.objects for key in each.keys]
+        described += [(key, as_bytes) for _, obj in self.objects for key in obj.keys]
         fields: dict[str, Any] = {
             "state_dict_metadata": LazyDict(described),
             "planner_data": None,
@@ -171,19 +167,27 @@ class CheckpointLayout:
         }
         blocks = {key: group[0].chunk.global_shape for key, group in by_key.items() if group[0].chunk.as_block}
         if blocks:  # what Megatron 0.14 looks for then (dist_checkpointing/strategies/torch.py)
-            fields[MCORE_DATA] = {key: {OWN_SHAPE: _size(shape)} for key, shape in blocks.items()}
+            fields[MCORE_DATA] = {key: {GLOBAL_SHAPE: _size(shape)} for key, shape in blocks.items()}
         return writer.dumps(Instance(Global(_METADATA, "Metadata"), fields))
 
+    def _by_key(self) -> dict[str, list[_Placed]]:
+        """The chunks of each tensor."""
+        by_key: dict[str, list[_Placed]] = {}
+        for placed in self.placed:
+            by_key.setdefault(placed.chunk.mcore_key, []).append(placed)
+        return by_key
+
     def _storage_data(self) -> Iterator[tuple[Instance, Instance]]:
+        """Yield the ``MetadataIndex`` and ``_StorageInfo`` of every key of every archive."""
         for placed in self.placed:
             chunk, archive = placed.chunk, placed.archive
             for key in (chunk.mcore_key, *chunk.other_keys):
                 index = {"fqn": key, "offset": _size(chunk.described[1])}
                 info = _info(self.file_names[chunk.file], placed.position, archive.num_bytes)
                 yield Instance(_INDEX, index), info
-        for position, each in self.objects:
-            for key in each.keys:
-                yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[each.file], position, each.num_bytes)
+        for position, obj in self.objects:
+            for key in obj.keys:
+                yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[obj.file], position, obj.num_bytes)
 
 
 #: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
@@ -191,6 +195,7 @@ _EMPTY_OBJECT: Final = archive_writer.object_archive([None])
 
 
 def _tensor_metadata(group: Sequence[_Placed]) -> Instance:
+    """The ``TensorStorageMetadata`` of a tensor with the chunks ``group``."""
     properties = (
         Global("torch", group[0].chunk.dtype),
         Call(Global("torch.serialization", "_get_layout"), ("torch.strided",)),
@@ -209,25 +214,27 @@ def _tensor_metadata(group: Sequence[_Placed]) -> Instance:
 
 
 def _size(shape: Shape) -> Call:
+    """``torch.Size(shape)``."""
     return Call(_SIZE, (shape,))
 
 
 def _info(file: str, offset: int, num_bytes: int) -> Instance:
+    """The ``_StorageInfo`` of an archive."""
     return Instance(_INFO, {"relative_path": file, "offset": offset, "length": num_bytes})
 
 
 def object_key(key: str, index: Shape, shape: Shape) -> str:
-    """The name under which the element at ``index`` of an array of objects is stored (mcore mapping.py, 0.12+)."""
+    """The key of the object at ``index`` in an array of objects of this shape (mcore mapping.py, 0.12 and newer)."""
     return f"{key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, shape))}"
 
 
 def object_bytes(key: str, num_bytes: int, *, file: int, position: int) -> IndexedTensor:
-    """The archive of an object as a byte plan sees it: so many bytes in one piece."""
+    """The archive of an object as a byte plan sees it: a uint8 tensor of ``num_bytes`` elements in one chunk."""
     return IndexedTensor.whole(key, "uint8", (num_bytes,), file=file, position=position)
 
 
 def lay_out(chunks: Iterable[NewChunk], objects: Iterable[NewObject], *, num_files: int) -> CheckpointLayout:
-    """Place every chunk behind the one before it in its file, and every object behind the chunks."""
+    """Place the chunks of each file one after the other, and the objects after the chunks."""
     ends = [0] * num_files
     placed = []
     for chunk in chunks:
@@ -235,9 +242,9 @@ def lay_out(chunks: Iterable[NewChunk], objects: Iterable[NewObject], *, num_fil
         placed.append(_Placed(chunk=chunk, position=ends[chunk.file], archive=archive))
         ends[chunk.file] += archive.num_bytes
     placed_objects = []
-    for each in objects:
-        placed_objects.append((ends[each.file], each))
-        ends[each.file] += each.num_bytes
+    for obj in objects:
+        placed_objects.append((ends[obj.file], obj))
+        ends[obj.file] += obj.num_bytes
     return CheckpointLayout(
         file_names=tuple(f"__{rank}_0.distcp" for rank in range(num_files)),
         file_bytes=tuple(ends),

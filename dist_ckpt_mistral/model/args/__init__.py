@@ -1,1 +1,1 @@
-"""The configuration as Megatron says it: args of a checkpoint, run_config.yaml, flags of pretrain_gpt.py."""
+"""The configuration in Megatron's forms: args of a checkpoint, run_config.yaml, flags of pretrain_gpt.py."""

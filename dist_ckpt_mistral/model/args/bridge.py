@@ -1,9 +1,9 @@
-"""The model in a ``run_config.yaml``, which Megatron-Bridge keeps in every checkpoint, as a ``MistralConfig``.
+"""Translate between a ``MistralConfig`` and ``run_config.yaml``, which Megatron-Bridge keeps in every checkpoint.
 
-Its ``model`` section is either a model provider, all fields in one (megatron/bridge/models/gpt_provider.py,
-``GPTModelProvider``, 0.1 to 0.7), or a ``GPTModelConfig`` around a ``transformer`` section (0.6 and newer,
-megatron/training/models/gpt.py of megatron-core 0.19). Both are Megatron-LM's args under other names: they are renamed
-here, and read and written there.
+Its section ``model`` is either one model provider with all fields (megatron/bridge/models/gpt_provider.py,
+``GPTModelProvider``, 0.1 to 0.7), or a ``GPTModelConfig`` around a section ``transformer`` (0.6 and newer,
+megatron/training/models/gpt.py of megatron-core 0.19). The fields are Megatron-LM's args under other names: this module
+renames them, and megatron_args.py reads and writes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_ckpt_mistral.model.args.megatron_args import from_megatron_args, to_me
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import is_positive_int
 
-#: Bridge's name -> that of Megatron-LM's args, where they differ.
+#: Bridge's name -> name in Megatron-LM's args, where they differ.
 _RENAMED: Final[Mapping[str, str]] = {
     "seq_length": "max_position_embeddings",  # Bridge gives GPTModel its seq_length as max_sequence_length
     "num_moe_experts": "num_experts",
@@ -28,34 +28,36 @@ _RENAMED: Final[Mapping[str, str]] = {
     "yarn_mscale": "mscale",
     "yarn_mscale_all_dim": "mscale_all_dim",
 }
-#: Of a model with latent attention, Bridge's own fields for YaRN say nothing: those of MLATransformerConfig do.
+#: Bridge's fields for YaRN that have no effect with latent attention: those of MLATransformerConfig count then.
 _ONLY_WITHOUT_MLA: Final = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
-#: What a GPTModelConfig hands on to an MLATransformerConfig, for itself it serializes its own defaults (0.19).
+#: Fields that a GPTModelConfig passes on to an MLATransformerConfig, while it serializes its own defaults (0.19).
 _HANDED_ON: Final = ("rotary_base", "rotary_percent")
-#: What Bridge may not leave out: without it, its own defaults would have to be guessed.
+#: Fields that must be there: their defaults in Bridge would have to be guessed.
 _REQUIRED: Final = (
     *("share_embeddings_and_output_weights", "gated_linear_unit", "activation_func"),
     *("num_layers", "hidden_size", "num_attention_heads", "vocab_size"),
 )
-#: Megatron-LM's args that Bridge says in another way, or has no field for.
+#: Megatron-LM's args that Bridge expresses otherwise or has no field for.
 _ONLY_OF_ARGS: Final = (
     *("swiglu", "group_query_attention", "untie_embeddings_and_output_weights", "padded_vocab_size"),
     *("norm_epsilon", "apply_layernorm_1p", "squared_relu", "quick_geglu", "openai_gelu"),
     *("hybrid_layer_pattern", "hybrid_override_pattern"),
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
 )
-#: The class that Bridge makes of the section ``model``, by whether attention is latent. Those of single families have
-#: defaults that only their own models have, or a vision tower.
+#: Whether attention is latent -> the class that Bridge makes of the section ``model``. The classes for single families
+#: have other defaults or a vision tower.
 _PROVIDERS: Final[Mapping[bool, str]] = {
     False: "megatron.bridge.models.gpt_provider.GPTModelProvider",
     True: "megatron.bridge.models.mla_provider.MLAModelProvider",
 }
-#: What a section says of itself, and the one inside the other: no fields of the model.
+#: Keys of a section that are no fields of the model.
 _OF_A_SECTION: Final = ("_target_", "_call_", "_builder_", "transformer")
+#: The function silu as Bridge writes it: the target of a mapping, or its name (models/gpt/model_config.py, 0.7).
+_SILU: Final = ("torch.nn.functional.silu", "silu")
 
 
 def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
-    """The configuration in the content of a ``run_config.yaml``; ``where`` names it in errors.
+    """The configuration in the content of a ``run_config.yaml``; ``where`` names the file in errors.
 
     Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
     """
@@ -69,21 +71,21 @@ def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
 def to_run_config(config: MistralConfig, *, dtype: str, tp: int, pp: int, ep: int) -> dict[str, Any]:
     """The content of a ``run_config.yaml`` with which Bridge opens the weights; ``from_run_config`` reads it back.
 
-    Arguments and errors are those of ``to_megatron_args``. Bridge imports what a ``_target_`` names where its allowlist
-    has that (megatron/bridge/utils/instantiate_utils.py, 0.6), and the section ``checkpoint`` tells it which training
-    state there is (training/checkpointing.py).
+    Arguments and errors are those of ``to_megatron_args``. Bridge imports the object that a ``_target_`` names if its
+    allowlist has it (megatron/bridge/utils/instantiate_utils.py, 0.6). From the section ``checkpoint`` it knows that
+    the checkpoint has no training state (training/checkpointing.py).
     """
     args = to_megatron_args(config, dtype=dtype, tp=tp, pp=pp, ep=ep)
     is_latent = config.latent_attention is not None
-    left = {*_ONLY_OF_ARGS, *UNCHANGED, *(() if is_latent else (field.name for field in LATENT.values()))}
+    omitted = {*_ONLY_OF_ARGS, *UNCHANGED, *(() if is_latent else (field.name for field in LATENT.values()))}
     names = {arg: name for name, arg in _RENAMED.items() if not (is_latent and name in _ONLY_WITHOUT_MLA)}
     return {
         "model": {
             "_target_": _PROVIDERS[is_latent],
-            **{names.get(arg, arg): value for arg, value in args.items() if arg not in left},
+            **{names.get(arg, arg): value for arg, value in args.items() if arg not in omitted},
             "activation_func": _named("torch.nn.functional.silu"),
             "gated_linear_unit": True,
-            "gradient_accumulation_fusion": False,  # of training, and may need extensions that loading does not
+            "gradient_accumulation_fusion": False,  # only for training; may need extensions
             "params_dtype": _named(f"torch.{dtype}"),
             "share_embeddings_and_output_weights": config.tie_word_embeddings,
             "should_pad_vocab": False,  # AutoBridge exports all rows that its model has
@@ -95,25 +97,25 @@ def to_run_config(config: MistralConfig, *, dtype: str, tp: int, pp: int, ep: in
 
 
 def _named(target: str) -> dict[str, Any]:
-    """How Bridge writes a function, a class or a dtype: ``_plain`` reads it."""
+    """A function, class or dtype as Bridge writes it; ``_plain`` reads it."""
     return {"_target_": target, "_call_": False}
 
 
 def model_fields(where: str) -> str:
-    """What errors call the part of a ``run_config.yaml`` that describes the model."""
+    """The name in errors of the part of a ``run_config.yaml`` that describes the model."""
     return f"the model fields of {where}"
 
 
 def args_of_run_config(run_config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Megatron-LM's args that say what a ``run_config.yaml`` says of the model; ``where`` names it in errors.
+    """Megatron-LM's args for the model in the content of a ``run_config.yaml``; ``where`` names the file in errors.
 
-    What it leaves out, they leave out. Raises ConfigError where it does not describe a model.
+    Fields that it leaves out are left out of the args. Raises ConfigError if it does not describe a model.
     """
     return _as_args(_model_fields(run_config, where))
 
 
 def _model_fields(run_config: Mapping[str, Any], where: str) -> dict[str, object]:
-    """The fields of the section ``model`` and of its ``transformer``. Raises ConfigError where these differ on one."""
+    """The fields of the sections ``model`` and ``model.transformer``. Raises ConfigError where the two differ."""
     model = run_config.get("model")
     if not isinstance(model, Mapping):
         raise ConfigError(f"{where} has no section model. Give the model's config.json with --config.")
@@ -122,23 +124,25 @@ def _model_fields(run_config: Mapping[str, Any], where: str) -> dict[str, object
         outer = {name: value for name, value in outer.items() if name not in _HANDED_ON}
     differ = [name for name in outer if name in inner and outer[name] != inner[name]]
     if differ:
-        told = [f"{name:.60} ({outer[name]!r:.60} and {inner[name]!r:.60})" for name in differ]
+        values = [f"{name:.60} ({outer[name]!r:.60} and {inner[name]!r:.60})" for name in differ]
         raise ConfigError(
             f"the sections model and model.transformer of {where} differ about "
-            f"{listed(told)}. Give the model's config.json with --config."
+            f"{listed(values)}. Give the model's config.json with --config."
         )
     return inner | outer
 
 
 def _fields(section: object) -> dict[str, object]:
-    """The fields of one section, without what it says of itself; none if it isn't there."""
-    told = section.items() if isinstance(section, Mapping) else ()
-    return {str(name): _plain(value) for name, value in told if name not in _OF_A_SECTION}
+    """The fields of one section; empty if there is no such section."""
+    items = section.items() if isinstance(section, Mapping) else ()
+    return {str(name): _plain(value) for name, value in items if name not in _OF_A_SECTION}
 
 
 def _as_args(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron-LM's names for Bridge's fields, and what Megatron-LM says in another way."""
-    heads, hidden, tied = (values.get(name) for name in _SIZES_AND_TIE)
+    """Bridge's fields under Megatron-LM's names, and the args that Megatron-LM has instead of some."""
+    heads, hidden, tied = (
+        values.get(name) for name in ("num_attention_heads", "hidden_size", "share_embeddings_and_output_weights")
+    )
     without = _ONLY_WITHOUT_MLA if values.get("multi_latent_attention") else ()
     args = {_RENAMED.get(name, name): value for name, value in values.items() if name not in without}
     if args.get("kv_channels") is None and is_positive_int(heads) and is_positive_int(hidden):
@@ -150,21 +154,14 @@ def _as_args(values: Mapping[str, Any]) -> dict[str, Any]:
         "num_query_groups": heads if groups is None else groups,
         "untie_embeddings_and_output_weights": None if tied is None else not tied,
     }
-    told = {name: value for name, value in derived.items() if value is not None}
-    return {**args, **told, "group_query_attention": True, "padded_vocab_size": None}
-
-
-_SIZES_AND_TIE: Final = ("num_attention_heads", "hidden_size", "share_embeddings_and_output_weights")
-
-
-#: A function as Bridge writes it: the target of a mapping, or its name (models/gpt/model_config.py, 0.7).
-_SILU: Final = ("torch.nn.functional.silu", "silu")
+    args |= {name: value for name, value in derived.items() if value is not None}
+    return {**args, "group_query_attention": True, "padded_vocab_size": None}
 
 
 def _plain(value: object) -> object:
     """A scalar, a list of scalars, or the target of a mapping, such as a function or a dtype.
 
-    Anything else becomes a word: aliases may make it endless, and an error message would spell it out.
+    Any other value becomes the words "a mapping" or "a list": YAML aliases may make it endless in an error message.
     """
     if isinstance(value, Mapping):
         target = value.get("_target_")

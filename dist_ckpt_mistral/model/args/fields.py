@@ -1,10 +1,11 @@
-"""The fields of Megatron-LM's ``args`` namespace that describe a model: one table for every use of them.
+"""The table of fields of Megatron-LM's ``args`` namespace that describe a model.
 
-Of each field it knows the names it has had, what an absent one counts as (its default in ``pretrain_gpt.py``), and the
-flag that sets it. Sources: megatron/training/arguments.py (``validate_args``, ``core_transformer_config_from_args``)
-and checkpointing.py (``load_args_from_checkpoint``), Megatron-LM core_v0.12 to 0.19. Since 0.16 most of the parser is
-made from the fields of ``TransformerConfig``, which renamed two of them; those of ``MLATransformerConfig`` still are
-flags of their own, as far as they are any.
+For each field it has all names of it, its default in ``pretrain_gpt.py``, and the flag that sets it. Since 0.16 most of
+the parser is made from the fields of ``TransformerConfig``, which renamed two of them. Some fields of
+``MLATransformerConfig`` have flags of their own, others have none.
+
+Sources: megatron/training/arguments.py (``validate_args``, ``core_transformer_config_from_args``) and checkpointing.py
+(``load_args_from_checkpoint``), Megatron-LM core_v0.12 to 0.19.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from dist_ckpt_mistral.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """One field of the args: the names it has had, newest last, its default there, and the flag that sets it.
+    """One field of the args.
 
-    ``flag`` is None where none is needed or none exists. For a field that is true or false, the flag turns the default
-    over. ``group`` is the heading under which the flag is shown.
+    ``names`` are all names of it, the newest last. ``flag`` is the flag of ``pretrain_gpt.py`` that sets it, None if
+    no flag is needed or exists; the flag of a boolean field inverts the default. ``default`` is Megatron-LM's.
+    ``group`` is the heading under which ``megatron-args`` shows the flag.
     """
 
     names: tuple[str, ...]
@@ -31,34 +33,36 @@ class Field:
 
     @property
     def name(self) -> str:
-        """The name to call it by: the oldest, which is that of the flag."""
+        """The oldest name, which is also that of the flag."""
         return self.names[0]
 
-    def of(self, args: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever the args hold)
-        """The value in ``args``; the default where the args are older than the field, or do not say.
+    def of(self, args: Mapping[str, Any]) -> Any:  # noqa: ANN401  (an args value of any type)
+        """The value in ``args``, or the default if the field is missing or None.
 
-        Raises ConfigError where they say it under two names, and differently.
+        Raises ConfigError if the args have different values under two of its names.
         """
-        found = {name: args[name] for name in reversed(self.names) if args.get(name) is not None}
-        first, *others = found.values() or (self.default,)
-        if any(each != first for each in others):
-            raise ConfigError(f"the args say {' but '.join(f'{name}={value!r:.200}' for name, value in found.items())}")
+        values = {name: args[name] for name in reversed(self.names) if args.get(name) is not None}
+        first, *others = values.values() or (self.default,)
+        if any(other != first for other in others):
+            raise ConfigError(
+                f"the args say {' but '.join(f'{name}={value!r:.200}' for name, value in values.items())}"
+            )
         return first
 
 
-#: Fields, each with the only value of it that a model may have.
+#: Pairs of a field and the one value that a model of the family may have.
 Demands: TypeAlias = "tuple[tuple[Field, Any], ...]"
 
 
 def unmet(demands: Demands, args: Mapping[str, Any]) -> Iterator[str]:
-    """What ``args`` say instead, as ``name=value``. Absent, None, false, 0 and empty are one."""
-    for field, value in demands:
-        found = field.of(args)
-        if found != value and (value or found):
-            yield f"{field.name}={found!r:.200}"
+    """Yield ``name=value`` for each value in ``args`` that is another. Absent, None, false, 0 and empty are equal."""
+    for field, expected in demands:
+        value = field.of(args)
+        if value != expected and (expected or value):
+            yield f"{field.name}={value!r:.200}"
 
 
-#: Fields that hold an attribute of MistralConfig unchanged.
+#: Attribute of MistralConfig -> the field that holds it unchanged.
 SAME_VALUE: Final[Mapping[str, Field]] = {
     "num_hidden_layers": Field(names=("num_layers",), flag="--num-layers"),
     "hidden_size": Field(names=("hidden_size",), flag="--hidden-size"),
@@ -71,7 +75,7 @@ SAME_VALUE: Final[Mapping[str, Field]] = {
     ),
 }
 
-#: What makes a model one of the Mistral family.
+#: Values that every model of the Mistral family has.
 ARCHITECTURE: Final[Demands] = (
     (Field(names=("normalization",), flag="--normalization", default="LayerNorm", group="block"), "RMSNorm"),
     (Field(names=("swiglu",), flag="--swiglu", default=False, group="block"), True),
@@ -99,7 +103,7 @@ ARCHITECTURE: Final[Demands] = (
     (Field(names=("glu_linear_offset",), default=0.0), 0.0),
 )
 
-#: Fields that are computed, by name.
+#: Fields whose values are computed from the configuration, by name.
 COMPUTED: Final[Mapping[str, Field]] = {
     field.name: field
     for field in (
@@ -132,7 +136,7 @@ COMPUTED: Final[Mapping[str, Field]] = {
     )
 }
 
-#: YaRN outside of MLA: attribute of YarnScaling -> field, with the defaults of ``_apply_yarn_config_from_args`` (0.19).
+#: YaRN without MLA: attribute of YarnScaling -> field, with the defaults of ``_apply_yarn_config_from_args`` (0.19).
 YARN: Final[Mapping[str, Field]] = {
     "factor": Field(names=("rotary_scaling_factor",), flag="--rotary-scaling-factor", default=1.0, group="rope"),
     "original_max_position_embeddings": Field(
@@ -152,8 +156,6 @@ YARN: Final[Mapping[str, Field]] = {
 }
 MSCALE: Final = Field(names=("mscale",), flag="--mscale", default=1.0, group="rope")
 MSCALE_ALL_DIM: Final = Field(names=("mscale_all_dim",), flag="--mscale-all-dim", default=0.0, group="rope")
-
-
 #: Attribute of LatentAttention -> field.
 LATENT: Final[Mapping[str, Field]] = {
     "q_lora_rank": Field(names=("q_lora_rank",), flag="--q-lora-rank", group="latent attention"),
@@ -164,19 +166,19 @@ LATENT: Final[Mapping[str, Field]] = {
     ),
     "v_head_dim": Field(names=("v_head_dim",), flag="--v-head-dim", default=128, group="latent attention"),
 }
-#: YaRN in MLA: attribute of YarnScaling -> field. Three have no flag, but count where the args hold them: with the
-#: defaults of ``MLATransformerConfig`` (0.16 to 0.19), which always rounds the range that is stretched in part.
+#: YaRN with MLA: attribute of YarnScaling -> field, with the defaults of ``MLATransformerConfig`` (0.16 to 0.19). Three
+#: have no flag, but count if the args have them. Megatron always rounds the bounds of the partly stretched range.
 LATENT_YARN: Final[Mapping[str, Field]] = {
     "factor": YARN["factor"],
     "original_max_position_embeddings": Field(names=("original_max_position_embeddings",), default=4096),
     "beta_fast": Field(names=("beta_fast",), default=32.0),
     "beta_slow": Field(names=("beta_slow",), default=1.0),
 }
-#: Of Ministral 3 and Mistral 4. Only Megatron-Bridge knows it (models/ministral3/model_config.py, 0.7).
+#: Only Megatron-Bridge has this field, for Ministral 3 and Mistral 4 (models/ministral3/model_config.py, 0.7).
 LLAMA_4_SCALING: Final = Field(names=("llama_4_scaling_beta",), default=0.0)
 
-#: Attribute of Experts -> field, in three tables: what all of them have, what some have, and groups that limit the
-#: router's choice where the args name how many may be chosen.
+#: Attribute of Experts -> field, in three tables: fields of all models with experts, fields of some, and the groups
+#: that limit the router's choice, which count only if the args have ``moe_router_group_topk``.
 EXPERTS: Final[Mapping[str, Field]] = {
     "num_experts": Field(names=("num_experts",), flag="--num-experts", group="experts"),
     "experts_per_token": Field(names=("moe_router_topk",), flag="--moe-router-topk", default=2, group="experts"),
@@ -200,11 +202,11 @@ GROUPS_OF_EXPERTS: Final[Mapping[str, Field]] = {
     "num_groups": Field(names=("moe_router_num_groups",), flag="--moe-router-num-groups", group="experts"),
     "groups_per_token": Field(names=("moe_router_group_topk",), flag="--moe-router-group-topk", group="experts"),
 }
-#: Probabilities over all experts, which those of the chosen ones are taken from: they don't add up to 1 then.
+#: Whether the softmax is over all experts: the probabilities of the chosen experts do not add up to 1 then.
 PRE_SOFTMAX: Final = Field(
     names=("moe_router_pre_softmax",), flag="--moe-router-pre-softmax", default=False, group="experts"
 )
-#: What experts of the Mistral family are. How they are computed and balanced is no part of the model.
+#: Values that all experts of the Mistral family have. How they are computed and balanced is not part of the model.
 EXPERTS_ARCHITECTURE: Final[Demands] = (
     (Field(names=("moe_router_score_function",), default="softmax"), "softmax"),
     *(
@@ -242,8 +244,8 @@ FIELDS: Final = tuple(
     )
 )
 
-#: What else Megatron-LM and Megatron-Bridge read from a checkpoint's args, Bridge without asking whether it is there
-#: (mlm_compat/arguments.py, mlm_compat/model.py and model_load_save.py of 0.6 and 0.7). Megatron-LM's own defaults.
+#: Other fields that Megatron-LM and Megatron-Bridge read from a checkpoint's args, with Megatron-LM's defaults. Bridge
+#: fails if one is missing (mlm_compat/arguments.py, mlm_compat/model.py and model_load_save.py of 0.6 and 0.7).
 UNCHANGED: Final[Mapping[str, Any]] = {
     "add_position_embedding": True,
     "use_rotary_position_embeddings": False,

@@ -1,7 +1,7 @@
-"""The flags of Megatron-LM's ``pretrain_gpt.py`` for a model and a layout, made from the table of its args.
+"""The flags of Megatron-LM's ``pretrain_gpt.py`` for a model and a layout, from the table of args fields.
 
-Flags are those of Megatron-LM core_v0.16 to 0.19 (megatron/training/arguments.py); YaRN outside of MLA has flags from
-0.19 on, and in MLA only for some of its values.
+The flags are those of Megatron-LM core_v0.16 to 0.19 (megatron/training/arguments.py). YaRN without MLA has flags from
+0.19 on; with MLA only some of its values have flags.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_ckpt_mistral.model.layout.layout import DEFAULT_ORDER, VOCABULARY_MULT
 
 _LOG = logging.getLogger(__name__)
 
-#: ``ParallelLayout.transformer_config_fields`` -> what the args call them, and their flags.
+#: Name in ``ParallelLayout.transformer_config_fields`` -> field of the args.
 _LAYOUT: Final[Mapping[str, Field]] = {
     "tensor_model_parallel_size": Field(names=("tensor_model_parallel_size",), flag="--tensor-model-parallel-size"),
     "pipeline_model_parallel_size": Field(
@@ -53,9 +53,9 @@ _LAYOUT: Final[Mapping[str, Field]] = {
     "use_tp_pp_dp_mapping": Field(names=("use_tp_pp_dp_mapping",), flag="--use-tp-pp-dp-mapping", default=False),
 }
 _LAYOUT_GROUP: Final = "parallelism"
-#: Of the norms of latents in transformers, whatever the model's own is (modeling_mistral4.py, 5.23).
+#: Epsilon of the norms of latents in transformers, in every model (modeling_mistral4.py, 5.23).
 _LATENT_EPSILON: Final = 1e-6
-#: The one other rank order of Megatron-LM (megatron/training/initialize.py).
+#: Megatron-LM's only other rank order (megatron/training/initialize.py).
 _PIPELINE_BEFORE_DATA: Final = "tp-cp-ep-pp-dp"
 
 
@@ -64,9 +64,9 @@ def pretrain_flags(
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """The args that differ from Megatron-LM's defaults, and the flags that set them, by group.
 
-    ``dtype`` is that of the weights; ``vocab_rows`` is the padded vocabulary size that a checkpoint already has: it is
-    kept where the layout can divide it. Raises LayoutError for a layout that Megatron refuses, ConfigError for a value
-    that has no flag.
+    ``dtype`` is the dtype of the weights. ``vocab_rows`` is the padded vocabulary size of an existing checkpoint, which
+    is kept if ``tp`` divides it. Raises LayoutError for a layout that Megatron refuses, ConfigError for a value without
+    a flag.
     """
     layout.check(config)
     if not float(config.rope_theta).is_integer():
@@ -76,7 +76,7 @@ def pretrain_flags(
         )
     args = to_megatron_args(config, dtype=dtype, tp=layout.tp, pp=layout.pp)
     args |= _padding(config.vocab_size, layout.tp, vocab_rows)
-    for warning in _not_told(config, args):
+    for warning in _inexpressible(config, args):
         _LOG.warning("%s", warning)
     values: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
@@ -87,7 +87,7 @@ def pretrain_flags(
         "use_tp_pp_dp_mapping": _pipeline_before_data(layout),
     }
     if "pipeline_model_parallel_layout" in parts:
-        parts.pop("virtual_pipeline_model_parallel_size", None)  # validate_args counts it, and refuses to be told
+        parts.pop("virtual_pipeline_model_parallel_size", None)  # validate_args computes it and refuses the flag
     described += [(_LAYOUT[name], _LAYOUT_GROUP, value) for name, value in parts.items()]
     for field, group, value in described:
         if field.flag is not None and value is not None and value != field.default:
@@ -96,18 +96,18 @@ def pretrain_flags(
     return values, groups
 
 
-def _not_told(config: MistralConfig, args: Mapping[str, Any]) -> Iterator[str]:
-    """What no flag tells Megatron-LM: how to tell it otherwise, or how another model is trained."""
+def _inexpressible(config: MistralConfig, args: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning for each value that no flag sets: how to set it, or how the trained model differs."""
     if config.llama_4_scaling_beta is not None:
         yarn = config.yarn
         exact = "its original context" if yarn is None else f"{yarn.original_max_position_embeddings} tokens"
         yield (
             f"Megatron-LM does not scale queries by position (llama_4_scaling_beta={config.llama_4_scaling_beta}): "
-            f"up to {exact} the model is exact, for the scale is 1 there, and beyond it is another one."
+            f"up to {exact} the model is exact, because the scale is 1 there; beyond that its results differ."
         )
     others = [field for field in LATENT_YARN.values() if field.flag is None]
-    told = [(field, args.get(field.name, field.default)) for field in others]
-    without_flag = [f"{field.name}={value}, not {field.default}" for field, value in told if value != field.default]
+    values = [(field, args.get(field.name, field.default)) for field in others]
+    without_flag = [f"{field.name}={value}, not {field.default}" for field, value in values if value != field.default]
     if without_flag:
         yield (
             f"Megatron-LM has no flag for {'; '.join(without_flag)}: set it in the args, between parsing them and "
@@ -121,13 +121,13 @@ def _not_told(config: MistralConfig, args: Mapping[str, Any]) -> Iterator[str]:
         )
     if latent is not None and config.rms_norm_eps != _LATENT_EPSILON:
         yield (
-            f"Megatron-LM norms latents with norm_epsilon={config.rms_norm_eps}, as all else, where transformers has "
-            f"{_LATENT_EPSILON} for them: the difference is small, but there."
+            f"Megatron-LM normalizes latents with norm_epsilon={config.rms_norm_eps}, transformers with "
+            f"{_LATENT_EPSILON}: results differ slightly."
         )
 
 
 def _spelled(value: Any) -> Iterator[str]:  # noqa: ANN401  (an args value of any type)
-    """The value behind a flag; a flag for true or false has none."""
+    """The argument of a flag; flags of booleans have none."""
     if isinstance(value, tuple):
         yield ",".join(map(str, value))
     elif isinstance(value, list):
@@ -137,7 +137,7 @@ def _spelled(value: Any) -> Iterator[str]:  # noqa: ANN401  (an args value of an
 
 
 def _pipeline_before_data(layout: ParallelLayout) -> bool:
-    """Whether the rank order is the other one that Megatron-LM knows. Raises LayoutError for a third."""
+    """Whether the rank order needs ``--use-tp-pp-dp-mapping``. Raises LayoutError for one that Megatron-LM lacks."""
     if layout.order not in (DEFAULT_ORDER, _PIPELINE_BEFORE_DATA):
         raise LayoutError(
             f"order={layout.order!r} has no flag: Megatron-LM knows {DEFAULT_ORDER!r} and {_PIPELINE_BEFORE_DATA!r}"

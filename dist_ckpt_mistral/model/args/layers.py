@@ -1,4 +1,4 @@
-"""What a layer attends to, and how, in Megatron-LM's args: windows, latent attention, rotary embeddings."""
+"""Translate between a ``MistralConfig`` and Megatron-LM's args for attention, rotary embeddings and experts."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Args: TypeAlias = Mapping[str, Any]
 Described: TypeAlias = "list[tuple[Field, Any]]"
 
 _WINDOW: Final = re.compile(r"\(?\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*,?\s*\)?")
-#: Routers that choose otherwise than by the highest probability (mcore transformer/moe/router.py, 0.16 to 0.19).
+#: Load balancing types whose router does not choose by the highest probability (mcore moe/router.py, 0.16 to 0.19).
 _OTHER_ROUTING: Final = ("sinkhorn", "quantile_balancing")
-#: transformers rates a group by its two best experts (Mistral4TopkRouter).
+#: Number of best experts by which transformers rates a group (Mistral4TopkRouter).
 _RATED_BY: Final = 2
 
 
 def attention_args(config: MistralConfig) -> Described:
-    """The fields that describe attention. Raises UnsupportedModelError for scales that Megatron cannot express."""
+    """Fields and values for attention. Raises UnsupportedModelError for scales that Megatron cannot express."""
     latent = config.latent_attention
     computed = {
         "multi_latent_attention": latent is not None,
@@ -63,14 +63,14 @@ def attention_args(config: MistralConfig) -> Described:
 
 
 def _latent_args(latent: LatentAttention | None) -> Described:
-    """The sizes of latent attention. slime wants ``q_lora_rank`` of every model; Megatron-LM has None without."""
+    """The sizes of latent attention. slime reads ``q_lora_rank`` for every model; None is Megatron-LM's default."""
     if latent is None:
         return [(LATENT["q_lora_rank"], None)]
     return [(field, getattr(latent, attribute)) for attribute, field in LATENT.items()]
 
 
 def window_args(config: MistralConfig) -> dict[str, Any]:
-    """Megatron counts in ``window_attn_skip_freq`` with 1 for a layer that has the window."""
+    """The fields for windows. ``window_attn_skip_freq`` has 1 for a layer with the window, 0 for one without."""
     layers = config.window_layers
     return {
         "window_size": config.window_size if any(layers) else None,
@@ -79,7 +79,7 @@ def window_args(config: MistralConfig) -> dict[str, Any]:
 
 
 def _yarn_args(yarn: YarnScaling | None) -> Described:
-    """The YaRN fields. Megatron-LM's mscales of 1 and 0 give what transformers does without any."""
+    """The YaRN fields. Megatron-LM's mscales of 1 and 0 have the same effect as none in transformers."""
     if yarn is None:
         return []
     scales = zip((MSCALE, MSCALE_ALL_DIM), yarn.megatron_mscales, strict=True)
@@ -90,11 +90,15 @@ def _yarn_args(yarn: YarnScaling | None) -> Described:
 
 
 def latent_rope_args(yarn: YarnScaling | None) -> Described:
-    """Latent attention has YaRN by default, which alone Transformer Engine fuses (``MLATransformerConfig``)."""
+    """The fields of rotary embeddings with latent attention (``MLATransformerConfig``).
+
+    YaRN is the default, and the only rope_type that Transformer Engine fuses. Raises UnsupportedModelError for YaRN
+    without ``truncate``.
+    """
     if yarn is None:
         return [(COMPUTED["rope_type"], "rope"), (COMPUTED["apply_rope_fusion"], False)]
     if not yarn.truncate:
-        raise UnsupportedModelError("truncate=False: Megatron's YaRN of latent attention knows none.")
+        raise UnsupportedModelError("truncate=False: Megatron's YaRN of latent attention always truncates.")
     return [
         (COMPUTED["rope_type"], "yarn"),
         *((field, getattr(yarn, attribute)) for attribute, field in LATENT_YARN.items()),
@@ -103,7 +107,7 @@ def latent_rope_args(yarn: YarnScaling | None) -> Described:
 
 
 def attention_of(args: Args, num_layers: object, where: str) -> dict[str, Any]:
-    """The fields of a MistralConfig that say how its layers attend, by name; they are yet to be checked."""
+    """The fields of a MistralConfig for attention, by name. ``MistralConfig`` checks the values."""
     latent = latent_attention_of(args)
     sliding_window, layer_types = _windows(args, num_layers, where)
     has_yarn = COMPUTED["position_embedding_type"].of(args) == "yarn"
@@ -119,14 +123,14 @@ def attention_of(args: Args, num_layers: object, where: str) -> dict[str, Any]:
 
 
 def latent_attention_of(args: Args) -> LatentAttention | None:
-    """The sizes of latent attention, None without it. Raises ConfigError where they do not fit."""
+    """The sizes of latent attention; None without it. Raises ConfigError where they do not fit."""
     if not COMPUTED["multi_latent_attention"].of(args):
         return None
     return LatentAttention(**{attribute: field.of(args) for attribute, field in LATENT.items()})
 
 
 def unmet_by_attention(args: Args) -> Iterator[str]:
-    """What the args say of attention that no model of the family has."""
+    """Yield the settings of attention that no model of the family has, as ``name=value``."""
     latent, normed, position, rope_type, window = (
         COMPUTED[name].of(args)
         for name in ("multi_latent_attention", "qk_layernorm", "position_embedding_type", "rope_type", "window_size")
@@ -141,17 +145,18 @@ def unmet_by_attention(args: Args) -> Iterator[str]:
         yield f"window_size={window!r:.200} with multi_latent_attention"
 
 
-def _num_query_groups(args: Args) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
-    """Without ``group_query_attention`` every head has its own keys, whatever ``num_query_groups`` says."""
+def _num_query_groups(args: Args) -> Any:  # noqa: ANN401  (MistralConfig checks it)
+    """The number of key heads. Without ``group_query_attention`` it is ``num_attention_heads``."""
     groups = args.get("num_query_groups")
     grouped = args.get("group_query_attention", groups is not None)
     return groups if grouped else args["num_attention_heads"]
 
 
 def _windows(args: Args, num_layers: object, where: str) -> tuple[int | None, tuple[str, ...] | None]:
-    """Hugging Face's window, and which layers have it: None for all.
+    """``sliding_window`` and ``layer_types``; the latter is None if all layers are alike.
 
-    Every nth layer attends to everything, or every layer with a 0 (``is_layer_window_attention``, 0.16 to 0.19).
+    With a number n in ``window_attn_skip_freq`` every nth layer has full attention, with a list each layer with a 0
+    (``is_layer_window_attention``, 0.16 to 0.19). Raises ConfigError for anything else.
     """
     window, skip = _window(args, where), COMPUTED["window_attn_skip_freq"].of(args)
     if window is None or skip is None or not is_positive_int(num_layers):
@@ -167,32 +172,38 @@ def _windows(args: Args, num_layers: object, where: str) -> tuple[int | None, tu
         )
     if all(slides) or not any(slides):
         return (window if all(slides) else None), None
-    return window, tuple(SLIDING if each else FULL for each in slides)
+    return window, tuple(SLIDING if has_window else FULL for has_window in slides)
 
 
 def _window(args: Args, where: str) -> int | None:
-    """Megatron's (W - 1, 0) as Hugging Face's W; None and (-1, ...) are full attention.
+    """Hugging Face's W for Megatron's (W - 1, 0); None for None and (-1, ...), which are full attention.
 
-    The parser makes a tuple of ``--window-size 4095,0``; a file may hold a list, or the text.
+    The parser makes a tuple of ``--window-size 4095,0``; a file may have a list or the text. Raises ConfigError for
+    anything else, UnsupportedModelError for a window after the token.
     """
-    given = COMPUTED["window_size"].of(args)
-    if given is None:
+    value = COMPUTED["window_size"].of(args)
+    if value is None:
         return None
-    text = _WINDOW.fullmatch(given) if isinstance(given, str) else None
-    window = tuple(int(size) for size in text.groups()) if text else given
+    text = _WINDOW.fullmatch(value) if isinstance(value, str) else None
+    window = tuple(int(size) for size in text.groups()) if text else value
     if not (isinstance(window, list | tuple) and [type(size) for size in window] == [int, int]):
-        raise ConfigError(f"window_size in {where}: expected (before, after), got {given!r:.200}")
+        raise ConfigError(f"window_size in {where}: expected (before, after), got {value!r:.200}")
     before: int = window[0]
     after: int = window[1]
     if before < 0:
         return None
     if after > 0:
-        raise UnsupportedModelError(f"window_size {given!r} in {where}: Mistral models see nothing after a token.")
+        raise UnsupportedModelError(
+            f"window_size {value!r} in {where}: Mistral models have no attention to later tokens."
+        )
     return before + 1
 
 
 def _latent_yarn(args: Args) -> YarnScaling:
-    """Transformers (5.23) rotates a part of a head only with YaRN: one that stretches by 1 stands for none."""
+    """The YaRN scaling of latent attention.
+
+    transformers (5.23) rotates a part of a head only with YaRN. So YaRN with a factor of 1 replaces rope_type "rope".
+    """
     if COMPUTED["rope_type"].of(args) == "rope":
         original = SAME_VALUE["max_position_embeddings"].of(args)
         return YarnScaling(factor=1.0, original_max_position_embeddings=original)
@@ -200,24 +211,25 @@ def _latent_yarn(args: Args) -> YarnScaling:
 
 
 def _yarn(args: Args, fields: Mapping[str, Field]) -> YarnScaling:
-    """YaRN as Megatron computes it. What transformers has no mscales for, an ``attention_factor`` says.
+    """The YaRN scaling that Megatron computes.
 
-    One mscale without the other counts for nothing, as in ``_yarn_get_concentration_factor`` (0.16 to 0.19).
+    An ``attention_factor`` expresses mscales that transformers cannot have. One mscale without the other has no effect,
+    as in ``_yarn_get_concentration_factor`` (0.16 to 0.19). Raises ConfigError for values that do not fit.
     """
     values = {attribute: field.of(args) for attribute, field in fields.items()}
-    given, mscales = YarnScaling(**values), (args.get(MSCALE.name), args.get(MSCALE_ALL_DIM.name))
+    without_mscales, mscales = YarnScaling(**values), (args.get(MSCALE.name), args.get(MSCALE_ALL_DIM.name))
     if None in mscales or mscales == (MSCALE.default, MSCALE_ALL_DIM.default):
-        return given
-    if not all(isinstance(each, int | float) for each in mscales):
-        raise ConfigError(f"mscale must be a number, and mscale_all_dim, got {mscales!r:.200}")
+        return without_mscales
+    if not all(isinstance(mscale, int | float) for mscale in mscales):
+        raise ConfigError(f"mscale and mscale_all_dim must be numbers, got {mscales!r:.200}")
     if all(map(is_positive_number, mscales)):
         return YarnScaling(**values, mscale=mscales[0], mscale_all_dim=mscales[1])
-    above, below = (0.1 * mscale * math.log(given.factor) + 1 for mscale in mscales if mscale is not None)
+    above, below = (0.1 * mscale * math.log(without_mscales.factor) + 1 for mscale in mscales if mscale is not None)
     return YarnScaling(**values, mscale_all_dim=mscales[1] or None, attention_factor=above / below)
 
 
 def expert_args(experts: Experts | None) -> list[tuple[Field, Any]]:
-    """The fields that describe experts. Raises UnsupportedModelError for a router that Megatron cannot express."""
+    """Fields and values that describe experts. Raises UnsupportedModelError as ``require_routable``."""
     if experts is None:
         return [(EXPERTS["num_experts"], None)]
     require_routable(experts)
@@ -236,11 +248,11 @@ def expert_args(experts: Experts | None) -> list[tuple[Field, Any]]:
 
 
 def require_routable(experts: Experts) -> None:
-    """Raise UnsupportedModelError where Megatron's router cannot choose the experts that transformers' does."""
+    """Raise UnsupportedModelError if Megatron's router would choose or weigh experts otherwise than transformers."""
     if experts.experts_per_token == 1 and experts.normalized:
         raise UnsupportedModelError(
             "one expert per token with a probability of 1: Megatron's router needs moe_router_pre_softmax then, "
-            "which is another model (mcore TransformerConfig, 0.16 to 0.19)."
+            "which computes another model (mcore TransformerConfig, 0.16 to 0.19)."
         )
     groups = _other_groups(experts)
     if groups:
@@ -251,10 +263,10 @@ def require_routable(experts: Experts) -> None:
 
 
 def _other_groups(experts: Experts) -> str | None:
-    """Groups that limit the choice, where Megatron would choose others.
+    """The groups, in words, if Megatron would choose other groups than transformers; else None.
 
-    It rates a group by its best ``experts_per_token // groups_per_token`` experts, and before the softmax where that
-    is taken over the chosen ones (``group_limited_topk`` in transformer/moe/moe_utils.py, 0.16 to 0.19).
+    Megatron rates a group by its best ``experts_per_token // groups_per_token`` experts, and does so before the softmax
+    if ``normalized`` (``group_limited_topk`` in transformer/moe/moe_utils.py, 0.16 to 0.19).
     """
     rated_by = experts.experts_per_token // experts.groups_per_token
     if experts.groups_per_token == experts.num_groups or (not experts.normalized and rated_by == _RATED_BY):
@@ -266,7 +278,7 @@ def _other_groups(experts: Experts) -> str | None:
 
 
 def experts_of(args: Mapping[str, Any], *, packed: bool) -> Experts | None:
-    """The experts, None without any; ``packed`` is how Hugging Face files hold them.
+    """The experts of the model; None without experts. ``packed`` is the field of ``Experts``.
 
     Raises ConfigError where their sizes do not fit.
     """
@@ -282,17 +294,17 @@ def experts_of(args: Mapping[str, Any], *, packed: bool) -> Experts | None:
 
 
 def unmet_by_experts(args: Mapping[str, Any], experts: Experts, *, latent: bool) -> Iterator[str]:
-    """What the args say of experts that no model of the family has; ``latent`` is whether attention is latent."""
+    """Yield the settings of experts that no model of the family has; ``latent`` is whether attention is latent."""
     yield from unmet(EXPERTS_ARCHITECTURE, args)
     frequency, balancing = MOE_LAYER_FREQ.of(args), LOAD_BALANCING.of(args)
-    if not all(each == 1 for each in (frequency if isinstance(frequency, list | tuple) else [frequency])):
+    if any(layer != 1 for layer in (frequency if isinstance(frequency, list | tuple) else [frequency])):
         yield f"moe_layer_freq={frequency!r:.200}"
-    if any(each in _OTHER_ROUTING for each in (balancing if isinstance(balancing, list | tuple) else [balancing])):
+    if any(kind in _OTHER_ROUTING for kind in (balancing if isinstance(balancing, list | tuple) else [balancing])):
         yield f"moe_router_load_balancing_type={balancing!r:.200}"
     if not latent:
         demands = ((PRE_SOFTMAX, False), *((field, field.default) for field in MORE_OF_EXPERTS.values()))
         demands += ((GROUPS_OF_EXPERTS["groups_per_token"], None),)
-        yield from (f"{found} without multi_latent_attention" for found in unmet(demands, args))
+        yield from (f"{setting} without multi_latent_attention" for setting in unmet(demands, args))
     elif groups := _other_groups(experts):
         yield groups
     elif experts.shared_intermediate_size % experts.intermediate_size:

@@ -1,8 +1,7 @@
-"""Two descriptions of one model, compared value by value.
+"""Compare two descriptions of one model value by value.
 
-A checkpoint may be described several times: by a config.json, by the record that an import left, by Megatron's
-``args``, by Megatron-Bridge's ``run_config.yaml``. Some values decide how stored rows are read, others what is computed
-with them.
+A checkpoint may have several: a config.json, the record of an import, Megatron's ``args``, and Megatron-Bridge's
+``run_config.yaml``. Some values decide how stored rows are read, others what is computed with them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dist_ckpt_mistral.model.config.families import COMMON_DEFAULTS, FAMILIES, L
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import Experts
 
-#: Values, by name, that decide which stored rows are which weights.
+#: Names of values that decide which stored rows are which weights.
 _OF_WEIGHTS: Final = frozenset(
     {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings"),
@@ -24,11 +23,11 @@ _OF_WEIGHTS: Final = frozenset(
         *("latent_attention", *LATENT_SIZES),
     }
 )
-#: Fields that follow from others: the files hold their own dtypes.
+#: Fields that are not compared: files hold their own dtypes, and the keys of ``hf_config`` are compared one by one.
 _FOLLOW: Final = frozenset({"dtype", "hf_config"})
-#: Fields that hold a part of the model -> what stands before its keys where it is compared.
+#: Fields that hold a part of the model -> prefix of its keys in the comparison.
 _PREFIXES: Final = {"yarn": "yarn.", "experts": "", "latent_attention": "", "vision": "vision_config."}
-#: Keys of config.json that say who wrote it and how it is run, not what the model is.
+#: Keys of config.json that do not describe the model, but its origin and how it is run.
 _NOT_OF_THE_MODEL: Final = frozenset(
     {
         *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
@@ -36,9 +35,9 @@ _NOT_OF_THE_MODEL: Final = frozenset(
         *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_decoder"),
     }
 )
-#: Keys that are read into fields of a MistralConfig, where transformers 4 and 5 may spell the same value differently.
+#: Prefixes of keys that become fields of a MistralConfig and that transformers 4 and 5 may spell differently.
 _READ: Final = ("rope_", "partial_rotary_factor")
-#: Keys that transformers fills in where a config.json leaves them out.
+#: Keys that transformers fills in if a config.json lacks them.
 _FILLED_IN: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -46,8 +45,12 @@ _FILLED_IN: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 class Disagreement:
     """One value that two descriptions of a model give differently.
 
-    ``of_weights`` says that the value decides how the stored weights are read: with a wrong one they are permuted, cut
-    or dropped. Any other value changes what is computed with them.
+    Args:
+        name: The key in config.json or the field of ``MistralConfig``, such as ``yarn.factor`` in a part.
+        first: The value in the first description.
+        second: The value in the second description.
+        of_weights: Whether the value decides how stored weights are read, so that a wrong one permutes, cuts or drops
+            weights. Any other value changes what is computed with them.
     """
 
     name: str
@@ -61,8 +64,9 @@ class Disagreement:
 
 
 def disagreements(first: MistralConfig, second: MistralConfig) -> list[Disagreement]:
-    """Every value that two configurations give differently, those of their parts one by one."""
-    a, b = ({name: getattr(each, name) for name in each.__slots__ if name not in _FOLLOW} for each in (first, second))
+    """Every value that differs between two configurations, including each value of their parts."""
+    configs = (first, second)
+    a, b = ({name: getattr(config, name) for name in config.__slots__ if name not in _FOLLOW} for config in configs)
     for name, prefix in _PREFIXES.items():
         part_a, part_b = _part(first, name), _part(second, name)
         if part_a is None or part_b is None:
@@ -80,13 +84,13 @@ def disagreements(first: MistralConfig, second: MistralConfig) -> list[Disagreem
     ]
 
 
-def listed_disagreements(found: Iterable[Disagreement]) -> str:
-    """All of them in words: each name with its first and its second value."""
-    return "; ".join(map(str, found))
+def listed_disagreements(differences: Iterable[Disagreement]) -> str:
+    """Each name with its first and its second value, joined by semicolons."""
+    return "; ".join(map(str, differences))
 
 
 def _part(config: MistralConfig, name: str) -> dict[str, Any] | None:
-    """What the part of this name says, as far as it can in the keys of config.json; None if there is none."""
+    """The values of the part ``name`` by their keys in config.json where it has such; None without that part."""
     part = getattr(config, name)
     if part is None:
         return None
@@ -94,14 +98,14 @@ def _part(config: MistralConfig, name: str) -> dict[str, Any] | None:
 
 
 def _other_keys(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    """What a config.json says besides the fields of a MistralConfig, such as token ids, those left out included."""
+    """The values of a config.json that are no fields of a MistralConfig, such as token ids, with their defaults."""
     sections = {name: raw.get(name) for name in ("text_config", "vision_config")}
     text, vision = (section if isinstance(section, Mapping) else {} for section in sections.values())
     defaults = {**COMMON_DEFAULTS, **FAMILIES[model_type].defaults}
-    told = {**{name: defaults[name] for name in _FILLED_IN}, **text, **raw}
+    outer = {**{name: defaults[name] for name in _FILLED_IN}, **text, **raw}
     return {
         name: value
-        for prefix, keys in (("", told), ("vision_config.", vision))
+        for prefix, keys in (("", outer), ("vision_config.", vision))
         for key, value in keys.items()
         if (name := prefix + key) not in MistralConfig.__dataclass_fields__
         and key not in _NOT_OF_THE_MODEL

@@ -1,6 +1,6 @@
 """The models of the Mistral family that the tensor table knows, by Hugging Face's ``model_type``.
 
-What each is made of, and what transformers fills in for keys that its config.json leaves out (transformers 4.34 to
+For each: its parts, and the defaults of transformers for keys that its config.json leaves out (transformers 4.34 to
 5.23, models/*/configuration_*.py).
 """
 
@@ -13,14 +13,14 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import UnsupportedModelError
 from dist_ckpt_mistral.model.config.parts import Experts, is_positive_int
 
-#: A value of a config.json, whatever it is: ``MistralConfig`` and its parts check it.
+#: The content of a config.json. Its values are unchecked until ``MistralConfig`` and its parts are made of them.
 Raw = Mapping[str, Any]
 
 LATENT_SIZES: Final = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def _yarn(theta: float, factor: float, original: int) -> dict[str, Any]:
-    """What Ministral 3 and Mistral 4 have where config.json says nothing of rotary embeddings."""
+    """The default ``rope_parameters`` of Ministral 3 and Mistral 4."""
     scaling = {"factor": factor, "original_max_position_embeddings": original, "mscale": 1.0, "mscale_all_dim": 1.0}
     return {"rope_type": "yarn", "rope_theta": theta, "llama_4_scaling_beta": 0.1, **scaling}
 
@@ -68,12 +68,13 @@ def _mistral4_keys(experts: Experts) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Models of one ``model_type``: the class that runs them, what config.json must say, and what it may leave out.
+    """Models of one ``model_type``.
 
-    ``fixed`` are keys with the only value of them that Megatron's layers can express. ``ignored`` are keys that other
-    families have, and that transformers ignores in this one. ``renamed`` are other names of keys: they count before
-    those (transformers' ``attribute_map``). ``experts`` reads a config.json, and ``expert_keys`` are what it says of
-    them.
+    ``architecture`` is the class of transformers that runs them. ``required`` are the keys that config.json must have
+    beside the sizes of every family, ``defaults`` the values of keys that it may leave out. ``fixed`` gives the one
+    value of a key that Megatron's layers can express. ``ignored`` are keys of other families that transformers ignores
+    in this one. ``renamed`` maps another name of a key to that key and counts first (transformers' ``attribute_map``).
+    ``experts`` reads the experts from a config.json, and ``expert_keys`` gives its keys for them.
     """
 
     architecture: str
@@ -97,12 +98,12 @@ COMMON_DEFAULTS: Final[Mapping[str, Any]] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-#: Keys with the only value of them that Megatron's layers can express, in all families: an activation, attention to
-#: later tokens (``create_causal_mask``, masking_utils.py, 5.24), and layers that differ (integrations/heterogeneity).
+#: Keys of all families with the one value that Megatron's layers can express: the activation, attention to later tokens
+#: (``create_causal_mask``, masking_utils.py, 5.24), and layers that differ (integrations/heterogeneity).
 COMMON_FIXED: Final[Mapping[str, Any]] = {"hidden_act": "silu", "is_causal": True, "per_layer_config": None}
-#: What transformers fills in is filled in here, with one exception: it takes a missing ``sliding_window`` of
-#: ``mistral`` and ``ministral`` for 4096, the value of Mistral 7B v0.1 and of no model since. Writers that leave out
-#: null make it missing in models without a window. So it is none here, and a warning says so.
+#: Defaults are those of transformers, with one exception: for a missing ``sliding_window`` of ``mistral`` and
+#: ``ministral`` it takes 4096, the value of Mistral 7B v0.1 and of no model since. Writers that leave out null make it
+#: missing in models without a window. So a missing key means no window here, with a warning.
 FAMILIES: Final[Mapping[str, Family]] = {
     "mistral": Family(architecture="MistralForCausalLM"),
     "mixtral": Family(
@@ -151,12 +152,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
         has_latent_attention=True,
     ),
 }
-#: Models whose layers differ in what they attend to.
+#: Families whose layers may differ in their attention (``layer_types``).
 WITH_LAYER_TYPES: Final = tuple(name for name, family in FAMILIES.items() if "layer_types" not in family.ignored)
-#: A language model of one of the families, with a vision tower: its own config stands under ``text_config``.
+#: A language model of one of the families with a vision tower; ``text_config`` holds the language model's config.
 MULTIMODAL: Final = "mistral3"
 MULTIMODAL_ARCHITECTURE: Final = "Mistral3ForConditionalGeneration"
-#: The vision tower of all of these, and what transformers fills in for keys that its config leaves out.
+#: The ``model_type`` of their vision tower, and the defaults of transformers for its keys.
 VISION_TYPE: Final = "pixtral"
 VISION_DEFAULTS: Final[Mapping[str, Any]] = {
     "hidden_size": 1024,
@@ -168,13 +169,13 @@ VISION_DEFAULTS: Final[Mapping[str, Any]] = {
 }
 #: HF ``model_type`` values that the tensor table knows.
 MODEL_TYPES: Final = (*FAMILIES, MULTIMODAL)
-#: The classes whose tensors the table knows. Which of them a config.json names makes no difference: transformers goes
-#: by ``model_type``, and so does the table.
+#: The classes whose tensors the table knows. It makes no difference which one a config.json names: transformers and the
+#: table go by ``model_type``.
 _ARCHITECTURES: Final = (*(family.architecture for family in FAMILIES.values()), MULTIMODAL_ARCHITECTURE)
-#: What FSDP puts before the name of a class, and transformers takes off again (modeling_utils.py, 5.24).
+#: Prefix of a class name under FSDP, which transformers removes (modeling_utils.py, 5.24).
 _FSDP: Final = "FSDP"
 
-#: What is known of other models of Mistral AI, and why they are not supported.
+#: Other models of Mistral AI -> why they are not supported.
 _REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         ("mistral_large4", "mistral_large4_text"),
@@ -199,14 +200,14 @@ def require_supported(raw: Raw, where: str) -> str:
 
 
 def require_language_model(raw: Raw, where: str) -> None:
-    """Raise UnsupportedModelError if ``architectures`` of a config.json names a class with another head, or none."""
-    named = raw.get("architectures") or []
-    names = named if isinstance(named, list) else [named]
+    """Raise UnsupportedModelError if ``architectures`` in a config.json names a class that is no language model."""
+    architectures = raw.get("architectures") or []
+    names = architectures if isinstance(architectures, list) else [architectures]
     others = [name for name in names if str(name).removeprefix(_FSDP) not in _ARCHITECTURES]
     if others:
         family = FAMILIES.get(raw["model_type"])
         expected = family.architecture if family else MULTIMODAL_ARCHITECTURE
         raise UnsupportedModelError(
-            f"architectures in {where}: expected {expected} (Megatron's GPTModel has no head but that of a language "
+            f"architectures in {where}: expected {expected} (Megatron's GPTModel has only the head of a language "
             f"model), got {', '.join(map(repr, others)):.200}. Give the language model that it was made from."
         )

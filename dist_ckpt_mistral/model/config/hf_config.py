@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says of a model of the Mistral family, and the config.json that says the same."""
+"""Read a Hugging Face config.json into the fields of a ``MistralConfig``, and write one from them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TIED: Final = "tie_word_embeddings"
 def language_model(raw: Raw, where: str) -> dict[str, Any]:
     """The part of a config.json that describes the language model: all of it, or a multimodal model's text_config.
 
-    The dtype of a multimodal model is the outer one, if there is one. ``tie_is_open`` says what counts of its ties.
+    The outer dtype of a multimodal model counts before the inner one. For its ties see ``tie_is_open``.
     """
     if require_supported(raw, where) != MULTIMODAL:
         return dict(raw)
@@ -51,35 +51,36 @@ def language_model(raw: Raw, where: str) -> dict[str, Any]:
     outermost = {"dtype": _dtype(raw) or _dtype(text), **({} if tied is None else {_TIED: tied})}
     merged = {"model_type": "mistral", **text, **outermost}
     if require_supported(merged, f"text_config of {where}") == MULTIMODAL:
-        raise UnsupportedModelError(f"text_config of {where} is that of a multimodal model again")
+        raise UnsupportedModelError(f"text_config of {where} describes a multimodal model again")
     return merged
 
 
 def tie_is_open(raw: Raw) -> bool:
-    """Whether a config.json leaves it to the stored tensors whether embeddings are tied.
+    """Whether the stored tensors decide if embeddings are tied, because config.json does not.
 
-    transformers goes by the outer word of a multimodal config.json, true where it is missing, and unties wherever the
-    files hold another head (5.24, modeling_utils.py, ``tie_weights``). It writes that ``true`` beside every text_config
-    (configuration_mistral3.py): so the outer word alone is none, except ``false``.
+    transformers goes by the outer value of a multimodal config.json, by default true, and unties if the files hold
+    another head (5.24, modeling_utils.py, ``tie_weights``). It writes an outer ``true`` beside every text_config
+    (configuration_mistral3.py), so an outer value decides only if it is ``false``.
     """
     text = raw.get("text_config") if raw.get("model_type") == MULTIMODAL else None
     return isinstance(text, Mapping) and raw.get(_TIED) is not False and text.get(_TIED) is not True
 
 
 def with_tie(raw: Raw, *, tied: bool) -> dict[str, Any]:
-    """A config.json of a multimodal model that says on both levels whether embeddings are tied."""
+    """The config.json of a multimodal model with the same ``tie_word_embeddings`` on both levels."""
     return {**raw, _TIED: tied, "text_config": {**raw["text_config"], _TIED: tied}}
 
 
 def config_fields(raw: Raw, where: str) -> dict[str, Any]:
-    """The fields of a ``MistralConfig``, by name, that a config.json tells. Their values are yet to be checked.
+    """The fields of a ``MistralConfig`` from a config.json, by name. ``MistralConfig`` checks the values.
 
     Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
     """
-    said = language_model(raw, where)
+    described = language_model(raw, where)
     require_language_model(raw, where)
-    family = FAMILIES[said["model_type"]]
-    text = said | {usual: said[name] for name, usual in family.renamed.items() if said.get(name) is not None}
+    family = FAMILIES[described["model_type"]]
+    renamed = {usual: described.get(name) for name, usual in family.renamed.items()}
+    text = described | {usual: value for usual, value in renamed.items() if value is not None}
     missing = [name for name in (*REQUIRED_SIZES, *family.required) if text.get(name) is None]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}. Check that it is the model's own config.json.")
@@ -92,8 +93,8 @@ def config_fields(raw: Raw, where: str) -> dict[str, Any]:
     latent = LatentAttention(**{name: values[name] for name in LATENT_SIZES}) if family.has_latent_attention else None
     rotated = 1.0 if latent is None else latent.qk_rope_head_dim / latent.qk_head_dim
     rope = rope_parameters(values, partial_rotary_factor=rotated)
-    for line in _not_as_said({"auto_map": raw.get("auto_map"), **said}, rope, family):
-        _LOG.warning("%s: %s", where, line)
+    for warning in _deviations({"auto_map": raw.get("auto_map"), **described}, rope, family):
+        _LOG.warning("%s: %s", where, warning)
     beta = rope.get("llama_4_scaling_beta") if _scales_queries(family) else None
     return {
         **{name: values[name] for name in (*REQUIRED_SIZES, "num_key_value_heads", "rms_norm_eps")},
@@ -115,17 +116,17 @@ def config_fields(raw: Raw, where: str) -> dict[str, Any]:
 
 
 def _vision(raw: Raw, where: str) -> Vision:
-    """The vision tower and projector of a multimodal model."""
-    given = raw.get("vision_config")
-    if not isinstance(given, Mapping):
+    """The sizes of a multimodal model's vision tower and projector."""
+    vision = raw.get("vision_config")
+    if not isinstance(vision, Mapping):
         raise ConfigError(f"{where} has no vision_config. Check that it is the model's own config.json.")
-    if given.get("model_type", VISION_TYPE) != VISION_TYPE:
+    if vision.get("model_type", VISION_TYPE) != VISION_TYPE:
         raise UnsupportedModelError(
-            f"vision_config of {where} is that of model_type {given['model_type']!r}: expected {VISION_TYPE!r}."
+            f"model_type {vision['model_type']!r} in vision_config of {where}: expected {VISION_TYPE!r}."
         )
     layers = raw.get("vision_feature_layer", -1)
     return Vision(
-        **{name: given.get(name, default) for name, default in VISION_DEFAULTS.items()},
+        **{name: vision.get(name, default) for name, default in VISION_DEFAULTS.items()},
         merged_patches=raw.get("spatial_merge_size", 2),
         feature_layers=len(layers) if isinstance(layers, list) else 1,
         projector_bias=raw.get("multimodal_projector_bias", False),
@@ -133,20 +134,21 @@ def _vision(raw: Raw, where: str) -> Vision:
 
 
 def _refuse_what_megatron_lacks(text: Raw, family: Family, where: str) -> None:
+    """Raise UnsupportedModelError for a value that Megatron's layers cannot express."""
     for name, value in {**COMMON_FIXED, **family.fixed}.items():
         if text.get(name, value) not in (value, None):
             raise UnsupportedModelError(f"{name}={text[name]!r} in {where} is not supported: expected {value!r}.")
 
 
 def _scales_queries(family: Family) -> bool:
-    """Whether the family scales queries by position: those do to which transformers gives rotary embeddings that do."""
+    """Whether the family scales queries by position: transformers has default rope_parameters for those that do."""
     return "rope_parameters" in family.defaults
 
 
-def _not_as_said(text: Raw, rope: Raw, family: Family) -> Iterator[str]:
-    """What a config.json says that is not read so, a line each: transformers ignores it, or would fill in a value.
+def _deviations(text: Raw, rope: Raw, family: Family) -> Iterator[str]:
+    """Yield a warning for each value that is ignored, as in transformers, or read in another way than there.
 
-    ``rope`` are the rotary embeddings that count. See configuration_utils.py and modeling_rope_utils.py of 5.24.
+    ``rope`` are the rope_parameters in effect. See configuration_utils.py and modeling_rope_utils.py of 5.24.
     """
     model_type = text["model_type"]
     if text.get("auto_map"):
@@ -182,12 +184,13 @@ def _not_as_said(text: Raw, rope: Raw, family: Family) -> Iterator[str]:
     )
 
 
-def _layer_types(text: Raw) -> Any:  # noqa: ANN401  (whatever it is, MistralConfig checks it)
+def _layer_types(text: Raw) -> Any:  # noqa: ANN401  (MistralConfig checks it)
     types = text.get("layer_types")
     return tuple(types) if isinstance(types, list) else types
 
 
 def _head_dim(values: Raw, latent: LatentAttention | None) -> Any:  # noqa: ANN401  (MistralConfig checks it)
+    """The dimensions of a query or key head. Raises ConfigError where the sizes do not give one."""
     if latent is not None:
         if values.get("head_dim") not in (None, latent.qk_head_dim):
             raise ConfigError(
@@ -208,16 +211,16 @@ def _head_dim(values: Raw, latent: LatentAttention | None) -> Any:  # noqa: ANN4
 
 
 def _dtype(raw: Raw) -> str | None:
-    """Transformers 5 renamed ``torch_dtype`` to ``dtype``, and reads the old name where the new one is null."""
+    """The torch name of the dtype. transformers 5 renamed ``torch_dtype`` to ``dtype`` and still reads the old name."""
     dtype = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
 
 
-#: Fields of a MistralConfig that config.json calls the same, in transformers' order.
+#: Fields of a MistralConfig with the same name in config.json, in transformers' order.
 _SAME: Final = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
-    "sliding_window",  # null must be said: transformers takes a missing key for 4096
+    "sliding_window",  # null is written too: transformers takes 4096 for a missing key
     "tie_word_embeddings",
 )
 
@@ -239,11 +242,11 @@ def config_json(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Rotary embeddings. Families that transformers 4 had none of say them as transformers 5 does."""
+    """The keys for rotary embeddings: those of transformers 5 for families that transformers 4 lacks."""
     scaling = {} if fields["yarn"] is None else fields["yarn"].to_hf()
     if "rope_parameters" not in family.defaults:
         return {"rope_theta": fields["rope_theta"], **({"rope_scaling": scaling} if scaling else {})}
-    # transformers multiplies by the scale of these queries in any case: 0 is none.
+    # transformers scales the queries of these families in any case: 0 means by 1.
     position = {
         "original_max_position_embeddings": fields["max_position_embeddings"],
         "llama_4_scaling_beta": fields["llama_4_scaling_beta"] or 0.0,

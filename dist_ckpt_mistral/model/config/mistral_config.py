@@ -1,4 +1,4 @@
-"""``MistralConfig``: the sizes of a Mistral model, whoever wrote them down."""
+"""``MistralConfig``: the configuration of a Mistral model, and the ways in which callers give one."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ from dist_ckpt_mistral.model.config.yarn import YarnScaling
 from dist_ckpt_mistral.storage import documents, hub
 from dist_ckpt_mistral.storage.paths import as_given
 
-#: How callers give a configuration: itself, a config.json, a directory with one, or any of these as an override.
-GivenConfig: TypeAlias = "str | Path | MistralConfig | ConfigOverride"
-
-#: What a layer's attention is, in Hugging Face's words.
+#: The values of ``layer_types`` in Hugging Face's config.json.
 SLIDING: Final = "sliding_attention"
 FULL: Final = "full_attention"
 _KINDS: Final = frozenset({SLIDING, FULL})
@@ -39,16 +36,39 @@ _KINDS: Final = frozenset({SLIDING, FULL})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MistralConfig:
-    """The sizes and constants of one model of the Mistral family, in Hugging Face's names.
+    """The configuration of one model of the Mistral family, with Hugging Face's names.
 
-    ``model_type`` is that of the language model. ``head_dim`` may differ from ``hidden_size / num_attention_heads``
-    (Nemo); ``sliding_window`` is Hugging Face's W (a token sees itself and W - 1 before it) or None, and
-    ``layer_types`` says which layers have it: ``full_attention`` or ``sliding_attention`` each, None for all. ``yarn``
-    is None where rotary embeddings are not scaled; ``llama_4_scaling_beta`` is None where queries are not scaled by
-    position. ``experts`` is None for an MLP in every layer, ``latent_attention`` None for grouped queries.
-    ``vision`` is None for a language model alone.
-    ``dtype`` is a torch name such as ``bfloat16`` or None where the source does not say.
-    ``hf_config`` is the original config.json, kept whole so that nothing is lost on the way.
+    Args:
+        model_type: Type of the language model: mistral, mixtral, ministral, ministral3 or mistral4.
+        vocab_size: Rows of the embedding, without Megatron's padding.
+        hidden_size: Features of a token between the layers.
+        intermediate_size: Features between the two linear modules of the MLP.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Number of query heads, a multiple of ``num_key_value_heads``.
+        num_key_value_heads: Number of key and value heads (Megatron: ``num_query_groups``).
+        head_dim: Dimensions of a query or key head. It may differ from ``hidden_size / num_attention_heads`` (Nemo).
+        rms_norm_eps: Epsilon of the RMS norms.
+        rope_theta: Base of the rotary embeddings.
+        max_position_embeddings: Longest context, in tokens.
+        sliding_window: Number of tokens that a token sees, itself included; None for full attention.
+        layer_types: ``"full_attention"`` or ``"sliding_attention"`` for each layer; None if all have the window.
+        tie_word_embeddings: Whether the embedding is also the output layer.
+        yarn: The YaRN scaling of rotary embeddings; None without one.
+        llama_4_scaling_beta: Coefficient by which queries are scaled with their position; None without scaling.
+        experts: The mixture of experts; None for an MLP in every layer.
+        latent_attention: The sizes of multi-latent attention; None for grouped-query attention.
+        vision: The sizes of vision tower and projector; None for a language model.
+        dtype: Name of the weights' torch dtype, such as ``"bfloat16"``; None if the source gives none.
+        hf_config: The content of the original config.json, which ``to_hf`` returns. It does not count in comparisons.
+
+    Raises:
+        ConfigError: A value has the wrong type or size, or contradicts another. The message lists all problems.
+
+    Example:
+        >>> sizes = dict(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+        >>> config = MistralConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+        >>> config.queries_per_group
+        4
     """
 
     model_type: str = "mistral"
@@ -128,7 +148,7 @@ class MistralConfig:
 
     @property
     def window_layers(self) -> tuple[bool, ...]:
-        """Of every layer, whether a token sees only ``sliding_window`` tokens there."""
+        """For each layer, whether its attention has the window."""
         if self.layer_types is None or self.sliding_window is None:
             return (self.sliding_window is not None,) * self.num_hidden_layers
         return tuple(kind == SLIDING for kind in self.layer_types)
@@ -140,24 +160,24 @@ class MistralConfig:
 
     @property
     def window_size(self) -> tuple[int, int] | None:
-        """Megatron's ``window_size``: (tokens before, tokens after) that a token sees besides itself.
+        """Megatron's ``window_size``: (tokens before, tokens after) that a token sees besides itself; None for all.
 
-        Hugging Face's W counts the token itself, Megatron's does not (proved by logits on megatron-core 0.16 and 0.19).
+        ``sliding_window`` counts the token itself, Megatron does not (proved by logits on megatron-core 0.16 and 0.19).
         """
         return None if self.sliding_window is None else (self.sliding_window - 1, 0)
 
     @property
     def left_open(self) -> str:
-        """What config.json alone does not tell for sure, and stored tensors do; empty for nothing."""
+        """The questions that only stored tensors answer for sure, in words; empty if config.json answers all."""
         raw = self.hf_config or {}
         method = "" if is_readable(raw) else f"whether weights are quantized ({described_method(raw)})"
         return " and ".join(filter(None, ("whether embeddings are tied" if tie_is_open(raw) else "", method)))
 
     def as_stored(self, *, has_head: bool) -> MistralConfig:
-        """This configuration beside stored tensors, which have a head of their own or not.
+        """This configuration with the ties of the stored tensors; ``has_head`` says whether these have a head too.
 
-        They decide whether embeddings are tied where config.json leaves it open. A config.json that another reader
-        could take for the opposite then says so.
+        The stored tensors decide only where config.json leaves it open. If the result differs, ``hf_config`` is
+        changed too, so that every reader finds the same.
         """
         if self.hf_config is None or self.tie_word_embeddings is not has_head or not tie_is_open(self.hf_config):
             return self
@@ -167,12 +187,22 @@ class MistralConfig:
     def from_hf(
         cls, source: str | Path | Mapping[str, Any], *, where: str = "the given configuration"
     ) -> MistralConfig:
-        """Read a Hugging Face configuration: a model directory or hub id, a config.json, or its parsed content.
+        """Read a Hugging Face config.json, or the params.json of Mistral AI's consolidated files.
 
-        Mistral AI's own params.json is read too, and counts as the config.json that says the same. ``where`` names
-        parsed content in errors and warnings.
+        Args:
+            source: A model directory or hub id, a config.json or params.json, or the parsed content of a config.json.
+            where: The name of parsed content in errors and warnings.
 
-        Raises ConfigError when sizes are missing or do not fit, UnsupportedModelError for another architecture.
+        Returns:
+            The configuration; its ``hf_config`` is the content of config.json.
+
+        Raises:
+            ConfigError: There is no configuration, sizes are missing, or values do not fit.
+            UnsupportedModelError: The model has another architecture.
+
+        Example:
+            >>> MistralConfig.from_hf("mistralai/Mistral-7B-v0.3").num_key_value_heads  # doctest: +SKIP
+            8
         """
         if isinstance(source, Mapping):
             return _from_hf_mapping(source, where)
@@ -181,48 +211,64 @@ class MistralConfig:
         return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of config.json: the original if there was one, else one that transformers 4 and 5 both read.
+        """The content of config.json: the original if there is one, else one that transformers 4 and 5 both read.
 
-        It says nothing of quantization: what this package writes is not quantized. Raises ConfigError for a multimodal
-        model without an original, for its fields are not all that one says.
+        Returns:
+            A new dict, without a description of quantization: this package writes no quantized weights.
+
+        Raises:
+            ConfigError: A multimodal model has no original config.json; its fields alone do not describe it.
         """
         if self.hf_config is not None:
             return unquantized(self.hf_config)
         if self.vision is not None:
-            raise ConfigError("a multimodal model needs its own config.json: these fields are not all that it says.")
+            raise ConfigError(
+                "a multimodal model needs its own config.json: a MistralConfig alone does not describe it."
+            )
         return config_json({name: getattr(self, name) for name in self.__slots__})
 
 
 def config_file(path: Path) -> Path:
-    """The file that tells the configuration of a directory: config.json, else params.json; a file is itself."""
+    """The configuration file of a directory: config.json, else params.json. A file is returned unchanged."""
     if not path.is_dir():
         return path
-    own = path / PARAMS_FILE
-    return own if own.is_file() and not (path / CONFIG_FILE).is_file() else path / CONFIG_FILE
+    config, params = path / CONFIG_FILE, path / PARAMS_FILE
+    return params if params.is_file() and not config.is_file() else config
 
 
 def require_config_file(path: Path) -> Path:
     """The ``config_file`` of ``path``. Raises ConfigError if there is none."""
-    found = config_file(path)
-    if not found.is_file():
+    file = config_file(path)
+    if not file.is_file():
         place = path.parent if path.name in {CONFIG_FILE, PARAMS_FILE} else path
         raise ConfigError(
             f"no model configuration: there is no {CONFIG_FILE} at {as_given(place)} ({what_is(place).what}). Get that "
             "file, or give a directory that has it."
         )
-    return found
+    return file
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigOverride:
-    """A configuration to go by even where the model's own descriptions contradict it; the differences are logged."""
+    """A configuration that counts even where the model's own descriptions contradict it. Differences are logged.
+
+    Args:
+        config: A ``MistralConfig``, a config.json, or a directory or hub id with one.
+
+    Example:
+        >>> dist_ckpt_mistral.inspect("ckpt", config=ConfigOverride("hf_dir"))  # doctest: +SKIP
+    """
 
     config: str | Path | MistralConfig
 
 
+#: A configuration as an argument: itself, a config.json, a directory or hub id with one, or an override with any.
+GivenConfig: TypeAlias = str | Path | MistralConfig | ConfigOverride
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenConfig:
-    """A configuration that a caller chose: where it is from, in words, and whether it overrides all others."""
+    """A configuration from a caller, the description of its source, and whether it overrides all others."""
 
     config: MistralConfig
     source: str
@@ -230,7 +276,7 @@ class ChosenConfig:
 
 
 def chosen_config(given: GivenConfig | None) -> ChosenConfig | None:
-    """The configuration that a caller gave, whichever way, or None if none was. Raises as ``from_hf``."""
+    """The configuration of a caller, read if necessary; None without one. Raises as ``MistralConfig.from_hf``."""
     overrides, content = isinstance(given, ConfigOverride), _content(given)
     if content is None:
         return None
@@ -242,9 +288,9 @@ def chosen_config(given: GivenConfig | None) -> ChosenConfig | None:
 
 
 def given_directory(given: GivenConfig | None, *, vision: bool = False) -> Path | None:
-    """The directory that a caller gave for its configuration, whose other small files may be wanted; else None.
+    """The directory that a caller gave as configuration, whose other small files can be copied; else None.
 
-    Of a hub id it is the snapshot: with the weights if ``vision`` asks for the vision tower and the model has one.
+    For a hub id it is the snapshot, which includes the weights if ``vision`` is true and the model has a vision tower.
     """
     content = _content(given)
     if content is None or isinstance(content, MistralConfig):

@@ -1,9 +1,8 @@
-"""``params.json``, the configuration beside Mistral AI's own files, as a Hugging Face config.json.
+"""Translate ``params.json``, the configuration of Mistral AI's consolidated files, into a Hugging Face config.json.
 
-Keys and what they mean: mistral-inference (args.py, moe.py, transformer.py), what transformers'
-convert_mistral_weights_to_hf.py, convert_ministral3_weights_to_hf.py and convert_mistral4_weight_to_hf.py make of them
-(5.x), and what vLLM does (transformers_utils/configs/mistral.py). Every key is used, or is known to have no effect with
-the value that it has, or is an error.
+Sources for the meaning of the keys: mistral-inference (args.py, moe.py, transformer.py), transformers 5.x
+(convert_mistral_weights_to_hf.py, convert_ministral3_weights_to_hf.py, convert_mistral4_weight_to_hf.py) and vLLM
+(transformers_utils/configs/mistral.py). Every key is used, or is known to have no effect at its value, or is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.formats.places import PARAMS_FILE
 from dist_ckpt_mistral.model.config.parts import is_positive_int
 
-#: Key there -> key in config.json.
+#: Key of params.json -> key of config.json.
 _RENAMED: Final[Mapping[str, str]] = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -28,16 +27,16 @@ _SAME: Final = (
     *("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     "rope_theta",
 )
-#: How many tokens there may be: the first of these counts, as in vLLM.
+#: Keys of the longest context in tokens; the first that is there counts, as in vLLM.
 _LENGTHS: Final = ("max_position_embeddings", "max_seq_len", "model_max_length")
-#: One of these: Ministral 8B calls it by the second.
+#: Keys of the window; Ministral 8B has the second.
 _WINDOWS: Final = ("sliding_window", "_sliding_window")
 _YARN: Final = ("factor", "original_max_position_embeddings", "beta", "alpha")
 _USED: Final = (
     *(*_RENAMED, *_SAME, *_LENGTHS, *_WINDOWS),
     *("n_kv_heads", "tied_embeddings", "moe", "yarn", "llama_4_scaling"),
 )
-#: Keys that change nothing, each with the values of which that is true: None for any, as of how a model was run.
+#: Keys without effect on the model -> the values for which that is true; None for every value, as for how it is run.
 _WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...] | None]] = {
     "model_type": ("transformer",),
     "activation": ("silu",),
@@ -48,7 +47,7 @@ _WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...] | None]] = {
     "max_batch_size": None,
     "model_parallel": None,
 }
-#: Of ``moe``: key there -> key in config.json, and what counts where it says nothing.
+#: Key of ``moe`` -> (key of config.json, default).
 _MIXTRAL: Final = {"num_experts": ("num_local_experts", None), "num_experts_per_tok": ("num_experts_per_tok", None)}
 _MISTRAL4: Final = {
     "num_experts": ("n_routed_experts", None),
@@ -60,7 +59,7 @@ _MISTRAL4: Final = {
     "num_expert_groups": ("n_group", 1),
     "num_expert_groups_per_tok": ("topk_group", 1),
 }
-#: Of ``moe``, as ``_WITHOUT_EFFECT``. What Mistral 4 has, a Mixtral may say that it has not.
+#: ``_WITHOUT_EFFECT`` for the keys of ``moe``. A Mixtral may have those of Mistral 4 with values that turn them off.
 _MOE_WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...] | None]] = {
     "expert_parallel": None,
     "expert_model_parallel": None,
@@ -73,7 +72,7 @@ _MOE_WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...] | None]] = {
     "num_expert_groups": (1,),
     "num_expert_groups_per_tok": (1,),
 }
-#: What no model that the table knows has, or what only another file of the same release tells.
+#: Keys of models that the tensor table does not know, or that only the release's Hugging Face files describe fully.
 _REFUSED: Final[Mapping[str, str]] = {
     "vision_encoder": "a vision tower, which only Hugging Face's rendering of a release is read with",
     **dict.fromkeys(
@@ -88,12 +87,12 @@ _MAX_POSITIONS: Final = 4096 * 32
 
 
 def config_of_params(params: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The config.json of the model that ``params`` describes; its values are yet to be checked.
+    """The content of config.json for the model that ``params`` describes. ``MistralConfig`` checks the values.
 
-    Raises ConfigError where sizes are missing or contradict each other, UnsupportedModelError for what only another
-    rendering tells and for keys that are not known.
+    Raises ConfigError where sizes are missing or contradict each other, UnsupportedModelError for unknown keys and for
+    models that only Hugging Face's files describe fully.
     """
-    params = _said(params)
+    params = _without_empty(params)
     for name, what in _REFUSED.items():
         if name in params:
             raise UnsupportedModelError(f"{name} in {where}: it describes {what}. Give the directory with config.json.")
@@ -115,12 +114,13 @@ def config_of_params(params: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _said(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What a section says: null and empty values say nothing."""
+def _without_empty(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section without null and empty values, which mean the same as a missing key."""
     return {name: value for name, value in section.items() if value not in (None, {}, [])}
 
 
 def _require(section: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Raise ConfigError if a key is missing."""
     missing = [name for name in names if name not in section]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}. Check that it is the model's own {PARAMS_FILE}.")
@@ -132,7 +132,7 @@ def _require_known(
     """Raise UnsupportedModelError for all keys that are neither used nor known to have no effect."""
     allowed = {name: without_effect.get(name, ()) for name in section if name not in used}
     problems = [
-        f"{name}: {f'expected {values[0]!r}' if values else 'it means nothing known'}, got {section[name]!r:.100}"
+        f"{name}: {f'expected {values[0]!r}' if values else 'unknown key'}, got {section[name]!r:.100}"
         for name, values in allowed.items()
         if values is not None and section[name] not in values
     ]
@@ -144,29 +144,34 @@ def _require_known(
 
 
 def _section(params: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    """The section ``name`` without empty values; empty if there is none. Raises ConfigError if it is no object."""
     section = params.get(name, {})
     if not isinstance(section, Mapping):
         raise ConfigError(f"{name} in {where}: expected an object, got {section!r:.100}")
-    return _said(section)
+    return _without_empty(section)
 
 
 def _window(params: Mapping[str, Any], model_type: str, where: str) -> dict[str, Any]:
-    """One window for all layers (which may be text), or a list of them that repeats: null is full attention."""
-    told = {name: params[name] for name in _WINDOWS if name in params}
-    given = next(iter(told.values()), None)
-    if any(each != given for each in told.values()):
+    """The window as keys of config.json.
+
+    ``params`` has one number (or its text) for all layers, or a list that repeats over the layers, with null for full
+    attention.
+    """
+    windows = {name: params[name] for name in _WINDOWS if name in params}
+    window = next(iter(windows.values()), None)
+    if any(other != window for other in windows.values()):
         raise ConfigError(
-            f"{' and '.join(told)} in {where} contradict each other: {' and '.join(map(repr, told.values()))}"
+            f"{' and '.join(windows)} in {where} contradict each other: {' and '.join(map(repr, windows.values()))}"
         )
-    if isinstance(given, str) and given.isdecimal():
-        given = int(given)
-    if not isinstance(given, list):
-        return {"sliding_window": given}
-    sizes = {size for size in given if size is not None}
+    if isinstance(window, str) and window.isdecimal():
+        window = int(window)
+    if not isinstance(window, list):
+        return {"sliding_window": window}
+    sizes = {size for size in window if size is not None}
     layers = params["n_layers"]
     if model_type != "mistral" or len(sizes) != 1 or not is_positive_int(layers):
-        raise UnsupportedModelError(f"sliding_window {given!r:.100} in {where}: expected one size, in a dense model")
-    kinds = ["full_attention" if size is None else "sliding_attention" for size in given]
+        raise UnsupportedModelError(f"sliding_window {window!r:.100} in {where}: expected one size, in a dense model")
+    kinds = ["full_attention" if size is None else "sliding_attention" for size in window]
     return {
         "model_type": "ministral",
         "sliding_window": sizes.pop(),
@@ -182,10 +187,10 @@ def _experts(moe: Mapping[str, Any], keys: Mapping[str, tuple[str, Any]], where:
 def _rope(
     params: Mapping[str, Any], yarn: Mapping[str, Any], model_type: str, where: str, *, has_window: bool
 ) -> dict[str, Any]:
-    """YaRN, with Mistral's ``beta`` and ``alpha`` as its bounds; without ``apply_scale`` nothing else is scaled.
+    """The rope_parameters of config.json. Mistral's ``beta`` and ``alpha`` are the bounds of YaRN.
 
-    Without a theta, the first releases of mistral-inference (transformer.py) take 10,000 where there is a window, as in
-    Mistral 7B v0.1, and else 1,000,000, as in Mixtral 8x7B.
+    Without ``rope_theta``, the first releases of mistral-inference (transformer.py) take 10,000 for a model with a
+    window, as Mistral 7B v0.1 is, else 1,000,000, as for Mixtral 8x7B.
     """
     scaling = _section(params, "llama_4_scaling", where)
     if model_type in ("ministral3", "mistral4"):
@@ -196,7 +201,7 @@ def _rope(
     if not (yarn and scaling) or model_type == "mixtral":
         raise UnsupportedModelError(
             f"{' and '.join(name for name in ('moe', 'yarn', 'llama_4_scaling') if name in params)} in {where}: no "
-            f"{model_type} model has it so. Expected yarn with llama_4_scaling in Ministral 3 and Mistral 4."
+            f"{model_type} model has this. Expected yarn with llama_4_scaling, in Ministral 3 or Mistral 4."
         )
     _require(yarn, _YARN, f"yarn of {where}")
     _require_known(yarn, _YARN, {"apply_scale": (False,)}, f"yarn of {where}")

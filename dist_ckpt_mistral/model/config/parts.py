@@ -1,4 +1,4 @@
-"""``Experts``: the mixture of experts that stands in for the MLP of every layer."""
+"""Parts of a ``MistralConfig`` (experts, latent attention, vision) and the checks of their sizes."""
 
 from __future__ import annotations
 
@@ -8,39 +8,50 @@ from typing import Final, TypeGuard
 
 from dist_ckpt_mistral.errors import ConfigError
 
-#: Far beyond every model. Sizes of a hostile file must come to no number that overflows, and ...
+#: Far beyond every model: products of sizes from a hostile file must not overflow.
 MAX_SIZE: Final = 2**31 - 1
-#: ... to no table that fills the memory: of layers, and of heads and experts in all layers together.
+#: Limits that keep the tensor table in memory: layers, and key heads and experts in all layers together.
 MAX_LAYERS: Final = 10_000
 MAX_PARTS: Final = 1_000_000
 _SIZES: Final = ("num_experts", "experts_per_token", "intermediate_size")
 
 
 def is_positive_int(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is a whole number from 1 to ``MAX_SIZE``; true and false are none."""
+    """Whether ``value`` is an integer from 1 to ``MAX_SIZE``; booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
 
 
 def not_a_size(name: str, value: object) -> str:
-    """What is wrong with a ``value`` that is no positive integer."""
+    """The error message for a ``value`` that is no positive integer of at most ``MAX_SIZE``."""
     most = f" of at most {MAX_SIZE}" if isinstance(value, int) and value > MAX_SIZE else ""
     return f"{name} must be a positive integer{most}, got {value!r:.200}"
 
 
 def is_positive_number(value: object) -> bool:
-    """Whether ``value`` is a number above 0 that a float can hold; true and false are none."""
+    """Whether ``value`` is a number above 0 that a float can hold; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """How many experts a layer has, how large they are, and how its router chooses ``experts_per_token`` of them.
+    """The mixture of experts that replaces the MLP of every layer.
 
-    The router takes the softmax over all experts, chooses the highest, and multiplies what they give with their
-    probabilities times ``routed_scaling_factor``; with ``normalized`` the probabilities of those chosen add up to 1.
-    With ``num_groups`` above 1 the experts stand in so many groups, of which only ``groups_per_token`` may be chosen.
-    ``shared_intermediate_size`` is the size of an MLP that every token passes besides, 0 without one. ``packed`` says
-    that Hugging Face files hold the experts of a layer in one tensor.
+    The router takes the softmax over all experts, chooses those with the highest probabilities, and multiplies the
+    output of each with its probability times ``routed_scaling_factor``.
+
+    Args:
+        num_experts: Experts per layer.
+        experts_per_token: Experts that the router chooses for a token.
+        intermediate_size: Features between the two linear modules of an expert.
+        shared_intermediate_size: The same of the MLP that every token passes too; 0 without one.
+        normalized: Whether the probabilities of the chosen experts are scaled to add up to 1.
+        routed_scaling_factor: Factor on the probabilities.
+        num_groups: Groups of experts, all of the same size.
+        groups_per_token: Groups whose experts the router may choose for a token.
+        packed: Whether Hugging Face files hold all experts of a layer in one tensor.
+
+    Raises:
+        ConfigError: Values do not fit together; the message lists all problems.
     """
 
     num_experts: int
@@ -88,9 +99,17 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentAttention:
-    """Sizes of multi-latent attention, in Hugging Face's names; without ``q_lora_rank`` queries have no latent.
+    """Sizes of multi-latent attention, under Hugging Face's names.
 
-    The last ``qk_rope_head_dim`` of ``qk_head_dim`` dimensions of a query or key are rotated.
+    Args:
+        q_lora_rank: Dimensions of the latent of all queries of a token; None if queries have no latent.
+        kv_lora_rank: Dimensions of the latent of all keys and values of a token.
+        qk_nope_head_dim: Dimensions of a query or key head that are not rotated. They come first.
+        qk_rope_head_dim: Dimensions of a query or key head that are rotated.
+        v_head_dim: Dimensions of a value head.
+
+    Raises:
+        ConfigError: A size is no positive integer. The message lists all problems.
     """
 
     q_lora_rank: int | None
@@ -120,8 +139,19 @@ class LatentAttention:
 class Vision:
     """The sizes of a Pixtral vision tower, and of the projector from it to the language model.
 
-    ``merged_patches`` patches along each side become one token (``spatial_merge_size``), of whose features the
-    projector takes ``feature_layers`` layers.
+    Args:
+        hidden_size: Features of a patch between the tower's layers.
+        intermediate_size: Features between the two linear modules of its MLP.
+        num_hidden_layers: Number of its layers.
+        num_attention_heads: Number of its attention heads.
+        num_channels: Channels of an image.
+        patch_size: Side of a patch, in pixels.
+        merged_patches: Side of the square of patches that the projector merges into one token (``spatial_merge_size``).
+        feature_layers: Number of the tower's layers whose features the projector takes.
+        projector_bias: Whether the linear modules of the projector have biases.
+
+    Raises:
+        ConfigError: Values have the wrong type or size. The message lists all problems.
     """
 
     hidden_size: int
@@ -154,5 +184,5 @@ class Vision:
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head."""
+        """Dimensions of an attention head of the tower."""
         return self.hidden_size // self.num_attention_heads

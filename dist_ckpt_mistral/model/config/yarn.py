@@ -17,7 +17,7 @@ from dist_ckpt_mistral.model.config.parts import is_positive_int, is_positive_nu
 
 _LOG = logging.getLogger(__name__)
 
-#: Keys of a rope dict that say something else than how YaRN stretches.
+#: Keys of ``rope_parameters`` beside the fields of ``YarnScaling``.
 _OTHER_KEYS: Final = frozenset(
     {
         *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
@@ -30,11 +30,20 @@ _DEFAULT_BETA_SLOW: Final = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnScaling:
-    """How YaRN stretches rotary embeddings from ``original_max_position_embeddings`` tokens to ``factor`` times that.
+    """How YaRN stretches rotary embeddings to ``factor`` times ``original_max_position_embeddings`` tokens.
 
-    ``beta_fast`` and ``beta_slow`` bound, in rotations over the original context, the dimensions that are stretched in
-    part; with ``truncate`` the bounds are rounded to whole dimensions. ``attention_factor`` multiplies cosines and
-    sines; where it is None, ``attention_scale`` says what does.
+    Args:
+        factor: The stretch of the context, at least 1.
+        original_max_position_embeddings: The context before stretching, in tokens.
+        beta_fast: Dimensions with more rotations than this over the original context are not stretched.
+        beta_slow: Dimensions with fewer rotations are stretched in full; those between the two bounds in part.
+        mscale: Numerator of the factor on cosines and sines (see ``attention_scale``); None without one.
+        mscale_all_dim: Denominator of that factor; None without one. In latent attention it also scales the scores.
+        attention_factor: The factor itself; None if it follows from ``mscale``, ``mscale_all_dim`` and ``factor``.
+        truncate: Whether the bounds are rounded to whole dimensions.
+
+    Raises:
+        ConfigError: Values have the wrong type or size. The message lists all problems.
     """
 
     factor: float
@@ -77,10 +86,10 @@ class YarnScaling:
 
     @property
     def attention_scale(self) -> float:
-        """What cosines and sines are multiplied with, as transformers computes it."""
+        """The factor on cosines and sines, as transformers computes it."""
         if self.attention_factor is not None:
             return float(self.attention_factor)
-        if self.mscale and self.mscale_all_dim:  # transformers takes a 0 for a value that is not given
+        if self.mscale and self.mscale_all_dim:  # transformers treats 0 as not given
             return self._concentration(self.mscale) / self._concentration(self.mscale_all_dim)
         return self._concentration(1.0)
 
@@ -88,9 +97,9 @@ class YarnScaling:
     def megatron_mscales(self) -> tuple[float | None, float | None]:
         """Megatron's ``(yarn_mscale, yarn_mscale_all_dim)`` that give ``attention_scale``.
 
-        Megatron (yarn_rotary_pos_embedding.py, 0.16 to 0.19) takes a 0 as the number 0 and knows no
-        ``attention_factor``: that is written as the ``mscale`` that comes to the same. Raises UnsupportedModelError for
-        an attention factor without stretching, which Megatron cannot express.
+        Megatron (yarn_rotary_pos_embedding.py, 0.16 to 0.19) treats 0 as a number and has no ``attention_factor``:
+        the equivalent ``mscale`` replaces it. Raises UnsupportedModelError for an attention factor with ``factor=1``,
+        which Megatron cannot express.
         """
         if self.attention_factor is None:
             return (self.mscale, self.mscale_all_dim) if self.mscale and self.mscale_all_dim else (None, None)
@@ -100,10 +109,11 @@ class YarnScaling:
 
     @property
     def latent_mscales(self) -> tuple[float, float]:
-        """Megatron's ``(mscale, mscale_all_dim)`` of latent attention, which the second scales once more.
+        """Megatron's ``(mscale, mscale_all_dim)`` of latent attention.
 
-        It does so in transformers as well, whatever scales cosines and sines (``yarn_apply_mscale`` in
-        modeling_mistral4.py; mcore multi_latent_attention.py, 0.16 to 0.19). Raises as ``megatron_mscales``.
+        ``mscale_all_dim`` also scales the attention scores, in transformers and in Megatron (``yarn_apply_mscale`` in
+        modeling_mistral4.py; mcore multi_latent_attention.py, 0.16 to 0.19), so it is kept. Raises as
+        ``megatron_mscales``.
         """
         if self.attention_factor is None and self.mscale and self.mscale_all_dim:
             return self.mscale, self.mscale_all_dim
@@ -112,14 +122,14 @@ class YarnScaling:
         return self._mscale(self.mscale_all_dim or 0.0), self.mscale_all_dim or 0.0
 
     def _mscale(self, mscale_all_dim: float) -> float:
-        """The ``mscale`` with which Megatron comes to ``attention_scale``."""
+        """The ``mscale`` with which Megatron computes ``attention_scale``."""
         if self.factor > 1:
             scale = self.attention_scale * self._concentration(mscale_all_dim)
             return (scale - 1) / (0.1 * math.log(self.factor))
         if self.attention_scale == 1:
             return 1.0
         raise UnsupportedModelError(
-            f"attention_factor={self.attention_factor} with factor={self.factor}: Megatron's YaRN knows none."
+            f"attention_factor={self.attention_factor} with factor={self.factor}: Megatron's YaRN cannot express it."
         )
 
     def _concentration(self, mscale: float) -> float:
@@ -132,23 +142,23 @@ class YarnScaling:
 
 
 def rope_parameters(raw: Mapping[str, Any], *, partial_rotary_factor: float = 1.0) -> Mapping[str, Any]:
-    """What a config.json says of rotary embeddings: ``rope_scaling`` (transformers 4) before ``rope_parameters`` (5).
+    """The rotary embeddings in a config.json: ``rope_scaling`` (transformers 4), else ``rope_parameters`` (5).
 
-    ``partial_rotary_factor`` is the part of a head that this model rotates. Raises UnsupportedModelError for what no
-    Mistral model has.
+    ``partial_rotary_factor`` is the fraction of a head that this model rotates. Raises UnsupportedModelError for
+    settings that no Mistral model has, ConfigError if it is no object.
     """
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"rope_scaling or rope_parameters: expected an object, got {given!r}")
-    nested = [name for name, value in given.items() if isinstance(value, Mapping)]
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"rope_scaling or rope_parameters: expected an object, got {rope!r}")
+    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
     if nested:
         raise UnsupportedModelError(f"rope_parameters by layer type ({', '.join(nested)}): no Mistral model has them.")
-    partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, partial_rotary_factor):
         raise UnsupportedModelError(
             f"partial_rotary_factor {partial!r}: this model rotates {partial_rotary_factor:g} of a head."
         )
-    return given
+    return rope
 
 
 def yarn_of(raw: Mapping[str, Any], rope: Mapping[str, Any], max_position_embeddings: int) -> YarnScaling | None:
@@ -164,11 +174,11 @@ def yarn_of(raw: Mapping[str, Any], rope: Mapping[str, Any], max_position_embedd
             f"rope_type {rope_type!r}: Mistral models have plain rotary embeddings or 'yarn'; others are not supported."
         )
     if "factor" not in rope:
-        raise ConfigError("rope_type 'yarn' needs a factor, and there is none")
+        raise ConfigError("rope_type 'yarn' needs a factor, but has none")
     known = {field.name for field in fields(YarnScaling)}
     unknown = [name for name in rope if name not in known | _OTHER_KEYS]
     if unknown:
-        _LOG.warning("transformers ignores %s of the YaRN scaling, and so does this", ", ".join(unknown))
+        _LOG.warning("%s of the YaRN scaling: ignored, as in transformers", ", ".join(unknown))
     values = {name: rope[name] for name in known & rope.keys()}
     original = raw.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
     values["original_max_position_embeddings"] = max_position_embeddings if original is None else original

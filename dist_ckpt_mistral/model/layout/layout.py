@@ -1,6 +1,6 @@
-"""``ParallelLayout``: which boxes of which tensors a rank holds. Pure arithmetic, no Megatron import.
+"""``ParallelLayout``: the ranks of a layout and their coordinates. ``local_tensors`` says which tensors they hold.
 
-It stands beside the table and not under ``megatron/`` because an import must cut its chunks where Megatron is absent.
+It imports no Megatron: an import cuts its chunks where Megatron is not installed.
 """
 
 from __future__ import annotations
@@ -14,40 +14,53 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import is_positive_int
-from dist_ckpt_mistral.model.layout.local_tensors import LocalObject, LocalTensor, local_tensor
-from dist_ckpt_mistral.model.layout.pipeline import ModelChunk, PipelineLayout, parse_pipeline_layout
-from dist_ckpt_mistral.model.table.rules import (
-    Index,
-    KeyStyle,
-    LayerSpec,
-    ModuleTensor,
-    Place,
-    TensorRule,
-    spell,
-    spell_key,
-)
-from dist_ckpt_mistral.model.table.table import TIED_OUTPUT_NAME, TensorTable
+from dist_ckpt_mistral.model.layout.pipeline import PipelineLayout, parse_pipeline_layout
 
 #: Megatron-LM's ``--make-vocab-size-divisible-by``.
 VOCABULARY_MULTIPLE: Final = 128
-#: More than any machine has: what lists all ranks must come to an end.
+#: Most ranks of a layout, more than any machine has, so that a list of all ranks fits in memory.
 _MAX_RANKS: Final = 1 << 20
 _TOO_MANY: Final = f"a layout may have {_MAX_RANKS} ranks at most"
-#: Megatron's default; ``--use-tp-pp-dp-mapping`` is tp-cp-ep-pp-dp.
+#: Megatron's default rank order; ``--use-tp-pp-dp-mapping`` is tp-cp-ep-pp-dp.
 DEFAULT_ORDER: Final = "tp-cp-ep-dp-pp"
 _AXES: Final = tuple(DEFAULT_ORDER.split("-"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelLayout(PipelineLayout):
-    """A parallel layout of ranks. ``PipelineLayout`` tells of ``pp``, ``vpp`` and uneven stages.
+    """A parallel layout of ``tp * cp * dp * pp`` ranks, with Megatron's names.
 
-    ``tp`` is tensor, ``cp`` context, ``dp`` data, ``ep`` expert and ``etp`` expert-tensor parallelism (None: ``tp``).
-    Ranks that differ in ``cp`` hold the same weights, as do those that differ in ``dp``. Experts use the same ranks:
-    ``ep`` and ``etp`` do not add any, and what they leave is expert-data parallelism. ``dp`` is by default the smallest
-    that experts allow, 1 without them. ``order`` is Megatron's rank order, from the axis that counts fastest.
+    Experts use the same ranks: ``ep`` and ``etp`` add none, and the remaining factor is expert-data parallelism. Ranks
+    that differ only in ``cp`` or ``dp`` hold the same dense weights. Every pipeline stage has the same number of layers
+    unless one of these gives other numbers: ``pp_layers``, the two ``num_layers_in_*``, the two ``account_for_*``, or
+    ``pipeline_model_parallel_layout``.
 
-    Raises LayoutError with all the reasons for which no model could be laid out like this.
+    Args:
+        pp: Pipeline parallelism: stages that share the layers.
+        vpp: Model chunks per stage in the interleaved schedule; None for one. A layout string sets it.
+        pp_layers: Number of layers of each stage.
+        num_layers_in_first_pipeline_stage: Number of layers of the first stage; the other stages share the rest.
+        num_layers_in_last_pipeline_stage: Number of layers of the last stage; the other stages share the rest.
+        account_for_embedding_in_pipeline_split: Whether the embedding counts as a layer of the first stage.
+        account_for_loss_in_pipeline_split: Whether the loss counts as a layer of the last stage.
+        pipeline_model_parallel_layout: Megatron's layout string, such as ``Et*3|(tt|)*2tL``: embedding, layers, loss,
+            and ``|`` between stages.
+        tp: Tensor parallelism: ranks that share each dense weight.
+        cp: Context parallelism: ranks that share the tokens of a sequence.
+        dp: Data parallelism: ranks with the same weights and other data. The default is the least that experts allow.
+        ep: Expert parallelism: ranks that share the experts of a layer.
+        etp: Expert-tensor parallelism: ranks that share each expert weight; None for ``tp``.
+        order: Megatron's rank order: the axes, fastest first.
+
+    Raises:
+        LayoutError: The layout fits no model. The message lists all reasons.
+
+    Example:
+        >>> layout = ParallelLayout(tp=4, pp=2, dp=2)
+        >>> layout.world_size
+        16
+        >>> layout.coordinates(5).dp
+        1
     """
 
     tp: int = 1
@@ -58,7 +71,7 @@ class ParallelLayout(PipelineLayout):
     order: str = DEFAULT_ORDER
 
     def __post_init__(self) -> None:
-        """Refuse what no model could be laid out with; fill in what follows from the other fields."""
+        """Refuse a layout that fits no model; set ``vpp`` and ``dp`` if they follow from the other fields."""
         counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
         problems = [
             f"{name}: {_TOO_MANY}, got {n}" if isinstance(n, int) and n > 1 else f"{name} must be at least 1, got {n!r}"
@@ -77,14 +90,14 @@ class ParallelLayout(PipelineLayout):
             raise LayoutError("; ".join(problems))
 
     def __repr__(self) -> str:
-        """Only what is not the default."""
+        """The fields that are not the default."""
         defaults = {"dp": 1}
-        given = [
+        set_fields = [
             f"{field.name}={value!r}"
             for field in sorted(fields(self), key=lambda field: field.name != "tp")
             if (value := getattr(self, field.name)) != defaults.get(field.name, field.default)
         ]
-        return f"ParallelLayout({', '.join(given)})"
+        return f"ParallelLayout({', '.join(set_fields)})"
 
     def _chunks_per_stage(self) -> int | None:
         """``vpp`` as Megatron sees it: a layout string sets it, and one chunk per stage is no interleaving."""
@@ -94,6 +107,7 @@ class ParallelLayout(PipelineLayout):
         return chunks if chunks > 1 else None
 
     def _rank_problems(self, fewest_dp: int) -> list[str]:
+        """Why the number or order of ranks is impossible; ``fewest_dp`` is the least ``dp`` that experts allow."""
         if self.world_size > _MAX_RANKS:
             return [f"{_TOO_MANY}, got {self.world_size}"]
         expert_ranks = (self.etp or self.tp) * self.ep * self.pp
@@ -122,9 +136,9 @@ class ParallelLayout(PipelineLayout):
         return self.world_size // ((self.etp or self.tp) * self.ep * self.pp)
 
     def transformer_config_fields(self) -> dict[str, Any]:
-        """The keyword arguments of Megatron's ``TransformerConfig`` that describe this layout; only what is set.
+        """The keyword arguments of Megatron's ``TransformerConfig`` for this layout, without those that are not set.
 
-        ``dp`` and ``order`` are not the model's but those of ``parallel_state.initialize_model_parallel``.
+        ``dp`` and ``order`` are arguments of ``parallel_state.initialize_model_parallel`` instead.
         """
         return {
             "tensor_model_parallel_size": self.tp,
@@ -136,11 +150,18 @@ class ParallelLayout(PipelineLayout):
 
     @property
     def text(self) -> str:
-        """``tp=4, pp=2``: what is not the default; empty for one rank."""
+        """The fields that are not the default, such as ``tp=4, pp=2``; empty for one rank."""
         return str(self).removeprefix("ParallelLayout(").removesuffix(")")
 
     def check(self, config: MistralConfig) -> None:
-        """Raise LayoutError with Megatron's reasons if it would refuse this layout for this model."""
+        """Check that Megatron accepts this layout for a model.
+
+        Args:
+            config: The configuration of the model.
+
+        Raises:
+            LayoutError: Megatron would refuse it, or build a part of the model. The message lists all reasons.
+        """
         problems = [
             f"{name}={size} is not divisible by {axis}={ways}"
             for name, size, axis, ways in self._divisions(config)
@@ -157,7 +178,7 @@ class ParallelLayout(PipelineLayout):
             )
 
     def _divisions(self, config: MistralConfig) -> Iterator[tuple[str, int, str, int]]:
-        """(size, its value, axis, number of equal parts) of everything that ranks share evenly."""
+        """Yield (name, size, axis, number of equal parts) of each size that ranks share evenly."""
         experts, latent = config.experts, config.latent_attention
         yield "num_attention_heads", config.num_attention_heads, "tp", self.tp
         if experts is None:
@@ -171,6 +192,7 @@ class ParallelLayout(PipelineLayout):
             yield "kv_lora_rank + qk_rope_head_dim", latent.kv_lora_rank + latent.qk_rope_head_dim, "tp", self.tp
 
     def _group_problems(self, config: MistralConfig) -> Iterator[str]:
+        """Yield the reason why ``tp`` cannot share the rows of query, key and value, if there is one."""
         groups = config.num_key_value_heads
         if groups % self.tp and self.tp % groups:
             yield f"num_key_value_heads (num_query_groups)={groups} is not divisible by tp={self.tp}, nor tp by it"
@@ -178,116 +200,41 @@ class ParallelLayout(PipelineLayout):
             yield f"the {rows} rows of query, key and value are not divisible by tp={self.tp}"
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        """Where ``rank`` stands, counted in ``order``."""
+        """The index of a rank on every axis. Raises LayoutError for a rank outside of 0 to ``world_size - 1``."""
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is outside a layout of {self.world_size} ranks")
         return self._grid.coordinates(rank)
 
     def peers(self, rank: int, axis: str) -> list[int]:
-        """The ranks that differ from ``rank`` on one axis alone, itself among them: Megatron's group of that name.
+        """``rank`` and the ranks that differ from it only on one axis, ascending: Megatron's group of that name.
 
-        ``axis`` is tp, cp, dp or pp; or ep or etp, on the grid of the experts.
+        ``axis`` is tp, cp, dp or pp, or ep or etp on the grid of the experts.
         """
         axes = ("etp", "ep", "edp", "pp") if axis in ("ep", "etp") else ("tp", "cp", "dp", "pp")
-        others = operator.attrgetter(*(each for each in axes if each != axis))
-        own = others(self.coordinates(rank))
-        return [each for each in range(self.world_size) if others(self.coordinates(each)) == own]
-
-    def local_tensors(
-        self,
-        table: TensorTable,
-        chunk: ModelChunk,
-        at: RankCoordinates,
-        *,
-        style: KeyStyle = KeyStyle.STACKED,
-        spec: LayerSpec = LayerSpec.LOCAL,
-        vocab_rows: int | None = None,
-    ) -> Iterator[LocalTensor]:
-        """Yield what one rank holds of one model chunk, in the order of the table.
-
-        ``spec`` says which modules hold it. ``vocab_rows`` is the padded vocabulary size, by default what Megatron-LM
-        pads to. Sizes must have passed ``check``.
-        """
-        for rule in table.rules:
-            rows, module = _rows(rule, self.tp, vocab_rows), rule.module(spec)
-            part, copy = self._share(rule, module, at)
-            for index, local in self._held_indices(rule, chunk, at):
-                yield local_tensor(table, rule, module, rows, index, spell(module.name, local), part, style, (0, *copy))
-            if TIED_OUTPUT_NAME in rule.other_keys and chunk.is_last and not chunk.is_first:
-                # Tied embeddings: the last stage describes its copy of the first stage's (language_module.py, 0.12+).
-                yield local_tensor(table, rule, module, rows, (), TIED_OUTPUT_NAME, part, style, (1, *copy))
-
-    def local_objects(
-        self,
-        table: TensorTable,
-        chunk: ModelChunk,
-        at: RankCoordinates,
-        *,
-        style: KeyStyle = KeyStyle.STACKED,
-        spec: LayerSpec = LayerSpec.LOCAL,
-    ) -> Iterator[LocalObject]:
-        """Yield the objects that the modules of one rank save beside the tensors of one model chunk."""
-        for rule in table.rules:
-            module = rule.module(spec)
-            if module.extra_state is None:
-                continue
-            key, name = module.extra_state
-            (rank, _), (_, copy) = self._share(rule, module, at)
-            for index, local in self._held_indices(rule, chunk, at):
-                yield LocalObject(
-                    mcore_key=spell_key(key, index, style),
-                    module_name=spell(name, local),
-                    global_shape=rule.lead[style.spelled_axes :] or (1,),
-                    global_offset=index[style.spelled_axes :] or (0,),
-                    replica_id=(0, rank, copy),
-                )
-
-    def _share(
-        self, rule: TensorRule, module: ModuleTensor, at: RankCoordinates
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Which of how many tensor-parallel parts a rank holds, and which copy of it (Megatron's tp and dp part)."""
-        rank, ways, copy = (at.etp, self.etp or self.tp, at.edp) if rule.is_of_experts else (at.tp, self.tp, at.dp_cp)
-        return (rank, ways), (0 if module.tp_axis is not None else rank, copy)
-
-    def _held_indices(self, rule: TensorRule, chunk: ModelChunk, at: RankCoordinates) -> Iterator[tuple[Index, Index]]:
-        """(index in the model, index in the local module) of every tensor of ``rule`` that a rank has in ``chunk``."""
-        if rule.place is Place.CARRIED:
-            return
-        if rule.place is not Place.LAYER:
-            if chunk.is_first if rule.place is Place.EMBEDDING else chunk.is_last:
-                yield (), ()
-            return
-        for local, layer in enumerate(chunk.layers):
-            if not rule.is_of_experts:
-                yield (layer,), (local,)
-                continue
-            share = rule.lead[1] // self.ep
-            for expert in range(share):
-                yield (layer, at.ep * share + expert), (local, expert)
+        other_axes = operator.attrgetter(*(name for name in axes if name != axis))
+        shared = other_axes(self.coordinates(rank))
+        return [peer for peer in range(self.world_size) if other_axes(self.coordinates(peer)) == shared]
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Megatron-LM's padded vocabulary: the next multiple of 128 x tp (``--make-vocab-size-divisible-by`` 128)."""
+    """Megatron-LM's padded vocabulary size: the next multiple of 128 x tp (``--make-vocab-size-divisible-by`` 128)."""
     multiple = VOCABULARY_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple
 
 
-def _rows(rule: TensorRule, tp: int, vocab_rows: int | None) -> int:
-    """Rows of one layer's tensor, with vocabulary padding where it applies."""
-    if not rule.padded_vocabulary:
-        return rule.shape[0]
-    rows = padded_vocab_size(rule.shape[0], tp) if vocab_rows is None else vocab_rows
-    if rows < rule.shape[0] or rows % tp:
-        raise LayoutError(f"padded vocabulary size {rows} must be a multiple of tp={tp}, at least {rule.shape[0]}")
-    return rows
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankCoordinates:
-    """Where a rank stands: its index on every axis, of the dense grid and of the expert grid.
+    """The index of a rank on every axis of the dense grid and of the expert grid.
 
-    ``dp_cp`` is the rank among all copies of the same dense weights: Megatron's data-parallel rank with context
-    parallelism. ``etp``, ``ep`` and ``edp`` are expert-tensor, expert and expert-data parallelism.
+    Args:
+        tp: Tensor-parallel rank.
+        cp: Context-parallel rank.
+        dp: Data-parallel rank.
+        pp: Pipeline stage.
+        dp_cp: Rank among all with the same dense weights: Megatron's data-parallel rank with context parallelism.
+        etp: Expert-tensor-parallel rank.
+        ep: Expert-parallel rank.
+        edp: Expert-data-parallel rank.
     """
 
     tp: int
@@ -304,8 +251,8 @@ class RankCoordinates:
 class RankGrid:
     """The sizes of all axes: ``dense`` and ``expert`` have the keys tp, cp, ep, dp and pp.
 
-    ``order`` names the axes from the one that counts fastest; axes of size 1 may be left out, except tp: its name is
-    part of another axis's in 0.19, which then takes it for given.
+    ``order`` names the axes, fastest first. Axes of size 1 may be left out, except tp: megatron-core 0.19 finds its
+    name inside that of another axis and so takes it as given.
     """
 
     order: str
@@ -313,22 +260,23 @@ class RankGrid:
     expert: Mapping[str, int]
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        """Where ``rank`` stands."""
+        """The index of a rank on every axis."""
         dense, expert = self._indices(rank, self.dense), self._indices(rank, self.expert)
         dp_cp = 0
         for axis in reversed([axis for axis in self.order.split("-") if axis in ("dp", "cp")]):
             dp_cp = dp_cp * self.dense[axis] + dense[axis]
-        own = {axis: dense[axis] for axis in ("tp", "cp", "dp", "pp")}
-        return RankCoordinates(**own, dp_cp=dp_cp, etp=expert["tp"], ep=expert["ep"], edp=expert["dp"])
+        of_dense = {axis: dense[axis] for axis in ("tp", "cp", "dp", "pp")}
+        return RankCoordinates(**of_dense, dp_cp=dp_cp, etp=expert["tp"], ep=expert["ep"], edp=expert["dp"])
 
     def _indices(self, rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The index of a rank on each axis of a grid with these sizes."""
         indices = dict.fromkeys(_AXES, 0)
         for axis in self.order.split("-"):
             rank, indices[axis] = divmod(rank, sizes[axis])
         return indices
 
     def problems(self) -> Iterator[str]:
-        """Why Megatron would refuse to count like this."""
+        """Yield the reason why Megatron would refuse this order, if there is one."""
         named = self.order.split("-")
         if len(set(named)) != len(named) or not set(named) <= set(_AXES):
             yield f"order must name each of {', '.join(_AXES)} once with - between them, got {self.order!r}"
@@ -343,8 +291,8 @@ class RankGrid:
         same_dp = named[-1] == "pp" or self.dense["dp"] == self.expert["dp"]
         if not same_dp or strides[0] != strides[1]:
             yield (
-                f"order={self.order!r} would give dense layers and experts other pipeline stages or, without pp last, "
-                f"other data parallelism: {dict(self.dense)} against {dict(self.expert)}"
+                f"order={self.order!r} would give dense layers and experts different pipeline stages or, without pp "
+                f"last, different data parallelism: {dict(self.dense)} against {dict(self.expert)}"
             )
 
     def _stride(self, sizes: Mapping[str, int]) -> int:

@@ -1,13 +1,26 @@
-"""What one rank holds: local tensors, each with the boxes of stored tensors that it is, and objects beside them.
+"""The local tensors and objects of one rank of a layout, each tensor with its boxes in the stored tensors.
 
-Of which tensors, and which part of each, ``ParallelLayout`` says.
+They are computed here, without Megatron, because an import cuts its chunks where Megatron is not installed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dist_ckpt_mistral.model.table.rules import Index, KeyStyle, ModuleTensor, TensorRule
+from dist_ckpt_mistral.errors import LayoutError
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates, padded_vocab_size
+from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
+from dist_ckpt_mistral.model.table.rules import (
+    Index,
+    KeyStyle,
+    LayerSpec,
+    ModuleTensor,
+    Stage,
+    TensorRule,
+    spell,
+    spell_key,
+)
 from dist_ckpt_mistral.model.table.table import StoredRows, TensorTable
 
 
@@ -15,7 +28,12 @@ from dist_ckpt_mistral.model.table.table import StoredRows, TensorTable
 class LocalBox:
     """One box of a stored tensor. All tuples are in elements and have the axes of the stored tensor.
 
-    ``fragments`` counts the boxes along each axis.
+    Args:
+        mcore_key: The key of the stored tensor, without the prefix of a state of the optimizer.
+        global_shape: The shape of the stored tensor.
+        global_offset: The offset of the box in it.
+        shape: The shape of the box.
+        fragments: Number of boxes along each axis, Megatron's ``axis_fragmentations``.
     """
 
     mcore_key: str
@@ -27,15 +45,21 @@ class LocalBox:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalTensor:
-    """One local tensor of one rank. ``boxes`` are its rows in order: one box, or gate and up of ``linear_fc1``.
+    """One local tensor of one rank.
 
-    ``mcore_key`` is that of ``rule`` which the boxes go by. ``local_shape`` is in elements; ``prepended_axes`` counts
-    the leading axes that only the stored tensor has. ``replica_id`` is Megatron's (copy of the stage, tensor-parallel
-    rank, data-parallel rank with context parallelism; for experts the ranks are those of the expert grid); the copy of
-    all zeros is the one that is saved.
+    Args:
+        index: The tensor's place in the model: (), (layer,) or (layer, expert).
+        mcore_key: The key of the stored tensor, with ``{layer}`` and ``{expert}`` not filled in.
+        module_name: Its name in the state dict of the local module.
+        local_shape: Its shape in elements.
+        prepended_axes: Number of leading axes that only the stored tensor has.
+        boxes: The boxes of stored tensors that hold its rows, in order: one box, or gate and up of ``linear_fc1``.
+        replica_id: Megatron's (copy of the pipeline stage, tensor-parallel rank, data-parallel rank with context
+            parallelism). For experts the ranks are those of the expert grid.
+        has_padding: Whether the vocabulary of the stored tensor may be padded.
+        live_rows: Number of its rows that do not pad the vocabulary. They come first.
     """
 
-    rule: TensorRule
     index: Index
     mcore_key: str
     module_name: str
@@ -43,21 +67,26 @@ class LocalTensor:
     prepended_axes: int
     boxes: tuple[LocalBox, ...]
     replica_id: tuple[int, int, int]
+    has_padding: bool
+    live_rows: int
 
     @property
     def layer(self) -> int | None:
-        """The layer that it belongs to, counted in the whole model; None outside of the layers."""
+        """The number of its layer in the whole model; None for a tensor outside the layers."""
         return self.index[0] if self.index else None
 
     @property
     def is_main_replica(self) -> bool:
-        """Whether this is the copy that is saved."""
+        """Whether this is the copy that Megatron saves: all of ``replica_id`` is 0."""
         return not any(self.replica_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalObject:
-    """One object that a rank saves beside its tensors: shape and offset count elements of a stored array of objects."""
+    """One object that a rank saves beside its tensors, an element of a stored array of objects.
+
+    ``global_shape`` is the shape of that array, ``global_offset`` the index of the object in it.
+    """
 
     mcore_key: str
     module_name: str
@@ -66,7 +95,99 @@ class LocalObject:
     replica_id: tuple[int, int, int]
 
 
-def local_tensor(
+def local_tensors(
+    layout: ParallelLayout,
+    table: TensorTable,
+    chunk: ModelChunk,
+    at: RankCoordinates,
+    *,
+    style: KeyStyle = KeyStyle.STACKED,
+    spec: LayerSpec = LayerSpec.LOCAL,
+    vocab_rows: int | None = None,
+) -> Iterator[LocalTensor]:
+    """Yield the local tensors of the rank ``at`` in one model chunk, in the order of the table.
+
+    ``spec`` chooses the modules. ``vocab_rows`` is the padded vocabulary size, by default that of Megatron-LM. The
+    model must have passed ``layout.check``.
+    """
+    for rule in table.rules:
+        rows, module = _rows(rule, layout.tp, vocab_rows), rule.module(spec)
+        part, copy = _share(layout, rule, module, at)
+        for index, local in _local_indices(layout, rule, chunk, at):
+            name = spell(module.name, local)
+            yield _local_tensor(table, rule, module, rows, index, name, part, style, (0, *copy))
+        if rule.stage is Stage.EMBEDDING and chunk.is_last and not chunk.is_first:
+            for name in rule.other_keys:
+                # Tied embeddings: the last stage describes its copy of them as a head (language_module.py, 0.12+).
+                yield _local_tensor(table, rule, module, rows, (), name, part, style, (1, *copy))
+
+
+def local_objects(
+    layout: ParallelLayout,
+    table: TensorTable,
+    chunk: ModelChunk,
+    at: RankCoordinates,
+    *,
+    style: KeyStyle = KeyStyle.STACKED,
+    spec: LayerSpec = LayerSpec.LOCAL,
+) -> Iterator[LocalObject]:
+    """Yield the objects that the modules of the rank ``at`` save beside the tensors of one model chunk."""
+    for rule in table.rules:
+        module = rule.module(spec)
+        if module.extra_state is None:
+            continue
+        key, name = module.extra_state
+        (rank, _), (_, copy) = _share(layout, rule, module, at)
+        for index, local in _local_indices(layout, rule, chunk, at):
+            yield LocalObject(
+                mcore_key=spell_key(key, index, style),
+                module_name=spell(name, local),
+                global_shape=rule.lead[style.spelled_axes :] or (1,),
+                global_offset=index[style.spelled_axes :] or (0,),
+                replica_id=(0, rank, copy),
+            )
+
+
+def _rows(rule: TensorRule, tp: int, vocab_rows: int | None) -> int:
+    """Rows of the tensor of one index, with vocabulary padding where it applies."""
+    if not rule.padded_vocabulary:
+        return rule.shape[0]
+    rows = padded_vocab_size(rule.shape[0], tp) if vocab_rows is None else vocab_rows
+    if rows < rule.shape[0] or rows % tp:
+        raise LayoutError(f"padded vocabulary size {rows} must be a multiple of tp={tp}, at least {rule.shape[0]}")
+    return rows
+
+
+def _share(
+    layout: ParallelLayout, rule: TensorRule, module: ModuleTensor, at: RankCoordinates
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(part, number of parts) of tensor parallelism, and the (tp, dp) entries of Megatron's ``replica_id``."""
+    rank, ways, copy = at.tp, layout.tp, at.dp_cp
+    if rule.is_of_experts:
+        rank, ways, copy = at.etp, layout.etp or layout.tp, at.edp
+    return (rank, ways), (0 if module.tp_axis is not None else rank, copy)
+
+
+def _local_indices(
+    layout: ParallelLayout, rule: TensorRule, chunk: ModelChunk, at: RankCoordinates
+) -> Iterator[tuple[Index, Index]]:
+    """Yield (index in the model, index in the local module) of each tensor of ``rule`` that a rank has in ``chunk``."""
+    if rule.stage is Stage.CARRIED:
+        return
+    if rule.stage is not Stage.LAYER:
+        if chunk.is_first if rule.stage is Stage.EMBEDDING else chunk.is_last:
+            yield (), ()
+        return
+    for local, layer in enumerate(chunk.layers):
+        if not rule.is_of_experts:
+            yield (layer,), (local,)
+            continue
+        share = rule.lead[1] // layout.ep
+        for expert in range(share):
+            yield (layer, at.ep * share + expert), (local, expert)
+
+
+def _local_tensor(
     table: TensorTable,
     rule: TensorRule,
     module: ModuleTensor,
@@ -77,7 +198,7 @@ def local_tensor(
     style: KeyStyle,
     replica_id: tuple[int, int, int],
 ) -> LocalTensor:
-    """One local tensor: ``part`` says which of how many tensor-parallel parts."""
+    """One local tensor; ``part`` is (part, number of parts) of tensor parallelism."""
     shape = [rows, *rule.shape[1:]]
     if module.tp_axis is not None:
         shape[module.tp_axis] //= part[1]
@@ -89,8 +210,8 @@ def local_tensor(
             stored.first_row * halves // rule.shape[0], (stored.first_row + stored.rows) * halves // rule.shape[0]
         )
     )
+    live_rows = rule.shape[0] - boxes[0].global_offset[-len(shape)] if rule.padded_vocabulary else shape[0]
     return LocalTensor(
-        rule=rule,
         index=index,
         mcore_key=module.mcore_key,
         module_name=name,
@@ -98,6 +219,8 @@ def local_tensor(
         prepended_axes=len(boxes[0].global_shape) - len(shape),
         boxes=boxes,
         replica_id=replica_id,
+        has_padding=rule.padded_vocabulary,
+        live_rows=min(shape[0], max(0, live_rows)),
     )
 
 

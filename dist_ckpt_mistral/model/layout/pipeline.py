@@ -1,7 +1,7 @@
-"""``PipelineLayout``: how the layers of a model are spread over pipeline stages, in all the ways that Megatron has.
+"""``PipelineLayout``: how the layers of a model are spread over pipeline stages, in all of Megatron's ways.
 
-Upstream, the same in megatron-core 0.16 and 0.19, in transformer/: transformer_config.py (``__post_init__``: what is
-refused), transformer_block.py (``get_num_layers_to_build``), transformer_layer.py (``get_transformer_layer_offset``),
+Sources, equal in megatron-core 0.16 and 0.19, in transformer/: transformer_config.py (``__post_init__`` refuses
+layouts), transformer_block.py (``get_num_layers_to_build``), transformer_layer.py (``get_transformer_layer_offset``),
 pipeline_parallel_layer_layout.py (layout strings).
 """
 
@@ -16,17 +16,23 @@ from dist_ckpt_mistral.errors import LayoutError
 
 #: The letters of a layout string: embedding, decoder layer, multi-token prediction, loss.
 _LETTERS: Final = frozenset("EtmL")
-#: Digits of a number of repetitions.
+#: Most digits of a number of repetitions.
 _MOST_DIGITS: Final = 4
-#: Of a layout in all, far beyond every model.
+#: Most letters of an unrolled layout string, far beyond every model.
 _MOST_LETTERS: Final = 100_000
-#: What is unrolled in a layout string, in Megatron's order: ``(...)*n``, then ``x*n``.
+#: Repetitions in a layout string, in the order in which Megatron unrolls them: ``(...)*n``, then ``x*n``.
 _REPEATS: Final = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChunk:
-    """One virtual pipeline stage of one rank: global layer numbers and whether it embeds or ends the model."""
+    """One virtual pipeline stage of one rank.
+
+    Args:
+        layers: The numbers of its layers in the whole model, from 0.
+        is_first: Whether it has the embedding.
+        is_last: Whether it has the final norm and the output layer.
+    """
 
     layers: tuple[int, ...]
     is_first: bool
@@ -34,7 +40,7 @@ class ModelChunk:
 
 
 def parse_pipeline_layout(text: str) -> tuple[str, ...]:
-    """The stages of a layout string, a letter for each layer: ``Et*2|(tt|)*2,L`` is Ett, tt, tt and L.
+    """The stages of a layout string, with one letter per layer: ``Et*2|(tt|)*2,L`` gives Ett, tt, tt and L.
 
     Raises LayoutError for letters that Megatron does not know, and for more repetitions than any model has layers.
     """
@@ -64,14 +70,7 @@ def parse_pipeline_layout(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineLayout:
-    """The pipeline part of a ``ParallelLayout``, which checks it. Fields are named as in Megatron's TransformerConfig.
-
-    By default every stage has the same number of layers. Else one of these says how many: ``pp_layers``, a count for
-    every stage; ``num_layers_in_first_pipeline_stage`` and ``num_layers_in_last_pipeline_stage``, with the others
-    sharing the rest; ``account_for_embedding_in_pipeline_split`` and ``account_for_loss_in_pipeline_split``, which
-    count embedding and loss as a layer each; ``pipeline_model_parallel_layout``, a string such as ``Et*3|(tt|)*2tL``.
-    ``vpp`` is the number of model chunks per stage of the interleaved schedule, None for one; a layout string sets it.
-    """
+    """The pipeline part of a ``ParallelLayout``, which explains the fields and checks them."""
 
     pp: int = 1
     vpp: int | None = None
@@ -85,8 +84,8 @@ class PipelineLayout:
     def model_chunks(self, num_layers: int, pp_rank: int) -> tuple[ModelChunk, ...]:
         """The model chunks of a pipeline stage: one, or ``vpp`` of them.
 
-        Layers count up through the first chunks of all stages, then the second ones. Embedding and loss are always in
-        the very first and last chunk, even where a layout string has empty stages before or behind them.
+        Layers count up through the first chunks of all stages, then through the second chunks. Embedding and loss are
+        always in the very first and last chunk, even if a layout string has empty stages before or after them.
         """
         sizes = self.chunk_sizes(num_layers)
         chunks = len(sizes[pp_rank])
@@ -104,7 +103,7 @@ class PipelineLayout:
         )
 
     def chunk_sizes(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
-        """For every pipeline stage the number of layers in each of its model chunks."""
+        """For each pipeline stage, the number of layers in each of its model chunks."""
         chunks = self.vpp or 1
         if self.pipeline_model_parallel_layout is not None:
             counts = [stage.count("t") for stage in parse_pipeline_layout(self.pipeline_model_parallel_layout)]
@@ -115,7 +114,7 @@ class PipelineLayout:
         return tuple(map(tuple, sizes))
 
     def pipeline_fields(self) -> dict[str, Any]:
-        """The keyword arguments of Megatron's ``TransformerConfig`` that describe the pipeline; only what is set.
+        """The keyword arguments of Megatron's ``TransformerConfig`` for the pipeline, without those that are not set.
 
         Megatron has no ``pp_layers``: they become the equivalent ``pipeline_model_parallel_layout``.
         """
@@ -130,11 +129,11 @@ class PipelineLayout:
             "account_for_loss_in_pipeline_split": self.account_for_loss_in_pipeline_split or None,
             "pipeline_model_parallel_layout": layout,
         }
-        given = {name: value for name, value in fields.items() if value is not None}
-        return {"pipeline_model_parallel_size": self.pp, **given}
+        set_fields = {name: value for name, value in fields.items() if value is not None}
+        return {"pipeline_model_parallel_size": self.pp, **set_fields}
 
     def contradictions(self) -> Iterator[str]:
-        """Why no model could be spread like this; ``pp`` must be positive."""
+        """Yield each reason why these fields fit no model. ``pp`` must be positive."""
         if self.vpp is not None and (self.vpp < 1 or (self.vpp > 1 and self.pp == 1)):
             yield f"vpp={self.vpp} needs at least two pipeline stages, got pp={self.pp}"
         ways = {
@@ -143,9 +142,9 @@ class PipelineLayout:
             "account_for_embedding/loss_in_pipeline_split": bool(self._places),
             "pipeline_model_parallel_layout": self.pipeline_model_parallel_layout is not None,
         }
-        given = [name for name, is_given in ways.items() if is_given]
-        if len(given) > 1:
-            yield f"{' and '.join(given)} cannot be combined"
+        used = [name for name, is_used in ways.items() if is_used]
+        if len(used) > 1:
+            yield f"{' and '.join(used)} cannot be combined"
         if self.pp_layers is not None and (self.vpp or 1) > 1:
             yield "pp_layers and vpp cannot be combined"
         if self.pp_layers is not None and (len(self.pp_layers) != self.pp or min(self.pp_layers, default=0) < 0):
@@ -155,7 +154,7 @@ class PipelineLayout:
             yield from self._bad_layout(self.pipeline_model_parallel_layout)
 
     def misfits(self, num_layers: int) -> Iterator[str]:
-        """Why a model of so many layers cannot be spread like this; there must be no contradictions."""
+        """Yield each reason why this layout does not fit ``num_layers`` layers. It must have no ``contradictions``."""
         if self.pipeline_model_parallel_layout is not None or self.pp_layers is not None:
             if (total := sum(map(sum, self.chunk_sizes(num_layers)))) != num_layers:
                 layout = self.pipeline_model_parallel_layout
@@ -184,15 +183,15 @@ class PipelineLayout:
 
     @property
     def _places(self) -> int:
-        """How many of embedding and loss count as a layer."""
+        """How many of embedding and loss count as layers: 0, 1 or 2."""
         return self.account_for_embedding_in_pipeline_split + self.account_for_loss_in_pipeline_split
 
     def _middle(self, num_layers: int) -> tuple[int, int]:
-        """(number of stages without a given layer count, layers and places that they share)."""
+        """(number of stages without a given layer count, number of layers and places that they share)."""
         return self.pp - len(self._ends), num_layers - sum(self._ends) + self._places
 
     def _stage_sizes(self, num_layers: int) -> list[int]:
-        """Layers of every stage, all its model chunks together; places for embedding and loss count as layers."""
+        """Number of layers of each stage over all its chunks; places for embedding and loss count as layers."""
         if self.pp_layers is not None:
             return list(self.pp_layers)
         stages, layers = self._middle(num_layers)
@@ -201,6 +200,7 @@ class PipelineLayout:
         return [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
 
     def _bad_ends(self) -> Iterator[str]:
+        """Yield each problem of the layer counts of the first and the last stage."""
         chunks = max(1, self.vpp or 1)
         for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
             layers = getattr(self, name)
@@ -214,7 +214,7 @@ class PipelineLayout:
             yield f"layer counts for both first and last stage need pp of at least {least} with vpp={self.vpp}"
 
     def _bad_layout(self, layout: str) -> Iterator[str]:
-        """What Megatron's ``PipelineParallelLayerLayout`` and its ``validate_layer_layout`` refuse."""
+        """Yield each problem for which Megatron's ``PipelineParallelLayerLayout`` refuses a layout string."""
         try:
             stages = parse_pipeline_layout(layout)
         except LayoutError as error:
@@ -233,4 +233,4 @@ class PipelineLayout:
         if letters[-1:] != "L" or letters.count("L") != 1:
             yield "the last layer of pipeline_model_parallel_layout, and no other, must be the loss L"
         if "m" in letters:
-            yield "pipeline_model_parallel_layout has multi-token prediction layers m, which Mistral models have not"
+            yield "pipeline_model_parallel_layout has multi-token prediction layers m, which Mistral models do not have"

@@ -1,275 +1,351 @@
-"""The names of a layer's tensors, in both worlds: attention, MLP or experts, norms. Upstream: see tensor_table.py."""
+"""The tensors of a Mistral language model: one row a tensor, with every name written out.
+
+A row has the Megatron key, each Hugging Face tensor with its names in Mistral AI's own files ("consolidated"), and the
+fields that ``tensor_row`` explains. ``{layer}`` and ``{expert}`` count from 0 in the whole model. A checkpoint that
+stacks layers and experts leaves ``{layer}.`` and ``{expert}.`` out of its keys (see ``KeyStyle``). The Hugging Face
+files of a language model without vision leave out ``language_model.``.
+
+Sources: megatron-core 0.12 to 0.19, models/gpt/gpt_layer_specs.py and the file that each function names; transformers
+4.34 to 5.24, models/mistral, mixtral and mistral4; mistral-inference, and what transformers' convert_mistral*_to_hf.py
+read.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
-from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import Experts, LatentAttention
-from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.table.rules import HfPart, ModuleTensor, OwnRows, Place, TensorRule
+from dist_ckpt_mistral.model.table.rules import COLUMNS, ROWS, RowBlocks, Stage, TensorRule, tensor_row
+from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX
 
-_HERE: Final = "decoder.layers.{layer}."
-_OWN: Final = "layers.{layer}."
-_NO_PARTS: Final[tuple[HfPart, ...]] = ()
-_EXPERT_KEY: Final = "mlp.experts.experts.{expert}."
-#: Other parts of Mixtral's names that transformers 5.24 takes (conversion_mapping.py), and what stands for them here.
-#: It renames the block whatever follows, and then packs the experts that are single.
+#: The key of the token embeddings, which every checkpoint has.
+EMBEDDING_KEY: Final = "embedding.word_embeddings.weight"
+
+#: Other prefixes of names that transformers 5.24 reads in a language model (core_model_loading.py), and the prefix in
+#: this table: ``MistralModel`` saves without ``model.``, and one ``model.`` too many is dropped.
+OTHER_TEXT_NAMES: Final = (
+    (re.compile(r"^(model\.){0,2}(?=(embed_tokens|layers|norm)\.)"), "model."),
+    (re.compile(r"^model\.(?=lm_head\.)"), ""),
+)
+#: The same for Mixtral's experts (conversion_mapping.py): transformers renames the block, and then packs the experts
+#: that have their own tensors.
 OTHER_EXPERT_NAMES: Final = (
     (re.compile(r"\.mlp\.(?=gate\.|experts\.\d+\.)"), ".block_sparse_moe."),
     (re.compile(r"\.block_sparse_moe\.(?=experts\.(gate_up_proj|down_proj)$)"), ".mlp."),
 )
 
 
-def whole(hf_name: str, rows: int, *own_names: str) -> tuple[HfPart, ...]:
-    """A tensor in place. In Mistral AI's own files it is ``own_names``, one below the other."""
-    each = rows // len(own_names)
-    own = tuple(OwnRows(name=name, first_row=number * each, rows=each) for number, name in enumerate(own_names))
-    return (HfPart(hf_name=hf_name, rows=RowBlocks.identity(rows), own=own),)
+def language_rules(config: MistralConfig) -> tuple[TensorRule, ...]:
+    """The tensors of the language model, in the order of transformers: embedding, layers, final norm, head."""
+    latent, experts = config.latent_attention, config.experts
+    rules = (
+        _embedding(config),
+        *(_grouped_query_attention(config) if latent is None else _latent_attention(config, latent)),
+        _attention_output(config),
+        *(_mlp(config) if experts is None else _experts(config, experts)),
+        *_layer_norms(config),
+        *_output(config),
+    )
+    return rules if config.vision is not None else tuple(map(_of_language_alone, rules))
 
 
-def _gate_and_up(names: tuple[str, str], own_names: tuple[str, str], ffn: int) -> tuple[HfPart, ...]:
-    """The two halves of a ``linear_fc1``."""
-    return tuple(
-        HfPart(
-            hf_name=name,
-            rows=RowBlocks(count=1, stride=2 * ffn, offset=half * ffn, length=ffn),
-            own=(OwnRows(name=own_name, first_row=0, rows=ffn),),
-        )
-        for half, (name, own_name) in enumerate(zip(names, own_names, strict=True))
+def _of_language_alone(rule: TensorRule) -> TensorRule:
+    """The rule in a model without vision."""
+    parts, other_parts = (
+        tuple(replace(part, hf_name=part.hf_name.removeprefix(LANGUAGE_PREFIX)) for part in parts)
+        for parts in (rule.parts, rule.other_parts)
+    )
+    return replace(rule, parts=parts, other_parts=other_parts)
+
+
+def _embedding(config: MistralConfig) -> TensorRule:
+    """models/gpt/gpt_model.py. Some files and checkpoints of a tied model also have the head, or only the head."""
+    tied = config.tie_word_embeddings
+    return tensor_row(
+        EMBEDDING_KEY,
+        ("language_model.model.embed_tokens.weight", "tok_embeddings.weight"),
+        other_hf=("language_model.lm_head.weight", "tok_embeddings.weight") if tied else (),
+        other_keys=("output_layer.weight",) if tied else (),
+        shape=(config.vocab_size, config.hidden_size),
+        padded_vocabulary=True,
+        tp_axis=ROWS,
+        stage=Stage.EMBEDDING,
     )
 
 
-def state_beside(mcore_key: str, name: str) -> tuple[str, str]:
-    """Key and name of the object beside a weight; ``name`` is that of a module's weight."""
-    return mcore_key.removesuffix("weight") + "_extra_state", name.removesuffix("weight") + "_extra_state"
+def _grouped_query_attention(config: MistralConfig) -> Iterator[TensorRule]:
+    """transformer/attention.py: the rows are, group by group, its query heads, its key head and its value head."""
+    groups, queries, head_dim = config.num_key_value_heads, config.queries_per_group, config.head_dim
+    group_rows = (queries + 2) * head_dim
+    yield tensor_row(
+        "decoder.layers.{layer}.self_attention.linear_qkv.weight",
+        ("language_model.model.layers.{layer}.self_attn.q_proj.weight", "layers.{layer}.attention.wq.weight"),
+        ("language_model.model.layers.{layer}.self_attn.k_proj.weight", "layers.{layer}.attention.wk.weight"),
+        ("language_model.model.layers.{layer}.self_attn.v_proj.weight", "layers.{layer}.attention.wv.weight"),
+        rows=(
+            RowBlocks(count=groups, stride=group_rows, offset=0, length=queries * head_dim),
+            RowBlocks(count=groups, stride=group_rows, offset=queries * head_dim, length=head_dim),
+            RowBlocks(count=groups, stride=group_rows, offset=(queries + 1) * head_dim, length=head_dim),
+        ),
+        rotated_rows=(head_dim, head_dim, 0),
+        extra_state="decoder.layers.{layer}.self_attention.linear_qkv._extra_state",
+        shape=(config.num_hidden_layers, groups * group_rows, config.hidden_size),
+        tp_axis=ROWS,
+    )
 
 
-def layer_rules(config: MistralConfig, hf_prefix: str) -> tuple[TensorRule, ...]:
-    """The tensors of all layers; ``hf_prefix`` stands before the names of the language model in Hugging Face files."""
-    return _Layer(config, hf_prefix).rules()
+def _latent_attention(config: MistralConfig, latent: LatentAttention) -> Iterator[TensorRule]:
+    """transformer/multi_latent_attention.py. No rows are reordered (proved by logits).
 
-
-class _Layer:
-    """The tensors of a layer. Names of methods' arguments: Megatron's are relative to the layer, as are the others."""
-
-    def __init__(self, config: MistralConfig, hf_prefix: str) -> None:
-        self._config = config
-        self._there = hf_prefix + "model.layers.{layer}."
-
-    def rules(self) -> tuple[TensorRule, ...]:
-        """All of them, in the order of Hugging Face's modules: attention, MLP, norms."""
-        config = self._config
-        latent, experts = config.latent_attention, config.experts
-        return (
-            *(self._attention() if latent is None else self._latent_attention(latent)),
-            *(self._mlp() if experts is None else self._experts(experts)),
-            self._input_norm(fused=latent is None),
-            self._norm_before_mlp(fused=experts is None, as_fused=latent is None),
+    Every rank has the whole down-projections of Transformer Engine. Its up-projections include the norm before them.
+    """
+    layers, heads, hidden_size = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
+    if latent.q_lora_rank is None:
+        yield tensor_row(
+            "decoder.layers.{layer}.self_attention.linear_q_proj.weight",
+            ("language_model.model.layers.{layer}.self_attn.q_proj.weight", "layers.{layer}.attention.wq.weight"),
+            extra_state="decoder.layers.{layer}.self_attention.linear_q_proj._extra_state",
+            shape=(layers, heads * latent.qk_head_dim, hidden_size),
+            tp_axis=ROWS,
         )
-
-    def _attention(self) -> tuple[TensorRule, ...]:
-        config = self._config
-        groups, queries, dim = config.num_key_value_heads, config.queries_per_group, config.head_dim
-        group_rows = (queries + 2) * dim  # one group: its query heads, then one key head, then one value head
-        heads = (("q", 0, queries), ("k", queries, 1), ("v", queries + 1, 1))
-        parts = tuple(
-            HfPart(
-                hf_name=f"{self._there}self_attn.{name}_proj.weight",
-                rows=RowBlocks(count=groups, stride=group_rows, offset=first * dim, length=count * dim),
-                own=(
-                    OwnRows(
-                        name=f"{_OWN}attention.w{name}.weight",
-                        first_row=0,
-                        rows=groups * count * dim,
-                        rotated_rows=0 if name == "v" else dim,
-                    ),
-                ),
-            )
-            for name, first, count in heads
+    else:
+        yield tensor_row(
+            "decoder.layers.{layer}.self_attention.linear_q_down_proj.weight",
+            ("language_model.model.layers.{layer}.self_attn.q_a_proj.weight", "layers.{layer}.attention.wq_a.weight"),
+            extra_state="decoder.layers.{layer}.self_attention.linear_q_down_proj._extra_state",
+            shape=(layers, latent.q_lora_rank, hidden_size),
+            local_tp_axis=ROWS,
         )
-        qkv = self._linear("self_attention.linear_qkv", (groups * group_rows, config.hidden_size), 0, parts)
-        return (qkv, self._attention_output(config.num_attention_heads * dim))
-
-    def _attention_output(self, columns: int) -> TensorRule:
-        hidden = self._config.hidden_size
-        parts = whole(self._there + "self_attn.o_proj.weight", hidden, _OWN + "attention.wo.weight")
-        return self._linear("self_attention.linear_proj", (hidden, columns), 1, parts)
-
-    def _latent_attention(self, latent: LatentAttention) -> tuple[TensorRule, ...]:
-        """MLA: no rows are reordered (proved by logits)."""
-        config, heads = self._config, self._config.num_attention_heads
-        query_rows, kv_rows = heads * latent.qk_head_dim, heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-        if latent.q_lora_rank is None:
-            queries: tuple[TensorRule, ...] = (
-                self._same("linear_q_proj", "q_proj", "wq", (query_rows, config.hidden_size)),
-            )
-        else:
-            queries = (
-                self._down("linear_q_down_proj", "q_a_proj", "wq_a", latent.q_lora_rank),
-                self._latent_norm("q_layernorm", "linear_q_up_proj", "q_a_layernorm", "q_a_norm", latent.q_lora_rank),
-                self._same("linear_q_up_proj", "q_b_proj", "wq_b", (query_rows, latent.q_lora_rank)),
-            )
-        return (
-            *queries,
-            self._down(
-                "linear_kv_down_proj",
-                "kv_a_proj_with_mqa",
-                "wkv_a_with_mqa",
-                latent.kv_lora_rank + latent.qk_rope_head_dim,
+        yield tensor_row(
+            "decoder.layers.{layer}.self_attention.linear_q_up_proj.layer_norm_weight",
+            (
+                "language_model.model.layers.{layer}.self_attn.q_a_layernorm.weight",
+                "layers.{layer}.attention.q_a_norm.weight",
             ),
-            self._latent_norm("kv_layernorm", "linear_kv_up_proj", "kv_a_layernorm", "kv_a_norm", latent.kv_lora_rank),
-            self._same("linear_kv_up_proj", "kv_b_proj", "wkv_b", (kv_rows, latent.kv_lora_rank)),
-            self._attention_output(heads * latent.v_head_dim),
+            local_key="decoder.layers.{layer}.self_attention.q_layernorm.weight",
+            shape=(layers, latent.q_lora_rank),
         )
-
-    def _same(self, module: str, hf_module: str, own: str, shape: Shape) -> TensorRule:
-        parts = self._of_attention(hf_module, own, shape[0])
-        return self._linear(f"self_attention.{module}", shape, 0, parts)
-
-    def _of_attention(self, hf_module: str, own: str, rows: int) -> tuple[HfPart, ...]:
-        return whole(f"{self._there}self_attn.{hf_module}.weight", rows, f"{_OWN}attention.{own}.weight")
-
-    def _down(self, module: str, hf_module: str, own: str, rows: int) -> TensorRule:
-        """A down-projection: the local spec cuts its rows, Transformer Engine's has it whole on every rank."""
-        name = f"{_HERE}self_attention.{module}.weight"
-        local, te = (
-            ModuleTensor(mcore_key=name, name=name, tp_axis=axis, extra_state=state_beside(name, name))
-            for axis in (0, None)
+        yield tensor_row(
+            "decoder.layers.{layer}.self_attention.linear_q_up_proj.weight",
+            ("language_model.model.layers.{layer}.self_attn.q_b_proj.weight", "layers.{layer}.attention.wq_b.weight"),
+            extra_state="decoder.layers.{layer}.self_attention.linear_q_up_proj._extra_state",
+            shape=(layers, heads * latent.qk_head_dim, latent.q_lora_rank),
+            tp_axis=ROWS,
         )
-        parts = self._of_attention(hf_module, own, rows)
-        return self._rule(local, te, (rows, self._config.hidden_size), parts)
+    yield tensor_row(
+        "decoder.layers.{layer}.self_attention.linear_kv_down_proj.weight",
+        (
+            "language_model.model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight",
+            "layers.{layer}.attention.wkv_a_with_mqa.weight",
+        ),
+        extra_state="decoder.layers.{layer}.self_attention.linear_kv_down_proj._extra_state",
+        shape=(layers, latent.kv_lora_rank + latent.qk_rope_head_dim, hidden_size),
+        local_tp_axis=ROWS,
+    )
+    yield tensor_row(
+        "decoder.layers.{layer}.self_attention.linear_kv_up_proj.layer_norm_weight",
+        (
+            "language_model.model.layers.{layer}.self_attn.kv_a_layernorm.weight",
+            "layers.{layer}.attention.kv_a_norm.weight",
+        ),
+        local_key="decoder.layers.{layer}.self_attention.kv_layernorm.weight",
+        shape=(layers, latent.kv_lora_rank),
+    )
+    yield tensor_row(
+        "decoder.layers.{layer}.self_attention.linear_kv_up_proj.weight",
+        ("language_model.model.layers.{layer}.self_attn.kv_b_proj.weight", "layers.{layer}.attention.wkv_b.weight"),
+        extra_state="decoder.layers.{layer}.self_attention.linear_kv_up_proj._extra_state",
+        shape=(layers, heads * (latent.qk_nope_head_dim + latent.v_head_dim), latent.kv_lora_rank),
+        tp_axis=ROWS,
+    )
 
-    def _latent_norm(self, local: str, fused_into: str, hf_module: str, own: str, rows: int) -> TensorRule:
-        """The norm of a latent: Transformer Engine fuses it into the projection behind it."""
-        parts = self._of_attention(hf_module, own, rows)
-        local_name = f"{_HERE}self_attention.{local}.weight"
-        te_name = f"{_HERE}self_attention.{fused_into}.layer_norm_weight"
-        return self._norm(local_name, local_name, te_name, te_name, parts)
 
-    def _mlp(self) -> tuple[TensorRule, ...]:
-        return self._feed_forward("mlp", "feed_forward", self._config.intermediate_size)
+def _attention_output(config: MistralConfig) -> TensorRule:
+    """transformer/attention.py, for both kinds of attention."""
+    head_dim = config.head_dim if config.latent_attention is None else config.latent_attention.v_head_dim
+    return tensor_row(
+        "decoder.layers.{layer}.self_attention.linear_proj.weight",
+        ("language_model.model.layers.{layer}.self_attn.o_proj.weight", "layers.{layer}.attention.wo.weight"),
+        extra_state="decoder.layers.{layer}.self_attention.linear_proj._extra_state",
+        shape=(config.num_hidden_layers, config.hidden_size, config.num_attention_heads * head_dim),
+        tp_axis=COLUMNS,
+    )
 
-    def _feed_forward(self, module: str, own: str, ffn: int) -> tuple[TensorRule, ...]:
-        hidden, there, own = self._config.hidden_size, f"{self._there}{module}.", f"{_OWN}{own}."
-        names = (there + "gate_proj.weight", there + "up_proj.weight")
-        halves = _gate_and_up(names, (own + "w1.weight", own + "w3.weight"), ffn)
-        down = whole(there + "down_proj.weight", hidden, own + "w2.weight")
-        return (
-            self._linear(module + ".linear_fc1", (2 * ffn, hidden), 0, halves),
-            self._linear(module + ".linear_fc2", (hidden, ffn), 1, down),
+
+def _mlp(config: MistralConfig) -> Iterator[TensorRule]:
+    """transformer/mlp.py: the rows of ``linear_fc1`` are [gate; up]."""
+    layers, hidden_size, intermediate_size = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    yield tensor_row(
+        "decoder.layers.{layer}.mlp.linear_fc1.weight",
+        ("language_model.model.layers.{layer}.mlp.gate_proj.weight", "layers.{layer}.feed_forward.w1.weight"),
+        ("language_model.model.layers.{layer}.mlp.up_proj.weight", "layers.{layer}.feed_forward.w3.weight"),
+        extra_state="decoder.layers.{layer}.mlp.linear_fc1._extra_state",
+        shape=(layers, 2 * intermediate_size, hidden_size),
+        glu_halves=2,
+        tp_axis=ROWS,
+    )
+    yield tensor_row(
+        "decoder.layers.{layer}.mlp.linear_fc2.weight",
+        ("language_model.model.layers.{layer}.mlp.down_proj.weight", "layers.{layer}.feed_forward.w2.weight"),
+        extra_state="decoder.layers.{layer}.mlp.linear_fc2._extra_state",
+        shape=(layers, hidden_size, intermediate_size),
+        tp_axis=COLUMNS,
+    )
+
+
+def _experts(config: MistralConfig, experts: Experts) -> Iterator[TensorRule]:
+    """transformer/moe: experts.py, router.py, shared_experts.py.
+
+    In Hugging Face files each expert of Mixtral has its own tensors, and all experts of a layer of Mistral 4 share one
+    (``packed``). In memory, transformers 5 packs Mixtral's experts too, and some files hold what was in memory.
+    """
+    layers, hidden_size, intermediate_size = config.num_hidden_layers, config.hidden_size, experts.intermediate_size
+    packed = experts.packed
+    if packed:
+        w1 = "layers.{layer}.experts.{expert}.w1.weight"
+        w2 = "layers.{layer}.experts.{expert}.w2.weight"
+        w3 = "layers.{layer}.experts.{expert}.w3.weight"
+        router = ("language_model.model.layers.{layer}.mlp.gate.weight", "layers.{layer}.gate.weight")
+    else:
+        w1 = "layers.{layer}.feed_forward.experts.{expert}.w1.weight"
+        w2 = "layers.{layer}.feed_forward.experts.{expert}.w2.weight"
+        w3 = "layers.{layer}.feed_forward.experts.{expert}.w3.weight"
+        router = (
+            "language_model.model.layers.{layer}.block_sparse_moe.gate.weight",
+            "layers.{layer}.feed_forward.gate.weight",
         )
-
-    def _experts(self, experts: Experts) -> tuple[TensorRule, ...]:
-        """The router, the experts and the shared ones.
-
-        On disk, Mixtral's experts are single, Mistral 4's packed; in the memory of transformers 5 all are packed.
-        """
-        ffn, hidden = experts.intermediate_size, self._config.hidden_size
-        there = self._there + ("mlp." if experts.packed else "block_sparse_moe.")
-        own = _OWN if experts.packed else _OWN + "feed_forward."
-        w1, w2, w3 = (f"{own}experts.{{expert}}.{name}.weight" for name in ("w1", "w2", "w3"))
-        fc1 = whole(self._there + "mlp.experts.gate_up_proj", 2 * ffn, w1, w3)
-        fc2 = whole(self._there + "mlp.experts.down_proj", hidden, w2)
-        other_fc1 = other_fc2 = _NO_PARTS
-        if not experts.packed:
-            each, other_fc1, other_fc2 = there + "experts.{expert}.", fc1, fc2
-            fc1 = _gate_and_up((each + "w1.weight", each + "w3.weight"), (w1, w3), ffn)
-            fc2 = whole(each + "w2.weight", hidden, w2)
-        router = f"{_HERE}mlp.router.weight"
-        module = ModuleTensor(mcore_key=router, name=router, tp_axis=None)
-        parts = whole(there + "gate.weight", experts.num_experts, own + "gate.weight")
-        shared = experts.shared_intermediate_size
-        return (
-            self._expert_linear("linear_fc1", experts, (2 * ffn, hidden), 0, fc1, other_fc1),
-            self._expert_linear("linear_fc2", experts, (hidden, ffn), 1, fc2, other_fc2),
-            self._rule(module, module, (experts.num_experts, hidden), parts),
-            *(self._feed_forward("mlp.shared_experts", "shared_experts", shared) if shared else ()),
-        )
-
-    def _expert_linear(
-        self,
-        module: str,
-        experts: Experts,
-        shape: Shape,
-        tp_axis: int,
-        parts: tuple[HfPart, ...],
-        other_parts: tuple[HfPart, ...],
-    ) -> TensorRule:
-        key = f"{_HERE}{_EXPERT_KEY}{module}.weight"
-        sequential = f"{_HERE}mlp.experts.local_experts.{{expert}}.{module}.weight"
-        grouped = f"{_HERE}mlp.experts.{module}."
-        return self._rule(
-            ModuleTensor(mcore_key=key, name=sequential, tp_axis=tp_axis, extra_state=state_beside(key, sequential)),
-            ModuleTensor(
-                mcore_key=key,
-                name=grouped + "weight{expert}",
-                tp_axis=tp_axis,
-                extra_state=(state_beside(key, "")[0], grouped + "_extra_state{nth_expert}"),
+    single_fc1 = (
+        ("language_model.model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight", w1),
+        ("language_model.model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight", w3),
+    )
+    single_fc2 = ("language_model.model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", w2)
+    packed_fc1 = ("language_model.model.layers.{layer}.mlp.experts.gate_up_proj", w1, w3)
+    packed_fc2 = ("language_model.model.layers.{layer}.mlp.experts.down_proj", w2)
+    yield tensor_row(
+        "decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1.weight",
+        *((packed_fc1,) if packed else single_fc1),
+        other_hf=() if packed else packed_fc1,
+        te_name="decoder.layers.{layer}.mlp.experts.linear_fc1.weight{expert}",
+        local_name="decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        extra_state="decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc1._extra_state",
+        te_extra_state_name="decoder.layers.{layer}.mlp.experts.linear_fc1._extra_state{nth_expert}",
+        local_extra_state_name="decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc1._extra_state",
+        shape=(layers, experts.num_experts, 2 * intermediate_size, hidden_size),
+        glu_halves=2,
+        tp_axis=ROWS,
+    )
+    yield tensor_row(
+        "decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc2.weight",
+        packed_fc2 if packed else single_fc2,
+        other_hf=() if packed else packed_fc2,
+        te_name="decoder.layers.{layer}.mlp.experts.linear_fc2.weight{expert}",
+        local_name="decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        extra_state="decoder.layers.{layer}.mlp.experts.experts.{expert}.linear_fc2._extra_state",
+        te_extra_state_name="decoder.layers.{layer}.mlp.experts.linear_fc2._extra_state{nth_expert}",
+        local_extra_state_name="decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2._extra_state",
+        shape=(layers, experts.num_experts, hidden_size, intermediate_size),
+        tp_axis=COLUMNS,
+    )
+    yield tensor_row(
+        "decoder.layers.{layer}.mlp.router.weight", router, shape=(layers, experts.num_experts, hidden_size)
+    )
+    if shared_size := experts.shared_intermediate_size:
+        yield tensor_row(
+            "decoder.layers.{layer}.mlp.shared_experts.linear_fc1.weight",
+            (
+                "language_model.model.layers.{layer}.mlp.shared_experts.gate_proj.weight",
+                "layers.{layer}.shared_experts.w1.weight",
             ),
-            shape,
-            parts,
-            num_experts=experts.num_experts,
-            other_parts=other_parts,
+            (
+                "language_model.model.layers.{layer}.mlp.shared_experts.up_proj.weight",
+                "layers.{layer}.shared_experts.w3.weight",
+            ),
+            extra_state="decoder.layers.{layer}.mlp.shared_experts.linear_fc1._extra_state",
+            shape=(layers, 2 * shared_size, hidden_size),
+            glu_halves=2,
+            tp_axis=ROWS,
+        )
+        yield tensor_row(
+            "decoder.layers.{layer}.mlp.shared_experts.linear_fc2.weight",
+            (
+                "language_model.model.layers.{layer}.mlp.shared_experts.down_proj.weight",
+                "layers.{layer}.shared_experts.w2.weight",
+            ),
+            extra_state="decoder.layers.{layer}.mlp.shared_experts.linear_fc2._extra_state",
+            shape=(layers, hidden_size, shared_size),
+            tp_axis=COLUMNS,
         )
 
-    def _input_norm(self, *, fused: bool) -> TensorRule:
-        """The norm before attention, with ``fused`` a part of ``linear_qkv``."""
-        parts = self._of_hidden("input_layernorm", "attention_norm")
-        plain, within = _HERE + "input_layernorm.weight", _HERE + "self_attention.linear_qkv.layer_norm_weight"
-        if fused:
-            return self._norm(within, plain, within, within, parts, plain)
-        return self._norm(plain, plain, plain, plain, parts)
 
-    def _norm_before_mlp(self, *, fused: bool, as_fused: bool) -> TensorRule:
-        """The norm before the MLP, with ``fused`` a part of ``linear_fc1``.
+def _layer_norms(config: MistralConfig) -> Iterator[TensorRule]:
+    """models/gpt/gpt_layer_specs.py: Transformer Engine fuses a norm into the linear module behind it, if there is one.
 
-        Before experts it is none. The local spec still saves it as if (``as_fused``), except with latent attention.
-        """
-        parts = self._of_hidden("post_attention_layernorm", "ffn_norm")
-        plain, within = _HERE + "pre_mlp_layernorm.weight", _HERE + "mlp.linear_fc1.layer_norm_weight"
-        if fused:
-            return self._norm(within, plain, within, within, parts, plain)
-        return self._norm(within if as_fused else plain, plain, plain, plain, parts)
-
-    def _of_hidden(self, hf_module: str, own: str) -> tuple[HfPart, ...]:
-        return whole(f"{self._there}{hf_module}.weight", self._config.hidden_size, f"{_OWN}{own}.weight")
-
-    def _norm(
-        self, local_key: str, local_name: str, te_key: str, te_name: str, parts: tuple[HfPart, ...], *other_keys: str
-    ) -> TensorRule:
-        is_module = te_name.endswith("layernorm.weight")
-        local = ModuleTensor(mcore_key=local_key, name=local_name, tp_axis=None)
-        extra_state = state_beside(te_key, te_name) if is_module else None
-        te = ModuleTensor(mcore_key=te_key, name=te_name, tp_axis=None, extra_state=extra_state)
-        return self._rule(local, te, (parts[0].rows.hf_rows,), parts, other_keys=other_keys)
-
-    def _linear(self, module: str, shape: Shape, tp_axis: int, parts: tuple[HfPart, ...]) -> TensorRule:
-        name = f"{_HERE}{module}.weight"
-        held = ModuleTensor(mcore_key=name, name=name, tp_axis=tp_axis, extra_state=state_beside(name, name))
-        return self._rule(held, held, shape, parts)
-
-    def _rule(
-        self,
-        local: ModuleTensor,
-        te: ModuleTensor,
-        shape: Shape,
-        parts: tuple[HfPart, ...],
-        *,
-        num_experts: int | None = None,
-        other_keys: tuple[str, ...] = (),
-        other_parts: tuple[HfPart, ...] = (),
-    ) -> TensorRule:
-        return TensorRule(
-            local=local,
-            te=te,
+    The local spec keeps the norm apart, but saves it under the same key (sharded_state_dict_keys_map).
+    """
+    shape = (config.num_hidden_layers, config.hidden_size)
+    before_attention = (
+        "language_model.model.layers.{layer}.input_layernorm.weight",
+        "layers.{layer}.attention_norm.weight",
+    )
+    if config.latent_attention is None:
+        yield tensor_row(
+            "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+            before_attention,
+            local_name="decoder.layers.{layer}.input_layernorm.weight",
+            other_keys=("decoder.layers.{layer}.input_layernorm.weight",),
             shape=shape,
-            lead=(self._config.num_hidden_layers, *([] if num_experts is None else [num_experts])),
-            place=Place.LAYER,
-            parts=parts,
-            glu_halves=2 if local.mcore_key.endswith("linear_fc1.weight") else 1,
-            other_keys=other_keys,
-            other_parts=other_parts,
+        )
+    else:
+        yield tensor_row(
+            "decoder.layers.{layer}.input_layernorm.weight",
+            before_attention,
+            te_extra_state="decoder.layers.{layer}.input_layernorm._extra_state",
+            shape=shape,
+        )
+    before_mlp = (
+        "language_model.model.layers.{layer}.post_attention_layernorm.weight",
+        "layers.{layer}.ffn_norm.weight",
+    )
+    if config.experts is None:
+        yield tensor_row(
+            "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+            before_mlp,
+            local_name="decoder.layers.{layer}.pre_mlp_layernorm.weight",
+            other_keys=("decoder.layers.{layer}.pre_mlp_layernorm.weight",),
+            shape=shape,
+        )
+    else:
+        # Without latent attention the local spec saves the norm as if a dense MLP came behind it.
+        as_fused = "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight"
+        yield tensor_row(
+            "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+            before_mlp,
+            local_key=as_fused if config.latent_attention is None else "",
+            local_name="decoder.layers.{layer}.pre_mlp_layernorm.weight",
+            te_extra_state="decoder.layers.{layer}.pre_mlp_layernorm._extra_state",
+            shape=shape,
+        )
+
+
+def _output(config: MistralConfig) -> Iterator[TensorRule]:
+    """The final norm and the head: transformer/transformer_block.py and models/gpt/gpt_model.py."""
+    yield tensor_row(
+        "decoder.final_layernorm.weight",
+        ("language_model.model.norm.weight", "norm.weight"),
+        te_extra_state="decoder.final_layernorm._extra_state",
+        shape=(config.hidden_size,),
+        stage=Stage.OUTPUT,
+    )
+    if not config.tie_word_embeddings:
+        yield tensor_row(
+            "output_layer.weight",
+            ("language_model.lm_head.weight", "output.weight"),
+            shape=(config.vocab_size, config.hidden_size),
+            padded_vocabulary=True,
+            tp_axis=ROWS,
+            stage=Stage.OUTPUT,
         )

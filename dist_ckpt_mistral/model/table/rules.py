@@ -1,8 +1,7 @@
-"""What a tensor table is made of: rules that say of every tensor its keys, its shape, and what it holds. No names.
+"""The types of a tensor table: a ``TensorRule`` gives the keys, shape and content of a tensor. No names stand here.
 
-A model's tensor is one of many: of its layer, or of its layer and expert. Where it stands among them is its ``index``:
-``()`` outside of the layers, ``(layer,)``, or ``(layer, expert)``. The names of a rule contain ``{layer}`` and
-``{expert}`` where an index fills them in.
+A rule describes one tensor, or one tensor of every layer, or of every layer and expert. The ``index`` of a tensor is
+``()`` outside the layers, else ``(layer,)`` or ``(layer, expert)``. It replaces ``{layer}`` and ``{expert}`` in names.
 """
 
 from __future__ import annotations
@@ -13,19 +12,22 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
+from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
 
-#: Where a tensor stands among those of its rule.
+#: The index of a tensor among those of its rule, counted from 0 in the whole model.
 Index: TypeAlias = tuple[int, ...]
 
 _AXES: Final = ("layer", "expert")
+#: The axes of a weight, as tensor parallelism cuts it.
+ROWS: Final = 0
+COLUMNS: Final = 1
 
 
-class Place(Enum):
-    """Which pipeline stage holds a tensor, in the order in which transformers lists them.
+class Stage(Enum):
+    """Which pipeline stage holds a tensor, in the order in which transformers lists the tensors.
 
-    Those that are CARRIED belong to the model, but Megatron's does not have them: checkpoints only carry them along.
+    CARRIED tensors (vision tower and projector) are no part of Megatron's GPTModel; checkpoints only carry them along.
     """
 
     CARRIED = "no stage"
@@ -48,14 +50,15 @@ class KeyStyle(Enum):
 
     @property
     def spelled_axes(self) -> int:
-        """How many axes of an index the keys spell out; the others are axes of the stored tensor."""
+        """Number of index axes that the keys spell out; the others are axes of the stored tensor."""
         return {"stacked": 0, "per layer": 1, "singleton": 2}[self.value]
 
 
 class LayerSpec(Enum):
-    """Which modules Megatron makes layers of (models/gpt/gpt_layer_specs.py). They call some tensors differently.
+    """The modules of Megatron's layers (models/gpt/gpt_layer_specs.py). Some tensors have other names in each.
 
-    LOCAL is Megatron's own, with experts as ``SequentialMLP``; TRANSFORMER_ENGINE has them as ``TEGroupedMLP``.
+    LOCAL has Megatron's own modules and experts as ``SequentialMLP``; TRANSFORMER_ENGINE has experts as
+    ``TEGroupedMLP``.
     """
 
     LOCAL = "local"
@@ -63,11 +66,11 @@ class LayerSpec(Enum):
 
 
 class ParamState(Enum):
-    """A tensor that training keeps for every parameter, of its shape and, behind a prefix, under its key.
+    """A tensor that training keeps for every parameter: it has the parameter's shape, and its key behind a prefix.
 
-    A value is what Megatron's model-space formats call the state: ``fp32_param`` in ``plain`` (Float16Optimizer) and
+    The values are the names in Megatron's model-space formats: ``fp32_param`` in ``plain`` (Float16Optimizer) and
     ``fully_sharded_model_space`` (distributed optimizer, to 0.14), ``param`` in ``fully_reshardable`` (0.15 and newer);
-    mcore optimizer/optimizer.py and distrib_optimizer.py. WEIGHTS are the parameters themselves, without a prefix.
+    mcore optimizer/optimizer.py and distrib_optimizer.py. WEIGHTS are the parameters themselves and have no prefix.
     """
 
     WEIGHTS = ()
@@ -77,40 +80,67 @@ class ParamState(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnRows:
-    """``rows`` rows of a Hugging Face tensor, from ``first_row`` on, that are a tensor of Mistral AI's own files.
+class RowBlocks:
+    """The one-to-one map between the rows of a Hugging Face tensor and rows of a Megatron tensor.
 
-    Where heads of ``rotated_rows`` rows are rotated, the two dimensions that turn together are neighbours there, while
-    in Hugging Face's they are half a head apart; elsewhere (0) rows are in the same order.
+    Hugging Face row block ``i`` is Megatron rows ``[i * stride + offset, i * stride + offset + length)``. Hugging Face
+    rows count up without gaps: block ``i`` is its rows ``[i * length, (i + 1) * length)``. Identity, the gate and up
+    halves of ``linear_fc1``, the query, key and value rows of ``linear_qkv`` and packed experts are all of this form.
+    All numbers are rows (axis 0 of one layer's tensor).
     """
 
-    name: str
-    first_row: int
-    rows: int
-    rotated_rows: int = 0
+    count: int
+    stride: int
+    offset: int
+    length: int
+
+    def __post_init__(self) -> None:
+        """Refuse a map that is not one-to-one: blocks must be in order and must not overlap."""
+        well_formed = self.count >= 0 and self.length >= 0 and self.offset >= 0
+        if not well_formed or (self.count > 1 and self.stride < self.length):
+            raise PlanError(f"row blocks overlap or are negative: {self}")
+
+    @classmethod
+    def share(cls, rows: int, number: int = 0, of: int = 1) -> RowBlocks:
+        """Share ``number`` of ``of`` equal contiguous shares of ``rows`` Megatron rows; by default all rows."""
+        return cls(count=1, stride=rows, offset=number * (rows // of), length=rows // of)
+
+    @property
+    def hf_rows(self) -> int:
+        """Number of rows of the Hugging Face tensor."""
+        return self.count * self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Yield ``(hf_row, mcore_row, length)`` of every block."""
+        for block in range(self.count):
+            yield block * self.length, block * self.stride + self.offset, self.length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfPart:
-    """One Hugging Face tensor and the Megatron rows that hold it; ``own`` are the tensors of Mistral AI's own files.
+    """One Hugging Face tensor, and the Megatron rows that hold it.
 
-    A name without ``{expert}`` for rows of experts stands for a tensor that packs all experts, one behind the other.
-    ``rows`` count from ``first_hf_row`` of the Hugging Face tensor: above 0 where a stored tensor has only the rest.
+    A name without ``{expert}`` for rows of experts is that of a tensor that packs all experts, one after another.
+    ``consolidated`` names the tensors of Mistral AI's own files that hold the same rows, in equal shares from the first
+    row on. ``rotated_rows`` is the number of rows of a rotated head: the two dimensions that turn together are
+    neighbours in those files, and half a head apart in Hugging Face's. With 0 the rows have the same order in both.
+    ``rows`` count from row ``first_hf_row`` of the Hugging Face tensor, above 0 where a stored tensor lacks the first.
     """
 
     hf_name: str
     rows: RowBlocks
-    own: tuple[OwnRows, ...] = ()
+    consolidated: tuple[str, ...] = ()
+    rotated_rows: int = 0
     first_hf_row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleTensor:
-    """What the modules of one layer spec make of a tensor.
+    """How the modules of one layer spec name and cut a tensor.
 
-    ``mcore_key`` is its key in a checkpoint, ``name`` its name in the state dict of a GPTModel (where layers and
-    experts count from the first of that model), ``tp_axis`` the axis along which tensor parallelism cuts it: None if
-    every rank holds it whole. ``extra_state`` is the key and the name of the object that the module saves besides.
+    ``mcore_key`` is its key in a checkpoint. ``name`` is its name in the state dict of a GPTModel, where layers and
+    experts count from the first of that model. ``tp_axis`` is the axis that tensor parallelism cuts, None if every rank
+    holds the whole tensor. ``extra_state`` is the key and the name of the object that the module saves beside it.
     """
 
     mcore_key: str
@@ -121,19 +151,18 @@ class ModuleTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRule:
-    """One Megatron tensor of every layer, of every layer and expert, or of the model: its keys, shape and content.
+    """The keys, shape and content of one Megatron tensor: of the model, of every layer, or of every layer and expert.
 
-    ``shape`` is in elements, without the axes of its index, whose extents are ``lead``, and without vocabulary padding.
-    ``glu_halves`` is 2 where rows are [gate; up] and each half is cut on its own. ``other_keys`` are keys that neither
-    layer spec uses, but others have. ``other_parts`` are Hugging Face tensors that some files have instead of those of
-    ``parts``, or besides: each has all rows.
+    ``shape`` is in elements, without vocabulary padding and without the axes of the index; ``lead`` are their extents.
+    ``other_parts`` are Hugging Face tensors that some files have instead of ``parts`` or beside them; each has all
+    rows. ``tensor_row`` explains the other fields.
     """
 
     local: ModuleTensor
     te: ModuleTensor
     shape: Shape
     lead: Shape
-    place: Place
+    stage: Stage
     parts: tuple[HfPart, ...]
     glu_halves: int = 1
     padded_vocabulary: bool = False
@@ -141,12 +170,12 @@ class TensorRule:
     other_parts: tuple[HfPart, ...] = ()
 
     def module(self, spec: LayerSpec) -> ModuleTensor:
-        """What a layer spec makes of it."""
+        """The names and the cut in models of a layer spec."""
         return self.local if spec is LayerSpec.LOCAL else self.te
 
     @property
     def mcore_key(self) -> str:
-        """The key that stands for the tensor: what training with Transformer Engine calls it."""
+        """The key that identifies the tensor: the key with Transformer Engine's layer spec."""
         return self.te.mcore_key
 
     @property
@@ -161,7 +190,7 @@ class TensorRule:
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether every expert has one."""
+        """Whether every expert has such a tensor."""
         return len(self.lead) == len(_AXES)
 
     def indices(self) -> Iterator[Index]:
@@ -170,18 +199,95 @@ class TensorRule:
 
 
 def axes_in(name: str) -> int:
-    """How many axes of an index a name spells out."""
+    """Number of index axes that a name spells out."""
     return sum(f"{{{axis}}}" in name for axis in _AXES)
 
 
 def spell_key(key: str, index: Index, style: KeyStyle) -> str:
-    """A key as a checkpoint of ``style`` spells it, with its index filled in where that does."""
+    """The key as a checkpoint of ``style`` spells it, with the index axes that the style spells out."""
     for axis in _AXES[style.spelled_axes :]:
         key = key.replace(f"{{{axis}}}.", "")
     return spell(key, index)
 
 
 def spell(name: str, index: Index) -> str:
-    """A name with its index filled in. ``{nth_expert}`` is Transformer Engine's: it leaves out a number of 0."""
+    """The name with its index filled in. ``{nth_expert}`` is the expert, empty for 0 as in Transformer Engine."""
     numbers = dict(zip(_AXES, index, strict=False))
     return name.format(**numbers, nth_expert=numbers.get("expert") or "")
+
+
+def tensor_row(
+    mcore_key: str,
+    *hf: tuple[str, ...],
+    shape: Shape,
+    rows: tuple[RowBlocks, ...] = (),
+    rotated_rows: tuple[int, ...] = (),
+    other_hf: tuple[str, ...] = (),
+    other_keys: tuple[str, ...] = (),
+    local_key: str = "",
+    te_name: str = "",
+    local_name: str = "",
+    tp_axis: int | None = None,
+    local_tp_axis: int | None = None,
+    extra_state: str = "",
+    te_extra_state: str = "",
+    te_extra_state_name: str = "",
+    local_extra_state_name: str = "",
+    stage: Stage = Stage.LAYER,
+    glu_halves: int = 1,
+    padded_vocabulary: bool = False,
+) -> TensorRule:
+    """Build the rule of one tensor: a row of the table.
+
+    Args:
+        mcore_key: The key in a checkpoint of a model with Transformer Engine's layer spec.
+        hf: For each Hugging Face tensor: its name, then its ``consolidated`` names (see ``HfPart``).
+        shape: The global shape in elements, without vocabulary padding: the axis of layers if the key has ``{layer}``
+            (pipeline parallelism cuts it), the axis of experts if it has ``{expert}`` (expert parallelism cuts it), and
+            the axes of the parameter.
+        rows: For each ``hf``: its Megatron rows. The default is equal shares, one below the other.
+        rotated_rows: For each ``hf``: see ``HfPart``. The default is 0.
+        other_hf: Like ``hf``: a tensor of all rows that some files have instead of ``hf`` or besides.
+        other_keys: Keys that other checkpoints use.
+        local_key: The key in a checkpoint of a model with the local layer spec, if it differs.
+        te_name: The parameter's name in a GPTModel with Transformer Engine's spec, if it differs from the key.
+        local_name: The parameter's name in a GPTModel with the local spec, if it differs from the key.
+        tp_axis: The axis of the parameter that tensor parallelism cuts: ``ROWS``, ``COLUMNS``, or None for no axis.
+        local_tp_axis: The same for the local spec, if only the local spec cuts the parameter.
+        extra_state: The key of the object that the module saves beside the parameter.
+        te_extra_state: The same, if only Transformer Engine's module saves one.
+        te_extra_state_name: The object's name in a GPTModel with Transformer Engine's spec, if it differs from the key.
+        local_extra_state_name: The object's name in a GPTModel with the local spec, if it differs from the key.
+        stage: The pipeline stage that holds the tensor.
+        glu_halves: 2 if the rows are [gate; up]: tensor parallelism then cuts each half on its own.
+        padded_vocabulary: Whether the rows are the vocabulary, which Megatron pads.
+    """
+    axes = axes_in(mcore_key)
+    rows = rows or tuple(RowBlocks.share(shape[axes], number, len(hf)) for number in range(len(hf)))
+    local_key, te_state = local_key or mcore_key, extra_state or te_extra_state
+    return TensorRule(
+        local=ModuleTensor(
+            mcore_key=local_key,
+            name=local_name or local_key,
+            tp_axis=tp_axis if local_tp_axis is None else local_tp_axis,
+            extra_state=(extra_state, local_extra_state_name or extra_state) if extra_state else None,
+        ),
+        te=ModuleTensor(
+            mcore_key=mcore_key,
+            name=te_name or mcore_key,
+            tp_axis=tp_axis,
+            extra_state=(te_state, te_extra_state_name or te_state) if te_state else None,
+        ),
+        shape=shape[axes:],
+        lead=shape[:axes],
+        stage=stage,
+        parts=tuple(_hf_part(*each) for each in zip(hf, rows, rotated_rows or (0,) * len(hf), strict=True)),
+        glu_halves=glu_halves,
+        padded_vocabulary=padded_vocabulary,
+        other_keys=other_keys,
+        other_parts=(_hf_part(other_hf, RowBlocks.share(shape[axes])),) if other_hf else (),
+    )
+
+
+def _hf_part(names: tuple[str, ...], rows: RowBlocks, rotated_rows: int = 0) -> HfPart:
+    return HfPart(hf_name=names[0], rows=rows, consolidated=names[1:], rotated_rows=rotated_rows)

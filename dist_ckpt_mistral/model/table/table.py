@@ -1,10 +1,6 @@
-"""The tensor table of a Mistral model. Names of tensors stand here, in layer_table.py and in vision_table.py alone.
+"""The tensor table of a Mistral model, from the rows in layers.py and vision.py.
 
-Row orders, axes and keys: megatron-core 0.12 to 0.19, local and Transformer Engine spec (transformer/attention.py,
-multi_latent_attention.py, mlp.py and moe/experts.py, models/gpt/gpt_model.py and gpt_layer_specs.py); Hugging Face
-names on disk: transformers 4.34 to 5.23, models/mistral, mixtral and mistral4; names in Mistral AI's own files
-("consolidated"): mistral-inference, and what transformers' convert_mistral*_to_hf.py read. A Megatron key is written
-in tables with ``{layer}`` and ``{expert}`` in it; ``KeyStyle`` says how a checkpoint spells it.
+Keys contain ``{layer}`` and ``{expert}``; ``KeyStyle`` says how a checkpoint spells them.
 """
 
 from __future__ import annotations
@@ -17,45 +13,29 @@ from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
-from dist_ckpt_mistral.model.table.layers import OTHER_EXPERT_NAMES, layer_rules, state_beside, whole
-from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.layers import OTHER_EXPERT_NAMES, OTHER_TEXT_NAMES, language_rules
 from dist_ckpt_mistral.model.table.rules import (
     Index,
     KeyStyle,
-    ModuleTensor,
-    OwnRows,
-    Place,
+    RowBlocks,
+    Stage,
     TensorRule,
     axes_in,
     spell,
     spell_key,
 )
-from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX, OTHER_NAMES, vision_rules
+from dist_ckpt_mistral.model.table.vision import OTHER_NAMES, vision_rules
 
-#: The name under which a last pipeline stage holds its copy of tied embeddings.
-TIED_OUTPUT_NAME: Final = "output_layer.weight"
-#: The head of a model that does not tie it: in Megatron, in Hugging Face files, in Mistral AI's own.
-_HEAD: Final = (TIED_OUTPUT_NAME, "lm_head.weight", "output.weight")
-#: The embedding of tokens, likewise.
-_EMBEDDING: Final = ("embedding.word_embeddings.weight", "model.embed_tokens.weight", "tok_embeddings.weight")
-
-#: Objects that only models of Transformer Engine up to megatron-core 0.14 look for.
+#: Keys of objects that models with Transformer Engine expect up to megatron-core 0.14.
 OLD_EXTRA_STATES: Final = ("decoder.layers.self_attention.core_attention._extra_state",)
-
-#: Other beginnings of names that transformers 5.24 takes for a language model (core_model_loading.py): ``MistralModel``
-#: saves without ``model.``, and one ``model.`` too many is dropped.
-_OTHER_TEXT_NAMES: Final = (
-    (re.compile(r"^(model\.){0,2}(?=(embed_tokens|layers|norm)\.)"), "model."),
-    (re.compile(r"^model\.(?=lm_head\.)"), ""),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRows:
-    """Where one tensor's rows ``[first_row, first_row + rows)`` lie in a checkpoint of some key style.
+    """The stored tensor that holds rows ``[first_row, first_row + rows)`` of one tensor.
 
-    ``index`` are the coordinates on the leading axes of the stored tensor (of layer and expert, as far as its key does
-    not spell them) and ``global_shape`` is its shape.
+    ``index`` gives the coordinates on the leading axes of the stored tensor: the layer and expert that its key does not
+    spell out. ``global_shape`` is its shape in elements.
     """
 
     mcore_key: str
@@ -67,10 +47,11 @@ class StoredRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfTensor:
-    """One Hugging Face tensor of the model: name, shape in elements, and the Megatron rows that hold it.
+    """One Hugging Face tensor of the model: its name, its shape in elements, and the Megatron rows that hold it.
 
-    ``index`` is that of the Megatron tensor, or what the name spells of it: then the leading axes of ``shape`` are the
-    rest, and the rows are those of every tensor. An alias is one of a rule's ``other_parts``.
+    ``index`` is the index of the Megatron tensor as far as the name spells it. The remaining axes of the index, if any,
+    are the leading axes of ``shape``, and ``rows`` are then the rows of each Megatron tensor. An alias is one of the
+    rule's ``other_parts``. ``consolidated`` and ``rotated_rows`` are those of ``HfPart``.
     """
 
     hf_name: str
@@ -78,21 +59,22 @@ class HfTensor:
     rule: TensorRule
     index: Index
     rows: RowBlocks
-    own: tuple[OwnRows, ...]
+    consolidated: tuple[str, ...]
+    rotated_rows: int
     is_alias: bool = False
 
     def packed(self) -> Iterator[tuple[Index, Index]]:
-        """The indices of the Megatron tensors with its rows, each with its coordinates on the leading axes."""
+        """Yield the index of each Megatron tensor that holds its rows, and the coordinates on the leading axes."""
         rest = self.rule.lead[len(self.index) :]
         return ((self.index + at, at) for at in itertools.product(*map(range, rest)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSpelling:
-    """Which Hugging Face tensors hold a model in files: the usual ones of the table, or aliases of some.
+    """The Hugging Face tensors that hold a model in files: the usual ones of the table, or aliases of them.
 
-    ``stored_again`` are the aliases of usual tensors that are stored as well, ``missing`` the names of the usual
-    tensors that nothing holds.
+    ``stored_again`` are aliases of usual tensors that are stored too. ``missing`` are the names of the usual tensors
+    that are not stored, not even as an alias.
     """
 
     usual: tuple[HfTensor, ...]
@@ -101,15 +83,15 @@ class FileSpelling:
 
     @property
     def tensors(self) -> tuple[HfTensor, ...]:
-        """What the model is seen to have: its usual tensors, however they are stored, and what is stored besides."""
+        """The usual tensors, under whichever name they are stored, and the aliases stored beside them."""
         return (*self.usual, *self.stored_again)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorTable:
-    """All tensors of one model. Rules stand in the order in which transformers lists the model's state dict.
+    """All tensors of one model. Rules have the order of the state dict in transformers.
 
-    ``renamed`` are other parts of Hugging Face names, each with what stands for it in this table.
+    ``renamed`` pairs a pattern for an unusual part of Hugging Face names with the part that this table has instead.
     """
 
     num_layers: int
@@ -118,29 +100,29 @@ class TensorTable:
 
     @property
     def carried(self) -> tuple[TensorRule, ...]:
-        """The rules of what Megatron's model does not have."""
-        return tuple(rule for rule in self.rules if rule.place is Place.CARRIED)
+        """The rules of tensors that Megatron's model does not have."""
+        return tuple(rule for rule in self.rules if rule.stage is Stage.CARRIED)
 
     def without_carried(self) -> TensorTable:
-        """The table of what Megatron's model has."""
-        return replace(self, rules=tuple(rule for rule in self.rules if rule.place is not Place.CARRIED))
+        """This table without the tensors that Megatron's model does not have."""
+        return replace(self, rules=tuple(rule for rule in self.rules if rule.stage is not Stage.CARRIED))
 
     def usual_name(self, hf_name: str) -> str:
-        """The name in this table of a tensor that a file calls ``hf_name``."""
-        for other, usual in self.renamed:
-            hf_name = other.sub(usual, hf_name, count=1)
+        """The table's name for the tensor ``hf_name`` of a file."""
+        for pattern, usual in self.renamed:
+            hf_name = pattern.sub(usual, hf_name, count=1)
         return hf_name
 
     def hf_tensors(self) -> dict[str, HfTensor]:
         """Every Hugging Face tensor by name, in state-dict order: embedding, layers, norm, head; then aliases."""
         by_layer = sorted(
             (tensor for rule in self.rules for tensor in _hf_tensors(rule)),
-            key=lambda tensor: (tensor.is_alias, _PLACES.index(tensor.rule.place), tensor.index[:1]),
+            key=lambda tensor: (tensor.is_alias, _STAGES.index(tensor.rule.stage), tensor.index[:1]),
         )
         return {tensor.hf_name: tensor for tensor in by_layer}
 
     def spelling(self, hf_names: Collection[str]) -> FileSpelling:
-        """How files that hold tensors of these names spell the model."""
+        """Which tensors of the model files with these tensor names hold."""
         tensors = self.hf_tensors().values()
         aliases = [tensor for tensor in tensors if tensor.is_alias and tensor.hf_name in hf_names]
         usual = [(tensor, _leading(tensor)) for tensor in tensors if not tensor.is_alias]
@@ -153,7 +135,7 @@ class TensorTable:
         )
 
     def stored(self, rule: TensorRule, index: Index, style: KeyStyle, key: str = "") -> tuple[StoredRows, ...]:
-        """Where the tensor of ``index`` lies in a checkpoint of ``style``; ``key`` picks one of ``rule.keys``."""
+        """The stored rows of the tensor at ``index`` in a checkpoint of ``style``; ``key`` is one of ``rule.keys``."""
         spelled = style.spelled_axes
         name = spell_key(key or rule.mcore_key, index, style)
         halves = ("_w", "_v") if style is KeyStyle.SINGLETON and rule.glu_halves > 1 else ("",)
@@ -170,30 +152,30 @@ class TensorTable:
         )
 
     def extra_states(self, style: KeyStyle) -> dict[str, Shape]:
-        """The objects besides that models of any layer spec look for: key and shape of each."""
-        found = {}
+        """Key and shape of each object that models of any layer spec expect beside the tensors."""
+        objects = {}
         for rule in self.rules:
             for module in (rule.local, rule.te):
                 if module.extra_state is not None:
                     key = module.extra_state[0]
                     for index in itertools.product(*map(range, rule.lead[: style.spelled_axes])):
                         name, shape = spell_key(key, index, style), rule.lead[len(index) :]
-                        found[name] = shape or (1,)
-        return found
+                        objects[name] = shape or (1,)
+        return objects
 
     def spelled(self, rule: TensorRule, style: KeyStyle, key: str = "") -> Iterator[tuple[str, Shape]]:
-        """The stored tensors that hold all tensors of ``rule``: key and shape of each, once."""
+        """Yield key and shape, once each, of the stored tensors that hold all tensors of ``rule``."""
         for index in itertools.product(*map(range, rule.lead[: style.spelled_axes])):
             rest = (0,) * (len(rule.lead) - len(index))
             for stored in self.stored(rule, index + rest, style, key):
                 yield stored.mcore_key, stored.global_shape
 
 
-_PLACES: Final = tuple(Place)
+_STAGES: Final = tuple(Stage)
 
 
 def _leading(tensor: HfTensor) -> set[tuple[str, Index]]:
-    """The rule of a tensor with every beginning of its index: an alias that has one of these holds the tensor."""
+    """The key of a tensor with every prefix of its index. An alias with one of these holds the tensor."""
     return {(tensor.rule.mcore_key, tensor.index[:axes]) for axes in range(len(tensor.index) + 1)}
 
 
@@ -207,15 +189,16 @@ def _hf_tensors(rule: TensorRule) -> Iterator[HfTensor]:
                 rule=rule,
                 index=index,
                 rows=part.rows,
-                own=part.own,
+                consolidated=part.consolidated,
+                rotated_rows=part.rotated_rows,
                 is_alias=part in rule.other_parts,
             )
 
 
 def tensor_table(config: MistralConfig) -> TensorTable:
     """The tensor table of a model."""
-    rules = (_embedding(config), *layer_rules(config, _hf_prefix(config)), *_output(config))
-    renamed = _OTHER_TEXT_NAMES if config.vision is None else OTHER_NAMES
+    rules = language_rules(config)
+    renamed = OTHER_TEXT_NAMES if config.vision is None else OTHER_NAMES
     if config.experts is not None and not config.experts.packed:
         renamed = (*renamed, *OTHER_EXPERT_NAMES)
     if config.vision is not None:
@@ -223,51 +206,17 @@ def tensor_table(config: MistralConfig) -> TensorTable:
     return TensorTable(num_layers=config.num_hidden_layers, rules=rules, renamed=renamed)
 
 
-def _hf_prefix(config: MistralConfig) -> str:
-    """What stands before the names of the language model in Hugging Face files."""
-    return "" if config.vision is None else LANGUAGE_PREFIX
-
-
-def _vocabulary_rule(
-    key: str, hf_name: str, own_name: str, config: MistralConfig, place: Place, *, tied: bool = False
-) -> TensorRule:
-    """The embedding or the head. Of ``tied`` ones some files and checkpoints have the head, too, or alone."""
-    module = ModuleTensor(mcore_key=key, name=key, tp_axis=0)
-    return TensorRule(
-        local=module,
-        te=module,
-        shape=(config.vocab_size, config.hidden_size),
-        lead=(),
-        place=place,
-        parts=whole(_hf_prefix(config) + hf_name, config.vocab_size, own_name),
-        padded_vocabulary=True,
-        other_keys=(TIED_OUTPUT_NAME,) if tied else (),
-        other_parts=whole(_hf_prefix(config) + "lm_head.weight", config.vocab_size, own_name) if tied else (),
-    )
-
-
-def _embedding(config: MistralConfig) -> TensorRule:
-    return _vocabulary_rule(*_EMBEDDING, config, Place.EMBEDDING, tied=config.tie_word_embeddings)
-
-
-def _output(config: MistralConfig) -> tuple[TensorRule, ...]:
-    key = "decoder.final_layernorm.weight"
-    norm = TensorRule(
-        local=ModuleTensor(mcore_key=key, name=key, tp_axis=None),
-        te=ModuleTensor(mcore_key=key, name=key, tp_axis=None, extra_state=state_beside(key, key)),
-        shape=(config.hidden_size,),
-        lead=(),
-        place=Place.OUTPUT,
-        parts=whole(_hf_prefix(config) + "model.norm.weight", config.hidden_size, "norm.weight"),
-    )
-    if config.tie_word_embeddings:
-        return (norm,)
-    return (norm, _vocabulary_rule(*_HEAD, config, Place.OUTPUT))
-
-
 def config_as_stored(config: MistralConfig, names: Iterable[str]) -> MistralConfig:
-    """``config`` beside the stored tensors of these ``names``, of any rendering: see ``MistralConfig.as_stored``."""
-    heads, embeddings = (tuple(f".{name.removeprefix('model.')}" for name in each) for each in (_HEAD, _EMBEDDING))
+    """``config``, with ties decided by the ``names`` of stored tensors in any format: ``MistralConfig.as_stored``."""
+    embedding, *_, head = language_rules(replace(config, tie_word_embeddings=False, vision=None))
     stored = [f".{name}" for name in names]
     # A tied model may be stored as its head alone (safetensors.torch.save_model keeps the first of two names).
-    return config.as_stored(has_head=all(any(name.endswith(each) for name in stored) for each in (heads, embeddings)))
+    has_both = all(any(name.endswith(_endings(rule)) for name in stored) for rule in (embedding, head))
+    return config.as_stored(has_head=has_both)
+
+
+def _endings(rule: TensorRule) -> tuple[str, ...]:
+    """The endings of a tensor's names in every format."""
+    (part,) = rule.parts
+    names = (rule.mcore_key, part.hf_name.removeprefix("model."), *part.consolidated)
+    return tuple(f".{name}" for name in names)

@@ -76,14 +76,14 @@ def make_aside(output: Path) -> None:
 PLACES: Final[dict[str, tuple[str, Callable[[Path], object], tuple[str, ...], str]]] = {
     "directory": ("out", make_directory, (), "exists. Choose another name or give --overwrite"),
     "file": ("out", Path.touch, (), "exists. Choose another name or give --overwrite"),
-    "file to replace": ("out", Path.touch, ("--overwrite",), "is no directory, and --overwrite replaces none else"),
-    "link to a device": ("out", lambda out: out.symlink_to("/dev/null"), ("--overwrite",), "is no directory"),
-    "link to a file": ("out", lambda out: out.symlink_to(__file__), ("--overwrite",), "is no directory"),
-    "pipe to replace": ("out", os.mkfifo, ("--overwrite",), "is no directory, and --overwrite replaces none else"),
+    "file to replace": ("out", Path.touch, ("--overwrite",), "--overwrite replaces only directories"),
+    "link to a device": ("out", lambda out: out.symlink_to("/dev/null"), ("--overwrite",), "is not a directory"),
+    "link to a file": ("out", lambda out: out.symlink_to(__file__), ("--overwrite",), "is not a directory"),
+    "pipe to replace": ("out", os.mkfifo, ("--overwrite",), "--overwrite replaces only directories"),
     "broken link": ("out", lambda out: out.symlink_to("nowhere"), (), "exists"),
     "link in a ring": ("out/a", lambda out: out.parent.symlink_to("out"), (), "out/a"),
     "device": ("/dev/null", lambda _: None, (), "exists"),
-    "device to replace": ("/dev/null", lambda _: None, ("--overwrite",), "is no directory"),
+    "device to replace": ("/dev/null", lambda _: None, ("--overwrite",), "is not a directory"),
     "below a device": ("/dev/null/a/b", lambda _: None, (), "cannot create /dev/null/a/b: Not a directory"),
     "below a file": ("out/a/b", lambda out: out.parents[1].touch(), (), "out/a/b: Not a directory"),
     "no file system for files": ("/proc/x", lambda _: None, (), "are needed, 0 are free"),
@@ -294,5 +294,5 @@ def test_where_directories_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mo
         Staging(tmp_path / "out").hold(overwrite=False, resume=False)
     monkeypatch.undo()
     monkeypatch.setattr(fcntl, "flock", lambda *_: (tmp_path / ".out.incomplete" / "lock").unlink())
-    with pytest.raises(dcm.OutputError, match="other runs come and go"):
+    with pytest.raises(dcm.OutputError, match="other runs that write it"):
         Staging(tmp_path / "out").hold(overwrite=False, resume=False)

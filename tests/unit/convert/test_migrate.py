@@ -507,7 +507,9 @@ def test_common_state_must_be_there(tmp_path: Path) -> None:
     """Without common.pt no Megatron would load the new checkpoint: the old one was not copied whole."""
     old = copied(DENSE, tmp_path / "old")
     (old / "common.pt").unlink()
-    assert "has no common.pt, without which no Megatron loads it" in refusal(tmp_path, "migrate", old, tmp_path / "new")
+    assert "has no common.pt, and Megatron does not load a checkpoint without it" in refusal(
+        tmp_path, "migrate", old, tmp_path / "new"
+    )
 
 
 def test_a_comparison_says_what_it_leaves_out(migrated: dict[str, Path], tmp_path: Path) -> None:

@@ -40,8 +40,10 @@ from torch_reading import (
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import FormatError, LayoutError, OutputError, TensorMismatchError
+from dist_ckpt_mistral.mapping import chunking
 from dist_ckpt_mistral.mapping.checkpoint_map import new_checkpoint_map
 from dist_ckpt_mistral.mapping.chunking import cut_chunks
+from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
 from dist_ckpt_mistral.model.table.table import tensor_table
 
 RESHARDABLE: Final = [case for case in GENUINE if case != "opt_dr_0161"]
@@ -88,7 +90,7 @@ def test_ranks_read_whole_chunks(case: str, layout: dcm.ParallelLayout, tmp_path
         held = [
             box
             for chunk in layout.model_chunks(4, at.pp)
-            for each in layout.local_tensors(table, chunk, at, style=style or dcm.KeyStyle.STACKED)
+            for each in local_tensors(layout, table, chunk, at, style=style or dcm.KeyStyle.STACKED)
             for box in each.boxes
         ]
         for box in held:
@@ -139,7 +141,7 @@ def test_chunks_tile_tensors_and_serve_ranks(model: tuple[dcm.MistralConfig, dcm
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
         for part in layout.model_chunks(table.num_layers, at.pp):
-            for held in layout.local_tensors(table, part, at):
+            for held in local_tensors(layout, table, part, at):
                 for box in held.boxes:
                     _require_whole(box, chunks[box.mcore_key], box.mcore_key)
 
@@ -148,13 +150,12 @@ def test_copies_of_a_rank_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 16 times the ranks for data and context parallelism, the same chunks are cut, in as many steps."""
     config = dcm.MistralConfig.from_hf(folder("td_0161"))
     found, looked = new_checkpoint_map(tensor_table(config)), []
-    local_tensors = dcm.ParallelLayout.local_tensors
 
     def counted(layout: dcm.ParallelLayout, *args: Any, **options: Any) -> Any:  # noqa: ANN401  (passed through)
         looked.append(args)
         return local_tensors(layout, *args, **options)
 
-    monkeypatch.setattr(dcm.ParallelLayout, "local_tensors", counted)
+    monkeypatch.setattr(chunking, "local_tensors", counted)
     shapes = found.shapes()
     alone = [replace(cut, rank=0) for cut in cut_chunks(found, shapes, dcm.ParallelLayout(tp=2, pp=2))]
     steps = len(looked)

@@ -78,7 +78,7 @@ def test_without_resume_a_leftover_is_named_and_removed(
     """A run that does not resume says what it removes, and is none the worse for it."""
     staging = begun(hf, tmp_path / "out", monkeypatch)
     outcome = run("from-hf", hf, tmp_path / "out")
-    assert (outcome.code, outcome.err) == (0, [f"removing {staging}, which a run that did not end well left behind"])
+    assert (outcome.code, outcome.err) == (0, [f"removing {staging}, which an unfinished run left behind"])
     assert contents(tmp_path / "out") == expected
     assert not staging.exists()
 
@@ -183,7 +183,7 @@ def test_an_old_output_that_was_moved_aside(
         Staging(tmp_path / "out").hold(overwrite=False, resume=False)
     assert contents(tmp_path / "out") == (expected if is_there else {"precious": b"old"})
     assert not (tmp_path / ".out.replaced").exists()
-    assert ("removed" if is_there else "is back") in caplog.text
+    assert ("removed" if is_there else "restored") in caplog.text
 
 
 def test_a_file_system_without_locks(

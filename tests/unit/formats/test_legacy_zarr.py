@@ -114,7 +114,7 @@ DAMAGED: Final[dict[str, tuple[Spoil, list[str]]]] = {
     ),
     "a .zarray that is no file": (
         both(lambda path: in_place_of(path, os.mkfifo), f"{FC2}/.zarray", f"{HEAD}/.zarray"),
-        [rf"cannot read \S+{key}/\.zarray: it is no regular file" for key in KEYS],
+        [rf"cannot read \S+{key}/\.zarray: it is not a regular file" for key in KEYS],
     ),
     "empty directories": (
         both(lambda path: remove(path).mkdir(), FC2, HEAD),

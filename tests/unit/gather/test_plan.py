@@ -29,7 +29,7 @@ from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
-from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
+from dist_ckpt_mistral.model.table.rules import RowBlocks
 from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage.local import SourceFiles, TargetFile
 
@@ -410,7 +410,7 @@ def test_element_types_are_mixed_only_where_one_is_chosen(target: str, tmp_path:
     ]
     index = TensorIndex(files=(path,), tensors=tensors)
     message = (
-        "'t' would mix element types: expected its parts in one, got bfloat16: c; float16: b; float32: a. Give --dtype"
+        "'t' would mix element types: expected one for all its parts, got bfloat16: c; float16: b; float32: a. Give"
     )
     with pytest.raises(TensorMismatchError, match=re.escape(message)):
         only_dtype(index, links)
@@ -442,7 +442,7 @@ def test_meeting_chunks_are_those_that_overlap(data: st.DataObject, shape: tuple
         if all(map(operator.lt, inner_low, inner_high)):
             expected.append((box, number, inner_low, inner_high))
     lows, highs = (np.array([box[end] for box in boxes], np.int64).reshape(len(boxes), len(shape)) for end in (0, 1))
-    meets = zip(*(column.tolist() for column in tensor.meeting(lows, highs)), strict=True)
+    meets = zip(*(column.tolist() for column in tensor.overlaps(lows, highs)), strict=True)
     assert sorted((box, number, tuple(low), tuple(high)) for box, number, low, high in meets) == expected
 
 

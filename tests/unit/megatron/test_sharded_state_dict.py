@@ -19,8 +19,7 @@ from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchErr
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
-from dist_ckpt_mistral.model.table.row_blocks import RowBlocks
-from dist_ckpt_mistral.model.table.rules import HfPart, KeyStyle
+from dist_ckpt_mistral.model.table.rules import HfPart, KeyStyle, RowBlocks
 
 pytestmark = pytest.mark.megatron
 

@@ -167,7 +167,10 @@ def test_other_architectures_are_refused(changes: dict[str, Any], complaint: str
         ({"vocab_size": -4}, "vocab_size in .*: expected a positive integer, got -4"),
         ({"norm_epsilon": ..., "layernorm_epsilon": float("nan")}, "rms_norm_eps must be a positive number"),
         ({"position_embedding_type": "yarn", "rotary_scaling_factor": "8"}, "factor must be a positive number"),
-        ({"position_embedding_type": "yarn", "mscale": "x", "mscale_all_dim": 0.0}, "mscale must be a number"),
+        (
+            {"position_embedding_type": "yarn", "mscale": "x", "mscale_all_dim": 0.0},
+            "mscale and mscale_all_dim must be numbers",
+        ),
     ],
 )
 def test_args_that_do_not_fit_are_told(changes: dict[str, Any], complaint: str) -> None:

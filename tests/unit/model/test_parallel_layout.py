@@ -18,7 +18,7 @@ from dist_ckpt_mistral.cli import options
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
-from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
+from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_tensors
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import tensor_table
 
@@ -44,7 +44,7 @@ def held_by_ranks(
         [
             held
             for chunk in layout.model_chunks(table.num_layers, at.pp)
-            for held in layout.local_tensors(table, chunk, at, style=style, vocab_rows=vocab_rows)
+            for held in local_tensors(layout, table, chunk, at, style=style, vocab_rows=vocab_rows)
         ]
         for at in places
     ]
@@ -189,7 +189,7 @@ def test_what_does_not_fit_the_model_is_refused(layout: ParallelLayout, reason: 
         ({"cp": 2, "order": "dp-pp"}, "order must name tp, cp, dp, got 'dp-pp'"),
         (
             {"pp": 2, "cp": 2, "order": "tp-cp-ep-pp-dp"},
-            "would give dense layers and experts other pipeline stages or, without pp last, other data parallelism",
+            "would give dense layers and experts different pipeline stages or, without pp last, different data",
         ),
     ],
 )

@@ -100,7 +100,7 @@ def test_without_the_hub(hub: FakeHub, tmp_path: Path) -> None:
         assert (again.returncode, again.stdout[:5], hub.downloaded) == (0, "equal", []), again.stderr
     refused = hub.run(home, "inspect", "org/plain", offline=True)
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
-    assert refused.stderr.startswith("error: org/plain is neither a directory nor a model that the hub gives: ")
+    assert refused.stderr.startswith("error: org/plain is neither a directory nor a model that the hub provides: ")
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_without_the_hub(hub: FakeHub, tmp_path: Path) -> None:
     [
         ("org/adapter", "it holds an adapter of PEFT"),
         ("org/gguf", "GGUF files, of quantized weights (model-Q4_K_M.gguf)"),
-        ("org/none", "org/none is neither a directory nor a model that the hub gives: "),
+        ("org/none", "org/none is neither a directory nor a model that the hub provides: "),
         ("org/none", "If you are trying to access a private or gated repo, make sure you are authenticated"),
-        ("org/plain@v2", "org/plain@v2 is neither a directory nor a model that the hub gives: "),
+        ("org/plain@v2", "org/plain@v2 is neither a directory nor a model that the hub provides: "),
         ("org/plain@v2", "Revision Not Found"),
     ],
 )

@@ -77,7 +77,7 @@ def test_after_close() -> None:
         shape = checkpoint[name].shape
     assert open_files() == set()
     for use in (lambda: checkpoint[name], lambda: checkpoint["?"], checkpoint.__enter__, lambda: copy.copy(checkpoint)):
-        with pytest.raises(dcm.DistCkptMistralError, match=r"checkpoint was closed\. Read its tensors before, or open"):
+        with pytest.raises(dcm.DistCkptMistralError, match=r"checkpoint was closed\. Read its tensors before closing"):
             use()
     assert (checkpoint.shape(name), len(checkpoint), name in checkpoint) == (tuple(shape), len(truth("td_0192")), True)
     checkpoint.close()
