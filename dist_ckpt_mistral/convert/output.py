@@ -177,10 +177,10 @@ def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:
             return must_prove
         if resumed:
             _LOG.info(
-                "resuming %s: data in %s is kept where its checksum matches%s",
+                "resuming %s: data in %s is kept where its checksums match%s",
                 staging.target,
                 staging.path,
-                ", also that of the source, which may have changed" if must_prove else "",
+                ", also those of the sources, which may have changed" if must_prove else "",
             )
             staging.keep(file_bytes)
         else:
