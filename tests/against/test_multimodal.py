@@ -429,7 +429,7 @@ def test_part_of_vision_in_a_checkpoint(trip: Trip, tmp_path: Path) -> None:
     [
         ({"vision_config": None}, "has no vision_config"),
         ({"text_config": None}, "has no text_config"),
-        ({"vision_config": {"model_type": "siglip"}}, "model_type 'siglip': expected 'pixtral'"),
+        ({"vision_config": {"model_type": "siglip"}}, "model_type 'siglip' in vision_config of "),
         ({"vision_config": {"hidden_size": "16", "patch_size": 0}}, "hidden_size must be a positive integer, got '16'"),
         ({"spatial_merge_size": -1}, "merged_patches must be a positive integer, got -1"),
         ({"multimodal_projector_bias": 1}, "projector_bias must be true or false, got 1"),

@@ -97,7 +97,7 @@ def _optimizer_state(entries: Any, states: Sequence[str], make: Any) -> dict[str
 
 def _local_shape(entry: Any) -> tuple[int, ...]:  # noqa: ANN401  (Megatron's)
     """Of an entry, or of one that a factory will make."""
-    shape: tuple[int, ...] = entry.local_shape if hasattr(entry, "local_shape") else entry.build_fn.held.local_shape
+    shape: tuple[int, ...] = entry.local_shape if hasattr(entry, "local_shape") else entry.build_fn.tensor.local_shape
     return shape
 
 
