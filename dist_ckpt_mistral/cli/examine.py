@@ -28,6 +28,7 @@ def add_inspect(commands: options.Commands) -> None:
         _inspect,
         "Show the tensors, the configuration and the problems of a checkpoint or a Hugging Face directory.",
         "Reads no tensor data. Exits with 1 if there is a problem, such as a missing file or tensor.",
+        with_numpy=True,
     )
     command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
     options.add_config(command)
@@ -241,6 +242,7 @@ def add_megatron_args(commands: options.Commands) -> None:
         _megatron_args,
         "Print the flags with which Megatron-LM's pretrain_gpt.py trains a model.",
         "Paste them into a shell after pretrain_gpt.py. For a checkpoint, the flags also load it.",
+        with_numpy=True,
     )
     command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
     options.add_config(command)
