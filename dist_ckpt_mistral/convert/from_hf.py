@@ -157,30 +157,32 @@ def _plan_import(
         for from_source in source.links[tensor.hf_name]
         if (link := compose(from_source, into_checkpoint)) is not None
     ]
-    chunks = _chunks(source, new, links, layout, dtype)
+    chunks = [*_chunks(source, new, links, layout, dtype)]
     objects = [NewObject.empty(_extra_states(source.table))]
-    checkpoint_layout = writer.lay_out(chunks, objects, num_files=layout.world_size)
+    checkpoint_layout = writer.lay_out(chunks, objects, num_files=1 + max(chunk.file for chunk in chunks))
     return checkpoint_layout, plan_gather(source.index, checkpoint_layout.index(step), links)
 
 
 def _chunks(
     source: ModelSource, new: CheckpointMap, links: Sequence[Link], layout: ParallelLayout, dtype: str | None
 ) -> Iterator[NewChunk]:
-    """The chunks that the ranks of ``layout`` would save, one file for each rank, without vocabulary padding."""
+    """The chunks that the ranks of ``layout`` would save, without vocabulary padding, in a file for each that saves."""
     links_into: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         links_into[link.target].append(link)
     dtypes_of_keys = for_all(lambda key: dtype or only_dtype(source.index, links_into[key]), links_into)
     dtype_of = dict(zip(links_into, dtypes_of_keys, strict=True))
     other_keys = new.also_written()
-    for chunk in cut_chunks(new, new.shapes(), layout):
+    boxes = [*cut_chunks(new, new.shapes(), layout)]
+    file_of = {rank: file for file, rank in enumerate(sorted({box.rank for box in boxes}))}
+    for chunk in boxes:
         yield NewChunk(
             mcore_key=chunk.name,
             dtype=dtype_of[chunk.name],
             global_shape=chunk.global_shape,
             offset=chunk.offset,
             shape=chunk.shape,
-            file=chunk.rank,
+            file=file_of[chunk.rank],
             other_keys=other_keys.get(chunk.name, ()),
         )
 

@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.convert.output import Output
 from dist_ckpt_mistral.convert.to_hf import to_hf
-from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
+from dist_ckpt_mistral.errors import ConfigError, FormatError, LayoutError, TensorMismatchError
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]])
 
@@ -571,3 +572,16 @@ def test_an_unknown_hub_id_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         from_hf("no/such/directory", tmp_path / "ckpt")
     with pytest.raises(FormatError, match=r"it is empty$"):
         from_hf(tmp_path, tmp_path.parent / "ckpt")
+
+
+def test_copies_of_ranks_get_no_file(tmp_path: Path) -> None:
+    """Data parallelism adds no files to an import, and changes no tensor's bits."""
+    hf = saved(random_model(), tmp_path / "hf")
+    done = from_hf(hf, tmp_path / "ckpt", layout=ParallelLayout(tp=2, pp=2, dp=2))
+    assert [*done.files] == [f"release/__{number}_0.distcp" for number in range(4)]
+    assert min(done.files.values()) > 0
+    assert min(path.stat().st_size for path in (tmp_path / "ckpt" / "release").glob("*.distcp")) > 0
+    to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert described(hf_tensors(tmp_path / "back")) == described(hf_tensors(hf))
+    with pytest.raises(LayoutError, match="either a layout, or tp, pp and ep"):
+        from_hf(hf, tmp_path / "both", tp=2, layout=ParallelLayout(tp=2))
