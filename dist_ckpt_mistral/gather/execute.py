@@ -5,26 +5,30 @@ Segments are copied band by band. Reads, writes and checksums release the interp
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.gather.bands import BAND_BYTES, BUFFERS, PAGE_BYTES, BandReader, Stopped
+from dist_ckpt_mistral.gather.bands import PAGE_BYTES, BandReader, Stopped, band_bytes_within
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 _MAX_WORKERS: Final = 4096
-_MIN_BAND_BYTES: Final = 64 << 10
-#: A segment without a checksum is split into parts of this size, so that all threads finish at about the same time.
-_PART_BYTES: Final = 64 << 20
+#: What a thread copies before it may turn to another file. Longer segments are split, so that all finish together.
+_STRETCH_BYTES: Final = 64 << 20
+#: Threads that write one file at a time. The kernel lets one at a time write into a file: meanwhile the other reads and
+#: takes checksums, which is about half of the work. A third would only spin.
+_WRITERS_OF_A_FILE: Final = 2
 #: Bytes written before writeback to the disk is started.
 _WRITEBACK_BYTES: Final = 16 << 20
 
@@ -100,8 +104,7 @@ class Effort:
 
     def band_bytes(self, readers: int = 1) -> int:
         """Size of a band in bytes if each thread uses this many ``BandReader``: whole pages."""
-        share = self.memory_bytes // (self.threads * BUFFERS * readers) // PAGE_BYTES * PAGE_BYTES
-        return max(_MIN_BAND_BYTES // readers, min(BAND_BYTES, share))
+        return band_bytes_within(self.memory_bytes // self.threads) // readers // PAGE_BYTES * PAGE_BYTES
 
 
 DEFAULT_EFFORT: Final = Effort()
@@ -122,12 +125,11 @@ def execute(
     same checksum. The first error stops all threads. Returns, by number of the segment, the CRC-32 of its stored bytes
     (undefined without ``checksums``) and its lost values.
     """
-    parts = _parts(plan, numbers, threads=effort.threads, whole=checksums)
+    turns = _Turns(plan, _stretches(plan, numbers))
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
         reader = BandReader(sources, effort.band_bytes())
 
-        def work(number: int) -> Copied:
-            part = parts[number]
+        def work(part: Part) -> Copied:
             segment = plan.segments[part.number]
             copied = record.recall(part) if record else None
             if record and record.must_prove and copied is not None:
@@ -144,10 +146,16 @@ def execute(
                 record.note(part, copied)
             return copied
 
-        done = run_all(work, range(len(parts)), workers=effort.threads, stop=reader.stop)
+        def take_turn(_: int) -> list[tuple[Part, Copied]]:
+            with turns.next() as stretch:
+                return [(part, work(part)) for part in stretch]
+
+        done = run_all(take_turn, range(turns.count), workers=turns.workers(effort.threads), stop=reader.stop)
     result = dict.fromkeys(numbers, Copied(0, NOTHING))
-    for part, copied in zip(parts, done, strict=True):
-        result[part.number] = Copied(copied.crc32, result[part.number].lost.plus(copied.lost))
+    for part, copied in sorted(chain.from_iterable(done)):
+        before, (_, num_bytes) = result[part.number], plan.segments[part.number].stored(part.low, part.high)
+        crc32 = zlib_ng.crc32_combine(before.crc32, copied.crc32, num_bytes)
+        result[part.number] = Copied(crc32, before.lost.plus(copied.lost))
     return result
 
 
@@ -171,20 +179,59 @@ def _copy(
     return Copied(crc32, lost)
 
 
-def _parts(plan: BytePlan, numbers: Sequence[int], *, threads: int, whole: bool) -> list[Part]:
-    """Split segments into parts, unless they must stay ``whole``, in an order that keeps threads in different files.
+#: Consecutive parts in one file, which a thread copies one after the other.
+_Stretch = list[Part]
 
-    The kernel lets only one thread at a time write into a file, so the parts of as many files as threads alternate.
-    """
-    by_file: dict[int, list[Part]] = defaultdict(list)
+
+def _stretches(plan: BytePlan, numbers: Sequence[int]) -> dict[int, deque[_Stretch]]:
+    """Split the segments ``numbers`` of each file into stretches of about ``_STRETCH_BYTES``, in their order."""
+    stretches: dict[int, deque[_Stretch]] = defaultdict(deque)
+    room: dict[int, int] = defaultdict(int)  # in the last stretch of each file, in bytes
     for number in numbers:
-        num_bytes = plan.segments[number].num_bytes
-        step = max(1, num_bytes if whole else _PART_BYTES)
-        spans = [Part(number, low, min(low + step, num_bytes)) for low in range(0, num_bytes, step)]
-        by_file[plan.segments[number].file].extend(spans)
-    queues = list(by_file.values())
-    turns = (zip_longest(*queues[first : first + threads]) for first in range(0, len(queues), threads))
-    return [part for turn in chain.from_iterable(turns) for part in turn if part is not None]
+        file, end, low = plan.segments[number].file, plan.segments[number].num_bytes, 0
+        while low < end:
+            if room[file] <= 0:
+                stretches[file].append([])
+                room[file] = _STRETCH_BYTES
+            high = min(end, low + _STRETCH_BYTES)
+            stretches[file][-1].append(Part(number, low, high))
+            room[file] -= high - low
+            low = high
+    return stretches
+
+
+class _Turns:
+    """Gives each thread a stretch of the file that the fewest others write at that time."""
+
+    def __init__(self, plan: BytePlan, waiting: dict[int, deque[_Stretch]]) -> None:
+        """Begin with the stretches of all files ``waiting``."""
+        self.count = sum(map(len, waiting.values()))
+        self._waiting = waiting
+        self._num_writers = dict.fromkeys(waiting, 0)
+        self._lock = threading.Lock()
+        numbers = {part.number for stretches in waiting.values() for stretch in stretches for part in stretch}
+        segments = (plan.segments[number] for number in numbers)
+        is_copy = not plan.derived_files and all(segment.source_dtype == segment.dtype for segment in segments)
+        self._most_workers = max(1, _WRITERS_OF_A_FILE * len(waiting)) if is_copy else self.count
+
+    def workers(self, threads: int) -> int:
+        """How many of ``threads`` have something to do at the same time. Conversions of values need no lock."""
+        return min(threads, self._most_workers)
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[_Stretch]:
+        """Take the next stretch of the file with the fewest writers, of those the one with the most left."""
+        with self._lock:
+            file = min(self._waiting, key=lambda file: (self._num_writers[file], -len(self._waiting[file])))
+            stretch = self._waiting[file].popleft()
+            self._num_writers[file] += 1
+            if not self._waiting[file]:
+                del self._waiting[file]
+        try:
+            yield stretch
+        finally:
+            with self._lock:
+                self._num_writers[file] -= 1
 
 
 def run_all(

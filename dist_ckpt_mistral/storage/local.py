@@ -25,6 +25,8 @@ _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 #: Each ``SourceFiles`` may open a quarter of the descriptors: up to three groups of files (two sources and a target)
 #: are open at once, and a few others.
 _SHARE_OF_DESCRIPTORS: Final = 4
+#: Buffers that one preadv may fill (IOV_MAX, linux/uio.h).
+_MOST_BUFFERS: Final = 1024
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 #: ``ReadAhead`` requests this many reads at once; more made no difference.
 _REQUESTED: Final = 256
@@ -224,24 +226,41 @@ class SourceFiles:
         """Return the size of a file in bytes."""
         return self._call(file, os.fstat).st_size
 
-    def read_into(self, file: int, position: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes from ``position`` on. Raises FormatError if the file ends before."""
+    def read_into(self, file: int, position: int, *buffers: memoryview) -> None:
+        """Fill ``buffers``, one after the other, with the bytes from ``position`` on.
+
+        Raises FormatError if the file ends before.
+        """
         if file in self._derived:
-            self._derived[file].read_into(self, position, buffer)
+            self._derive_into(file, position, buffers)
             return
-        done, step = 0, 1
+        buffers = _after(buffers, 0)
         try:
-            while step and done < len(buffer):  # preadv may return fewer bytes than requested
-                step = self._call(file, os.preadv, (buffer[done:],), position + done)
-                done += step
+            while buffers:
+                step = self._call(file, os.preadv, buffers[:_MOST_BUFFERS], position)
+                if step == 0:
+                    break
+                position += step
+                buffers = _after(buffers, step)
         except OSError as error:
             raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
-        if done < len(buffer):
+        if buffers:
             path, size = self._paths[file], self.size_bytes(file)
             raise FormatError(
-                f"{path} is truncated: expected at least {position + len(buffer)} bytes, got {size}. "
+                f"{path} is truncated: expected at least {position + sum(map(len, buffers))} bytes, got {size}. "
                 "Copy the file again from where it came from."
             )
+
+    def _derive_into(self, file: int, position: int, buffers: tuple[memoryview, ...]) -> None:
+        """Fill ``buffers`` from a derived file, which computes long pieces in less time than short ones."""
+        if len(buffers) == 1:
+            self._derived[file].read_into(self, position, buffers[0])
+            return
+        whole, begin = memoryview(bytearray(sum(map(len, buffers)))), 0
+        self._derived[file].read_into(self, position, whole)
+        for buffer in buffers:
+            buffer[:] = whole[begin : begin + len(buffer)]
+            begin += len(buffer)
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
         """Return the ``num_bytes`` bytes from ``position`` on. Raises FormatError if the file ends before."""
@@ -270,6 +289,15 @@ class SourceFiles:
             self._call(file, os.posix_fadvise, position, num_bytes, os.POSIX_FADV_WILLNEED)
 
 
+def _after(buffers: tuple[memoryview, ...], num_bytes: int) -> tuple[memoryview, ...]:
+    """Return what remains of ``buffers`` after ``num_bytes`` bytes: preadv may fill fewer than requested."""
+    for number, buffer in enumerate(buffers):
+        if num_bytes < len(buffer):
+            return (buffer[num_bytes:], *buffers[number + 1 :])
+        num_bytes -= len(buffer)
+    return ()
+
+
 def allow_open_files(count: int) -> int:
     """Return how many of ``count`` files may be open at once, after raising the soft limit if it is too low."""
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -277,6 +305,13 @@ def allow_open_files(count: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         limit = hard
     return count if limit == resource.RLIM_INFINITY else min(count, limit // _SHARE_OF_DESCRIPTORS)
+
+
+class Writable(Protocol):
+    """What bytes can be written into at positions: a ``TargetFile``, or something around one."""
+
+    def write(self, position: int, data: bytes) -> None:
+        """Write all of ``data`` at ``position``."""
 
 
 class TargetFile:
