@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -15,13 +15,14 @@ from dist_ckpt_mistral.analysis.archive_checksums import CheckedSpan, Fault, Pie
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, FormatError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
+from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileSum, read_checksums
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
-from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in, read_manifest
+from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, files_in, read_manifest
 from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, SHARDED_KEY
-from dist_ckpt_mistral.gather.digest import digest
+from dist_ckpt_mistral.gather.digest import Digest, digest
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, run_all
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
@@ -90,8 +91,9 @@ class Check:
 def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort = DEFAULT_EFFORT) -> Check:
     """Check a Megatron checkpoint or a Hugging Face directory for damage.
 
-    Every file is read once. Files are compared with the SHA-256 in integrity.json, the records of a checkpoint's
-    archives with the CRC-32 that torch stored there. All tensors of the model must be present.
+    Every file is read once. Files are compared with the CRC-32 in checksums.json and the SHA-256 in integrity.json, the
+    records of a checkpoint's archives with the CRC-32 that torch stored there. All tensors of the model must be
+    present.
 
     Args:
         path: Megatron checkpoint (root, ``iter_*`` or ``release`` directory), Hugging Face directory or hub id.
@@ -162,7 +164,7 @@ class _Contents:
     files: Collection[str] = ()
     parts_of: Callable[[str], tuple[list[CheckedSpan], list[Fault]]] = lambda _: ([], [])
     hf_names: Callable[[Piece], tuple[str, ...]] = lambda _: ()
-    sums_in: str = MANIFEST_FILE
+    sums_in: str = ""
     named_in: str = METADATA_FILE
 
     def findings(self, file: str, faults: Iterable[Fault]) -> Iterator[Finding]:
@@ -177,39 +179,76 @@ class _Contents:
             yield Finding(file=file, tensor=listed([*names]), hf_names=tuple(hf_names), what=what + count)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Expected:
+    """The checksums of a directory's files and tensors, and the names of the files that hold them."""
+
+    lists: tuple[str, ...]
+    sha256: Mapping[str, str]
+    sums: Mapping[str, FileSum]
+    tensors: Mapping[str, tuple[int, str]]
+
+    def listed_in(self, name: str) -> str | None:
+        """A list that names the file ``name``."""
+        listing = {CHECKSUMS_FILE: self.sums, MANIFEST_FILE: self.sha256}
+        return next((where for where, files in listing.items() if name in files), None)
+
+
+def _expected(results: _Results) -> _Expected:
+    """What the lists of checksums in a directory say; a damaged list is a finding."""
+    own = results.attempt(lambda: read_checksums(results.directory))
+    manifest = results.attempt(lambda: read_manifest(results.directory))
+    tensors = {} if manifest is None else {name: (crc32, MANIFEST_FILE) for name, crc32 in manifest.crc32.items()}
+    tensors |= {} if own is None else {name: (crc32, CHECKSUMS_FILE) for name, crc32 in own.tensors.items()}
+    found = {CHECKSUMS_FILE: own, MANIFEST_FILE: manifest}
+    return _Expected(
+        lists=tuple(name for name, content in found.items() if content is not None),
+        sha256={} if manifest is None else manifest.files,
+        sums={} if own is None else own.files,
+        tensors=tensors,
+    )
+
+
 def _check_hf(results: _Results, config: ChosenConfig | None, effort: Effort) -> None:
     directory, contents = results.directory, _Contents()
-    manifest = results.attempt(lambda: read_manifest(directory))
+    expected = _expected(results)
     file_set = results.attempt(lambda: hf_directory.read_directory(directory))
     if file_set is not None:
         source = results.attempt(lambda: open_hf(directory, config=config))
         if source is not None:
             results.checked.append(f"that all {len(source.tensors)} tensors of the model are there")
             _compare_twins(results, source.index, source.twins, effort)
-        parts = _tensor_parts(results, file_set, manifest)
+        parts = _tensor_parts(results, file_set, expected)
         contents = _Contents(
             files=parts,
             parts_of=lambda name: (parts.get(name, []), []),
+            sums_in=" and ".join(sorted({where for _, where in expected.tensors.values()})),
             hf_names=_hf_names_of_pieces(() if source is None else source.links.values()),
         )
-    _check_files(results, contents, manifest, effort)
+    _check_files(results, contents, expected, effort)
 
 
-def _tensor_parts(results: _Results, file_set: FileSet, manifest: Manifest | None) -> dict[str, list[CheckedSpan]]:
-    """The tensors of each safetensors file, with their CRC-32 from the manifest. A name in no file is a finding."""
+def _tensor_parts(results: _Results, file_set: FileSet, expected: _Expected) -> dict[str, list[CheckedSpan]]:
+    """The tensors of each safetensors file, with their stored CRC-32. A listed tensor in no file is a finding."""
     spans = tensor_spans(file_set)
-    crc32 = {} if manifest is None else {name: int(value, 16) for name, value in manifest.crc32.items()}
-    absent = sorted(crc32.keys() - {name for tensors in spans.values() for name in tensors})
-    results.findings.extend(Finding(file=MANIFEST_FILE, tensor=name, what="no file holds it") for name in absent)
+    stored = {name for tensors in spans.values() for name in tensors}
+    results.findings.extend(
+        Finding(file=where, tensor=name, what="no file holds it")
+        for name, (_, where) in sorted(expected.tensors.items())
+        if name not in stored
+    )
     return {
-        file: [CheckedSpan(span, crc32.get(name), Piece((name,))) for name, span in tensors.items()]
+        file: [
+            CheckedSpan(span, expected.tensors.get(name, (None, ""))[0], Piece((name,)))
+            for name, span in tensors.items()
+        ]
         for file, tensors in spans.items()
     }
 
 
 def _check_megatron(results: _Results, config: ChosenConfig | None, effort: Effort) -> None:
     directory, contents = results.directory, _Contents()
-    manifest = results.attempt(lambda: read_manifest(directory))
+    expected = _expected(results)
     stored = results.attempt(lambda: stored_checkpoint.open_stored(directory, with_common_state=False))
     if stored is not None:
         if not (directory / COMMON_FILE).exists() and SHARDED_KEY not in stored.objects:  # as torch's own DCP saves
@@ -238,7 +277,7 @@ def _check_megatron(results: _Results, config: ChosenConfig | None, effort: Effo
             named_in="its directory" if stored.backend == ZARR else METADATA_FILE,
         )
         results.findings.extend(contents.findings(METADATA_FILE, faults))
-    _check_files(results, contents, manifest, effort)
+    _check_files(results, contents, expected, effort)
 
 
 def _match(stored: StoredCheckpoint, config: ChosenConfig | None) -> CheckpointMap:
@@ -288,35 +327,43 @@ class _FileCheck:
     num_bare_parts: int = 0
 
 
-def _check_files(results: _Results, contents: _Contents, manifest: Manifest | None, effort: Effort) -> None:
-    """Read every file with parts or in ``manifest``, and compare its checksums."""
-    sha256 = {} if manifest is None else manifest.files
-    expected = sorted({*contents.files, *sha256})
-    present = [name for name in expected if os.path.isfile(results.directory / name)]  # noqa: PTH113  (never raises)
-    for name in sorted({*expected} - {*present}):
-        what = f"it is missing, but {MANIFEST_FILE if name in sha256 else contents.named_in} names it"
+def _check_files(results: _Results, contents: _Contents, expected: _Expected, effort: Effort) -> None:
+    """Read every file that has parts or is listed, and compare its checksums."""
+    names = sorted({*contents.files, *expected.sha256, *expected.sums})
+    present = [name for name in names if os.path.isfile(results.directory / name)]  # noqa: PTH113  (never raises)
+    for name in sorted({*names} - {*present}):
+        what = f"it is missing, but {expected.listed_in(name) or contents.named_in} names it"
         results.findings.append(Finding(file=name, what=what))
     files = run_all(
-        lambda number: _check_file(results.directory, contents, present[number], sha256.get(present[number]), effort),
+        lambda number: _check_file(results.directory, contents, present[number], expected, effort),
         range(len(present)),
         workers=effort.threads,
     )
     results.findings.extend(finding for file in files for finding in file.findings)
     if num_parts := sum(file.num_parts for file in files):
         results.checked.append(f"{num_parts} parts of files by their CRC-32")
-    if manifest is None:
+    if num_summed := sum(name in expected.sums for name in present):
+        results.checked.append(f"{num_summed} files by their CRC-32 in {CHECKSUMS_FILE}")
+    if num_hashed := sum(name in expected.sha256 for name in present):
+        results.checked.append(f"{num_hashed} files by their SHA-256 in {MANIFEST_FILE}")
+    if not expected.lists:
         if num_bare_parts := sum(file.num_bare_parts for file in files):
             results.not_checked.append(f"{num_bare_parts} parts of files that were stored without a checksum")
-        results.not_checked.append(f"all other bytes, for want of a sound {MANIFEST_FILE}")
+        results.not_checked.append(f"all other bytes, for want of a sound {CHECKSUMS_FILE} or {MANIFEST_FILE}")
         return
-    results.checked.append(f"{sum(name in sha256 for name in present)} files by their SHA-256 in {MANIFEST_FILE}")
-    if unlisted := [printable(name) for name in files_in(results.directory) if name not in sha256]:
-        results.not_checked.append(f"files that {MANIFEST_FILE} does not list: {listed(unlisted)}")
+    if unlisted := [printable(name) for name in files_in(results.directory) if not _is_listed(name, expected)]:
+        verb = "does" if len(expected.lists) == 1 else "do"
+        results.not_checked.append(f"files that {' and '.join(expected.lists)} {verb} not list: {listed(unlisted)}")
 
 
-def _check_file(directory: Path, contents: _Contents, name: str, sha256: str | None, effort: Effort) -> _FileCheck:
-    """Compare a file with its SHA-256, unless that is None, and its parts with their CRC-32, in one read."""
-    path = directory / name
+def _is_listed(name: str, expected: _Expected) -> bool:
+    """Whether a file has a checksum of its own, or is itself a list of them."""
+    return expected.listed_in(name) is not None or name in expected.lists
+
+
+def _check_file(directory: Path, contents: _Contents, name: str, expected: _Expected, effort: Effort) -> _FileCheck:
+    """Compare a file and its parts with their checksums, in one read."""
+    path, sha256, file_sum = directory / name, expected.sha256.get(name), expected.sums.get(name)
     if path.parent != directory and paths.leads_outside(path.parent, directory):
         what = "it was not read: its folder is a link out of the directory"
         return _FileCheck(findings=[Finding(file=name, what=what)])
@@ -325,15 +372,26 @@ def _check_file(directory: Path, contents: _Contents, name: str, sha256: str | N
         actual = digest(path, [part.span for part in parts], sha256=sha256 is not None, effort=effort)
     except FormatError as error:
         return _FileCheck(findings=[Finding(file=name, what=str(error))])
-    for part, crc32 in zip(parts, actual.crc32, strict=True):
+    for part, crc32 in zip(parts, actual.spans, strict=True):
         if part.crc32 not in {None, crc32}:
             span = f"bytes {part.span.position} to {sum(part.span)}"
             what = f"{span} have the CRC-32 {crc32:08x}: expected {part.crc32:08x} ({contents.sums_in})"
             faults.append(Fault(part.piece, what))
     findings = [*contents.findings(name, faults)]
     num_bare_parts = sum(part.crc32 is None for part in parts)
-    if sha256 is not None and actual.sha256 != sha256:
-        digits = f"{str(actual.sha256)[:_SHOWN_DIGITS]}...: expected {sha256[:_SHOWN_DIGITS]}..."
+    wrong = [*_differences(actual, sha256, file_sum)]
+    if wrong:
         intact = "; the data of all tensors in it are as they were" if parts and not (faults or num_bare_parts) else ""
-        findings.append(Finding(file=name, what=f"SHA-256 {digits} ({MANIFEST_FILE}){intact}"))
+        findings.append(Finding(file=name, what="; ".join(wrong) + intact))
     return _FileCheck(findings=findings, num_parts=len(parts) - num_bare_parts, num_bare_parts=num_bare_parts)
+
+
+def _differences(actual: Digest, sha256: str | None, file_sum: FileSum | None) -> Iterator[str]:
+    """What a whole file has other than its stored checksums, in words."""
+    if file_sum is not None and file_sum.num_bytes != actual.num_bytes:
+        yield f"{actual.num_bytes} bytes: expected {file_sum.num_bytes} ({CHECKSUMS_FILE})"
+    elif file_sum is not None and file_sum.crc32 != actual.crc32:
+        yield f"CRC-32 {actual.crc32:08x}: expected {file_sum.crc32:08x} ({CHECKSUMS_FILE})"
+    if sha256 not in {None, actual.sha256}:
+        digits = f"{str(actual.sha256)[:_SHOWN_DIGITS]}...: expected {str(sha256)[:_SHOWN_DIGITS]}..."
+        yield f"SHA-256 {digits} ({MANIFEST_FILE})"

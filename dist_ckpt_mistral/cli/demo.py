@@ -22,7 +22,7 @@ from dist_ckpt_mistral.cli.processes import run_ranks
 from dist_ckpt_mistral.convert import from_hf, to_hf
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import checkpoint_directory
-from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
+from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.messages import human_bytes
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
@@ -121,7 +121,7 @@ def _compare(original: Path, checkpoint: Path, export: Path, say: Say) -> None:
         say(f"   original = {copy.name}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)}, bit for bit.")
     names = sorted(path.name for path in original.iterdir())
     equal, *_ = filecmp.cmpfiles(original, export, names, shallow=False)
-    added = {path.name for path in export.iterdir()} - {*names, MANIFEST_FILE}
+    added = {path.name for path in export.iterdir()} - {*names, CHECKSUMS_FILE}
     if sorted(equal) != names or added:
         differing = sorted(added | set(names) - set(equal))
         raise DistCkptMistralError(f"files differ between {original} and {export}: {differing}")

@@ -107,7 +107,7 @@ def add_verify(commands: options.Commands) -> None:
         with_numpy=True,
     )
     command.add_argument("a", metavar="A", type=options.path, help=options.CKPT_OR_HF)
-    help_text = "the same, to compare with A; without B, A is checked against its own checksums and integrity.json"
+    help_text = "the same, to compare with A; without B, A is checked against its own checksums and those beside it"
     command.add_argument("b", metavar="B", type=options.path, nargs="?", help=help_text)
     options.add_config(
         command, "A directory or hub id also supplies the vision tower and projector if only one side has them."

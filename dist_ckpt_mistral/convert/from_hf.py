@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.journal import Recipe
-from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, NewManifest, Output, write_output
+from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import LayoutError, for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
@@ -35,7 +35,7 @@ from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import OLD_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.storage import documents, paths
-from dist_ckpt_mistral.storage.local import Sources, TargetFile
+from dist_ckpt_mistral.storage.local import Sources, Writable
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def from_hf(
         _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
     inputs.look_at(copied_files.values())
 
-    def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
+    def complete(staging: Path, targets: Mapping[int, Writable], checksums: Checksums) -> None:
         checkpoint_layout.finish(targets, plan, checksums)
         _write_other_files(staging / step, source, copied_files, layout, dtype or source.main_dtype, iteration)
         documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, checkpoint_layout.metadata())
@@ -124,8 +124,7 @@ def from_hf(
         plan=plan,
         file_bytes=sizes,
         complete=complete,
-        manifest=NewManifest(folder=step),
-        checksums=True,
+        folder=step,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
         copied_files=[*copied_files.values()],
         losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),

@@ -5,27 +5,30 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
+
+from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, OutputError
+from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileChecksums, FileSum
 from dist_ckpt_mistral.formats.hf_directory import TensorSpans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
 from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
-from dist_ckpt_mistral.gather.digest import Digest, digest
-from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
+from dist_ckpt_mistral.gather.digest import SummedSpan, crc32_of_file, digest
+from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, no_progress, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage import documents, local, paths
-from dist_ckpt_mistral.storage.local import TargetFile
+from dist_ckpt_mistral.storage.local import TargetFile, Writable
 from dist_ckpt_mistral.storage.staging import Staging
 
 _LOG = logging.getLogger(__name__)
 
-#: CRC-32 of every segment of a plan, by its number; empty if ``NewFiles.checksums`` is not set.
+#: CRC-32 of every segment of a plan, by its number.
 Checksums = Mapping[int, int]
 
 
@@ -37,7 +40,10 @@ class Output:
         overwrite: Replace an existing output, once the new one is complete.
         resume: Resume an interrupted run: keep the copied data whose checksums match.
         dry_run: Write nothing, but run all checks that come before the first byte is written.
-        manifest: Add integrity.json, the checksums of all files, for ``check`` and megatron-core 0.18 or newer.
+        checksums: Add checksums.json, the CRC-32 of all files and of each exported tensor, with which ``check`` finds
+            damage. The bytes are not read again for it.
+        sha256: Add integrity.json, the SHA-256 of all files, which megatron-core 0.17.1 and newer verify, too. For that
+            all files are read again.
         durable: Wait until the output is on the disk before it is published.
         max_file_bytes: Maximum size of one file of tensors, for ``to_hf`` and ``migrate``; a larger tensor or chunk
             gets its own file. ``from_hf`` and ``reshard`` write one file for each rank of the layout.
@@ -52,7 +58,8 @@ class Output:
     overwrite: bool = False
     resume: bool = False
     dry_run: bool = False
-    manifest: bool = True
+    checksums: bool = True
+    sha256: bool = False
     durable: bool = True
     max_file_bytes: int = 5_000_000_000
 
@@ -62,7 +69,7 @@ class Output:
             raise ConfigError(f"max_file_bytes: expected at least 1, got {self.max_file_bytes}")
 
 
-#: A new output with a manifest, published when it is on the disk.
+#: A new output with checksums, published when it is on the disk.
 DEFAULT_OUTPUT: Final = Output()
 
 
@@ -75,8 +82,8 @@ class NewFiles:
         file_bytes: Name of each file relative to the output -> size in bytes, in the order of the plan's target files.
         complete: Adds everything else to the output. Its arguments are the unpublished directory, the open files by
             number, and the CRC-32 of all segments.
-        manifest: The manifest to write.
-        checksums: Whether ``complete`` needs the CRC-32 of the segments.
+        folder: The directory of the output that its checksums are written to, and describe.
+        tensors: The tensors whose CRC-32 is written with those of the files.
         recipe: Everything besides the plan that determines the output.
         copied_files: Files that ``complete`` copies.
         losses: What to do if a conversion of dtypes destroys values.
@@ -84,9 +91,9 @@ class NewFiles:
 
     plan: BytePlan
     file_bytes: Mapping[str, int]
-    complete: Callable[[Path, Mapping[int, TargetFile], Checksums], None]
-    manifest: NewManifest
-    checksums: bool
+    complete: Callable[[Path, Mapping[int, Writable], Checksums], None]
+    folder: Path
+    tensors: TensorSpans = field(default_factory=dict)
     recipe: Recipe
     copied_files: Sequence[Path]
     losses: LossPolicy = REFUSE
@@ -128,15 +135,19 @@ def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort,
                 _opened(my_files, durable=output.durable) as targets,
                 contextlib.closing(Journal(staging.path, ranks.rank, plan, targets, must_prove=must_prove)) as journal,
             ):
-                return execute(plan, targets, effort=effort, numbers=numbers, checksums=new.checksums, record=journal)
+                return execute(plan, targets, effort=effort, numbers=numbers, checksums=True, record=journal)
 
         copied = {number: outcome for share in ranks.together(copy_share) for number, outcome in share.items()}
         losses = ranks.on_first(lambda: new.losses.accept(plan, copied))
 
         def finish() -> None:
             all_files = {file: staging.output / name for file, name in enumerate(names)}
+            checksums = {number: outcome.crc32 for number, outcome in copied.items()}
             with _as_output_errors(staging), _opened(all_files) as targets:
-                new.complete(staging.output, targets, {number: outcome.crc32 for number, outcome in copied.items()})
+                written = {file: _SummedWrites(target) for file, target in targets.items()}
+                new.complete(staging.output, written, checksums)
+                if output.checksums:
+                    _write_checksums(staging.output, new, checksums, written, effort)
 
         def sync_share() -> None:
             with _as_output_errors(staging), _opened(my_files) as targets:
@@ -148,9 +159,9 @@ def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort,
 
         ranks.on_first(finish)
         ranks.together(lambda: local.require_unchanged(recipe.inputs))  # each rank checks the files that it has read
-        if output.manifest:
+        if output.sha256:
             with _as_output_errors(staging):
-                write_manifest(staging.output, new.manifest, effort=effort, ranks=ranks)
+                write_manifest(staging.output / new.folder, effort=effort, ranks=ranks)
         if output.durable:
             ranks.together(sync_share)  # late, when the operating system has written most of it
         ranks.on_first(publish)
@@ -265,38 +276,50 @@ def _as_output_errors(staging: Staging) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewManifest:
-    """A manifest in ``folder`` of an output. It also has the CRC-32 of ``tensors``."""
+class _SummedWrites:
+    """Writes to a file, and keeps the CRC-32 of everything that was written."""
 
-    folder: Path
-    tensors: TensorSpans = field(default_factory=dict)
+    def __init__(self, target: TargetFile) -> None:
+        """Begin without any writes."""
+        self._target = target
+        self.spans: list[SummedSpan] = []
+
+    def write(self, position: int, data: bytes) -> None:
+        """Write all of ``data`` at ``position``."""
+        self._target.write(position, data)
+        self.spans.append(SummedSpan(position, len(data), zlib_ng.crc32(data)))
 
 
-def write_manifest(output: Path, new: NewManifest, *, effort: Effort, ranks: Ranks) -> None:
-    """Write the manifest of ``new.folder`` in ``output``, whose files are complete. The ranks share the reading."""
-    directory = output / new.folder
+def _write_checksums(
+    output: Path, new: NewFiles, checksums: Checksums, written: Mapping[int, _SummedWrites], effort: Effort
+) -> None:
+    """Write checksums.json into ``new.folder`` of ``output``. Only the small files that were added are read for it."""
+    spans = {file: [*writes.spans] for file, writes in written.items()}
+    for number, segment in enumerate(new.plan.segments):
+        spans[segment.file].append(SummedSpan(segment.position, segment.stored_bytes, checksums[number]))
+    folder, files, tensors = output / new.folder, dict[str, FileSum](), dict[str, int]()
+    for file, (name, num_bytes) in enumerate(new.file_bytes.items()):
+        files[Path(name).relative_to(new.folder).as_posix()] = FileSum(num_bytes, crc32_of_file(num_bytes, spans[file]))
+        crc32_at = {span[:2]: span.crc32 for span in spans[file]}
+        tensors |= {tensor: crc32_at.get(span, 0) for tensor, span in new.tensors.get(name, {}).items()}
+    for name in {*files_in(folder)} - {*files, CHECKSUMS_FILE}:
+        small = digest(folder / name, sha256=False, effort=replace(effort, progress=no_progress))
+        files[name] = FileSum(small.num_bytes, small.crc32)
+    documents.write_bytes(folder / CHECKSUMS_FILE, FileChecksums(files=files, tensors=tensors).to_json())
+
+
+def write_manifest(directory: Path, *, effort: Effort, ranks: Ranks) -> None:
+    """Write integrity.json into ``directory``, whose files are complete. The ranks share the reading."""
     names = ranks.on_first(lambda: _by_size(directory))[ranks.rank :: ranks.world_size]
 
-    def digest_of(number: int) -> Digest:
-        spans = new.tensors.get(names[number], {})
-        return digest(directory / names[number], [*spans.values()], sha256=True, effort=effort)
+    def sha256_of(number: int) -> str:
+        return str(digest(directory / names[number], sha256=True, effort=effort).sha256)
 
-    def digest_share() -> dict[str, Digest]:
-        return dict(zip(names, run_all(digest_of, range(len(names)), workers=effort.threads), strict=True))
+    def digest_share() -> dict[str, str]:
+        return dict(zip(names, run_all(sha256_of, range(len(names)), workers=effort.threads), strict=True))
 
-    digests = {name: each for share in ranks.together(digest_share) for name, each in share.items()}
-
-    def write() -> None:
-        crc32 = {
-            name: f"{value:08x}"
-            for file, spans in new.tensors.items()
-            for name, value in zip(spans, digests[file].crc32, strict=True)
-        }
-        files = {name: str(each.sha256) for name, each in digests.items()}
-        documents.write_bytes(directory / MANIFEST_FILE, Manifest(files=files, crc32=crc32).to_json())
-
-    ranks.on_first(write)
+    files = {name: each for share in ranks.together(digest_share) for name, each in share.items()}
+    ranks.on_first(lambda: documents.write_bytes(directory / MANIFEST_FILE, Manifest(files=files).to_json()))
 
 
 def _by_size(directory: Path) -> list[str]:

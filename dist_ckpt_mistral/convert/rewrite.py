@@ -14,7 +14,6 @@ from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import (
     Checksums,
     NewFiles,
-    NewManifest,
     Output,
     source_directory,
     write_output,
@@ -23,6 +22,7 @@ from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRAIN_STATE_FILE, read_step
+from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DIST, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer
@@ -37,7 +37,7 @@ from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping.checkpoint_map import Ignored
 from dist_ckpt_mistral.storage import documents, paths
-from dist_ckpt_mistral.storage.local import SourceFiles, Sources, TargetFile
+from dist_ckpt_mistral.storage.local import SourceFiles, Sources, Writable
 
 _LOG = logging.getLogger(__name__)
 #: Files that may be links out of the checkpoint, because they are parsed before they are copied.
@@ -121,7 +121,7 @@ def rewrite(
     inputs, new, layout, plan = ranks.each(prepare)
     copied_files = dict(_files_to_copy(new.stored)) if ranks.is_first else {}
 
-    def complete(staging: Path, targets: Mapping[int, TargetFile], checksums: Checksums) -> None:
+    def complete(staging: Path, targets: Mapping[int, Writable], checksums: Checksums) -> None:
         layout.finish(targets, plan, checksums)
         small_files.copy_files(copied_files, staging / new.step)
         if new.stored.backend != TORCH_DIST:
@@ -137,8 +137,7 @@ def rewrite(
         plan=plan,
         file_bytes=sizes,
         complete=complete,
-        manifest=NewManifest(folder=new.step),
-        checksums=True,
+        folder=new.step,
         recipe=Recipe.of(plan, inputs, new.options),
         copied_files=[*copied_files.values()],
     )
@@ -194,7 +193,8 @@ def _files_to_copy(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
 
     Logs a warning for every file that is not copied. Links to directories are not entered.
     """
-    replaced = {METADATA_FILE, MANIFEST_FILE, *old.file_bytes, *([] if old.backend == TORCH_DIST else [BACKEND_FILE])}
+    own = {METADATA_FILE, CHECKSUMS_FILE, MANIFEST_FILE, *([] if old.backend == TORCH_DIST else [BACKEND_FILE])}
+    replaced = {*own, *old.file_bytes}
     for path in sorted(old.directory.rglob("*")):
         relative = path.relative_to(old.directory)
         if relative.parts[0] in old.metadata.folders:

@@ -14,7 +14,6 @@ from dist_ckpt_mistral.convert.output import (
     DEFAULT_OUTPUT,
     Checksums,
     NewFiles,
-    NewManifest,
     Output,
     source_directory,
     write_output,
@@ -32,7 +31,7 @@ from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_megatr
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.config.quantization import described_method
 from dist_ckpt_mistral.model.table.rules import ParamState
-from dist_ckpt_mistral.storage.local import Sources, TargetFile
+from dist_ckpt_mistral.storage.local import Sources, Writable
 
 _LOG = logging.getLogger(__name__)
 #: The values of ``weights``, and the state of the parameters that each exports.
@@ -110,7 +109,7 @@ def to_hf(
     texts = _texts(source, file_set, copied_files)
     inputs.look_at(copied_files.values())
 
-    def complete(staging: Path, targets: Mapping[int, TargetFile], _: Checksums) -> None:
+    def complete(staging: Path, targets: Mapping[int, Writable], _: Checksums) -> None:
         for number, file in enumerate(file_set.files.values()):
             targets[number].write(0, file.head)
         small_files.write_small_files(staging, copied_files, texts)
@@ -121,8 +120,8 @@ def to_hf(
         plan=plan,
         file_bytes=sizes,
         complete=complete,
-        manifest=NewManifest(folder=Path(), tensors=tensor_spans(file_set)),
-        checksums=False,
+        folder=Path(),
+        tensors=tensor_spans(file_set),
         recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
         copied_files=[*copied_files.values()],
         losses=LossPolicy(allowed=allow_lossy),

@@ -22,6 +22,7 @@ from typing import Final
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRACKER_FILE, TRACKERS
+from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import hub, paths
@@ -224,9 +225,9 @@ _DIRECTORIES: Final = (
         what=f"{BACKEND_FILE} is missing, which Megatron writes last: its save has not finished, or it was not copied",
     ),
     _Row(
-        marks=((MANIFEST_FILE,),),
+        marks=((CHECKSUMS_FILE,), (MANIFEST_FILE,)),
         kind=Kind.BROKEN,
-        what=f"it holds {MANIFEST_FILE}, but not the weights or the metadata that it belongs to",
+        what="it holds {files}, but not the weights or the metadata that it belongs to",
         advice="Copy all files again.",
     ),
     _Row(

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
+from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.places import INDEX_FILE, PARAMS_FILE
 from dist_ckpt_mistral.storage import documents, paths
@@ -36,7 +37,8 @@ _ADAPTER: Final = "belongs to an adapter, which is no part of the model"
 _LEFT_BEHIND: Final[Mapping[str, str | None]] = {
     INDEX_FILE: None,  # its text is kept where it still describes the files
     ".*": "",  # git's, and of tools
-    MANIFEST_FILE: "",  # the output gets its own
+    CHECKSUMS_FILE: "",  # the output gets its own
+    MANIFEST_FILE: "",  # likewise
     _ADAPTER_FILE: _ADAPTER,
     "adapter_model.*": _ADAPTER,
     "*quant*.json": _QUANTIZED,  # hf_quant_config (ModelOpt), quantize_config (GPTQ), quant_config (AWQ), ...

@@ -480,8 +480,8 @@ def test_small_files_come_from_the_config_directory(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
         "README.md",
         "chat_template.jinja",
+        "checksums.json",
         "config.json",
-        "integrity.json",
         "model.safetensors",
         "special_tokens_map.json",
         "tokenizer.json",

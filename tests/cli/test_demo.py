@@ -49,7 +49,7 @@ def test_what_is_kept(told: tuple[subprocess.CompletedProcess[str], Path]) -> No
     """The kept export has the very files that went in, several of weights and the tokenizer among them."""
     original, export = told[1] / "original", told[1] / "export"
     names = sorted(path.name for path in original.iterdir())
-    assert sorted(path.name for path in export.iterdir()) == sorted([*names, "integrity.json"])
+    assert sorted(path.name for path in export.iterdir()) == sorted([*names, "checksums.json"])
     assert filecmp.cmpfiles(original, export, names, shallow=False) == (names, [], [])
     assert {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "tekken.json"} < set(names)
     assert sorted(path.name for path in told[1].iterdir()) == ["checkpoint", "export", "original"]

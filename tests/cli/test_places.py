@@ -90,6 +90,10 @@ MISTAKEN = {
         {TRACKER: "5", "model.safetensors": "", "config.json": "{}"},
         (f"it holds a model and a checkpoint ({TRACKER}, model.safetensors)",),
     ),
+    "weights that are gone, but not their checksums": (
+        {"checksums.json": "{}", "config.json": "{}"},
+        ("it holds checksums.json, but not the weights", "Copy all files again"),
+    ),
     "weights that are gone": (
         {"integrity.json": "{}", "config.json": "{}"},
         ("it holds integrity.json, but not the weights", "Copy all files again"),

@@ -82,9 +82,13 @@ def save_model(folder: Path, *, max_shard_size: int = 5_000_000_000, **sizes: ob
     return folder
 
 
+#: The files that only tell of the others.
+CHECKSUM_FILES = ("checksums.json", "integrity.json")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files under ``folder``, hidden ones included, by their relative names; not what only tells of the others."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "integrity.json"]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in CHECKSUM_FILES]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

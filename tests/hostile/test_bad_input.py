@@ -278,8 +278,8 @@ NOT_READ = (
     "generation_config.json",
     "release/hf/generation_config.json",
     "release/hf/config.json",
-    "checkpoint/integrity.json",
-    "release/integrity.json",
+    "checkpoint/checksums.json",
+    "release/checksums.json",
 )
 
 

@@ -126,7 +126,7 @@ def test_data_files(name: str, tmp_path: Path) -> None:
         info.relative_path = from_to.get(info.relative_path, info.relative_path)
     (iteration / ".metadata").write_bytes(pickle.dumps(metadata, protocol=4))
     (iteration / "__0_0.distcp").rename(iteration / name)
-    (iteration / "integrity.json").unlink()
+    (iteration / "checksums.json").unlink()
     for layout in ((), ("--tp", 2, "--dp", 2, "--pp", 3)):
         assert run("plan", tmp_path / "ckpt", *layout, "--svg", tmp_path / "plan.svg").code == 0
         assert name in Picture(tmp_path / "plan.svg").texts

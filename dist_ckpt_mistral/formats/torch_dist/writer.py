@@ -20,7 +20,7 @@ from dist_ckpt_mistral.formats.torch_dist.metadata import GLOBAL_SHAPE, MCORE_DA
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, as_range_of_blocks
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.storage.local import TargetFile
+from dist_ckpt_mistral.storage.local import Writable
 
 #: The content of metadata.json (mcore dist_checkpointing/core.py, 0.12 to 0.16; later versions ignore the last two).
 BACKEND_JSON: Final = json.dumps(
@@ -133,13 +133,13 @@ class CheckpointLayout:
         """Path of each data file in ``directory`` -> its size in bytes."""
         return {str(directory / name): size for name, size in zip(self.file_names, self.file_bytes, strict=True)}
 
-    def finish(self, targets: Mapping[int, TargetFile], plan: BytePlan, checksums: Mapping[int, int]) -> None:
+    def finish(self, targets: Mapping[int, Writable], plan: BytePlan, checksums: Mapping[int, int]) -> None:
         """Write the bytes around the data that ``plan`` has copied; ``checksums`` maps its segments to CRC-32."""
         segments = plan.segments
         crc32_at = {(segments[i].file, segments[i].position): crc32 for i, crc32 in checksums.items()}
         self.write_around(targets, crc32_at)
 
-    def write_around(self, targets: Mapping[int, TargetFile], crc32_at: Mapping[tuple[int, int], int]) -> None:
+    def write_around(self, targets: Mapping[int, Writable], crc32_at: Mapping[tuple[int, int], int]) -> None:
         """Write the bytes around the data; ``crc32_at`` maps (file number, position of the data) to its CRC-32."""
         for placed in self.placed:
             target, crc32 = targets[placed.chunk.file], crc32_at[placed.chunk.file, placed.data_position]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import zipfile
 import zlib
@@ -33,6 +34,7 @@ from torch_reading import edited_metadata, hf_tensors, read_metadata
 import dist_ckpt_mistral as dcm
 
 MANIFEST: Final = "integrity.json"
+CHECKSUMS: Final = "checksums.json"
 #: Cases whose weights are stacked over layers, as ``megatron_tensors`` makes them.
 STACKED: Final = ("td_0123", "td_0161", "td_0192", "common_0192", "fullpar_0192", "tied_tp2pp2_0161", "opt_fr_0192")
 
@@ -123,7 +125,7 @@ def test_genuine_checkpoints_are_sound(case: str) -> None:
     if case == "common_0192":
         assert "checked: 6 files by their SHA-256 in integrity.json" in outcome.out
     else:
-        assert "not checked: all other bytes, for want of a sound integrity.json" in outcome.out
+        assert "not checked: all other bytes, for want of a sound checksums.json or integrity.json" in outcome.out
     assert outcome.out[-1] == f"no damage found: {shards(case)}"
 
 
@@ -134,12 +136,12 @@ def test_outputs_are_sound(pristine: Path) -> None:
         assert (outcome.code, outcome.err) == (0, [])
         assert f"checked: that all {count} tensors of the model are there" in outcome.out
         files = len(contents(pristine / name)) - (name == "import")  # the tracker lies above
-        assert f"checked: {files} files by their SHA-256 in integrity.json" in outcome.out
+        assert f"checked: {files} files by their CRC-32 in checksums.json" in outcome.out
         assert not any(line.startswith("not checked") for line in outcome.out)
     outcome = run("verify", pristine / "hf", "--json")
     told = json.loads("\n".join(outcome.out))
     assert (outcome.code, told["sound"], told["findings"]) == (0, True, [])
-    assert told["not_checked"][-1] == "all other bytes, for want of a sound integrity.json"
+    assert told["not_checked"][-1] == "all other bytes, for want of a sound checksums.json or integrity.json"
 
 
 # One byte
@@ -217,8 +219,8 @@ def test_every_region_of_an_import(pristine: Path, tmp_path: Path) -> None:
     for name, content in contents(directory).items():
         for position in some(range(len(content)), 12):
             damaged(directory, name, position)
-    for position in some(range((directory / MANIFEST).stat().st_size), 40):
-        damaged(directory, MANIFEST, position)
+    for position in some(range((directory / CHECKSUMS).stat().st_size), 40):
+        assert CHECKSUMS in damaged(directory, CHECKSUMS, position)[0]["what"]
     for position in range(len("release")):
         assert (
             "latest_checkpointed_iteration.txt"
@@ -242,7 +244,7 @@ def test_every_region_of_an_export(pristine: Path, tmp_path: Path) -> None:
                 assert found[0]["hf_names"] == (name,)
         for position in some(range(begin), 20):
             assert all(finding["tensor"] is None for finding in damaged(directory, path.name, position))
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json", MANIFEST):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json", CHECKSUMS):
         for position in some(range((directory / name).stat().st_size), 40):
             damaged(directory, name, position)
     assert dcm.check(directory).is_sound
@@ -258,7 +260,7 @@ def test_what_is_said_of_a_damaged_byte(pristine: Path, tmp_path: Path) -> None:
     assert (outcome.code, outcome.err) == (3, [])
     where = f"{each.file}: {each.key} (model.norm.weight): bytes {data[0]} to {data[-1] + 1} have the CRC-32 "
     assert outcome.out[0].startswith(where)
-    assert outcome.out[1].startswith(f"{each.file}: SHA-256 ")
+    assert outcome.out[1].startswith(f"{each.file}: CRC-32 ")
     assert outcome.out[-1] == f"DAMAGED, 2 findings: {root / 'release'}"
     outcome = run("verify", root, "--json")
     told = json.loads("\n".join(outcome.out))
@@ -267,7 +269,7 @@ def test_what_is_said_of_a_damaged_byte(pristine: Path, tmp_path: Path) -> None:
     flip(root / "release" / each.file, data[0])
     flip(root / "release" / each.file, each.begin + 5)  # the flags of a local header
     [line] = [line for line in run("verify", root).out if line.startswith("__")]
-    assert line.endswith("(integrity.json); the data of all tensors in it are as they were")
+    assert line.endswith("(checksums.json); the data of all tensors in it are as they were")
 
 
 # More than a byte
@@ -286,11 +288,11 @@ def test_missing_short_and_unlisted_files(pristine: Path, tmp_path: Path) -> Non
     outcome = run("verify", root)
     assert outcome.code == 3
     for name in ("__2_0.distcp", "hf/tokenizer.json"):
-        assert f"{name}: it is missing, but integrity.json names it" in outcome.out
+        assert f"{name}: it is missing, but checksums.json names it" in outcome.out
     [truncated] = [line for line in outcome.out if line.startswith("__3_0.distcp: ") and "is truncated" in line]
     assert {*truncated.removeprefix("__3_0.distcp: ").partition(" (")[0].split(", ")} == {*held}
     assert truncated.endswith(f"got 1 ({len(held)} pieces)")
-    assert "not checked: files that integrity.json does not list: notes.txt" in outcome.out
+    assert "not checked: files that checksums.json does not list: notes.txt" in outcome.out
 
 
 def test_a_checkpoint_saved_without_checksums(tmp_path: Path) -> None:
@@ -329,12 +331,54 @@ def test_a_checkpoint_saved_without_checksums(tmp_path: Path) -> None:
 )
 def test_a_manifest_that_is_none(changes: dict[str, object], expected: str, pristine: Path, tmp_path: Path) -> None:
     """A manifest that says anything else than what one can say is a finding, and nothing outside is opened."""
-    directory = shutil.copytree(pristine / "export", tmp_path / "export")
+    directory = tmp_path / "export"
+    dcm.to_hf(pristine / "import", directory, output=dcm.Output(checksums=False, sha256=True))
     path = directory / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
     outcome = run("verify", directory)
     assert outcome.code == 3
     assert any(expected.replace("{path}", str(path)) in line for line in outcome.out), outcome
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"algorithm": "md5"}, "algorithm in {path}: expected 'crc32', got 'md5'"),
+        ({"files": ["config.json"]}, "{path} is damaged: expected objects under 'files' and 'tensors'"),
+        ({"files": {"config.json": "00000000"}}, "{path} is damaged: expected 'bytes' and 'crc32' of every file"),
+        ({"files": {"config.json": {"bytes": True, "crc32": "0" * 8}}}, "{path} is damaged: expected 'bytes' and"),
+        ({"files": {"config.json": {"bytes": 5, "crc32": "0"}}}, "{path} is damaged: expected a CRC-32 of eight"),
+        (
+            {"files": {"../hf/config.json": {"bytes": 5, "crc32": "0" * 8}}},
+            "{path} names '../hf/config.json': expected",
+        ),
+        ({"tensors": {"model.norm.bias": "0" * 8}}, "checksums.json: model.norm.bias: no file holds it"),
+        ({"tensors": {"model.norm.weight": 5}}, "{path} is damaged: expected a CRC-32 of eight hexadecimal digits"),
+        ({"files": {"x" * 500: {"bytes": 0, "crc32": "0" * 8}}}, "xxx: it is missing, but checksums.json names it"),
+    ],
+)
+def test_checksums_that_are_none(changes: dict[str, object], expected: str, pristine: Path, tmp_path: Path) -> None:
+    """A list of checksums that says anything else than what one can say is a finding, though its own sum is right."""
+    directory = shutil.copytree(pristine / "export", tmp_path / "export")
+    path = directory / CHECKSUMS
+    text = json.dumps(json.loads(path.read_bytes()) | changes | {"crc32_of_this_file": "0" * 8}).encode()
+    own = f'{zlib.crc32(text):08x}"}}'.encode()
+    path.write_bytes(text[: -len(own)] + own)
+    outcome = run("verify", directory)
+    assert outcome.code == 3
+    assert any(expected.replace("{path}", str(path)) in line for line in outcome.out), outcome
+
+
+def test_both_lists_agree(pristine: Path, tmp_path: Path) -> None:
+    """A damaged byte contradicts both lists of checksums, and what each says stands in one line."""
+    dcm.to_hf(pristine / "import", tmp_path / "export", output=dcm.Output(sha256=True))
+    assert dcm.check(tmp_path / "export").is_sound
+    found = damaged(tmp_path / "export", "config.json", 5)
+    assert len(found) == 1 or "invalid JSON" in found[0]["what"]
+    assert re.fullmatch(
+        r"CRC-32 .{8}: expected .{8} \(checksums.json\); SHA-256 .{16}\.\.\.: expected .{16}\.\.\. \(integrity.json\)",
+        found[-1]["what"],
+    )
 
 
 def test_tensors_that_are_not_there(tmp_path: Path) -> None:

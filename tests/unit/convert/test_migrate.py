@@ -372,7 +372,7 @@ def test_any_arrays(drawn: list[tuple[torch.Tensor, tuple[int, ...]]], most: int
         expected = described(read_arrays(old))
         assert expected == described({f"key.{number}": tensor for number, (tensor, _) in enumerate(drawn)})
         assert described(indexed(old)) == expected
-        dcm.migrate(old, new, output=dcm.Output(max_file_bytes=most, manifest=False))
+        dcm.migrate(old, new, output=dcm.Output(max_file_bytes=most, checksums=False))
         assert described(load_tensors(new)) == expected
 
 
@@ -459,7 +459,7 @@ def test_a_run_that_failed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("case", ["moe_zarr_0153", "dpzero_zarr_0153"])
 def test_any_change_is_found_afterwards(case: str, migrated: dict[str, Path], tmp_path: Path) -> None:
-    """One bit of any byte of what was migrated: of data, objects, metadata or the manifest itself."""
+    """One bit of any byte of what was migrated: of data, objects, metadata or the checksums themselves."""
     new = shutil.copytree(migrated[case], tmp_path / "new")
     for name, content in tree(new).items():
         for position in some(range(len(content or b"")), 25):
@@ -483,7 +483,7 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     assert {*contents(tmp_path / "new")} == {
         *("common.pt", "metadata.json", ".metadata", "__0_0.distcp", "run_config.yaml", "notes/deep/a.txt")
     }
-    assert set(json.loads((tmp_path / "new" / "integrity.json").read_bytes())["files"]) == {*contents(tmp_path / "new")}
+    assert set(json.loads((tmp_path / "new" / "checksums.json").read_bytes())["files"]) == {*contents(tmp_path / "new")}
 
 
 def test_keys_that_are_named_like_locks(tmp_path: Path) -> None:
