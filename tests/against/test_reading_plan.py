@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import edited_metadata, load_tensors, read_metadata
 
-from dist_ckpt_mistral.analysis.read_plan import (
+from dist_ckpt_mistral.mapping.read_plan import (
     OPTIMIZER,
     WEIGHTS,
     ChunkList,

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.analysis.picture import matrix, ribbons, style
-from dist_ckpt_mistral.analysis.read_plan import ReadingPlan
 from dist_ckpt_mistral.analysis.read_table import layout_text
+from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
 from dist_ckpt_mistral.messages import counted, printable
 from dist_ckpt_mistral.storage import documents
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _MOST_ENDS: Final = 16
 _MOST_RIBBONS: Final = 600
 _MOST_CHUNKS: Final = 20_000
+#: Letters of a line below the title.
+_MOST_LETTERS: Final = 140
 
 
 def require_matplotlib() -> None:
@@ -88,3 +90,5 @@ def _write_title(figure: Figure, plan: ReadingPlan) -> None:
     figure.text(0.02, 0.975, verdict, size=15, weight="bold", va="top")
     figure.text(0.02, 0.935, facts, size=11, color=style.FAINT, va="top")
     figure.text(0.02, 0.909, remedy, size=11, color=style.FAINT, va="top")
+    if plan.remedy and len(plan.remedy) <= _MOST_LETTERS:
+        figure.text(0.02, 0.883, plan.remedy, size=11, color=style.FAINT, va="top")
