@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral.cli import options, output
 from dist_ckpt_mistral.convert.ranks import of_nodes
-from dist_ckpt_mistral.messages import command_line
+from dist_ckpt_mistral.messages import command_line, human_bytes
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.convert.conversion import Conversion
@@ -177,11 +177,11 @@ def _write(activity: str, arguments: argparse.Namespace, convert: Callable[..., 
         done = convert(output=options.given_output(arguments), effort=effort, ranks=ranks)
     if ranks.is_first:
         output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))
-        if done.costly_load is not None:
-            _LOG.info("%s", _advice(arguments, done.costly_load))
     if ranks.is_first and arguments.dry_run:
         for name, num_bytes in done.files.items():
             output.say(f"  {name}  {num_bytes} bytes")
+    if done.costly_load is not None:
+        _LOG.info("%s", _advice(arguments, done.costly_load))
     return options.EXIT_DONE
 
 
@@ -193,8 +193,10 @@ def _advice(arguments: argparse.Namespace, load: ReadingPlan) -> str:
     end = words.index("--") if "--" in words else len(words)  # what follows "--" is no option
     overwrite = [] if arguments.overwrite or arguments.dry_run else ["--overwrite"]
     command = command_line(["dist-ckpt-mistral", *words[:end], *load.layout.options, *overwrite, *words[end:]])
+    total, layout = load.total, load.layout.text
+    read, needed = human_bytes(total.read_bytes), human_bytes(total.needed_bytes)
+    experts = ", experts included," if "experts" in load.kinds else ""
     return (
-        f"at {load.layout.text} the ranks would read {factor(load.total.amplification)} what they need "
-        f"({load.total.text}), because Megatron reads stored chunks whole. Chunks cut for {load.layout.text} avoid it, "
-        f"and suit every smaller tp and any pp and ep: {command}"
+        f"at {layout}{experts} the ranks would read {factor(total.amplification)} what they need ({read} instead of "
+        f"{needed}), because Megatron reads stored chunks whole. Chunks cut for {layout} avoid it, and suit every smaller tp and any pp and ep: {command}"
     )

@@ -130,8 +130,8 @@ class Conversion:
         files: Name of each file of tensors, relative to ``output`` -> its size in bytes.
         ignored: Names of the stored entries that are not in the output, and the reasons.
         losses: Values that a conversion of dtypes destroyed.
-        costly_load: The reads at a usual tensor parallelism that would be much more than needed, where a large model was
-            imported without a layout; else None.
+        costly_load: The reads at a usual tensor parallelism, if they would be much more than needed, as a large
+            model was imported without a layout; else None.
     """
 
     output: Path

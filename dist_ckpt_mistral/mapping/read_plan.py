@@ -28,7 +28,7 @@ from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.chunking import SPEC
-from dist_ckpt_mistral.messages import command_line, human_bytes
+from dist_ckpt_mistral.messages import command_line
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
 from dist_ckpt_mistral.model.table.entries import kind_of
@@ -157,11 +157,6 @@ class Amount:
     def amplification(self) -> float | None:
         """Bytes read per byte needed; None if no byte is needed."""
         return self.read_bytes / self.needed_bytes if self.needed_bytes else None
-
-    @property
-    def text(self) -> str:
-        """``377.1 GB instead of 47.1 GB``: the bytes read and the bytes needed."""
-        return f"{human_bytes(self.read_bytes)} instead of {human_bytes(self.needed_bytes)}"
 
     def to_json(self) -> dict[str, Any]:
         """An amount in ``plan --json``, in JSON types."""
@@ -299,11 +294,9 @@ class ReadingPlan:
         overall = factor(self.total.amplification)
         worst = factor(max(amount.amplification or 0 for amount in self.amounts))
         exception = f" (the worst {worst})" if worst != overall else ""
-        much_more = f"much more than necessary, {self.total.text}: " if self.reads_much_more else ""
-        return (
-            f"The ranks read {overall} what they need{exception}; "
-            f"{much_more}`dist-ckpt-mistral reshard` would make it 1.0."
-        )
+        much_more = "that is much more than necessary, and " if self.reads_much_more else ""
+        remedy = "`dist-ckpt-mistral reshard` would make it 1.0."
+        return f"The ranks read {overall} what they need{exception}; {much_more}{remedy}"
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan --json``, in JSON types: totals, then every rank."""
