@@ -198,5 +198,6 @@ def _advice(arguments: argparse.Namespace, load: ReadingPlan) -> str:
     experts = ", experts included," if "experts" in load.kinds else ""
     return (
         f"at {layout}{experts} the ranks would read {factor(total.amplification)} what they need ({read} instead of "
-        f"{needed}), because Megatron reads stored chunks whole. Chunks cut for {layout} avoid it, and suit every smaller tp and any pp and ep: {command}"
+        f"{needed}), because Megatron reads stored chunks whole. Chunks cut for {layout} avoid it, and suit any "
+        f"smaller tp and any pp and ep: {command}"
     )

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _MOST_ENDS: Final = 16
 _MOST_RIBBONS: Final = 600
 _MOST_CHUNKS: Final = 20_000
-#: Letters of a line below the title.
-_MOST_LETTERS: Final = 140
+#: Letters of a command that fits on a line with what is said of it.
+_MOST_LETTERS: Final = 80
 
 
 def require_matplotlib() -> None:
@@ -85,10 +85,10 @@ def draw(plan: ReadingPlan) -> Figure:
 
 def _write_title(figure: Figure, plan: ReadingPlan) -> None:
     verdict, _, remedy = plan.verdict().replace("`", "").partition("; ")
+    if plan.remedy and len(plan.remedy) <= _MOST_LETTERS:
+        remedy = remedy.replace("dist-ckpt-mistral reshard", plan.remedy)
     stored = f"{counted(len(plan.files), 'file')}, {counted(len(plan.chunks.files), 'chunk')}"
     facts = f"{printable('/'.join(plan.path.parts[-2:]))}, {stored}   →   {layout_text(plan)}"
     figure.text(0.02, 0.975, verdict, size=15, weight="bold", va="top")
     figure.text(0.02, 0.935, facts, size=11, color=style.FAINT, va="top")
     figure.text(0.02, 0.909, remedy, size=11, color=style.FAINT, va="top")
-    if plan.remedy and len(plan.remedy) <= _MOST_LETTERS:
-        figure.text(0.02, 0.883, plan.remedy, size=11, color=style.FAINT, va="top")
