@@ -10,11 +10,6 @@ from .analysis.damage import Finding as Finding
 from .analysis.damage import check as check
 from .analysis.pretrain_command import PretrainCommand as PretrainCommand
 from .analysis.pretrain_command import megatron_args as megatron_args
-from .analysis.read_plan import Amount as Amount
-from .analysis.read_plan import ChunkList as ChunkList
-from .analysis.read_plan import ChunkReads as ChunkReads
-from .analysis.read_plan import RankReads as RankReads
-from .analysis.read_plan import ReadingPlan as ReadingPlan
 from .analysis.read_planner import plan_reading as plan_reading
 from .analysis.report import Report as Report
 from .analysis.report import TensorReport as TensorReport
@@ -40,6 +35,11 @@ from .errors import UnsafePickleError as UnsafePickleError
 from .errors import UnsupportedFormatError as UnsupportedFormatError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .gather.execute import Effort as Effort
+from .mapping.read_plan import Amount as Amount
+from .mapping.read_plan import ChunkList as ChunkList
+from .mapping.read_plan import ChunkReads as ChunkReads
+from .mapping.read_plan import RankReads as RankReads
+from .mapping.read_plan import ReadingPlan as ReadingPlan
 from .megatron.build_model import build_model as build_model
 from .megatron.hf_metadata import add_hf_metadata as add_hf_metadata
 from .megatron.load_model import load_model as load_model

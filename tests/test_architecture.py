@@ -27,7 +27,9 @@ MODULES: Final = tuple(
     )
 )
 #: Where ``read_bytes`` is an amount, and not Path's method.
-AMOUNTS: Final = tuple(name for name in MODULES if name.startswith(("gather.", "analysis.")))
+AMOUNTS: Final = tuple(
+    name for name in MODULES if name.startswith(("gather.", "analysis.", "mapping.read_plan", "cli.convert"))
+)
 #: Where names of tensors stand: the tables, and what tells its keys from other entries of a checkpoint.
 NAMING: Final = tuple(name for name in MODULES if name.startswith("model.table."))
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from dist_ckpt_mistral.analysis.read_plan import (
-    OPTIMIZER,
-    WEIGHTS,
-    ChunkList,
-    RankReads,
-    ReadingPlan,
-    WantedBox,
-    chunk_list,
-    chunk_reads,
-)
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
-from dist_ckpt_mistral.mapping.chunking import SPEC
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE, match_checkpoint
-from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
-from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
-from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
-from dist_ckpt_mistral.model.table.entries import flat_state, kind_of, split_state_key
+from dist_ckpt_mistral.mapping.read_plan import ReadingPlan, plan_reads
+from dist_ckpt_mistral.model.config.mistral_config import ConfigOverride, GivenConfig, MistralConfig, chosen_config
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.table.entries import flat_state, split_state_key
 from dist_ckpt_mistral.model.table.rules import ParamState
 
 _LOG = logging.getLogger(__name__)
@@ -84,22 +71,25 @@ def plan_reading(
     optimizer = [
         match_checkpoint(match.table, shapes, stored.objects, str(stored.directory), state) for state in states[1:]
     ]
-    maps = [replace(each, table=each.table.without_carried()) for each in (match.found, *optimizer)]  # Megatron's part
-    index = _index(stored, [name for each in maps for name in each.names()])
-    chunks = chunk_list(index)
-    kinds = {name: kind_of(rule, each.state) for each in maps for name, rule, _ in each.tensors()}
-    weights = set(maps[0].names())
-    return ReadingPlan(
+    maps = (match.found, *optimizer)
+    names = [name for each in maps for name in replace(each, table=each.table.without_carried()).names()]
+    return plan_reads(
+        layout,
+        maps,
+        _index(stored, names),
         path=stored.directory,
         config_from=match.agreed.source,
-        layout=layout,
-        files=tuple(path.name for path in index.files),
-        chunks=chunks,
-        kinds=tuple(kinds[name] for name in chunks.names),
-        parts=tuple(WEIGHTS if name in weights else OPTIMIZER for name in chunks.names),
-        groups=tuple(_groups(layout, maps, index, chunks)),
         left_out=left_out,
+        reshard_options=_reshard_options(config, weights_only=weights_only or left_out not in (None, _BLOCKS)),
     )
+
+
+def _reshard_options(config: GivenConfig | None, *, weights_only: bool) -> tuple[str, ...]:
+    """The options of ``reshard`` for the same configuration and, if ``weights_only``, without optimizer state."""
+    override = isinstance(config, ConfigOverride)
+    given = config.config if isinstance(config, ConfigOverride) else config
+    words = [] if given is None else ["--config", "CONFIG" if isinstance(given, MistralConfig) else str(given)]
+    return (*words, *["--override-config"] * override, *["--weights-only"] * weights_only)
 
 
 def _open(checkpoint: Path, *, has_config: bool) -> StoredCheckpoint:
@@ -155,36 +145,3 @@ def _index(checkpoint: StoredCheckpoint, names: Sequence[str]) -> TensorIndex:
             positions=chunks.positions,
         )
     return TensorIndex(files=tuple(checkpoint.directory / name for name in files), tensors=tensors)
-
-
-def _groups(
-    layout: ParallelLayout, maps: Sequence[CheckpointMap], index: TensorIndex, chunks: ChunkList
-) -> Iterator[RankReads]:
-    """The groups of ranks with the same boxes, ordered by their first rank."""
-    copies: dict[RankCoordinates, list[int]] = defaultdict(list)  # without data and context parallelism -> ranks
-    for rank in range(layout.world_size):
-        copies[replace(layout.coordinates(rank), cp=0, dp=0, dp_cp=0, edp=0)].append(rank)
-    groups: dict[tuple[int, tuple[WantedBox, ...]], list[int]] = defaultdict(list)
-    for coordinates, ranks in copies.items():
-        boxes = tuple(box for each in maps for box in _wanted_boxes(layout, each, coordinates))
-        groups[coordinates.pp, boxes] += ranks
-    for (stage, boxes), ranks in groups.items():
-        model_chunks = layout.model_chunks(maps[0].table.num_layers, stage)
-        yield RankReads(
-            ranks=tuple(sorted(ranks)),
-            stage=stage,
-            layers=tuple(layer for model_chunk in model_chunks for layer in model_chunk.layers),
-            reads=chunk_reads(index, chunks, boxes),
-        )
-
-
-def _wanted_boxes(
-    layout: ParallelLayout, checkpoint_map: CheckpointMap, coordinates: RankCoordinates
-) -> Iterator[WantedBox]:
-    """The boxes of a rank, by the checkpoint's own keys."""
-    table, style = checkpoint_map.table, checkpoint_map.style
-    for model_chunk in layout.model_chunks(table.num_layers, coordinates.pp):
-        for tensor in local_tensors(layout, table, model_chunk, coordinates, style=style, spec=SPEC):
-            names = checkpoint_map.spelling(tensor.mcore_key, tensor.index)
-            for box in tensor.boxes:
-                yield WantedBox(names[box.mcore_key], box.global_offset, box.shape)

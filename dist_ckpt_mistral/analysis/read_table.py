@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_ckpt_mistral.analysis.read_plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
 from dist_ckpt_mistral.analysis.sheet import sheet
+from dist_ckpt_mistral.mapping.read_plan import OPTIMIZER, WEIGHTS, Amount, ReadingPlan, factor
 from dist_ckpt_mistral.messages import counted, human_bytes, spans
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def render(plan: ReadingPlan) -> RenderableType:
         [(spans(row.ranks), spans(row.layers), *_sizes(row.parts), *_counts(row.amounts)) for row in rows(plan)],
         total=("all together", "", *_sizes([plan.total_of(part) for part in parts]), *_counts([plan.total])),
         notes=(plan.verdict(), *_notes(plan)),
+        command=plan.remedy or "",
     )
 
 

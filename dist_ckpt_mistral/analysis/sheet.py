@@ -20,8 +20,13 @@ def sheet(
     total: Sequence[str] = (),
     notes: Sequence[str] = (),
     notes_style: str = "",
+    command: str = "",
 ) -> RenderableType:
-    """Lay out texts, which may come from files: ``printable`` escapes each. ``total`` is a last row, in bold."""
+    """Lay out texts, which may come from files: ``printable`` escapes each.
+
+    ``total`` is a last row, in bold. ``command`` follows the notes on a line of its own, however long: it is to be
+    copied.
+    """
     from rich.console import Group  # noqa: PLC0415  (only tables need rich)
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -40,4 +45,6 @@ def sheet(
     if total:
         table.add_row(*map(shown, total), style="bold")
     space = [Text("")] if notes else []
-    return Group(shown(title, "bold"), grid, Text(""), table, *space, *(shown(note, notes_style) for note in notes))
+    last = [Text(f"  {command}", no_wrap=True, overflow="ignore")] if command else []
+    below = (shown(note, notes_style) for note in notes)
+    return Group(shown(title, "bold"), grid, Text(""), table, *space, *below, *last)

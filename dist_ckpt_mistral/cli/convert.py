@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import re
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral.cli import options, output
 from dist_ckpt_mistral.convert.ranks import of_nodes
+from dist_ckpt_mistral.messages import command_line, human_bytes
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.convert.conversion import Conversion
+    from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
 
+_LOG = logging.getLogger(__name__)
+
+#: Options of from-hf that are not for the next run, and the abbreviations that argparse accepts.
+_ONCE: Final = re.compile("--(dr|dry|dry-|dry-r|dry-ru|dry-run|r|re|res|resu|resum|resume)")
 #: The end of every description.
 _UNDER_TORCHRUN = "Needs neither torch nor Megatron nor a GPU. Under torchrun the ranks share the work."
 
@@ -172,4 +180,24 @@ def _write(activity: str, arguments: argparse.Namespace, convert: Callable[..., 
     if ranks.is_first and arguments.dry_run:
         for name, num_bytes in done.files.items():
             output.say(f"  {name}  {num_bytes} bytes")
+    if done.costly_load is not None:
+        _LOG.info("%s", _advice(arguments, done.costly_load))
     return options.EXIT_DONE
+
+
+def _advice(arguments: argparse.Namespace, load: ReadingPlan) -> str:
+    """What ``load`` would read of an import without a layout, and the same command with chunks cut for that layout."""
+    from dist_ckpt_mistral.mapping.read_plan import factor
+
+    words = [word for word in arguments.words if not _ONCE.fullmatch(word)]
+    end = words.index("--") if "--" in words else len(words)  # what follows "--" is no option
+    overwrite = [] if arguments.overwrite or arguments.dry_run else ["--overwrite"]
+    command = command_line(["dist-ckpt-mistral", *words[:end], *load.layout.options, *overwrite, *words[end:]])
+    total, layout = load.total, load.layout.text
+    read, needed = human_bytes(total.read_bytes), human_bytes(total.needed_bytes)
+    experts = ", experts included," if "experts" in load.kinds else ""
+    return (
+        f"at {layout}{experts} the ranks would read {factor(total.amplification)} what they need ({read} instead of "
+        f"{needed}), because Megatron reads stored chunks whole. Chunks cut for {layout} avoid it, and suit any "
+        f"smaller tp and any pp and ep: {command}"
+    )

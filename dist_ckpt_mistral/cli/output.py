@@ -75,7 +75,7 @@ def show(content: RenderableType) -> None:
     console = Console(
         file=rendered, force_terminal=is_terminal, width=None if is_terminal else _PAGE_COLUMNS, highlight=False
     )
-    console.print(content)
+    console.print(content, crop=False)  # a line that may not wrap is to be copied whole
     _print("\n".join(line.rstrip() for line in rendered.getvalue().splitlines()))  # rich pads lines with blanks
 
 

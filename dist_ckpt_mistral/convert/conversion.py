@@ -15,6 +15,7 @@ from dist_ckpt_mistral.gather.dtypes import itemsize_bytes
 from dist_ckpt_mistral.gather.execute import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Segment
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, Ignored
+from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
 from dist_ckpt_mistral.messages import human_bytes
 
 _LOG = logging.getLogger(__name__)
@@ -129,6 +130,8 @@ class Conversion:
         files: Name of each file of tensors, relative to ``output`` -> its size in bytes.
         ignored: Names of the stored entries that are not in the output, and the reasons.
         losses: Values that a conversion of dtypes destroyed.
+        costly_load: The reads at a usual tensor parallelism, if they would be much more than needed, as a large
+            model was imported without a layout; else None.
     """
 
     output: Path
@@ -138,6 +141,7 @@ class Conversion:
     files: Mapping[str, int]
     ignored: Ignored
     losses: tuple[Loss, ...] = ()
+    costly_load: ReadingPlan | None = None
 
 
 def conversion_line(verb: str, done: Conversion) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.journal import Recipe
@@ -21,12 +23,14 @@ from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
+from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
 from dist_ckpt_mistral.mapping import configuration
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, new_checkpoint_map
 from dist_ckpt_mistral.mapping.chunking import cut_chunks
 from dist_ckpt_mistral.mapping.configuration import RUN_CONFIG_FILE
+from dist_ckpt_mistral.mapping.read_plan import ReadingPlan, plan_reads
 from dist_ckpt_mistral.mapping.source import ModelSource, open_hf, require_equal_twins
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.args.bridge import to_run_config
@@ -38,6 +42,11 @@ from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import Sources, Writable
 
 _LOG = logging.getLogger(__name__)
+#: From this size on, a model is usually trained with tensor parallelism: mixed precision with Adam takes 18 bytes for
+#: each parameter (Megatron-LM, docs, distributed optimizer), and these fill a GPU of 80 GB.
+_LARGE_MODEL_PARAMETERS: Final = 80_000_000_000 // 18
+#: The tensor parallelism to expect, the largest first: Megatron-LM advises to keep it within a node, which has 8 GPUs.
+_USUAL_TP: Final = (8, 4, 2)
 
 
 def from_hf(
@@ -95,7 +104,7 @@ def from_hf(
     checkpoint_directory.require_iteration(iteration)
     step = Path(checkpoint_directory.iteration_name(iteration))
 
-    def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan]:
+    def prepare() -> tuple[Sources, ModelSource, CheckpointLayout, BytePlan, TensorIndex]:
         dtypes.require_weight_dtype(dtype)
         require_not_swapped(hf, target, Kind.HF, Kind.CONSOLIDATED)
         paths.require_writable(target, overwrite=output.overwrite)
@@ -106,7 +115,7 @@ def from_hf(
             source = open_hf(directory, dtype=dtype and "float32")  # FP8 values are rounded once, when they are written
             return inputs, source, *_plan_import(source, layout, dtype, step)
 
-    inputs, source, checkpoint_layout, plan = ranks.each(prepare)
+    inputs, source, checkpoint_layout, plan, chunks = ranks.each(prepare)
     copied_files = small_files.small_files(source.path)
     if folders := small_files.other_folders(source.path):
         _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
@@ -138,13 +147,14 @@ def from_hf(
         files=sizes,
         ignored=source.ignored,
         losses=losses,
+        costly_load=_costly_load(source, chunks, target / step) if layout == ParallelLayout() else None,
     )
 
 
 def _plan_import(
     source: ModelSource, layout: ParallelLayout, dtype: str | None, step: Path
-) -> tuple[CheckpointLayout, BytePlan]:
-    """The positions of all data in the new checkpoint's files, and the plan that copies it there."""
+) -> tuple[CheckpointLayout, BytePlan, TensorIndex]:
+    """The positions of all data in the new checkpoint's files, the plan that copies it there, and the new chunks."""
     layout.check(source.config)
     require_equal_twins(source)
     new = new_checkpoint_map(source.table)
@@ -159,7 +169,22 @@ def _plan_import(
     chunks = [*_chunks(source, new, links, layout, dtype)]
     objects = [NewObject.empty(_extra_states(source.table))]
     checkpoint_layout = writer.lay_out(chunks, objects, num_files=1 + max(chunk.file for chunk in chunks))
-    return checkpoint_layout, plan_gather(source.index, checkpoint_layout.index(step), links)
+    index = checkpoint_layout.index(step)
+    return checkpoint_layout, plan_gather(source.index, index, links), index
+
+
+def _costly_load(source: ModelSource, chunks: TensorIndex, path: Path) -> ReadingPlan | None:
+    """The reads of the largest usual tensor parallelism, if the model is large and it reads much more than it needs."""
+    if sum(math.prod(tensor.global_shape) for tensor in chunks.tensors.values()) < _LARGE_MODEL_PARAMETERS:
+        return None
+    for tp in _USUAL_TP:
+        layout = ParallelLayout(tp=tp)
+        with contextlib.suppress(LayoutError):
+            layout.check(source.config)
+            maps = [new_checkpoint_map(source.table)]
+            plan = plan_reads(layout, maps, chunks, path=path, config_from=source.config_from)
+            return plan if plan.reads_much_more else None
+    return None
 
 
 def _chunks(

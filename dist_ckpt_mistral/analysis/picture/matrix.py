@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral.analysis.picture import style
-from dist_ckpt_mistral.analysis.read_plan import ReadingPlan
+from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
 from dist_ckpt_mistral.messages import human_bytes
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.analysis.picture import matrix, ribbons, style
-from dist_ckpt_mistral.analysis.read_plan import ReadingPlan
 from dist_ckpt_mistral.analysis.read_table import layout_text
+from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
 from dist_ckpt_mistral.messages import counted, printable
 from dist_ckpt_mistral.storage import documents
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _MOST_ENDS: Final = 16
 _MOST_RIBBONS: Final = 600
 _MOST_CHUNKS: Final = 20_000
+#: Letters of a command that fits on a line with what is said of it.
+_MOST_LETTERS: Final = 80
 
 
 def require_matplotlib() -> None:
@@ -83,6 +85,8 @@ def draw(plan: ReadingPlan) -> Figure:
 
 def _write_title(figure: Figure, plan: ReadingPlan) -> None:
     verdict, _, remedy = plan.verdict().replace("`", "").partition("; ")
+    if plan.remedy and len(plan.remedy) <= _MOST_LETTERS:
+        remedy = remedy.replace("dist-ckpt-mistral reshard", plan.remedy)
     stored = f"{counted(len(plan.files), 'file')}, {counted(len(plan.chunks.files), 'chunk')}"
     facts = f"{printable('/'.join(plan.path.parts[-2:]))}, {stored}   →   {layout_text(plan)}"
     figure.text(0.02, 0.975, verdict, size=15, weight="bold", va="top")

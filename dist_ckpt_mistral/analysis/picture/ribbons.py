@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dist_ckpt_mistral.analysis.picture import style
-from dist_ckpt_mistral.analysis.read_plan import RankReads, ReadingPlan, factor
+from dist_ckpt_mistral.mapping.read_plan import RankReads, ReadingPlan, factor
 from dist_ckpt_mistral.messages import counted, human_bytes, spans
 
 if TYPE_CHECKING:

@@ -24,6 +24,11 @@ _TOO_MANY: Final = f"a layout may have {_MAX_RANKS} ranks at most"
 #: Megatron's default rank order; ``--use-tp-pp-dp-mapping`` is tp-cp-ep-pp-dp.
 DEFAULT_ORDER: Final = "tp-cp-ep-dp-pp"
 _AXES: Final = tuple(DEFAULT_ORDER.split("-"))
+#: Fields whose command-line option is Megatron-LM's, of another name.
+_MEGATRON_OPTIONS: Final = {
+    "num_layers_in_first_pipeline_stage": "decoder-first-pipeline-num-layers",
+    "num_layers_in_last_pipeline_stage": "decoder-last-pipeline-num-layers",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +96,15 @@ class ParallelLayout(PipelineLayout):
 
     def __repr__(self) -> str:
         """The fields that are not the default."""
+        return f"ParallelLayout({', '.join(f'{name}={value!r}' for name, value in self._set_fields())})"
+
+    def _set_fields(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, value) of the fields that are not the default."""
         defaults = {"dp": 1}
-        set_fields = [
-            f"{field.name}={value!r}"
-            for field in sorted(fields(self), key=lambda field: field.name != "tp")
-            if (value := getattr(self, field.name)) != defaults.get(field.name, field.default)
-        ]
-        return f"ParallelLayout({', '.join(set_fields)})"
+        for field in sorted(fields(self), key=lambda field: field.name != "tp"):
+            value = getattr(self, field.name)
+            if value != defaults.get(field.name, field.default):
+                yield field.name, value
 
     def _chunks_per_stage(self) -> int | None:
         """``vpp`` as Megatron sees it: a layout string sets it, and one chunk per stage is no interleaving."""
@@ -152,6 +159,16 @@ class ParallelLayout(PipelineLayout):
     def text(self) -> str:
         """The fields that are not the default, such as ``tp=4, pp=2``; empty for one rank."""
         return str(self).removeprefix("ParallelLayout(").removesuffix(")")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The words that give this layout on the command line, such as ``("--tp", "4", "--pp", "2")``."""
+        words: list[str] = []
+        for name, value in self._set_fields():
+            words.append(f"--{_MEGATRON_OPTIONS.get(name, name.replace('_', '-'))}")
+            if value is not True:
+                words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+        return tuple(words)
 
     def check(self, config: MistralConfig) -> None:
         """Check that Megatron accepts this layout for a model.

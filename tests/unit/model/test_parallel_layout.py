@@ -253,10 +253,11 @@ def test_a_layout_says_itself_in_megatrons_words() -> None:
     ],
 )
 def test_options_describe_a_layout(given: str, expected: ParallelLayout) -> None:
-    """Every field of a layout has an option."""
+    """Every field of a layout has an option, and a layout says the options that give it."""
     command = argparse.ArgumentParser()
     options.add_layout(command, "to load with")
     assert options.given_layout(command.parse_args(given.split())) == expected
+    assert options.given_layout(command.parse_args(expected.options)) == expected
 
 
 def test_layer_counts_that_are_none_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

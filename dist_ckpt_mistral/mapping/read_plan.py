@@ -1,16 +1,21 @@
-"""The chunks and bytes that every rank of a layout reads from a checkpoint.
+"""The chunks and bytes that every rank of a layout reads from a checkpoint, stored or only planned.
 
-The plan assumes Megatron's ``dist_checkpointing.load`` without ``--ckpt-fully-parallel-load``: every replica reads all
-of its boxes itself. For every pair of a box and a chunk that overlap, the whole chunk is read. torch DCP's
-``FileSystemReader.read_data`` loads the stored tensor and then narrows it (torch/distributed/checkpoint/filesystem.py,
-2.13 and 2.14), and Megatron uses it unchanged (megatron-core dist_checkpointing/strategies/torch.py, 0.16 and 0.19).
+The plan assumes Megatron's ``dist_checkpointing.load`` without ``--ckpt-fully-parallel-load``, which is off by default
+(megatron-core 0.19, training/config/training_config.py): every replica reads all of its boxes itself. For every pair of
+a box and a chunk that overlap, the whole chunk is read. torch DCP's ``FileSystemReader.read_data`` loads the stored
+tensor and then narrows it (torch/distributed/checkpoint/filesystem.py, 2.13 and 2.14), and Megatron uses it unchanged
+(megatron-core dist_checkpointing/strategies/torch.py, 0.16 and 0.19). With ``--ckpt-fully-parallel-load`` the replicas
+share the boxes (fully_parallel.py beside it): bytes needed and bytes read become fewer alike.
+
+A chunk is never larger than one layer or one expert of a tensor. Pipeline and expert parallelism hand out whole layers
+and experts, so only tensor parallelism makes ranks read more than they need.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,7 +26,12 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import TensorIndex
-from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
+from dist_ckpt_mistral.mapping.chunking import SPEC
+from dist_ckpt_mistral.messages import command_line
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
+from dist_ckpt_mistral.model.table.entries import kind_of
 
 #: Version of the JSON that ``plan --json`` prints; fields are only ever added under one version.
 JSON_VERSION: Final = 1
@@ -30,6 +40,10 @@ WEIGHTS: Final = "weights"
 OPTIMIZER: Final = "optimizer"
 #: The smallest factor that one decimal digit distinguishes from 1.
 _CLEARLY_MORE: Final = 1.05
+#: From this many bytes read per byte needed on, a plan names the remedy. A tensor parallelism above that of the chunks
+#: gives 2 or more. Vocabulary padding that differs gives less than 1.1, and the dense part of a Mixtral whose experts
+#: are read whole less than 1.3: too little for writing a checkpoint again.
+MUCH_MORE: Final = 1.5
 
 
 class WantedBox(NamedTuple):
@@ -187,6 +201,8 @@ class ReadingPlan:
         parts: ``WEIGHTS`` or ``OPTIMIZER`` for each tensor in ``chunks.names``.
         groups: Groups of ranks that read the same, ordered by their first rank.
         left_out: Reason why stored optimizer state is not in the plan, or None.
+        reshard_options: Words of the command ``reshard`` besides the layout, without which it refuses the checkpoint or
+            writes more than was planned.
     """
 
     path: Path
@@ -198,6 +214,7 @@ class ReadingPlan:
     parts: tuple[str, ...]
     groups: tuple[RankReads, ...]
     left_out: str | None = None
+    reshard_options: tuple[str, ...] = ()
 
     @property
     def has_optimizer(self) -> bool:
@@ -257,6 +274,19 @@ class ReadingPlan:
         """Whether every rank reads only bytes that it needs."""
         return self.total.read_bytes == self.total.needed_bytes
 
+    @property
+    def reads_much_more(self) -> bool:
+        """Whether the ranks together read at least 1.5 times what they need."""
+        return (self.total.amplification or 0) >= MUCH_MORE
+
+    @property
+    def remedy(self) -> str | None:
+        """The command that cuts the chunks for ``layout``, if the ranks read much more than they need; else None."""
+        if not self.reads_much_more:
+            return None
+        words = ("dist-ckpt-mistral", "reshard", str(self.path), "OUT", *self.layout.options, *self.reshard_options)
+        return command_line(words)
+
     def verdict(self) -> str:
         """The result of the plan in one sentence."""
         if self.reads_only_whole_chunks:
@@ -264,7 +294,9 @@ class ReadingPlan:
         overall = factor(self.total.amplification)
         worst = factor(max(amount.amplification or 0 for amount in self.amounts))
         exception = f" (the worst {worst})" if worst != overall else ""
-        return f"The ranks read {overall} what they need{exception}; `dist-ckpt-mistral reshard` would make it 1.0."
+        much_more = "that is much more than necessary, and " if self.reads_much_more else ""
+        remedy = "`dist-ckpt-mistral reshard` would make it 1.0."
+        return f"The ranks read {overall} what they need{exception}; {much_more}{remedy}"
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan --json``, in JSON types: totals, then every rank."""
@@ -286,6 +318,7 @@ class ReadingPlan:
             "config_from": self.config_from,
             "layout": asdict(self.layout),
             "verdict": self.verdict(),
+            "remedy": self.remedy,
             "left_out": self.left_out,
             "stored_bytes": self.stored_bytes,
             "total": self._amount_json(self.total, self.total_of(WEIGHTS), self.total_of(OPTIMIZER)),
@@ -295,6 +328,72 @@ class ReadingPlan:
     def _amount_json(self, both: Amount, weights: Amount, optimizer: Amount) -> dict[str, Any]:
         parts = {WEIGHTS: weights.to_json(), OPTIMIZER: optimizer.to_json() if self.has_optimizer else None}
         return {**both.to_json(), **parts}
+
+
+def plan_reads(
+    layout: ParallelLayout,
+    maps: Sequence[CheckpointMap],
+    index: TensorIndex,
+    *,
+    path: Path,
+    config_from: str,
+    left_out: str | None = None,
+    reshard_options: tuple[str, ...] = (),
+) -> ReadingPlan:
+    """Plan the reads of every rank of ``layout`` from the chunks in ``index``, stored or yet to be written.
+
+    ``maps`` map the weights and, after them, the states of the optimizer. Other tensors of ``index`` are not read. The
+    other arguments are fields of the plan. The layout must have passed ``check``.
+    """
+    maps = [replace(each, table=each.table.without_carried()) for each in maps]  # Megatron's part
+    kinds = {name: kind_of(rule, each.state) for each in maps for name, rule, _ in each.tensors()}
+    weights = set(maps[0].names())
+    chunks = chunk_list(TensorIndex(files=index.files, tensors={name: index.tensors[name] for name in kinds}))
+    return ReadingPlan(
+        path=path,
+        config_from=config_from,
+        layout=layout,
+        files=tuple(path.name for path in index.files),
+        chunks=chunks,
+        kinds=tuple(kinds[name] for name in chunks.names),
+        parts=tuple(WEIGHTS if name in weights else OPTIMIZER for name in chunks.names),
+        groups=tuple(_groups(layout, maps, index, chunks)),
+        left_out=left_out,
+        reshard_options=reshard_options,
+    )
+
+
+def _groups(
+    layout: ParallelLayout, maps: Sequence[CheckpointMap], index: TensorIndex, chunks: ChunkList
+) -> Iterator[RankReads]:
+    """The groups of ranks with the same boxes, ordered by their first rank."""
+    copies: dict[RankCoordinates, list[int]] = defaultdict(list)  # without data and context parallelism -> ranks
+    for rank in range(layout.world_size):
+        copies[replace(layout.coordinates(rank), cp=0, dp=0, dp_cp=0, edp=0)].append(rank)
+    groups: dict[tuple[int, tuple[WantedBox, ...]], list[int]] = defaultdict(list)
+    for coordinates, ranks in copies.items():
+        boxes = tuple(box for each in maps for box in _wanted_boxes(layout, each, coordinates))
+        groups[coordinates.pp, boxes] += ranks
+    for (stage, boxes), ranks in groups.items():
+        model_chunks = layout.model_chunks(maps[0].table.num_layers, stage)
+        yield RankReads(
+            ranks=tuple(sorted(ranks)),
+            stage=stage,
+            layers=tuple(layer for model_chunk in model_chunks for layer in model_chunk.layers),
+            reads=chunk_reads(index, chunks, boxes),
+        )
+
+
+def _wanted_boxes(
+    layout: ParallelLayout, checkpoint_map: CheckpointMap, coordinates: RankCoordinates
+) -> Iterator[WantedBox]:
+    """The boxes of a rank, by the checkpoint's own keys."""
+    table, style = checkpoint_map.table, checkpoint_map.style
+    for model_chunk in layout.model_chunks(table.num_layers, coordinates.pp):
+        for tensor in local_tensors(layout, table, model_chunk, coordinates, style=style, spec=SPEC):
+            names = checkpoint_map.spelling(tensor.mcore_key, tensor.index)
+            for box in tensor.boxes:
+                yield WantedBox(names[box.mcore_key], box.global_offset, box.shape)
 
 
 def factor(amplification: float | None) -> str:
