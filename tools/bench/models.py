@@ -63,6 +63,7 @@ CASES = {
     "tp8": Case(tp=8, pp=1),
     "tp1": Case(tp=1, pp=1),
     "2-files": Case(num_files=2, hf="hf-2-files"),
+    "3-files": Case(num_files=3, hf="hf-3-files"),
     "per-layer": Case(style=KeyStyle.PER_LAYER, is_import=False),
     "optimizer": Case(with_optimizer=True, is_import=False),
 }

@@ -1,14 +1,15 @@
 """Compare conversions with ``cp`` of the same bytes: ``python tools/bench/run.py --work DIR [--rounds 5] ...``.
 
-Each round runs each command once, with a ``cp`` before and after it, because the speed of a machine may drift. Outputs
-of the previous round are deleted first. The summary has seconds and the ratio to the mean of the two ``cp``s, as
-minimum, median and maximum, the smallest processor time, and peak resident memory including libraries. Each round is
-appended to a results file, one JSON object a line.
+Commands run with their default options. Each round runs each command once, with a ``cp`` before and after it, because
+the speed of a machine may drift. Outputs of the previous round are deleted first. The summary has seconds and the ratio
+to the mean of the two ``cp``s, as minimum, median and maximum, processor time a gigabyte of output and its ratio to
+that of ``cp`` (medians), and peak resident memory including libraries. Each round is appended to a results file, one
+JSON object a line.
 
 "warm" reads sources from the page cache. "cold" reads them from the disk: it drops the page cache before each command,
 as root. Both end without waiting for the disk (``--no-sync``), like ``cp``. "durable" is warm and waits until the
-output is on the disk, also for ``cp`` (``sync -f``). Commands write no manifest, because ``cp`` does not;
-"to-hf-manifest" measures its cost.
+output is on the disk, as commands do by default, also for ``cp`` (``sync -f``). "to-hf-sha256" measures what
+``--sha256`` costs. A name may end in the value of ``--memory``, such as "to-hf@2MiB", to compare sizes of buffers.
 
 A hypervisor takes idle memory back. Using it again costs seconds a gigabyte. So before each warm or durable run, also
 of ``cp``, another process allocates 2.2 times the memory of the output (at most half of the available memory), writes
@@ -39,7 +40,7 @@ HERE = Path(__file__).parent
 TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
 #: torchrun starts two ranks, and the first one works with as many threads as alone. The difference is torchrun's start.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
-COMMANDS = ("to-hf", "to-hf-manifest", "from-hf", "verify", "reshard", "to-hf-2-ranks")
+COMMANDS = ("to-hf", "to-hf-sha256", "from-hf", "verify", "reshard", "to-hf-2-ranks")
 PEERS = ("dcp-full", "model")
 #: Memory to touch, as a multiple of the output's size. The kernel may choose other pages than those freed last: with
 #: 1.2 it often did.
@@ -65,7 +66,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contest:
-    """A command, its input and output, and the baseline that copies (or compares) the same bytes."""
+    """A command, its input and output, and the baseline that copies (or compares) the same ``moved_bytes``."""
 
     name: str
     command: list[str]
@@ -73,6 +74,7 @@ class Contest:
     output: Path
     baseline: list[str]
     output_bytes: int
+    moved_bytes: int
 
 
 def timed(command: list[str], *, sync: Path | None = None) -> Run:
@@ -95,11 +97,11 @@ def timed(command: list[str], *, sync: Path | None = None) -> Run:
 def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Iterator[Contest]:
     """Yield the named commands for the checkpoint ``case``. Their baseline copies what the command copies."""
     hf, checkpoint, copy = work / CASES[case].hf, work / case, work / "out-cp"
-    sync = ["--no-sync"] if no_sync else []
-    extra = ["--no-manifest", *sync]
     tp, pp = CASES[case].tp, CASES[case].pp
-    for name in names:
-        output = work / f"out-{name}"
+    for full_name in names:
+        name, _, memory = full_name.partition("@")
+        extra = [*(["--no-sync"] if no_sync else []), *(["--memory", memory] if memory else [])]
+        output = work / f"out-{full_name}"
         if name in PEERS:
             command, source = [sys.executable, str(HERE / "peers.py"), name, str(checkpoint), str(output)], checkpoint
         elif name == "from-hf":
@@ -111,22 +113,23 @@ def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Itera
             command, source = [*TOOL, name, str(checkpoint), str(output), "--tp", "4", *extra], checkpoint
         elif name == "to-hf-2-ranks":
             command, source = [*TORCHRUN, "to-hf", str(checkpoint), str(output), *extra], checkpoint
-        elif name == "to-hf-manifest":
-            command, source = [*TOOL, "to-hf", str(checkpoint), str(output), *sync], checkpoint
+        elif name == "to-hf-sha256":
+            command, source = [*TOOL, "to-hf", str(checkpoint), str(output), "--sha256", *extra], checkpoint
         else:
             command, source = [*TOOL, name, str(checkpoint), str(output), *extra], checkpoint
         moved = checkpoint if name == "reshard" else hf
-        baseline, output_bytes = ["cp", "-r", str(moved), str(copy)], total_bytes(files_in(moved))
+        baseline, moved_bytes = ["cp", "-r", str(moved), str(copy)], total_bytes(files_in(moved))
         if name == "verify":
             baseline = ["sh", "-c", 'for f in "$0"/*.safetensors; do cmp "$f" "$1/${f##*/}" || exit 1; done']
-            baseline, output_bytes = [*baseline, str(hf), str(twin(hf))], 0
+            baseline = [*baseline, str(hf), str(twin(hf))]
         yield Contest(
-            name=name,
+            name=full_name,
             command=command,
             source=source,
             output=output,
             baseline=baseline,
-            output_bytes=output_bytes,
+            output_bytes=0 if name == "verify" else moved_bytes,
+            moved_bytes=moved_bytes,
         )
 
 
@@ -146,37 +149,47 @@ def files_in(folder: Path) -> list[Path]:
 def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], results: Path) -> None:
     """Run all rounds of one mode, and print their summary."""
     sync = work if mode == "durable" else None
-    runs: dict[str, list[tuple[float, Run]]] = defaultdict(list)
+    runs: dict[str, list[tuple[Run, Run, float]]] = defaultdict(list)
     for number in range(rounds):
         for contest in contests(work, case, names, no_sync=mode != "durable"):
             before = baseline(contest, work, mode)
             prepare([contest.source], contest.output, mode, contest.output_bytes)
             run = timed(contest.command, sync=sync)
             shutil.rmtree(contest.output, ignore_errors=True)
-            mean = (before + baseline(contest, work, mode)) / 2
-            runs[contest.name].append((run.seconds / mean, run))
-            fields = {"case": case, "mode": mode, "round": number, "command": contest.name, "baseline_s": mean}
+            base = mean_of(before, baseline(contest, work, mode))
+            runs[contest.name].append((run, base, contest.moved_bytes / 1e9))
+            fields = {"case": case, "mode": mode, "round": number, "command": contest.name}
             with results.open("a") as file:
-                file.write(json.dumps(fields | asdict(run)) + "\n")
+                file.write(json.dumps(fields | asdict(run) | {"baseline": asdict(base)}) + "\n")
     for name, done in runs.items():
-        ratios, seconds = [ratio for ratio, _ in done], [run.seconds for _, run in done]
+        ratios, seconds = [run.seconds / base.seconds for run, base, _ in done], [run.seconds for run, _, _ in done]
         print(
             f"{case:10}{mode:9}{name:15}{min(seconds):7.2f}{statistics.median(seconds):8.2f} s   ratio "
             f"{min(ratios):5.2f} min {statistics.median(ratios):5.2f} median {max(ratios):5.2f} max   "
-            f"{min(run.processor_s for _, run in done):6.2f} s of processor time "
-            f"{max(run.peak_mb for _, run in done):6.0f} MB",
+            f"processor {statistics.median(run.processor_s / size_gb for run, _, size_gb in done):5.2f} s/GB, ratio "
+            f"{statistics.median(run.processor_s / base.processor_s for run, base, _ in done):5.2f}   "
+            f"{max(run.peak_mb for run, _, _ in done):6.0f} MB",
             flush=True,
         )
 
 
-def baseline(contest: Contest, work: Path, mode: str) -> float:
-    """Run the baseline of a command. Returns its seconds."""
+def mean_of(first: Run, second: Run) -> Run:
+    """The mean of two runs."""
+    return Run(
+        seconds=(first.seconds + second.seconds) / 2,
+        processor_s=(first.processor_s + second.processor_s) / 2,
+        peak_mb=max(first.peak_mb, second.peak_mb),
+    )
+
+
+def baseline(contest: Contest, work: Path, mode: str) -> Run:
+    """Run and measure the baseline of a command."""
     copy = work / "out-cp"
     source, other = map(Path, contest.baseline[-2:])
     prepare([source, other] if contest.name == "verify" else [source], copy, mode, contest.output_bytes)
     run = timed(contest.baseline, sync=work if mode == "durable" else None)
     shutil.rmtree(copy, ignore_errors=True)
-    return run.seconds
+    return run
 
 
 def prepare(sources: list[Path], output: Path, mode: str, output_bytes: int) -> None:
@@ -196,6 +209,16 @@ def available_bytes() -> int:
     """Memory in bytes that can be used without swapping."""
     (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024
+
+
+def command_name(text: str) -> str:
+    """Parse the name of a command, with a size of buffers or without."""
+    name, _, memory = text.partition("@")
+    if name not in (*COMMANDS, *PEERS):
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join((*COMMANDS, *PEERS))}, got {name!r}")
+    if memory:
+        size(memory)
+    return text
 
 
 def main() -> None:
@@ -219,8 +242,8 @@ def main() -> None:
     parser.add_argument(
         "--commands",
         nargs="+",
-        choices=(*COMMANDS, *PEERS),
-        help="commands to run; peers.py describes dcp-full and model",
+        type=command_name,
+        help=f"commands to run, of {', '.join((*COMMANDS, *PEERS))}; peers.py describes the last",
     )
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
     arguments = parser.parse_args()
