@@ -334,6 +334,8 @@ def _check_files(results: _Results, contents: _Contents, expected: _Expected, ef
     for name in sorted({*names} - {*present}):
         what = f"it is missing, but {expected.listed_in(name) or contents.named_in} names it"
         results.findings.append(Finding(file=name, what=what))
+    sizes = [(results.directory / name).stat().st_size for name in present]
+    effort.progress.phase("check", sum(sizes))
     files = run_all(
         lambda number: _check_file(results.directory, contents, present[number], expected, effort),
         range(len(present)),

@@ -149,7 +149,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.analysis import damage
 
-    with options.effort("checking", arguments, ALONE) as effort:
+    with options.effort(arguments, ALONE) as effort:
         check = damage.check(arguments.a, config=options.given_config(arguments), effort=effort)
     return _answer(arguments, check.to_json(), _check_lines(check), is_good=check.is_sound)
 
@@ -165,7 +165,7 @@ def _check_lines(check: Check) -> Iterator[str]:
 def _compare_bits(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.analysis import compare
 
-    with options.effort("comparing", arguments, ALONE) as effort:
+    with options.effort(arguments, ALONE) as effort:
         if arguments.stored:
             outcome = compare.compare_stored(arguments.a, arguments.b, effort=effort)
         else:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
 import json
 import os
 import re
@@ -28,12 +26,9 @@ from plain_models import contents
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
-from dist_ckpt_mistral.cli import options
 from dist_ckpt_mistral.convert import migrate
 from dist_ckpt_mistral.convert.from_hf import from_hf
-from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.gather.execute import no_progress
 
 HEAVY = [
     *("numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"),
@@ -93,23 +88,6 @@ def test_numpy_starts_no_threads() -> None:
         threads[given.get("OPENBLAS_NUM_THREADS")], same = done.stdout.split()
         assert same == "True"
     assert threads == {None: "1", "1": "1", "2": str(min(2, len(os.sched_getaffinity(0))))}
-
-
-def test_only_a_terminal_sees_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bar is drawn on a terminal; elsewhere stderr has the notes alone, and what draws is not even imported."""
-    ckpt, config = str(folder("td_0192") / "checkpoint"), str(folder("td_0192"))
-    ((code, _, modules),) = without([], [["to-hf", ckpt, str(tmp_path / "hf"), "--config", config]])
-    assert code == 0
-    assert "tqdm" not in modules
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    arguments = argparse.Namespace(workers=1, memory=1 << 20)
-    with options.effort("exporting", arguments, Ranks()) as effort:
-        effort.progress(1)
-    with options.effort("exporting", arguments, Ranks(rank=1, world_size=2)) as effort:
-        assert effort.progress is no_progress
-    assert terminal.getvalue().count("exporting: 0.00B") == 1
 
 
 def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
