@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -173,10 +174,11 @@ def _write(arguments: argparse.Namespace, convert: Callable[..., Conversion]) ->
     from dist_ckpt_mistral.convert.conversion import conversion_line
 
     ranks = of_nodes()
+    begun_s = time.perf_counter()
     with options.effort(arguments, ranks) as effort:
         done = convert(output=options.given_output(arguments), effort=effort, ranks=ranks)
     if ranks.is_first:
-        output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))
+        output.say(conversion_line(done, seconds=None if arguments.dry_run else time.perf_counter() - begun_s))
     if ranks.is_first and arguments.dry_run:
         for name, num_bytes in done.files.items():
             output.say(f"  {name}  {num_bytes} bytes")
