@@ -35,6 +35,7 @@ from .errors import UnsafePickleError as UnsafePickleError
 from .errors import UnsupportedFormatError as UnsupportedFormatError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .gather.execute import Effort as Effort
+from .gather.progress import Progress as Progress
 from .mapping.read_plan import Amount as Amount
 from .mapping.read_plan import ChunkList as ChunkList
 from .mapping.read_plan import ChunkReads as ChunkReads

@@ -81,12 +81,20 @@ def _ranges(numbers: _Numbers) -> str:
     return "{" + ",".join(runs) + "}"
 
 
-def human_bytes(num_bytes: int) -> str:
+def human_bytes(num_bytes: float) -> str:
     """Format a byte count in decimal units, as Hugging Face does: ``14.5 GB``."""
     size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
     while size >= 1000 and len(units) > 1:  # noqa: PLR2004  (decimal units)
         size, units = size / 1000, units[1:]
-    return f"{num_bytes} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    return f"{num_bytes:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Format a time: ``0.03 s``, ``14.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 60:  # noqa: PLR2004  (of a minute)
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"  # noqa: PLR2004
 
 
 def command_line(words: Iterable[str]) -> str:
@@ -117,9 +125,9 @@ def escaped(text: str, *, is_harmless: Callable[[str], bool]) -> str:
     return text if text.isprintable() else "".join(c if is_harmless(c) else ascii(c)[1:-1] for c in text)
 
 
-def counted(count: int, what: str) -> str:
-    """Format a count with its noun: ``1 file``, ``2 files``."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def counted(count: int, what: str, plural: str = "") -> str:
+    """Format a count with its noun: ``1 file``, ``2 files``. ``plural`` is for one that takes more than an s."""
+    return f"{count} {what if count == 1 else plural or what + 's'}"
 
 
 def spans(numbers: Iterable[int], *, most: int = _MAX_RUNS) -> str:

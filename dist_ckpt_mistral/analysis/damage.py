@@ -29,7 +29,7 @@ from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Twin
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.source import open_hf, twin_differences
-from dist_ckpt_mistral.messages import listed, printable
+from dist_ckpt_mistral.messages import counted, listed, printable
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key
 from dist_ckpt_mistral.storage import paths
@@ -290,7 +290,9 @@ def _compare_twins(results: _Results, index: TensorIndex, twins: Sequence[Twin],
     """Compare tensors that are stored twice."""
     differences = results.attempt(lambda: [*twin_differences(index, twins, effort)]) if twins else None
     if differences is not None:
-        results.checked.append(f"{len(twins)} tensors against what is stored a second time for the same weights")
+        results.checked.append(
+            f"{counted(len(twins), 'tensor')} against what is stored a second time for the same weights"
+        )
         results.findings.extend(Finding(tensor=twin.name, what=what) for twin, what in differences)
 
 
@@ -334,6 +336,8 @@ def _check_files(results: _Results, contents: _Contents, expected: _Expected, ef
     for name in sorted({*names} - {*present}):
         what = f"it is missing, but {expected.listed_in(name) or contents.named_in} names it"
         results.findings.append(Finding(file=name, what=what))
+    sizes = [(results.directory / name).stat().st_size for name in present]
+    effort.progress.phase("check", sum(sizes))
     files = run_all(
         lambda number: _check_file(results.directory, contents, present[number], expected, effort),
         range(len(present)),
@@ -341,11 +345,11 @@ def _check_files(results: _Results, contents: _Contents, expected: _Expected, ef
     )
     results.findings.extend(finding for file in files for finding in file.findings)
     if num_parts := sum(file.num_parts for file in files):
-        results.checked.append(f"{num_parts} parts of files by their CRC-32")
+        results.checked.append(f"{counted(num_parts, 'part')} of files by their CRC-32")
     if num_summed := sum(name in expected.sums for name in present):
-        results.checked.append(f"{num_summed} files by their CRC-32 in {CHECKSUMS_FILE}")
+        results.checked.append(f"{counted(num_summed, 'file')} by their CRC-32 in {CHECKSUMS_FILE}")
     if num_hashed := sum(name in expected.sha256 for name in present):
-        results.checked.append(f"{num_hashed} files by their SHA-256 in {MANIFEST_FILE}")
+        results.checked.append(f"{counted(num_hashed, 'file')} by their SHA-256 in {MANIFEST_FILE}")
     if not expected.lists:
         if num_bare_parts := sum(file.num_bare_parts for file in files):
             results.not_checked.append(f"{num_bare_parts} parts of files that were stored without a checksum")

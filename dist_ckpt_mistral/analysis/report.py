@@ -21,7 +21,7 @@ from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, d
 from dist_ckpt_mistral.mapping.consolidated import consolidated_shapes
 from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
-from dist_ckpt_mistral.messages import grouped, human_bytes
+from dist_ckpt_mistral.messages import counted, grouped, human_bytes
 from dist_ckpt_mistral.model.config.mistral_config import SLIDING, ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import model_prefix, why_ignored
 from dist_ckpt_mistral.model.table.table import TensorTable, tensor_table
@@ -293,13 +293,15 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("kind", f"{report.kind}, {report.format}"),
         ("configuration", report.config_from or "none"),
         ("files", f"{len(report.files)}, {human_bytes(sum(size or 0 for size in report.files.values()))}"),
-        ("weights", f"{len(weights)} tensors, {human_bytes(sum(tensor.num_bytes for tensor in weights))}"),
+        ("weights", f"{counted(len(weights), 'tensor')}, {human_bytes(sum(tensor.num_bytes for tensor in weights))}"),
     ]
     if report.config is not None:
         facts.insert(1, ("model", _model_line(report.config)))
     reasons = Counter(tensor.ignored for tensor in report.tensors if tensor.ignored is not None)
     reasons.update(reason for _, reason in report.objects)
-    facts += [("ignored", f"{count} entries: {reason}") for reason, count in sorted(reasons.items())]
+    facts += [
+        ("ignored", f"{counted(count, 'entry', 'entries')}: {reason}") for reason, count in sorted(reasons.items())
+    ]
     return facts
 
 

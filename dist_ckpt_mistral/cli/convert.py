@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -64,7 +65,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
         allow_lossy=arguments.allow_lossy,
         iteration=arguments.iteration,
     )
-    return _write("importing", arguments, convert)
+    return _write(arguments, convert)
 
 
 def add_to_hf(commands: options.Commands) -> None:
@@ -103,7 +104,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         allow_lossy=arguments.allow_lossy,
     )
-    return _write("exporting", arguments, convert)
+    return _write(arguments, convert)
 
 
 def add_reshard(commands: options.Commands) -> None:
@@ -135,7 +136,7 @@ def _reshard(arguments: argparse.Namespace) -> int:
         config=options.given_config(arguments),
         weights_only=arguments.weights_only,
     )
-    return _write("resharding", arguments, convert)
+    return _write(arguments, convert)
 
 
 def add_migrate(commands: options.Commands) -> None:
@@ -157,7 +158,7 @@ def add_migrate(commands: options.Commands) -> None:
 def _migrate(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.convert.migrate import migrate
 
-    return _write("migrating", arguments, partial(migrate, arguments.checkpoint, arguments.output))
+    return _write(arguments, partial(migrate, arguments.checkpoint, arguments.output))
 
 
 def _declare(
@@ -168,15 +169,16 @@ def _declare(
     return options.declare(commands, name, run, summary, details, on_each_node=True, with_numpy=True)
 
 
-def _write(activity: str, arguments: argparse.Namespace, convert: Callable[..., Conversion]) -> int:
+def _write(arguments: argparse.Namespace, convert: Callable[..., Conversion]) -> int:
     """Call ``convert`` with ``output``, ``effort`` and ``ranks``, and print a summary on the first rank."""
     from dist_ckpt_mistral.convert.conversion import conversion_line
 
     ranks = of_nodes()
-    with options.effort(activity, arguments, ranks) as effort:
+    begun_s = time.perf_counter()
+    with options.effort(arguments, ranks) as effort:
         done = convert(output=options.given_output(arguments), effort=effort, ranks=ranks)
     if ranks.is_first:
-        output.say(conversion_line("would write" if arguments.dry_run else "wrote", done))
+        output.say(conversion_line(done, seconds=None if arguments.dry_run else time.perf_counter() - begun_s))
     if ranks.is_first and arguments.dry_run:
         for name, num_bytes in done.files.items():
             output.say(f"  {name}  {num_bytes} bytes")

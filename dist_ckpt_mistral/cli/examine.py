@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.cli import options, output
 from dist_ckpt_mistral.convert.ranks import ALONE
-from dist_ckpt_mistral.messages import human_bytes
+from dist_ckpt_mistral.messages import counted, human_bytes
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.analysis.compare import Comparison
@@ -149,7 +149,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.analysis import damage
 
-    with options.effort("checking", arguments, ALONE) as effort:
+    with options.effort(arguments, ALONE) as effort:
         check = damage.check(arguments.a, config=options.given_config(arguments), effort=effort)
     return _answer(arguments, check.to_json(), _check_lines(check), is_good=check.is_sound)
 
@@ -158,33 +158,34 @@ def _check_lines(check: Check) -> Iterator[str]:
     yield from map(str, check.findings)
     yield from (f"checked: {what}" for what in check.checked)
     yield from (f"not checked: {what}" for what in check.not_checked)
-    verdict = "no damage found" if check.is_sound else f"DAMAGED, {len(check.findings)} findings"
+    verdict = "no damage found" if check.is_sound else f"DAMAGED, {counted(len(check.findings), 'finding')}"
     yield f"{verdict}: {check.directory}"
 
 
 def _compare_bits(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.analysis import compare
 
-    with options.effort("comparing", arguments, ALONE) as effort:
+    with options.effort(arguments, ALONE) as effort:
         if arguments.stored:
             outcome = compare.compare_stored(arguments.a, arguments.b, effort=effort)
         else:
             outcome = compare.compare(arguments.a, arguments.b, config=options.given_config(arguments), effort=effort)
-    lines = _comparison_lines(outcome, "entries" if arguments.stored else "tensors")
+    lines = _comparison_lines(outcome, ("entry", "entries") if arguments.stored else ("tensor", "tensors"))
     return _answer(arguments, outcome.to_json(), lines, is_good=outcome.is_equal)
 
 
-def _comparison_lines(outcome: Comparison, things: str) -> Iterator[str]:
+def _comparison_lines(outcome: Comparison, things: tuple[str, str]) -> Iterator[str]:
     yield from (f"{difference.name}: {difference.what}" for difference in outcome.differences)
     yield from (f"the configurations of A and B differ in {each}" for each in outcome.configurations)
     yield from (f"not compared: {what}" for what in outcome.not_compared)
     if outcome.is_equal:
         verdict = "equal"
     elif outcome.differences:
-        verdict = f"DIFFERENT in {len(outcome.differences)} {things}"
+        verdict = f"DIFFERENT in {counted(len(outcome.differences), *things)}"
     else:
         verdict = "DIFFERENT in configuration, which reads the same bits as other weights"
-    yield f"{verdict}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)} compared bit for bit"
+    tensors = counted(outcome.num_tensors, "tensor")
+    yield f"{verdict}: {tensors}, {human_bytes(outcome.num_bytes)} compared bit for bit"
 
 
 def _compare_logits(arguments: argparse.Namespace) -> int:

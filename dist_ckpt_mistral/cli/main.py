@@ -91,7 +91,7 @@ class _NoteHandler(logging.Handler):
 def _run(arguments: argparse.Namespace) -> int:
     if not arguments.runs_here:
         return EXIT_DONE
-    level = logging.INFO if is_first_rank() else logging.ERROR
+    level = (logging.WARNING if arguments.quiet else logging.INFO) if is_first_rank() else logging.ERROR
     logging.basicConfig(format="%(message)s", handlers=[_NoteHandler()], level=max(level, logging.WARNING))
     logging.getLogger("dist_ckpt_mistral").setLevel(level)  # notes of other libraries are not shown
     for number in (signal.SIGINT, signal.SIGTERM):  # the unpublished output is then removed, or kept for --resume

@@ -1,4 +1,4 @@
-"""What commands share: their declaration, options with the same meaning everywhere, value parsers and progress bars."""
+"""What commands share: their declaration, options with the same meaning everywhere, and value parsers."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ def declare(
     usage and message, and exits with 2.
     """
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{summary} {details}")
+    help_text = "print no notes and show no progress bar; results, warnings and errors stay"
+    command.add_argument("-q", "--quiet", action="store_true", help=help_text)
     command.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     runs_here = on_all_ranks or (works_here() if on_each_node else is_first_rank())
     command.set_defaults(command=run, runs_here=runs_here, with_numpy=with_numpy, wrong_usage=command.error)
@@ -122,7 +124,9 @@ def given_output(arguments: argparse.Namespace) -> Output:
 
 
 def add_effort(command: argparse.ArgumentParser) -> None:
-    """Add the options that limit threads and memory."""
+    """Add the options that limit threads and memory, and ``--no-progress``."""
+    help_text = "show no progress bar; without a terminal there is none anyway"
+    command.add_argument("--no-progress", action="store_true", help=help_text)
     group = command.add_argument_group("resources")
     help_text = "number of threads that copy or compare (default: one per core, at most 8)"
     group.add_argument("--workers", type=positive, default=0, metavar="N", help=help_text)
@@ -271,15 +275,15 @@ def _layer_counts(text: str) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def effort(activity: str, arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
-    """The effort from the options of ``add_effort``; on a terminal with a progress bar titled ``activity``."""
+def effort(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
+    """The effort from the options of ``add_effort``; if standard error is a terminal, with a progress bar."""
     from dist_ckpt_mistral.gather.execute import Effort
 
     without_bar = Effort(workers=arguments.workers, memory_bytes=arguments.memory)
-    if not (ranks.is_first and sys.stderr.isatty()):
+    if arguments.no_progress or arguments.quiet or not (ranks.is_first and sys.stderr.isatty()):
         yield without_bar
         return
-    from tqdm import tqdm
+    from dist_ckpt_mistral.cli.bar import ProgressBar
 
-    with tqdm(desc=activity, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
-        yield dataclasses.replace(without_bar, progress=bar.update)
+    with ProgressBar() as bar:
+        yield dataclasses.replace(without_bar, progress=bar)

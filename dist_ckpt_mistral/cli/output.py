@@ -14,6 +14,7 @@ import textwrap
 import unicodedata
 from typing import TYPE_CHECKING, Final, TextIO
 
+from dist_ckpt_mistral.cli import bar
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.messages import escaped, printable
 
@@ -82,7 +83,8 @@ def show(content: RenderableType) -> None:
 def say_on_stderr(line: str) -> None:
     """Print one line on standard error. Errors are ignored: there is nowhere to report them."""
     try:
-        print(printable(line), file=sys.stderr, flush=True)
+        with bar.hidden():
+            print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         _silence(sys.stderr)
 
@@ -98,7 +100,8 @@ def finish() -> None:
 
 def _print(text: str, end: str = "\n") -> None:
     try:
-        print(text, end=end, flush=True)
+        with bar.hidden():
+            print(text, end=end, flush=True)
     except BrokenPipeError:  # the reader has ended, as in "inspect ... | head": that is no error of the command
         _silence(sys.stdout)
     except OSError as error:

@@ -16,7 +16,7 @@ from dist_ckpt_mistral.gather.execute import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Segment
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, Ignored
 from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
-from dist_ckpt_mistral.messages import human_bytes
+from dist_ckpt_mistral.messages import counted, human_bytes, human_seconds
 
 _LOG = logging.getLogger(__name__)
 #: Tensors that a message names, with their counts.
@@ -83,7 +83,7 @@ class LossPolicy:
         losses = _losses(plan, copied, self.names_of)
         if not losses:
             return ()
-        rest = [f"and {len(losses) - _MOST_NAMED} more tensors"] if len(losses) > _MOST_NAMED else []
+        rest = [f"and {counted(len(losses) - _MOST_NAMED, 'more tensor')}"] if len(losses) > _MOST_NAMED else []
         dtypes = " and ".join(sorted({loss.dtype for loss in losses}))
         what = f"values that {dtypes} cannot hold: {'; '.join([*map(str, losses[:_MOST_NAMED]), *rest])}"
         if not self.allowed and any(loss.destroys for loss in losses):
@@ -144,11 +144,14 @@ class Conversion:
     costly_load: ReadingPlan | None = None
 
 
-def conversion_line(verb: str, done: Conversion) -> str:
-    """The result of a conversion in one line, which begins with ``verb``."""
+def conversion_line(done: Conversion, *, seconds: float | None) -> str:
+    """The result of a conversion that took ``seconds``, or None for a dry run, in one line."""
     padding = [name for name, reason in done.ignored if reason == PADDING]
     others = len(done.ignored) - len(padding)
-    ignored = f"; {others} stored entries are not weights and stayed behind" if others else ""
+    ignored = f"; {counted(others, 'stored entry is not a weight', 'stored entries are not weights')}" if others else ""
+    ignored += " and stayed behind" if others else ""
     ignored += f"; dropped {', '.join(padding)}: {PADDING}" if padding else ""
-    size = human_bytes(done.num_bytes)
-    return f"{verb} {done.num_tensors} tensors ({size}) in {len(done.files)} files to {done.output}{ignored}"
+    verb = "would write" if seconds is None else "wrote"
+    time = "" if seconds is None else f" in {human_seconds(seconds)} ({human_bytes(done.num_bytes / seconds)}/s)"
+    tensors, files = counted(done.num_tensors, "tensor"), counted(len(done.files), "file")
+    return f"{verb} {tensors} ({human_bytes(done.num_bytes)}) in {files} to {done.output}{time}{ignored}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
@@ -127,6 +127,34 @@ def _identity(staging: Staging) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
+def _notes_in(notes: bytes) -> Iterator[tuple[Part, Copied]]:
+    """Yield all notes; torn lines are none."""
+    for line in filter(None, map(_NOTE.fullmatch, notes.split(b"\n"))):
+        *part, overflowed, vanished = map(int, line.groups()[:5])
+        yield Part(*part), Copied(int(line[6], 16), Lost(overflowed, vanished))
+
+
+class NewNotes:
+    """What all ranks note while they copy, read again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the notes in ``folder``, which may have none yet."""
+        self._folder = folder
+        self._positions: dict[Path, int] = {}
+
+    def read(self) -> list[Part]:
+        """The parts noted since the last call; the last one of a file may come twice. Raises OSError."""
+        parts: list[Part] = []
+        for path in sorted(self._folder.glob(_NOTES.format(rank="*"))):
+            with path.open("rb") as file:
+                position = file.seek(self._positions.get(path, 0))
+                notes = file.read()
+            # A line begins with its line end, and the last line may not be there as a whole yet: it is read again.
+            parts += [part for part, _ in _notes_in(notes)]
+            self._positions[path] = position + max(notes.rfind(b"\n"), 0)
+        return parts
+
+
 class Journal:
     """Record of the parts of a plan that are already copied, with their CRC-32, for ``--resume``.
 
@@ -145,9 +173,7 @@ class Journal:
         self._plan, self._targets, self.must_prove = plan, targets, must_prove
         self._noted: dict[Part, Copied] = {}
         for path in folder.glob(_NOTES.format(rank="*")):
-            for line in filter(None, map(_NOTE.fullmatch, path.read_bytes().split(b"\n"))):
-                *part, overflowed, vanished = map(int, line.groups()[:5])
-                self._noted[Part(*part)] = Copied(int(line[6], 16), Lost(overflowed, vanished))
+            self._noted.update(_notes_in(path.read_bytes()))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._file = os.open(folder / _NOTES.format(rank=rank), flags, 0o666)
 

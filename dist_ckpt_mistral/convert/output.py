@@ -12,6 +12,7 @@ from typing import Final
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
+from dist_ckpt_mistral.convert.job_progress import begin_phase, copying
 from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, OutputError
@@ -20,8 +21,9 @@ from dist_ckpt_mistral.formats.hf_directory import TensorSpans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
 from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.gather.digest import SummedSpan, crc32_of_file, digest
-from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, no_progress, run_all
+from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
 from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.gather.progress import NO_PROGRESS
 from dist_ckpt_mistral.storage import documents, local, paths
 from dist_ckpt_mistral.storage.local import TargetFile, Writable
 from dist_ckpt_mistral.storage.staging import Staging
@@ -137,7 +139,9 @@ def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort,
             ):
                 return execute(plan, targets, effort=effort, numbers=numbers, checksums=True, record=journal)
 
-        copied = {number: outcome for share in ranks.together(copy_share) for number, outcome in share.items()}
+        with copying(plan, numbers, staging.path, effort.progress, ranks):
+            shares = ranks.together(copy_share)
+        copied = {number: outcome for share in shares for number, outcome in share.items()}
         losses = ranks.on_first(lambda: new.losses.accept(plan, copied))
 
         def finish() -> None:
@@ -151,7 +155,7 @@ def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort,
 
         def sync_share() -> None:
             with _as_output_errors(staging), _opened(my_files) as targets:
-                _sync(targets, effort)
+                _sync(targets, effort, ranks)
 
         def publish() -> None:
             with _as_output_errors(staging):
@@ -222,10 +226,17 @@ def _cleaned_up(staging: Staging, recipe: Recipe) -> Iterator[None]:
         raise
 
 
-def _sync(targets: Mapping[int, TargetFile], effort: Effort) -> None:
+def _sync(targets: Mapping[int, TargetFile], effort: Effort, ranks: Ranks) -> None:
     """Wait until the content of all files is on the disk."""
-    files = list(targets.values())
-    run_all(lambda number: files[number].sync(), range(len(files)), workers=effort.threads)
+    files = [*targets.values()]
+    sizes = [file.path.stat().st_size for file in files]
+    begin_phase("sync", sum(sizes), effort.progress, ranks)
+
+    def sync(number: int) -> None:
+        files[number].sync()
+        effort.progress.advance(sizes[number])
+
+    run_all(sync, range(len(files)), workers=effort.threads)
 
 
 def share(plan: BytePlan, ranks: Ranks) -> list[int]:
@@ -303,7 +314,7 @@ def _write_checksums(
         crc32_at = {span[:2]: span.crc32 for span in spans[file]}
         tensors |= {tensor: crc32_at.get(span, 0) for tensor, span in new.tensors.get(name, {}).items()}
     for name in {*files_in(folder)} - {*files, CHECKSUMS_FILE}:
-        small = digest(folder / name, sha256=False, effort=replace(effort, progress=no_progress))
+        small = digest(folder / name, sha256=False, effort=replace(effort, progress=NO_PROGRESS))
         files[name] = FileSum(small.num_bytes, small.crc32)
     documents.write_bytes(folder / CHECKSUMS_FILE, FileChecksums(files=files, tensors=tensors).to_json())
 
@@ -311,6 +322,7 @@ def _write_checksums(
 def write_manifest(directory: Path, *, effort: Effort, ranks: Ranks) -> None:
     """Write integrity.json into ``directory``, whose files are complete. The ranks share the reading."""
     names = ranks.on_first(lambda: _by_size(directory))[ranks.rank :: ranks.world_size]
+    begin_phase("checksum", sum((directory / name).stat().st_size for name in names), effort.progress, ranks)
 
     def sha256_of(number: int) -> str:
         return str(digest(directory / names[number], sha256=True, effort=effort).sha256)

@@ -21,6 +21,8 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
         SourceFiles(plan_a.source_files, plan_a.derived_files) as files_a,
         SourceFiles(plan_b.source_files, plan_b.derived_files) as files_b,
     ):
+        if names:
+            effort.progress.phase("compare", plan_a.num_bytes)
         reader_a, reader_b = (BandReader(files, effort.band_bytes(readers=2)) for files in (files_a, files_b))
 
         def work(number: int) -> str | None:
@@ -28,9 +30,10 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
             at = 0
             for band_a, band_b in zip(reader_a.bands(segment_a), reader_b.bands(segment_b), strict=True):
                 if not _equal(band_a, band_b):
+                    effort.progress.advance(segment_a.num_bytes - at)  # the rest is not read
                     return _describe(band_a, band_b, at, segment_a.source_dtype)
                 at += len(band_a)
-                effort.progress(len(band_a))
+                effort.progress.advance(len(band_a))
             return None
 
         differences = run_all(work, range(len(names)), workers=effort.threads, stop=reader_a.stop)

@@ -56,7 +56,7 @@ def digest(path: Path, spans: Sequence[Span] = (), *, sha256: bool, effort: Effo
                 if high > len(block):
                     break  # the piece continues in the next block
                 at += 1
-            effort.progress(len(block))
+            effort.progress.advance(len(block))
     return Digest(
         num_bytes=size,
         sha256=file_hash.hexdigest() if sha256 else None,

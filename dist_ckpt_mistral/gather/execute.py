@@ -21,6 +21,7 @@ from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.bands import PAGE_BYTES, BandReader, Stopped, band_bytes_within
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
+from dist_ckpt_mistral.gather.progress import NO_PROGRESS, Progress
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 _MAX_WORKERS: Final = 4096
@@ -32,7 +33,6 @@ _WRITERS_OF_A_FILE: Final = 2
 #: Bytes written before writeback to the disk is started.
 _WRITEBACK_BYTES: Final = 16 << 20
 
-Progress = Callable[[int], None]
 T = TypeVar("T")
 
 
@@ -68,10 +68,6 @@ class CopiedParts(Protocol):
         """Record that a part was written. May be called from any thread."""
 
 
-def no_progress(num_bytes: int) -> None:
-    """Ignore progress."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
     """How much of the machine a conversion or comparison may use.
@@ -79,7 +75,7 @@ class Effort:
     Args:
         workers: Number of copying threads, at most 4096; 0 means one per core, at most 8.
         memory_bytes: Total size of copy buffers in bytes.
-        progress: Called with the number of bytes just copied or compared, from any thread.
+        progress: Receives the phases of the work and the bytes that are done; by default nothing does.
 
     Raises:
         ConfigError: ``workers`` is negative or larger than 4096.
@@ -90,7 +86,7 @@ class Effort:
 
     workers: int = 0
     memory_bytes: int = 32 << 20
-    progress: Progress = no_progress
+    progress: Progress = NO_PROGRESS
 
     def __post_init__(self) -> None:
         """Check the number of workers, before anything is started."""
@@ -133,11 +129,11 @@ def execute(
             segment = plan.segments[part.number]
             copied = record.recall(part) if record else None
             if record and record.must_prove and copied is not None:
-                silent = replace(effort, progress=no_progress)
+                silent = replace(effort, progress=NO_PROGRESS)
                 proof = _copy(segment, part, None, reader, silent, checksum=True)
                 copied = copied if proof == copied else None
             if copied is not None:
-                effort.progress(segment.stored(part.low, part.high)[1])
+                effort.progress.advance(segment.stored(part.low, part.high)[1])
                 return copied
             copied = _copy(
                 segment, part, targets[segment.file], reader, effort, checksum=checksums or record is not None
@@ -175,7 +171,7 @@ def _copy(
         if target is not None and position - unflushed >= _WRITEBACK_BYTES:
             target.start_writeback(unflushed, position - unflushed)
             unflushed = position
-        effort.progress(len(stored))
+        effort.progress.advance(len(stored))
     return Copied(crc32, lost)
 
 

@@ -14,7 +14,7 @@ from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Ignored
 from dist_ckpt_mistral.mapping.consolidated import consolidated_shapes
-from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.messages import counted, listed
 from dist_ckpt_mistral.model.table.entries import (
     flat_state,
     is_of_adapter,
@@ -54,10 +54,13 @@ def match_checkpoint(
     found = _spelled(table, by_key, state, states)
     if not any(found.stored_name(rule.mcore_key) in tensors for rule in table.carried):
         found = replace(found, table=table.without_carried())
-    problems = [*_missing(found, tensors), *_misshapen(found, tensors)]
+    missing = [name for name in found.names() if name not in tensors]
     ignored, unknown = _left(found, tensors)
-    if unknown:
-        problems.append(f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}")
+    problems = [
+        *_problem(missing, "missing"),
+        *_misshapen(found, tensors),
+        *_problem(unknown, "unknown to the table"),
+    ]
     advice = "Check that the configuration belongs to this checkpoint."
     if not table.carried and any(map(is_carried, unknown)):
         advice = "Give the config.json of the whole multimodal model with --config."
@@ -166,9 +169,9 @@ def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[Ten
     return style, {rule: max(rule.keys, key=lambda key: count(rule, style, key)) for rule in table.rules}
 
 
-def _missing(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
-    missing = [name for name in found.names() if name not in tensors]
-    return [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
+def _problem(names: Sequence[str], what: str) -> list[str]:
+    """One problem of all tensors ``names``, in words; none if there are no names."""
+    return [f"{counted(len(names), 'tensor is', 'tensors are')} {what}: {listed(names)}"] if names else []
 
 
 def _misshapen(found: CheckpointMap, tensors: Mapping[str, Shape]) -> list[str]:
@@ -234,8 +237,7 @@ def _require_all(
 ) -> None:
     """Raise TensorMismatchError if tensors are ``missing``, unknown, or of another shape than ``expected``."""
     unknown = [f"{name} {list(shape)}" for name, shape in tensors.items() if name not in expected]
-    problems = [f"{len(missing)} tensors are missing: {listed(missing)}"] if missing else []
-    problems += [f"{len(unknown)} tensors are unknown to the table: {listed(unknown)}"] if unknown else []
+    problems = [*_problem(missing, "missing"), *_problem(unknown, "unknown to the table")]
     problems += [
         f"shape of {name}: expected {list(shape)}, got {list(tensors[name])}"
         for name, shape in expected.items()

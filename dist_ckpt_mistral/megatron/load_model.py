@@ -181,6 +181,7 @@ def _fill(
         for _, parameter in pairs
     ]
     targets = {number: _Memory(value.view(-1).view(torch.uint8).numpy().data) for number, value in enumerate(values)}
+    effort.progress.phase("load", plan.num_bytes)
     losses.accept(plan, execute(plan, targets, effort=effort, numbers=range(len(plan.segments)), checksums=False))
     for (tensor, parameter), value in zip(pairs, values, strict=True):
         value[tensor.live_rows :] = 0

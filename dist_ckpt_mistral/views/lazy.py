@@ -10,6 +10,7 @@ from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, require_equal_twins
+from dist_ckpt_mistral.messages import counted
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources
 
@@ -133,7 +134,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
 
     def __repr__(self) -> str:
         """Name the path and the number of tensors."""
-        return f"<LazyCheckpoint of {len(self)} tensors in {self._source.path}>"
+        return f"<LazyCheckpoint of {counted(len(self), 'tensor')} in {self._source.path}>"
 
 
 def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> LazyCheckpoint:

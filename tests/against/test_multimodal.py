@@ -324,7 +324,7 @@ def test_embeddings_are_tied_as_transformers_runs_them(
     is_tied = model.lm_head.weight.data_ptr() == model.model.language_model.embed_tokens.weight.data_ptr()
     if info["missing_keys"]:
         assert (outer, has_head) == (False, False)
-        assert "tensors are missing: language_model.lm_head.weight" in refusal(tmp_path, "from-hf", hf, tmp_path / "ck")
+        assert "1 tensor is missing: language_model.lm_head.weight" in refusal(tmp_path, "from-hf", hf, tmp_path / "ck")
         return
     if has_head and outer is not False and inner is True:
         line = refusal(tmp_path, "from-hf", hf, tmp_path / "ck")
@@ -389,8 +389,8 @@ def test_ties_that_transformers_5_only_claims(tmp_path: Path) -> None:
 
 
 BAD_TENSORS: dict[str, tuple[dict[str, tuple[int, ...] | None], str]] = {
-    "missing": ({"vision_tower.ln_pre.weight": None}, "1 tensors are missing: vision_tower.ln_pre.weight"),
-    "unknown": ({"vision_tower.ln_post.weight": (16,)}, "1 tensors are unknown to the table: vision_tower.ln_post"),
+    "missing": ({"vision_tower.ln_pre.weight": None}, "1 tensor is missing: vision_tower.ln_pre.weight"),
+    "unknown": ({"vision_tower.ln_post.weight": (16,)}, "1 tensor is unknown to the table: vision_tower.ln_post"),
     "another shape": (
         {"multi_modal_projector.linear_1.weight": (24, 17)},
         "shape of multi_modal_projector.linear_1.weight: expected [24, 16], got [24, 17]",
@@ -421,7 +421,7 @@ def test_part_of_vision_in_a_checkpoint(trip: Trip, tmp_path: Path) -> None:
     key = "vision_tower.transformer.layers.1.ffn_norm.weight"
     drop(tmp_path / "ckpt" / "release", (key,))
     line = refusal(tmp_path, "to-hf", tmp_path / "ckpt", tmp_path / "hf", "--config", trip.original)
-    assert f"1 tensors are missing: {key}" in line
+    assert f"1 tensor is missing: {key}" in line
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_iterations_that_are_not_there(tmp_path: Path) -> None:
                 f": metadata.json is missing, as where a save was interrupted or still runs. {whole}"
             ), line
     outcome = run("verify", root)
-    assert (outcome.code, outcome.out[-1]) == (3, f"DAMAGED, 1 findings: {root / 'iter_0000300'}")
+    assert (outcome.code, outcome.out[-1]) == (3, f"DAMAGED, 1 finding: {root / 'iter_0000300'}")
 
 
 def test_an_iteration_that_is_a_link(tmp_path: Path) -> None:

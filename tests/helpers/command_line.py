@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,13 @@ def _fresh_process() -> Iterator[None]:
         root.setLevel(level)
         for number, handler in on_signal.items():
             signal.signal(number, handler)
+
+
+def without_time(line: str) -> str:
+    """The line in which a conversion says what it wrote, without seconds and rate, which differ from run to run."""
+    short, count = re.subn(r" in \d+\.\d+ s \(\d+(\.\d)? [kMG]?B/s\)", "", line)
+    assert count == 1, line
+    return short
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -309,7 +309,7 @@ def test_missing_and_unknown_tensors_are_all_listed(genuine: Path, tmp_path: Pat
                 del metadata.storage_data[index]
     line = refusal(tmp_path, "to-hf", genuine, tmp_path / "out", "--config", tmp_path / "config.json")
     assert f"3 tensors are missing: {FC1}, decoder.layers.mlp.linear_fc2.weight, output_layer.weight" in line
-    assert "1 tensors are unknown to the table: decoder.layers.mlp.linear_fc9.weight [4, 192, 64]" in line
+    assert "1 tensor is unknown to the table: decoder.layers.mlp.linear_fc9.weight [4, 192, 64]" in line
 
 
 def test_missing_hugging_face_tensors_are_all_listed(hf: Path, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_missing_hugging_face_tensors_are_all_listed(hf: Path, tmp_path: Path) -
     save_file(tensors, hf / "model.safetensors")
     line = refusal(tmp_path, "from-hf", hf, tmp_path / "out")
     assert "2 tensors are missing: model.layers.0.self_attn.k_proj.weight, model.norm.weight" in line
-    assert "1 tensors are unknown to the table: lm_head.bias [24]" in line
+    assert "1 tensor is unknown to the table: lm_head.bias [24]" in line
     assert "shape of model.layers.1.mlp.up_proj.weight: expected [20, 24], got [20, 23]" in line
 
 
@@ -928,7 +928,7 @@ def test_verify_names_what_differs(hf: Path, ckpt: Path, tmp_path: Path) -> None
     assert (outcome.code, outcome.err) == (3, [])
     last = header[name]["data_offsets"][1] - header[name]["data_offsets"][0] - 1
     assert outcome.out[0] == f"{name}: bits differ from byte {last} of the bfloat16 data on"
-    assert outcome.out[1].startswith("DIFFERENT in 1 tensors: 21 tensors")
+    assert outcome.out[1].startswith("DIFFERENT in 1 tensor: 21 tensors")
     told = json.loads("\n".join(run("verify", ckpt, hf, "--json").out))
     assert (told["equal"], [each["hf_name"] for each in told["differences"]]) == (False, [name])
     other = saved(

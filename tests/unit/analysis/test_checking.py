@@ -399,7 +399,7 @@ def test_tensors_that_are_not_there(tmp_path: Path) -> None:
                 del metadata.storage_data[index]
     outcome = run("verify", directory, "--config", folder("td_0161"))
     assert outcome.code == 3
-    assert f"1 tensors are missing: {norm}; 1 tensors are unknown to the table: decoder.more [64]." in outcome.out[0]
+    assert f"1 tensor is missing: {norm}; 1 tensor is unknown to the table: decoder.more [64]." in outcome.out[0]
     by_key = {line.split(": ")[1]: line for line in outcome.out if line.startswith(".metadata: ")}
     assert set(by_key) == {fc1, fc2, qkv} == {line.split(": ")[1].partition(" (")[0] for line in by_key.values()}
     assert "nothing is stored for" in by_key[qkv]

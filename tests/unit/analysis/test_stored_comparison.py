@@ -58,7 +58,7 @@ def test_a_bit_of_a_tensor(pattern: str, named: str, tmp_path: Path) -> None:
     outcome = run("verify", shards("optzarr_0123"), copy, "--stored")
     assert outcome.code == 3
     assert outcome.out[0].startswith(f"{named}: bits differ from byte ")
-    assert outcome.out[-1].startswith("DIFFERENT in 1 entries: 36 tensors, ")
+    assert outcome.out[-1].startswith("DIFFERENT in 1 entry: 36 tensors, ")
 
 
 def test_objects(tmp_path: Path) -> None:

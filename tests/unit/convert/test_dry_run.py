@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from command_line import Outcome, refusal, run, tree
+from command_line import Outcome, refusal, run, tree, without_time
 from failing_writes import at_write, full
 from genuine import folder
 from plain_models import contents, save_model
@@ -166,7 +166,7 @@ def test_what_would_be_written(command: str, pristine: Path, tmp_path: Path) -> 
     assert (dry.code, list(tmp_path.iterdir())) == (0, [])
     wet = run(command, pristine / command, output)
     assert wet.code == 0
-    assert dry.out[0] == wet.out[0].replace("wrote", "would write")
+    assert dry.out[0] == without_time(wet.out[0]).replace("wrote", "would write")
     listed = {name: int(size) for name, size, unit in map(str.split, dry.out[1:]) if unit == "bytes"}
     assert {str(p.relative_to(output)): p.stat().st_size for p in output.rglob("*.distcp")} == listed or listed == {
         path.name: path.stat().st_size for path in output.glob("*.safetensors")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded_progress import Recorded
 
 from dist_ckpt_mistral.errors import FormatError, PlanError, TensorMismatchError
 from dist_ckpt_mistral.gather.bands import BandReader, best_band_bytes
@@ -538,11 +539,11 @@ def test_files_are_written_as_planned(
         [Link(source="s", source_offset=origin, target="t", target_offset=origin, shape=shape)],
     )
     targets = {number: TargetFile(folder / str(number), end + 5) for number, end in enumerate(ends)}
-    progress: list[int] = []
+    progress = Recorded()
     copied = execute(
         plan,
         targets,
-        effort=Effort(workers=workers, progress=progress.append),
+        effort=Effort(workers=workers, progress=progress),
         numbers=range(len(plan.segments)),
         checksums=checksums,
     )
@@ -553,7 +554,7 @@ def test_files_are_written_as_planned(
     for (file, position), raw in expected.items():
         whole[file][position : position + len(raw)] = raw
     assert [(folder / str(number)).read_bytes() for number in (0, 1)] == whole
-    assert sum(progress) == array.size
+    assert sum(num_bytes for _, num_bytes in progress.done) == array.size
     true = {n: zlib.crc32(expected[s.file, s.position]) for n, s in enumerate(plan.segments)}
     assert {number: each.lost for number, each in copied.items()} == dict.fromkeys(true, (0, 0))
     assert not checksums or {number: each.crc32 for number, each in copied.items()} == true
