@@ -16,6 +16,8 @@ from .analysis.report import TensorReport as TensorReport
 from .analysis.report import inspect as inspect
 from .convert.conversion import Conversion as Conversion
 from .convert.conversion import Loss as Loss
+from .convert.describe import Described as Described
+from .convert.describe import describe as describe
 from .convert.from_hf import from_hf as from_hf
 from .convert.migrate import migrate as migrate
 from .convert.output import Output as Output
@@ -41,6 +43,7 @@ from .mapping.read_plan import ChunkList as ChunkList
 from .mapping.read_plan import ChunkReads as ChunkReads
 from .mapping.read_plan import RankReads as RankReads
 from .mapping.read_plan import ReadingPlan as ReadingPlan
+from .mapping.source import hf_content_metadata as hf_content_metadata
 from .megatron.build_model import build_model as build_model
 from .megatron.hf_metadata import add_hf_metadata as add_hf_metadata
 from .megatron.load_model import load_model as load_model

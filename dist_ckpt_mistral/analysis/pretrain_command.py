@@ -96,7 +96,7 @@ def megatron_args(
         *_flags_without_training_state(source, layout),
         *("--ckpt-format", "torch_dist"),
     ]
-    groups["tokenizer"] = _tokenizer_flags(source.assets)
+    groups["tokenizer"] = _tokenizer_flags(source.tokenizer_places)
     return _command(source.config_from, args, groups)
 
 

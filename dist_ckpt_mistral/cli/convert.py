@@ -1,4 +1,4 @@
-"""The commands that write an output: from-hf, to-hf, reshard, migrate."""
+"""The commands that write an output: from-hf, to-hf, reshard, migrate, describe."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral.cli import options, output
-from dist_ckpt_mistral.convert.ranks import of_nodes
-from dist_ckpt_mistral.messages import command_line, human_bytes
+from dist_ckpt_mistral.convert.ranks import ALONE, of_nodes
+from dist_ckpt_mistral.messages import command_line, counted, human_bytes
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.convert.conversion import Conversion
@@ -159,6 +159,39 @@ def _migrate(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.convert.migrate import migrate
 
     return _write(arguments, partial(migrate, arguments.checkpoint, arguments.output))
+
+
+def add_describe(commands: options.Commands) -> None:
+    """Declare ``describe``."""
+    command = options.declare(
+        commands,
+        "describe",
+        _describe,
+        "Leave configuration and tokenizer of a model in a checkpoint root, for every iteration saved there.",
+        "The folder ROOT/hf then has config.json, tokenizer, chat templates, generation config, the layout of the "
+        "original files, and the vision tower that training drops from a multimodal model, so that to-hf needs no "
+        "--config. Nothing is written if the model contradicts the latest iteration. Needs neither torch nor Megatron "
+        "nor a GPU.",
+        with_numpy=True,
+    )
+    command.add_argument("hf", type=options.name, metavar="HF", help=options.HF)
+    help_text = "checkpoint root directory, or an empty directory that training will save into"
+    command.add_argument("root", metavar="ROOT", type=options.path, help=help_text)
+    options.add_output(command)
+
+
+def _describe(arguments: argparse.Namespace) -> int:
+    from dist_ckpt_mistral.convert.describe import describe
+
+    with options.effort(arguments, ALONE) as effort:
+        done = describe(arguments.hf, arguments.root, output=options.given_output(arguments), effort=effort)
+    verb = "would write" if arguments.dry_run else "wrote"
+    agrees = "" if done.compared is None else f"; the model agrees with {done.compared.name}"
+    output.say(f"{verb} {counted(len(done.files), 'file')} to {done.folder}{agrees}")
+    if arguments.dry_run:
+        for name, num_bytes in done.files.items():
+            output.say(f"  {name}  {num_bytes} bytes")
+    return options.EXIT_DONE
 
 
 def _declare(

@@ -26,6 +26,7 @@ from dist_ckpt_mistral.messages import printable
 _COMMANDS: Final = (
     convert.add_from_hf,
     convert.add_to_hf,
+    convert.add_describe,
     examine.add_plan,
     convert.add_reshard,
     convert.add_migrate,

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
+from dist_ckpt_mistral.convert.describe import asset_texts, description_texts
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
-from dist_ckpt_mistral.errors import LayoutError, for_all
-from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
+from dist_ckpt_mistral.errors import LayoutError, OutputError, for_all
+from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE, untrained
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, locate, require_not_swapped
+from dist_ckpt_mistral.formats.places import Kind, locate, require_not_swapped
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather import dtypes
@@ -108,6 +109,7 @@ def from_hf(
         dtypes.require_weight_dtype(dtype)
         require_not_swapped(hf, target, Kind.HF, Kind.CONSOLIDATED)
         paths.require_writable(target, overwrite=output.overwrite)
+        _require_no_other_iteration(target, step.name)
         directory = locate(hf, Kind.HF, Kind.CONSOLIDATED).path
         paths.require_apart(directory, target)
         with Sources() as inputs:
@@ -125,6 +127,9 @@ def from_hf(
         checkpoint_layout.finish(targets, plan, checksums)
         _write_other_files(staging / step, source, copied_files, layout, dtype or source.main_dtype, iteration)
         documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, checkpoint_layout.metadata())
+        for_all_iterations = description_texts(source.config, source.hf_files, copied_files)
+        (staging / small_files.ASSETS_FOLDER).mkdir()
+        small_files.write_small_files(staging / small_files.ASSETS_FOLDER, copied_files, for_all_iterations)
         checkpoint_directory.write_tracker(staging, step.name)
 
     sizes = checkpoint_layout.file_sizes(step)
@@ -135,7 +140,7 @@ def from_hf(
         complete=complete,
         folder=step,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
-        copied_files=[*copied_files.values()],
+        copied_files=[*copied_files.values()] * 2,  # for the iteration, and for its root
         losses=LossPolicy(allowed=allow_lossy, names_of=names_of_sources),
     )
     losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
@@ -149,6 +154,17 @@ def from_hf(
         losses=losses,
         costly_load=_costly_load(source, chunks, target / step) if layout == ParallelLayout() else None,
     )
+
+
+def _require_no_other_iteration(root: Path, step: str) -> None:
+    """Raise OutputError if ``root`` holds an iteration of another name than ``step``: training may have saved it."""
+    iterations = [path.name for path in root.glob("*/") if checkpoint_directory.is_iteration_name(path.name)]
+    others = [name for name in iterations if name != step and not (root / name).is_symlink()]
+    if others:
+        raise OutputError(
+            f"the output {root} holds {listed(sorted(others))}, which an import would remove. Choose another name; to "
+            "leave the model's configuration and tokenizer there for these iterations, use describe."
+        )
 
 
 def _plan_import(
@@ -249,10 +265,6 @@ def _write_other_files(
         },
     }
     documents.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
-    texts: dict[str, bytes | None] = {}
-    if CONFIG_FILE in copied_files:
-        texts[CONFIG_FILE] = hf_directory.config_json(source.config.to_hf(), copied_files[CONFIG_FILE])
-    if source.hf_files is None:  # the checkpoint has no record of the original files, so their index is useless
-        texts[INDEX_FILE] = None
+    texts = asset_texts(source.config, source.hf_files, copied_files)
     (directory / small_files.ASSETS_FOLDER).mkdir()
     small_files.write_small_files(directory / small_files.ASSETS_FOLDER, copied_files, texts)

@@ -200,6 +200,7 @@ def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:
             staging.keep(file_bytes)
         else:
             staging.clear()
+        staging.output.mkdir(exist_ok=True)
         for name, num_bytes in file_bytes.items():
             (staging.output / name).parent.mkdir(parents=True, exist_ok=True)
             TargetFile(staging.output / name, num_bytes, kept=resumed).close()

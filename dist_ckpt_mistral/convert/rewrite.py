@@ -120,6 +120,7 @@ def rewrite(
     directory, train_state = ranks.on_first(find)  # once for all ranks: training may save another iteration meanwhile
     inputs, new, layout, plan = ranks.each(prepare)
     copied_files = dict(_files_to_copy(new.stored)) if ranks.is_first else {}
+    root_files = small_files.description_of_root(directory) if ranks.is_first and new.step.name else {}
 
     def complete(staging: Path, targets: Mapping[int, Writable], checksums: Checksums) -> None:
         layout.finish(targets, plan, checksums)
@@ -127,6 +128,9 @@ def rewrite(
         if new.stored.backend != TORCH_DIST:
             documents.write_bytes(staging / new.step / BACKEND_FILE, writer.BACKEND_JSON)
         documents.write_bytes(staging / new.step / METADATA_FILE, layout.metadata())
+        if root_files:
+            (staging / small_files.ASSETS_FOLDER).mkdir()
+            small_files.copy_files(root_files, staging / small_files.ASSETS_FOLDER)
         if train_state is not None:
             documents.write_bytes(staging / TRAIN_STATE_FILE, train_state)
         if checkpoint_directory.iteration_of(str(new.step)) is not None:
@@ -139,7 +143,7 @@ def rewrite(
         complete=complete,
         folder=new.step,
         recipe=Recipe.of(plan, inputs, new.options),
-        copied_files=[*copied_files.values()],
+        copied_files=[*copied_files.values(), *root_files.values()],
     )
     write_output(target, files, output=output, effort=effort, ranks=ranks)
     return Conversion(

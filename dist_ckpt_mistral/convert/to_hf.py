@@ -91,7 +91,8 @@ def to_hf(
     def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
         config_directory = given_directory(config, vision=True)
         with Sources() as inputs:
-            inputs.look_at([*directory.rglob("*"), *(config_directory.iterdir() if config_directory else ())])
+            folders = [*([config_directory] if config_directory else ()), *small_files.hf_folders(directory)]
+            inputs.look_at([*directory.rglob("*"), *(path for folder in folders for path in folder.iterdir())])
             opened = open_megatron(directory, config=chosen_config(config), state=_STATES[weights])
             require_equal_twins(opened)
             source = completed(opened, config_directory)
@@ -105,7 +106,8 @@ def to_hf(
     if source.carried_from is not None:
         _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
     config_directory = given_directory(config)
-    copied_files = small_files.gathered([*([config_directory] if config_directory else ()), *source.assets])
+    places = [*([config_directory] if config_directory else ()), *source.assets]
+    copied_files = small_files.gathered(places, source.named_tokenizer)
     texts = _texts(source, file_set, copied_files)
     inputs.look_at(copied_files.values())
 

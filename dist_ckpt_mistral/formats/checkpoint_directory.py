@@ -106,6 +106,12 @@ def is_iteration_name(directory_name: str) -> bool:
     return directory_name == _RELEASE or re.fullmatch(r"iter_\d+", directory_name) is not None
 
 
+def root_of(directory: Path) -> Path | None:
+    """The checkpoint root around the ``directory`` of an iteration; None if its name is not that of an iteration."""
+    real = directory.resolve()
+    return real.parent if is_iteration_name(real.name) else None
+
+
 def write_tracker(root: Path, directory_name: str) -> None:
     """Write Megatron-LM's tracker file in ``root``, so that it names an iteration's directory as the latest.
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
+from dist_ckpt_mistral.formats.checkpoint_directory import iteration_name, root_of
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
-from dist_ckpt_mistral.formats.places import INDEX_FILE, PARAMS_FILE
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, PARAMS_FILE
 from dist_ckpt_mistral.storage import documents, paths
 
 _LOG = logging.getLogger(__name__)
 
 #: Folders beside the shards of a checkpoint: the small files that ``from_hf`` copied, and the tokenizer that
-#: Megatron-Bridge saves (``save_tokenizer_assets`` in training/checkpointing.py, 0.6.2; later Megatron-LM, too).
+#: Megatron-Bridge saves (``save_tokenizer_assets`` in training/checkpointing.py, 0.6.2; later Megatron-LM, too). The
+#: first also has a place in the root of a checkpoint, where it belongs to every iteration.
 ASSETS_FOLDER: Final = "hf"
+#: The record of the imported model in such a folder of a root: the JSON of what is else stored in the checkpoint.
+RECORD_FILE: Final = "dist_ckpt_mistral.json"
+#: The vision tower and projector of a multimodal model in such a folder.
+VISION_FILE: Final = "vision.safetensors"
 _TOKENIZER_FOLDER: Final = "tokenizer"
 #: NeMo 2's folders of the tokenizer, beside the folder ``weights`` that holds the shards.
 _NEMO_FOLDERS: Final = ("context/tokenizer", "context/nemo_tokenizer")
@@ -27,6 +34,14 @@ _TEMPLATES_FOLDER: Final = "additional_chat_templates"
 #: Where peft is installed, transformers applies the adapter that this file describes to the model beside it
 #: (integrations/peft.py, 5.24).
 _ADAPTER_FILE: Final = "adapter_config.json"
+
+#: The files of a tokenizer, and those that say how a model is run. Of a directory that is known only by the path in a
+#: checkpoint, nothing else is copied: it may hold anything.
+_OF_TOKENIZERS: Final = (
+    *("tokenizer*", "tekken*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template*", f"{_TEMPLATES_FOLDER}/*"),
+)
+_OF_MODELS: Final = (CONFIG_FILE, "generation_config.json", "processor_config.json", "preprocessor_config.json")
 
 _QUANTIZED: Final = "describes quantized weights, and those that are written are not quantized"
 _OTHER_FILES: Final = "describes weights in other files or another format"
@@ -39,6 +54,7 @@ _LEFT_BEHIND: Final[Mapping[str, str | None]] = {
     ".*": "",  # git's, and of tools
     CHECKSUMS_FILE: "",  # the output gets its own
     MANIFEST_FILE: "",  # likewise
+    RECORD_FILE: "",  # it describes the files of a checkpoint's root
     _ADAPTER_FILE: _ADAPTER,
     "adapter_model.*": _ADAPTER,
     "*quant*.json": _QUANTIZED,  # hf_quant_config (ModelOpt), quantize_config (GPTQ), quant_config (AWQ), ...
@@ -76,20 +92,47 @@ def has_tokenizer(directory: Path) -> bool:
     return any(is_tokenizer_file(path.name) and path.is_file() for path in directory.iterdir())
 
 
+def hf_folders(directory: Path) -> tuple[Path, ...]:
+    """The folders of Hugging Face files that describe the iteration in ``directory``, its own first.
+
+    The next is that of the root, which describes all iterations, and the last that of a release beside. A folder that
+    is a link out of the checkpoint is left out, with a warning.
+    """
+    root = root_of(directory)
+    shared = [] if root is None else [root, root / iteration_name(None)]
+    tops = [directory, *(top for top in shared if top != directory.resolve())]
+    return tuple(_folders_inside([(top, ASSETS_FOLDER) for top in tops]))
+
+
+def description_of_root(directory: Path) -> dict[str, Path]:
+    """The files of the root's folder ``hf`` around an iteration's ``directory``: relative name -> path."""
+    root = root_of(directory)
+    folder = next((folder for folder in hf_folders(directory) if folder.parent == root), None)
+    if folder is None:
+        return {}
+    ours = {name: folder / name for name in (RECORD_FILE, VISION_FILE)}
+    return small_files(folder) | {
+        name: path for name, path in ours.items() if path.is_file() and not paths.leads_outside(path, folder)
+    }
+
+
 def folders_beside(directory: Path) -> tuple[Path, ...]:
     """The folders of small files that came with the checkpoint in an iteration's ``directory``, most important first.
 
     A folder that is a link out of the checkpoint is left out, with a warning.
     """
     parent = directory.resolve().parent
-    places = [(directory, ASSETS_FOLDER), (directory, _TOKENIZER_FOLDER), *((parent, name) for name in _NEMO_FOLDERS)]
-    folders = []
+    places = [(directory, _TOKENIZER_FOLDER), *((parent, name) for name in _NEMO_FOLDERS)]
+    return (*hf_folders(directory), *_folders_inside(places))
+
+
+def _folders_inside(places: Iterable[tuple[Path, str]]) -> Iterator[Path]:
+    """Yield the folders that exist, of pairs (directory, name), without links out of the directory."""
     for top, name in places:
         if (top / name).is_dir() and paths.leads_outside(top / name, top):
             _LOG.warning("%s is a link out of the checkpoint: what it holds stays behind", top / name)
         elif (top / name).is_dir():
-            folders.append(top / name)
-    return tuple(folders)
+            yield top / name
 
 
 def belongs_to_model(place: Path) -> bool:
@@ -149,10 +192,28 @@ def _why_left_by_content(path: Path, directory: Path) -> str | None:
     return why if why and documents.read_json(path).get(key) else None
 
 
-def gathered(places: Sequence[Path]) -> dict[str, Path]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedTokenizer:
+    """A directory with a tokenizer, of which a checkpoint has only the path. It may hold anything else besides.
+
+    ``is_of_model`` says whether its config.json describes the model in the checkpoint.
+    """
+
+    directory: Path
+    is_of_model: bool
+
+    def files(self) -> dict[str, Path]:
+        """The small files of the tokenizer, and those that say how the model is run if it is the same model."""
+        patterns = (*_OF_TOKENIZERS, *(_OF_MODELS if self.is_of_model else ()))
+        files = small_files(self.directory).items()
+        return {name: path for name, path in files if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def gathered(places: Sequence[Path], named: NamedTokenizer | None = None) -> dict[str, Path]:
     """The small files of a model: those of the first of ``places``, and those of the first place with a tokenizer.
 
-    Where both have a name, the first place counts. The log says where the tokenizer comes from, or that there is none.
+    The last place for a tokenizer is ``named``. Where two places have a name, the first counts. The log says where the
+    tokenizer comes from, or that there is none.
     """
     first = small_files(places[0]) if places else {}
     for place in places:
@@ -160,6 +221,9 @@ def gathered(places: Sequence[Path]) -> dict[str, Path]:
         if any(map(is_tokenizer_file, files)):
             _LOG.info("tokenizer: %s", place)
             return files | first
+    if named is not None:
+        _LOG.info("tokenizer: %s, which tokenizer_model in the checkpoint's args names", named.directory)
+        return named.files() | first
     _LOG.warning("no tokenizer came with the checkpoint: give a Hugging Face directory with --config to add one")
     return first
 

@@ -1,14 +1,17 @@
 """The configuration of a stored model, and whether everything that describes the model agrees with it.
 
-A model may be described several times: by the caller's configuration, config.json or params.json, the record of an
-import, Megatron-LM's ``args``, and Megatron-Bridge's ``run_config.yaml``. The first of these is used. All others are
-compared with it, value by value. Differences are errors or warnings, never ignored.
+A model may be described several times. A checkpoint is described by the caller's configuration; the record that is
+stored in it; config.json and the record in its folder ``hf``, in that of the root, which describes all iterations, and
+in that of a release beside it; Megatron-Bridge's ``run_config.yaml``; the config.json beside the tokenizer that
+Megatron-LM's ``args`` name; and these ``args``. The first of these is used. All others are compared with it, value by
+value. Differences are errors or warnings, never ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchErr
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
+from dist_ckpt_mistral.formats.small_files import NamedTokenizer
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.matching import match_checkpoint
@@ -41,8 +45,12 @@ RUN_CONFIG_FILE: Final = "run_config.yaml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfRecord:
-    """What ``from_hf`` records in a checkpoint: the configuration, and the headers of the original files or None."""
+    """The record of a model: its configuration, and the headers of the original files or None.
 
+    ``source`` is the place of the record, in words.
+    """
+
+    source: str
     config: MistralConfig
     hf_files: FileSet | None
 
@@ -66,21 +74,17 @@ def to_record(config: MistralConfig, table: TensorTable, files: FileSet | None) 
     }
 
 
-def from_common_state(common_state: Mapping[str, Any], where: str) -> HfRecord | None:
-    """The record in a checkpoint's common state, or None if there is none. Raises FormatError if it is damaged."""
-    content = common_state.get("content_metadata")
-    record = content.get(KEY) if isinstance(content, Mapping) else None
-    if record is None:
-        return None
-    where = f"content_metadata[{KEY!r}] of {where}"
-    if not isinstance(record, Mapping) or record.get("version") != _VERSION:
-        found = record.get("version") if isinstance(record, Mapping) else record
-        raise FormatError(f"{where} has version {found!r}: this release reads version {_VERSION}. Update it.")
-    if not isinstance(record.get("hf_config"), Mapping):
+def _record(value: object, where: str, source: str) -> HfRecord:
+    """The record in ``value``, which is stored at ``where``. Raises FormatError if it is damaged."""
+    if not isinstance(value, Mapping) or value.get("version") != _VERSION:
+        found = value.get("version") if isinstance(value, Mapping) else value
+        raise FormatError(f"{where} has version {found!r:.200}: this release reads version {_VERSION}. Update it.")
+    if not isinstance(value.get("hf_config"), Mapping):
         raise FormatError(f"{where} has no hf_config")
-    files = record.get("hf_files")
+    files = value.get("hf_files")
     return HfRecord(
-        config=MistralConfig.from_hf(record["hf_config"], where=f"hf_config in {where}"),
+        source=source,
+        config=MistralConfig.from_hf(value["hf_config"], where=f"hf_config in {where}"),
         hf_files=None if files is None else FileSet.from_record(files, where),
     )
 
@@ -161,8 +165,19 @@ def _copied(config: MistralConfig, source: str, overrides: bool) -> Agreed:
     return Agreed(config=config, description=HfDescription(source=source, config=lambda: config), overrides=overrides)
 
 
+_WAY_OUT: Final = (
+    "Correct the one that is wrong, or give the right config.json with --config and --override-config, "
+    "which takes it whatever else is said."
+)
+
+
 def agreed(
-    where: str, chosen: ChosenConfig | None, described: Iterable[Description], names: Collection[str] | None
+    where: str,
+    chosen: ChosenConfig | None,
+    described: Iterable[Description],
+    names: Collection[str] | None,
+    *,
+    way_out: str = _WAY_OUT,
 ) -> Agreed:
     """The ``chosen`` configuration, or the first of ``described``; all others are compared with it.
 
@@ -171,6 +186,7 @@ def agreed(
         chosen: The caller's configuration.
         described: The descriptions of the model, the most complete first.
         names: Names of the stored tensors, which decide what config.json leaves open; None if unknown.
+        way_out: What to do about a contradiction, as a sentence.
 
     Raises:
         ConfigError: Another description differs in a value that decides how the stored weights are read, and
@@ -189,38 +205,32 @@ def agreed(
             "their own: it is read and written as %s",
             *(first.source, *(("no", "true") if config.tie_word_embeddings else ("a", "false"))),
         )
+    contradictions: list[str] = []
+    besides: list[str] = []
     reported: list[Disagreement] = []
     for other in others:
         try:
             found = other.disagreements(config, names)
         except ConfigError as error:
-            if not override:
-                reason = str(error).rstrip(".")
-                raise ConfigError(
-                    f"{first.source} and {other.source} do not describe the same model: {reason}. {_WAY_OUT}"
-                ) from error
-            _LOG.warning("%s is not what %s describes: %s", where, other.source, error)
+            reason = str(error).rstrip(".")
+            contradictions.append(f"{first.source} and {other.source} do not describe the same model: {reason}")
             continue
         except FormatError as error:
             _LOG.warning("%s is not compared with %s: %s", other.source, first.source, error)
             continue
-        severe = [each for each in found if each.of_weights]
-        if severe and not override:
-            raise ConfigError(
+        if severe := [] if override else [each for each in found if each.of_weights]:
+            contradictions.append(
                 f"{first.source} and {other.source} disagree about how the weights in {where} are read: "
-                f"{listed_disagreements(severe)}. {_WAY_OUT}"
+                f"{listed_disagreements(severe)}"
             )
-        new = [each for each in found if each not in reported]
-        if new:
-            _LOG.warning("%s is used; %s says otherwise: %s", first.source, other.source, listed_disagreements(new))
+        if new := [each for each in found if each not in reported and each not in severe]:
+            besides.append(f"{first.source} is used; {other.source} says otherwise: {listed_disagreements(new)}")
         reported += new
+    if contradictions and not override:
+        raise ConfigError(f"{'; '.join([*contradictions, *besides])}. {way_out}")
+    for difference in (*contradictions, *besides):
+        _LOG.warning("%s", difference)
     return Agreed(config=config, description=first, overrides=override)
-
-
-_WAY_OUT: Final = (
-    "Correct the one that is wrong, or give the right config.json with --config and --override-config, "
-    "which takes it whatever else is said."
-)
 
 
 def directory_config(
@@ -246,43 +256,93 @@ def _params_files(directory: Path) -> list[Path]:
     return [path] if what_is(directory).kind is Kind.CONSOLIDATED and path.is_file() else []
 
 
-def read_embedded(checkpoint: StoredCheckpoint) -> HfRecord | None:
-    """The record that ``from_hf`` left in the checkpoint, or None if a later save has dropped it."""
-    return from_common_state(checkpoint.common_state, str(checkpoint.directory))
+def original_files(checkpoint: StoredCheckpoint) -> FileSet | None:
+    """The layout of the Hugging Face files that the model came from, as the first record has it; None without one."""
+    for record in _embedded(checkpoint):
+        if record.hf_files is not None:
+            return record.hf_files
+    for record in filter(None, map(_in_folder, small_files.hf_folders(checkpoint.directory))):
+        if record.hf_files is not None:
+            _LOG.info("layout of the original files: %s", record.source)
+            return record.hf_files
+    return None
 
 
-def checkpoint_config(checkpoint: StoredCheckpoint, chosen: ChosenConfig | None = None) -> Agreed:
+def _embedded(checkpoint: StoredCheckpoint) -> Iterator[HfRecord]:
+    """Yield the records inside a checkpoint: that of ``content_metadata``, and that of Megatron-LM's args."""
+    for name, source in (("content_metadata", "checkpoint"), ("args", "args in the checkpoint")):
+        content = checkpoint.common_state.get(name)
+        record = content.get(KEY) if isinstance(content, Mapping) else None
+        if record is not None:
+            where = f"{name}[{KEY!r}] of {checkpoint.directory}"
+            yield _record(record, where, f"the Hugging Face configuration inside the {source}")
+
+
+def _in_folder(folder: Path) -> HfRecord | None:
+    """The record in a folder of Hugging Face files; None if it is absent, or a link out of the folder."""
+    path = folder / small_files.RECORD_FILE
+    if not path.is_file() or paths.leads_outside(path, folder):
+        return None
+    return _record(documents.read_json(path), str(path), str(path))
+
+
+def named_tokenizer(checkpoint: StoredCheckpoint) -> NamedTokenizer | None:
+    """The directory with a tokenizer that ``tokenizer_model`` in the checkpoint's args names, if it exists here.
+
+    It may be that of another model, or of none. Its config.json describes this model only if it agrees with the args;
+    otherwise a warning names the differences. A relative path is not followed: the args do not say what it starts from.
+    """
+    args = checkpoint.common_state.get("args")
+    name = args.get("tokenizer_model") if isinstance(args, Mapping) else None
+    if not isinstance(args, Mapping) or not isinstance(name, str):
+        return None
+    directory = Path(name)
+    is_here = directory.is_absolute() and os.path.isdir(directory)  # noqa: PTH112  (Path's may raise, as for a NUL)
+    if not is_here or not small_files.has_tokenizer(directory):
+        return None
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        return NamedTokenizer(directory=directory, is_of_model=False)
+    try:
+        why = listed_disagreements(args_disagreements(MistralConfig.from_hf(path), args, "the checkpoint's args"))
+    except (ConfigError, FormatError) as error:
+        why = str(error)
+    if why:
+        _LOG.warning("%s is not used, because the checkpoint's args describe another model: %s", path, why)
+    return NamedTokenizer(directory=directory, is_of_model=not why)
+
+
+def checkpoint_config(
+    checkpoint: StoredCheckpoint,
+    chosen: ChosenConfig | None = None,
+    *,
+    skip: Path | None = None,
+    way_out: str = _WAY_OUT,
+) -> Agreed:
     """The configuration of a Megatron checkpoint: ``chosen``, or else its first description.
+
+    The descriptions in the folder ``skip`` do not count. ``way_out`` is for errors, as in ``agreed``.
 
     Raises ConfigError if there is no configuration or two contradict each other, UnsupportedModelError for another
     model family.
     """
-    described = [*_descriptions(checkpoint)]
+    described = [*_descriptions(checkpoint, skip)]
     if chosen is None and not described:
         raise ConfigError(
             f"{checkpoint.directory} holds neither a Hugging Face configuration nor Megatron's args nor "
-            f"{RUN_CONFIG_FILE}. Give the model's config.json with --config."
+            f"{RUN_CONFIG_FILE}. Give the model's config.json with --config, or leave it in the checkpoint root for "
+            "all iterations with describe."
         )
-    return agreed(str(checkpoint.directory), chosen, described, checkpoint.tensors)
+    return agreed(str(checkpoint.directory), chosen, described, checkpoint.tensors, way_out=way_out)
 
 
-def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
-    """All descriptions of the model in a checkpoint, the most complete first."""
-    record = read_embedded(checkpoint)
-    if record is not None:
-        source = "the Hugging Face configuration inside the checkpoint"
-        yield HfDescription(source=source, config=lambda: record.config)
-    hf_file = checkpoint.directory / small_files.ASSETS_FOLDER / CONFIG_FILE
-    if hf_file.is_file() and not paths.leads_outside(hf_file, checkpoint.directory):
-        yield _hf_file(hf_file)
-    args = checkpoint.common_state.get("args")
-    if isinstance(args, Mapping):
-        yield ArgsDescription(
-            source="the args inside the checkpoint",
-            where="the checkpoint's args",
-            config=lambda: from_megatron_args(args),
-            read=lambda: args,
-        )
+def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Iterator[Description]:
+    """All descriptions of the model in a checkpoint, the most complete first; not those in the folder ``skip``."""
+    for record in _embedded(checkpoint):
+        yield _recorded(record)
+    for folder in small_files.hf_folders(checkpoint.directory):
+        if folder != skip:
+            yield from _described_in(folder)
     path = checkpoint.directory / RUN_CONFIG_FILE
     if path.is_file():
         yield ArgsDescription(
@@ -291,6 +351,31 @@ def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
             config=lambda: from_run_config(documents.read_yaml(path), str(path)),
             read=lambda: args_of_run_config(documents.read_yaml(path), str(path)),
         )
+    named = named_tokenizer(checkpoint)
+    if named is not None and named.is_of_model:
+        yield _hf_file(named.directory / CONFIG_FILE)
+    args = checkpoint.common_state.get("args")
+    if isinstance(args, Mapping):
+        yield ArgsDescription(
+            source="the args inside the checkpoint",
+            where="the checkpoint's args",
+            config=lambda: from_megatron_args(args),
+            read=lambda: args,
+        )
+
+
+def _recorded(record: HfRecord) -> Description:
+    return HfDescription(source=record.source, config=lambda: record.config)
+
+
+def _described_in(folder: Path) -> Iterator[Description]:
+    """Yield the descriptions in a folder of Hugging Face files: config.json, and the record of the import."""
+    hf_file = folder / CONFIG_FILE
+    if hf_file.is_file() and not paths.leads_outside(hf_file, folder):
+        yield _hf_file(hf_file)
+    record = _in_folder(folder)
+    if record is not None:
+        yield _recorded(record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,7 +408,7 @@ def _require_padding(checkpoint: StoredCheckpoint, known: Agreed, found: Checkpo
     """Raise TensorMismatchError if rows beyond the vocabulary are not padding: they may be trained tokens."""
     args: Mapping[str, Any] = {}
     with contextlib.suppress(ConfigError, FormatError):  # agreed() has already reported args that cannot be read
-        args = next((each.read() for each in _descriptions(checkpoint) if isinstance(each, ArgsDescription)), args)
+        *_, args = (args, *(each.read() for each in _descriptions(checkpoint) if isinstance(each, ArgsDescription)))
     size = known.config.vocab_size
     for name, rule, _ in found.tensors():
         if not rule.padded_vocabulary:

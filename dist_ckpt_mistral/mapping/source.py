@@ -6,12 +6,15 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
-from dist_ckpt_mistral.formats import hf_directory, small_files, stored_checkpoint
+from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.pickles.reader import paused_collector
-from dist_ckpt_mistral.formats.places import Kind, locate
+from dist_ckpt_mistral.formats.places import Kind, locate, what_is
+from dist_ckpt_mistral.formats.safetensors import read_header
+from dist_ckpt_mistral.formats.small_files import NamedTokenizer
 from dist_ckpt_mistral.gather.compare import compare_bits
 from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
@@ -20,7 +23,7 @@ from dist_ckpt_mistral.gather.links import Link, whole
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_segments
 from dist_ckpt_mistral.mapping import configuration
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, CheckpointMap, Ignored, Twin, hf_links
-from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched, read_embedded
+from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched
 from dist_ckpt_mistral.mapping.consolidated import consolidated_links, indexed_shapes
 from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
@@ -32,6 +35,7 @@ from dist_ckpt_mistral.model.config.mistral_config import (
 )
 from dist_ckpt_mistral.model.table.rules import ParamState, Stage
 from dist_ckpt_mistral.model.table.table import HfTensor, TensorTable, tensor_table
+from dist_ckpt_mistral.storage import paths
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class ModelSource:
         ignored: Stored entries that are not used, with the reason.
         hf_files: Layout of the Hugging Face files that hold or held the weights; None if unknown.
         assets: Directories with the model's small files. The first one that has a file counts.
+        named_tokenizer: The directory with a tokenizer of which the checkpoint has only the path.
         carried_from: Directory of the vision tower and projector, which Megatron's model does not have; None without.
         quantized: The FP8 weights and their scales.
         twins: Stored tensors that repeat the values of others.
@@ -69,6 +74,7 @@ class ModelSource:
     carried_from: Path | None
     quantized: Quantized = field(default_factory=Quantized)
     twins: tuple[Twin, ...] = ()
+    named_tokenizer: NamedTokenizer | None = None
 
     @property
     def config(self) -> MistralConfig:
@@ -83,6 +89,11 @@ class ModelSource:
     def dtype_of(self, tensor: HfTensor) -> str:
         """The torch dtype name in which a tensor is stored. Raises TensorMismatchError if it is stored in several."""
         return only_dtype(self.index, self.links[tensor.hf_name])
+
+    @property
+    def tokenizer_places(self) -> tuple[Path, ...]:
+        """The directories that may have the model's tokenizer. The first one that has a tokenizer counts."""
+        return (*self.assets, *([] if self.named_tokenizer is None else [self.named_tokenizer.directory]))
 
     @property
     def hidden_twins(self) -> tuple[Twin, ...]:
@@ -188,14 +199,13 @@ def open_megatron(
 ) -> ModelSource:
     """Open a Megatron checkpoint (root or iteration).
 
-    The configuration is ``config``, or else the record of an import, the checkpoint's ``args``, or its run_config.yaml,
-    in this order; all of them must agree. ``state`` selects the weights, or a state of the optimizer such as the master
-    weights.
+    The configuration is ``config``, or else the first description of the checkpoint (see ``configuration``); all of
+    them must agree. ``state`` selects the weights, or a state of the optimizer such as the master weights.
     """
     checkpoint = stored_checkpoint.open_stored(path)
     known = matched(checkpoint, checkpoint_config(checkpoint, config), state)
     table, found = known.table, known.found
-    record = read_embedded(checkpoint)
+    hf_files = configuration.original_files(checkpoint)
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     twins = found.twins(checkpoint.tensors)
     with paused_collector():  # none of a hundred thousand new links is garbage
@@ -206,21 +216,60 @@ def open_megatron(
         agreed=known.agreed,
         table=table,
         index=checkpoint.index([*found.names(), *(twin.name for twin in twins)]),
-        tensors=_described(found.table, record),
+        tensors=_described(found.table, hf_files),
         links=links,
         ignored=(*found.ignored, *_padding(table, found, shapes)),
-        hf_files=record.hf_files if record else None,
+        hf_files=hf_files,
         assets=small_files.folders_beside(checkpoint.directory),
+        named_tokenizer=configuration.named_tokenizer(checkpoint),
         carried_from=checkpoint.directory if found.table.carried else None,
         twins=twins,
     )
 
 
-def completed(source: ModelSource, directory: Path | None) -> ModelSource:
-    """Add the vision tower and projector of ``directory`` to a language model that was saved without them.
+def hf_content_metadata(config: MistralConfig, hf_dir: str | Path | None = None) -> dict[str, Any]:
+    """The record of a model for Megatron's ``save``: with it, an iteration describes itself.
 
-    The layout of that directory's files then counts, too. A source that is complete is returned as it is. Raises
-    TensorMismatchError if the tensors are needed and ``directory`` is None or does not hold them.
+    It is the same on all ranks, and has the key ``dist_ckpt_mistral`` and a version. megatron-core stores it as part of
+    ``content_metadata``, and returns it from ``load_content_metadata``, so that a resumed run can pass it on:
+
+        dist_checkpointing.save(state, path, content_metadata={**metadata, **dcm.hf_content_metadata(config)})
+
+    Megatron-LM stores its args: ``pretrain(..., args_defaults=dcm.hf_content_metadata(config))`` adds the record there.
+    A tokenizer is too large for either. It comes along in the root's folder ``hf``, see ``describe``.
+
+    Args:
+        config: The configuration of the model. Its ``hf_config`` is what ``to_hf`` writes.
+        hf_dir: Hugging Face directory or hub id of the original model. With it the record has the layout of its files,
+            so that exports are divided into the same files. It takes about 120 bytes for each tensor.
+
+    Returns:
+        One item, of plain JSON types.
+
+    Raises:
+        ConfigError: ``hf_dir`` has another configuration, which reads weights otherwise.
+        FormatError: ``hf_dir`` holds no model, or is damaged.
+        TensorMismatchError: ``hf_dir`` holds other tensors than a model with ``config``.
+
+    Example:
+        >>> sizes = dict(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+        >>> config = MistralConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+        >>> [*hf_content_metadata(config)]
+        ['dist_ckpt_mistral']
+    """
+    hf_files = None
+    if hf_dir is not None:
+        chosen = ChosenConfig(config=config, source="the given configuration")
+        hf_files = open_hf(locate(hf_dir, Kind.HF, Kind.CONSOLIDATED).path, config=chosen).hf_files
+    return {configuration.KEY: configuration.to_record(config, tensor_table(config), hf_files)}
+
+
+def completed(source: ModelSource, directory: Path | None) -> ModelSource:
+    """Add the vision tower and projector to a language model that was saved without them.
+
+    They come from ``directory``, a Hugging Face directory whose file layout then counts, too; without weights there,
+    from the folder ``hf`` of the checkpoint's root, or else from the release in that root. A source that is complete is
+    returned as it is. Raises TensorMismatchError if the tensors are needed and no place holds them.
     """
     carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.stage is Stage.CARRIED]
     if not carried or source.carried_from is not None:
@@ -229,26 +278,75 @@ def completed(source: ModelSource, directory: Path | None) -> ModelSource:
         f"{source.path} holds a language model alone (Megatron saves no other), and its configuration describes a "
         f"vision tower and a projector besides ({listed(carried)})"
     )
-    if directory is None:
-        raise TensorMismatchError(f"{what}. Give the original Hugging Face directory, weights included, with --config.")
+    has_weights = directory is not None and what_is(directory).kind is not Kind.WEIGHTLESS
+    place = directory if has_weights else _place_of_vision(source.path) or directory
+    if place is None:
+        raise TensorMismatchError(
+            f"{what}. Give the original Hugging Face directory, weights included, with --config. Or describe the "
+            "checkpoint's root with that directory, for every iteration in it."
+        )
     try:
-        original = open_hf(directory)
+        original = _open_vision(place, source.table, carried)
     except DistCkptMistralError as error:
-        raise type(error)(f"{what}, but they cannot come from {directory}: {error}") from error
-    added = [tensor for tensor in original.tensors if tensor.hf_name in carried]
+        raise type(error)(f"{what}, but they cannot come from {place}: {error}") from error
+    links = {name: original.links[name] for name in carried}
     return replace(
         source,
-        tensors=(*added, *source.tensors),  # as the table has them: vision comes first
-        index=source.index.joined(original.index, carried),
-        links={**source.links, **{name: original.links[name] for name in carried}},
+        tensors=(*original.tensors, *source.tensors),  # as the table has them: vision comes first
+        index=source.index.joined(original.index, {link.source: None for each in links.values() for link in each}),
+        links={**source.links, **links},
         hf_files=source.hf_files or original.hf_files,
-        carried_from=directory,
+        carried_from=place,
     )
 
 
-def _described(table: TensorTable, record: configuration.HfRecord | None) -> tuple[HfTensor, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Vision:
+    """A vision tower and projector; fields as in ModelSource."""
+
+    tensors: tuple[HfTensor, ...]
+    index: TensorIndex
+    links: Mapping[str, list[Link]]
+    hf_files: FileSet | None = None
+
+
+def _place_of_vision(iteration: Path) -> Path | None:
+    """The file in the root's folder ``hf`` with a vision tower, or else the directory of a release in the root."""
+    for folder in small_files.hf_folders(iteration):
+        file = folder / small_files.VISION_FILE
+        if file.is_file() and not paths.leads_outside(file, folder):
+            return file
+    root = checkpoint_directory.root_of(iteration)
+    release = None if root is None else root / checkpoint_directory.iteration_name(None)
+    is_usable = release is not None and what_is(release).kind is Kind.CHECKPOINT
+    return release if is_usable and release != iteration.resolve() else None
+
+
+def _open_vision(place: Path, table: TensorTable, carried: Sequence[str]) -> _Vision:
+    """The tensors ``carried`` in a Hugging Face directory, a Megatron checkpoint, or a file of a root's folder."""
+    hf_tensors = table.hf_tensors()
+    if place.is_dir():
+        original = open_source(place)
+        if original.carried_from is None:
+            raise TensorMismatchError("it holds a language model alone, too")
+        tensors = tuple(tensor for tensor in original.tensors if tensor.hf_name in carried)
+        return _Vision(tensors=tensors, index=original.index, links=original.links, hf_files=original.hf_files)
+    files = FileSet(files={place.name: read_header(place)})
+    expected = {name: hf_tensors[name].shape for name in carried}
+    stored = {tensor.name: tensor.shape for tensor in files.tensors()}
+    if stored != expected:
+        wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
+        raise TensorMismatchError(f"it holds other tensors, or in other shapes: {listed(wrong)}")
+    return _Vision(
+        tensors=tuple(hf_tensors[name] for name in carried),
+        index=files.tensor_index(place.parent),
+        links={name: [whole(name, expected[name])] for name in carried},
+    )
+
+
+def _described(table: TensorTable, hf_files: FileSet | None) -> tuple[HfTensor, ...]:
     """All tensors of the table; aliases only if the original files had them."""
-    files = record.hf_files if record and record.hf_files else FileSet(files={})
+    files = hf_files or FileSet(files={})
     return table.spelling(files.by_name("the record of the original files", table.usual_name)).tensors
 
 

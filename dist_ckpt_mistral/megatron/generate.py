@@ -87,7 +87,7 @@ def complete(
         if max_new_tokens > source.config.max_position_embeddings:  # generation allocates memory for all of them first
             most = f"max_position_embeddings={source.config.max_position_embeddings}"
             raise ConfigError(f"max_new_tokens: expected at most {most}, got {max_new_tokens}")
-        loaded = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), *source.assets))
+        loaded = load_tokenizer(tokenizer_directories(tokenizer, given_directory(config), *source.tokenizer_places))
         return source, loaded, stop_tokens(source, loaded, [*map(given_directory, (tokenizer, config)), *source.assets])
 
     source, loaded_tokenizer, stop = ranks.from_environment().each(prepare)

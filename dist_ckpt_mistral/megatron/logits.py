@@ -93,7 +93,8 @@ def compare_logits(
     if what_is(source_b.path).kind is Kind.HF and what_is(source_a.path).kind is not Kind.HF:
         hf_side, megatron_side = megatron_side, hf_side
     if prompts:
-        loaded_tokenizer = load_tokenizer(tokenizer_directories(tokenizer, *source_a.assets, *source_b.assets))
+        places = (*source_a.tokenizer_places, *source_b.tokenizer_places)
+        loaded_tokenizer = load_tokenizer(tokenizer_directories(tokenizer, *places))
         tokens = [_tokens(loaded_tokenizer(prompt)["input_ids"], source_a.config) for prompt in prompts]
     else:
         tokens = _random_tokens(hf_side.config, seed)

@@ -154,6 +154,44 @@ def test_a_text_only_training_comes_back_complete(trip: Trip, tmp_path: Path) ->
     assert contents(tmp_path / "hf") == contents(trip.original)
 
 
+@pytest.mark.parametrize("kept_by", ["release", "describe"])
+def test_vision_waits_in_the_root(kept_by: str, trip: Trip, tmp_path: Path) -> None:
+    """Of a training's own save nothing is given: vision comes from the release in its root, or from describe's file."""
+    root = tmp_path / "root"
+    if kept_by == "release":
+        shutil.copytree(trip.checkpoint, root, symlinks=True)
+    shutil.copytree(trip.trained, root / "iter_0000009")
+    (root / "latest_checkpointed_iteration.txt").write_text("9")
+    if kept_by == "describe":
+        assert run("describe", trip.original, root).code == 0
+        kept = vision_of(trip.tensors)
+        assert described(hf_tensors(root / "hf")) == described(kept)
+        dcm.reshard(root, tmp_path / "cut", dcm.ParallelLayout(pp=2))
+        dcm.to_hf(tmp_path / "cut", tmp_path / "again")
+        assert contents(tmp_path / "again") == contents(trip.original)
+    done = run("to-hf", root, tmp_path / "out")
+    place = root / {"release": "release", "describe": "hf/vision.safetensors"}[kept_by]
+    assert f"vision tower and projector: unchanged from {place}" in done.err
+    assert contents(tmp_path / "out") == contents(trip.original)
+
+
+@pytest.mark.parametrize("damage", ["absent", "other"])
+def test_vision_in_the_root_must_be_whole(damage: str, trip: Trip, tmp_path: Path) -> None:
+    """A file of the root with a tensor missing, or of another shape, is an error that names the file and the tensor."""
+    root = tmp_path / "root"
+    shutil.copytree(trip.trained, root / "iter_0000009")
+    (root / "latest_checkpointed_iteration.txt").write_text("9")
+    dcm.describe(trip.original, root)
+    file = root / "hf" / "vision.safetensors"
+    tensors = hf_tensors(root / "hf")
+    name = next(iter(tensors))
+    tensors[name] = torch.zeros(1)
+    save_file({key: value for key, value in tensors.items() if damage != "absent" or key != name}, file)
+    line = refusal(tmp_path, "to-hf", root, tmp_path / "out")
+    assert f"cannot come from {file}" in line
+    assert name in line
+
+
 def test_the_original_may_be_on_the_hub(trip: Trip, tmp_path: Path) -> None:
     """A hub id gives all that its directory does, weights included, and is downloaded once."""
     with FakeHub(repositories={"org/seeing": {"main": trip.original}}).serving() as hub:

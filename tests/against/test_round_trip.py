@@ -169,6 +169,7 @@ def test_the_window_reaches_megatron_and_returns(trip: Trip, tmp_path: Path) -> 
     torch.save({"args": common["args"], "iteration": 1}, tmp_path / "trained" / "release" / "common.pt")
     for name in ("hf/config.json", "run_config.yaml"):
         (tmp_path / "trained" / "release" / name).unlink()
+    shutil.rmtree(tmp_path / "trained" / "hf")
     done = to_hf(tmp_path / "trained", tmp_path / "exported")
     assert done.config_from == "the args inside the checkpoint"
     before, after = (MistralConfig.from_pretrained(each) for each in (trip.original, tmp_path / "exported"))
@@ -400,7 +401,7 @@ def test_a_root_is_written_as_megatron_lm_reads_it(
     original = saved(random_model(), tmp_path / "original")
     from_hf(original, tmp_path / "ckpt", iteration=iteration)
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir() if not path.is_symlink()) == sorted(
-        ["latest_checkpointed_iteration.txt", step]
+        ["hf", "latest_checkpointed_iteration.txt", step]
     )
     assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == tracker
     assert torch.load(tmp_path / "ckpt" / step / "common.pt", weights_only=False)["iteration"] == (iteration or 0)

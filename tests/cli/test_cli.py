@@ -34,7 +34,10 @@ HEAVY = [
     *("numpy", "torch", "megatron", "rich", "transformers", "safetensors", "huggingface_hub", "tqdm", "ml_dtypes"),
     "matplotlib",
 ]
-COMMANDS = ["from-hf", "to-hf", "plan", "reshard", "migrate", "inspect", "verify", "generate", "megatron-args", "demo"]
+COMMANDS = [
+    *("from-hf", "to-hf", "describe", "plan", "reshard", "migrate", "inspect", "verify", "generate", "megatron-args"),
+    "demo",
+]
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -95,8 +98,10 @@ def test_conversions_need_neither_torch_nor_megatron(tmp_path: Path) -> None:
     ckpt, config = str(folder("td_0192") / "checkpoint"), str(folder("td_0192"))
     hf, again, back, half, cut = (str(tmp_path / name) for name in ("hf", "again", "back", "half", "cut"))
     zarr, migrated = str(folder("zarr_ckpt") / "checkpoint"), str(tmp_path / "migrated")
+    (tmp_path / "root").mkdir()
     commands = [
         ["to-hf", ckpt, hf, "--config", config],
+        ["describe", hf, str(tmp_path / "root")],
         ["from-hf", hf, again, "--tp", "2"],
         ["to-hf", again, back],
         ["to-hf", again, half, "--dtype", "float16"],

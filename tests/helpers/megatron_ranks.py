@@ -36,6 +36,7 @@ from torch_reading import load_tensors
 
 from dist_ckpt_mistral.convert.ranks import from_environment
 from dist_ckpt_mistral.convert.reshard import reshard
+from dist_ckpt_mistral.mapping.source import hf_content_metadata
 from dist_ckpt_mistral.megatron.hf_metadata import HfShardedTensor, add_hf_metadata
 from dist_ckpt_mistral.megatron.sharded_state_dict import optimizer_state_dict, sharded_state_dict
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
@@ -213,11 +214,37 @@ def save_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, 
     return {"asked_before": asked_before, "asked": asked, "main": [each for each in main if "_extra" not in each]}
 
 
+def save_described(
+    *,
+    config: dict[str, Any],
+    layout: dict[str, Any],
+    style: str,
+    hf: str,
+    to: str,
+    in_background: bool,
+    at: str | None = None,
+) -> None:
+    """Save a real model with its record in ``content_metadata``; with ``at``, model and metadata of that save."""
+    model_config, model_layout, key_style = _arguments(config, layout, style)
+    stage = Stage(model_config, model_layout)
+    if at is None:
+        stage.fill(_hf_tensors(hf))
+        metadata = {**CONTENT, **hf_content_metadata(model_config, hf)}
+    else:
+        state = {"model": stage.sharded_state_dict(key_style)}
+        stage.load_state_dict(dist_checkpointing.load(state, at)["model"])
+        metadata = dist_checkpointing.load_content_metadata(at)
+    state = stage.sharded_state_dict(key_style)
+    _save(state, to, content_metadata=metadata, async_sharded_save=in_background)
+
+
 def _save(state: dict[str, Any], to: str, **options: Any) -> None:  # noqa: ANN401  (of Megatron's save)
     if dist.get_rank() == 0:
         Path(to).mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state, to, **options)
+    request = dist_checkpointing.save(state, to, **options)
+    if request is not None:  # the rest of a save in the background
+        request.execute_sync()
 
 
 def load_entries(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str, at: str) -> list[str]:
@@ -380,7 +407,7 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
     task.__name__: task
     for task in (
         *(compare_entries, compare_grouped, save_model, save_entries, load_entries, load_into_model),
-        *(save_training, reshard_checkpoint, load_training, run_model, run_command),
+        *(save_described, save_training, reshard_checkpoint, load_training, run_model, run_command),
     )
 }
 

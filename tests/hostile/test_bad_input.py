@@ -278,6 +278,9 @@ NOT_READ = (
     "generation_config.json",
     "release/hf/generation_config.json",
     "release/hf/config.json",
+    "hf/generation_config.json",
+    "hf/config.json",  # a warning says that it cannot be compared
+    "hf/dist_ckpt_mistral.json",
     "checkpoint/checksums.json",
     "release/checksums.json",
 )

@@ -106,6 +106,7 @@ def _keeping(iteration: Path, kept: str) -> Path:
     torch.save(state, iteration / "common.pt")
     (iteration / "run_config.yaml").unlink()
     shutil.rmtree(iteration / "hf")
+    shutil.rmtree(iteration.parent / "hf")
     return iteration
 
 
