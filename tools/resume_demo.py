@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep models and checkpoints in this new directory")
     options = parser.parse_args(arguments)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet_and_tidy())
+        stack.enter_context(quiet_and_tidy())
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stories = [report(story) for story in train(folder, options.optimizer)]
         for picture in filter(None, (options.png, options.svg)):
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_and_tidy() -> Iterator[None]:
+def quiet_and_tidy() -> Iterator[None]:
     """Within the block libraries print no warnings and progress bars, and SIGTERM also ends the ranks."""
     on_terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     logging.disable(logging.WARNING)
@@ -103,7 +103,7 @@ def _quiet_and_tidy() -> Iterator[None]:
 def train(folder: Path, optimizers: Sequence[str]) -> list[Story]:
     """Import a model, do all runs, and export the results. Models and checkpoints are in ``folder`` afterwards."""
     hf, checkpoint = folder / "hf", folder / "checkpoint"
-    _make_model(hf)
+    make_model(hf)
     from_hf(hf, checkpoint)
     planned = runs(optimizers, checkpoint, folder)
     (folder / "job.json").write_text(json.dumps({"hf": str(hf), "runs": [asdict(run) for run in planned]}))
@@ -140,7 +140,7 @@ def hugging_face_loss(directory: Path) -> float:
         return float(model(tokens, labels=tokens).loss)
 
 
-def _make_model(directory: Path) -> None:
+def make_model(directory: Path) -> None:
     """Save a bfloat16 model with random weights, the same in each run of the demo."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(folder: Path, parent: int) -> None:
     """Do all runs one after the other, each with the parallel state of its layout."""
-    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
     from resume_cpu import trainable_on_cpu  # noqa: PLC0415  (slow)
     from resume_training import Training, change_layout  # noqa: PLC0415
 
@@ -80,7 +80,7 @@ def _do(run: Run, training: Training, hf: str) -> dict[str, Any]:
     return measured
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Wait until ``parent`` has ended, then kill the process group of this process if this process leads it."""
     while os.getppid() == parent:
         time.sleep(1)

@@ -258,14 +258,8 @@ def _params_files(directory: Path) -> list[Path]:
 
 def original_files(checkpoint: StoredCheckpoint) -> FileSet | None:
     """The layout of the Hugging Face files that the model came from, as the first record has it; None without one."""
-    for record in _embedded(checkpoint):
-        if record.hf_files is not None:
-            return record.hf_files
-    for record in filter(None, map(_in_folder, small_files.hf_folders(checkpoint.directory))):
-        if record.hf_files is not None:
-            _LOG.info("layout of the original files: %s", record.source)
-            return record.hf_files
-    return None
+    in_folders = filter(None, map(_in_folder, small_files.hf_folders(checkpoint.directory)))
+    return next((record.hf_files for record in (*_embedded(checkpoint), *in_folders) if record.hf_files), None)
 
 
 def _embedded(checkpoint: StoredCheckpoint) -> Iterator[HfRecord]:

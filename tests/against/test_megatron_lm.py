@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from dist_ckpt_mistral.analysis.pretrain_command import megatron_args
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.convert.to_hf import to_hf
+from dist_ckpt_mistral.mapping.source import hf_content_metadata
 from dist_ckpt_mistral.model.args.bridge import from_run_config
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
@@ -68,6 +69,7 @@ class Case:
     flags: tuple[str, ...] | None = None
     more: dict[str, Any] = field(default_factory=dict)
     saves: tuple[str, ...] | None = None
+    has_record: bool = False
 
 
 #: ``flags`` None: those that megatron_args gives; ``more`` have no flag. With ``saves``, these flags are added and the
@@ -87,6 +89,7 @@ CASES: dict[str, Case] = {
     "yarn-mscale by flags": Case(
         model="yarn-mscale", saves=("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "anywhere")
     ),
+    "window with a record": Case(model="window", layout={"tp": 2, "pp": 2}, saves=(), has_record=True),
     "mixtral": Case(model="mixtral", written={"tp": 2, "ep": 2}, flags=BY_CHECKPOINT, layout={"ep": 4}),
     "mixtral by flags": Case(model="mixtral", layout={"tp": 2, "pp": 2, "ep": 2, "etp": 1}, saves=()),
     "ministral by flags": Case(model="ministral", layout={"tp": 2}, saves=()),
@@ -98,7 +101,7 @@ CASES: dict[str, Case] = {
         saves=(),
     ),
 }
-SAVED = [name for name, case in CASES.items() if case.saves is not None]
+SAVED = [name for name, case in CASES.items() if case.saves is not None and not case.has_record]
 
 #: What megatron_args is asked for, on four ranks: layout -> what Megatron's TransformerConfig must say of it.
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -222,6 +225,8 @@ def results(launch_megatron_lm: LaunchRanks, tmp_path_factory: pytest.TempPathFa
         job = {"task": "load", "flags": [*flags, *(case.saves or ())], "more": case.more}
         job |= {"config": config, "hf": str(hf[case.model])}
         jobs[name] = job | ({} if case.saves is None else {"save": str(folder / "saved" / name)})
+        if case.has_record:
+            jobs[name]["defaults"] = hf_content_metadata(MistralConfig.from_hf(hf[case.model]), hf[case.model])
     parsed = {name: described_model(folder / "described" / name, **sizes) for name, sizes in RELEASED.items()}
     for name in RELEASED:
         layout = ParallelLayout(tp=4)
@@ -286,6 +291,15 @@ def test_what_megatron_lm_saved_exports_by_itself(name: str, results: Results, t
     rope.pop("llama_4_scaling_beta", None)  # Megatron has none
     assert rope.items() <= ours.rope_parameters.items()
     assert MistralConfig.from_hf(tmp_path / "hf") == unscaled(MistralConfig.from_hf(original))
+
+
+def test_a_record_in_args_defaults_travels_in_every_save(results: Results, tmp_path: Path) -> None:
+    """What Megatron-LM saved with the record among its args exports to the original files, byte for byte."""
+    [name] = [name for name, case in CASES.items() if case.has_record]
+    done = to_hf(results.saved / name, tmp_path / "hf")
+    assert done.config_from == "the Hugging Face configuration inside the args in the checkpoint"
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "hf" / file).read_bytes() == (results.hf[CASES[name].model] / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", [*RELEASED, *MODELS])

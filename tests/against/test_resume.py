@@ -203,7 +203,7 @@ def test_ranks_end_with_the_demo(tmp_path: Path) -> None:
     rank = (
         "import subprocess, sys; import resume_ranks; "
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)', sys.argv[1]]); "
-        "resume_ranks._end_with(int(sys.argv[2]))"
+        "resume_ranks.end_with(int(sys.argv[2]))"
     )
     demo = (
         "import os, subprocess, sys; "

@@ -106,14 +106,20 @@ def _layers_here(config: TransformerConfig) -> list[int] | None:
 
 
 def load(
-    *, flags: list[str], more: dict[str, Any], config: dict[str, Any], hf: str, save: str | None = None
+    *,
+    flags: list[str],
+    more: dict[str, Any],
+    config: dict[str, Any],
+    hf: str,
+    save: str | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint with Megatron-LM as pretrain_gpt.py does; tell what the model then holds wrongly.
 
     With ``save``, save the model again with Megatron-LM, as iteration 11, generator states included. ``more`` are args
-    that have no flag.
+    that have no flag, ``defaults`` the ``args_defaults`` of ``pretrain``.
     """
-    args = _arguments([*flags, *(["--save", save, "--save-interval", "1"] if save else [])], more)
+    args = _arguments([*flags, *(["--save", save, "--save-interval", "1"] if save else [])], more, defaults)
     args.sequence_parallel = False  # torch's norms refuse it; what weights a rank holds does not depend on it
     stage = _stage(args, MistralConfig.from_hf(config))
     with torch.no_grad():
@@ -159,14 +165,14 @@ def dump_run_configs(*, flags: list[str], more: dict[str, Any], to: str) -> None
                 (Path(to) / f"{name}.yaml").write_text(yaml.safe_dump({"model": form}))
 
 
-def _arguments(flags: list[str], more: Mapping[str, Any]) -> Namespace:
+def _arguments(flags: list[str], more: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Namespace:
     """Megatron-LM's args for flags, through its own parser, the checkpoint if it is asked for, and its own checks."""
     sys.argv = ["pretrain_gpt.py", *flags, *_HERE]
     args = parse_args()
     if args.use_checkpoint_args:
         checkpointing.load_args_from_checkpoint(args)
     vars(args).update(more)
-    validate_args(args, {})
+    validate_args(args, defaults or {})
     return cast("Namespace", args)
 
 

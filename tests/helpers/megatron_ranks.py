@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
@@ -235,7 +236,9 @@ def save_described(
         stage.load_state_dict(dist_checkpointing.load(state, at)["model"])
         metadata = dist_checkpointing.load_content_metadata(at)
     state = stage.sharded_state_dict(key_style)
-    _save(state, to, content_metadata=metadata, async_sharded_save=in_background)
+    has_strategies = "async_strategy" in signature(dist_checkpointing.save).parameters  # from 0.17 on
+    strategy = {"async_strategy": "mcore"} if has_strategies else {}
+    _save(state, to, content_metadata=metadata, async_sharded_save=in_background, **strategy)
 
 
 def _save(state: dict[str, Any], to: str, **options: Any) -> None:  # noqa: ANN401  (of Megatron's save)

@@ -70,7 +70,6 @@ def test_every_iteration_is_described(hf: Path, imported: Path, tmp_path: Path) 
         outcome = run("to-hf", place, out)
         assert f"configuration: {root / 'hf' / 'config.json'}" in outcome.err
         assert f"tokenizer: {root / 'hf'}" in outcome.err
-        assert f"layout of the original files: {root / 'hf' / 'dist_ckpt_mistral.json'}" in outcome.err
         assert contents(out) == contents(hf)
 
 
