@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final
 
-from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral._version import __version__
 from dist_ckpt_mistral.cli import convert, examine, output, run
-from dist_ckpt_mistral.cli.options import EXIT_DATA, EXIT_DONE, is_first_rank
+from dist_ckpt_mistral.cli.options import EXIT_DATA, EXIT_DONE, Parser, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
-from dist_ckpt_mistral.messages import printable
+from dist_ckpt_mistral.libraries import import_numpy
 
 #: Functions that declare a command, in the order of --help.
 _COMMANDS: Final = (
@@ -57,48 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, arguments)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Escapes its messages for the terminal, and works on streams that are closed or full."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print usage and message, and exit with 2."""
-        super().error(printable(message))
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Print ``message``, write out all streams and exit."""
-        if message:
-            output.say_on_stderr(message.rstrip("\n"))
-        output.finish()
-        sys.exit(status)
-
-
-class _NoteHandler(logging.Handler):
-    """Prints each different note once: a command may read the same file several times."""
-
-    def __init__(self) -> None:
-        """Start without printed notes."""
-        super().__init__()
-        self._printed: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one note, unless it was printed before."""
-        line = self.format(record)
-        if line not in self._printed:
-            self._printed.add(line)
-            output.say_on_stderr(line)
-
-
 def _run(arguments: argparse.Namespace) -> int:
     if not arguments.runs_here:
         return EXIT_DONE
-    level = (logging.WARNING if arguments.quiet else logging.INFO) if is_first_rank() else logging.ERROR
-    logging.basicConfig(format="%(message)s", handlers=[_NoteHandler()], level=max(level, logging.WARNING))
-    logging.getLogger("dist_ckpt_mistral").setLevel(level)  # notes of other libraries are not shown
+    from dist_ckpt_mistral.cli import notes
+
+    notes.show(only_errors=not is_first_rank(), quiet=arguments.quiet)
     for number in (signal.SIGINT, signal.SIGTERM):  # the unpublished output is then removed, or kept for --resume
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     if arguments.with_numpy:
-        libraries.import_numpy()
+        import_numpy()
     command: Callable[[argparse.Namespace], int] = arguments.command
     code = command(arguments)
     output.finish()
@@ -134,7 +101,7 @@ def _notes(error: BaseException) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="dist-ckpt-mistral",
         description="Convert, inspect and verify checkpoints of Mistral models, between Megatron and Hugging Face.",
         epilog="Every command has its own --help. Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, "
