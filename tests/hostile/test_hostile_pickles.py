@@ -178,6 +178,28 @@ def test_what_the_package_writes_is_plain() -> None:
     assert opcodes.unframed(safe) == opcodes.unframed(written)
 
 
+@pytest.mark.parametrize("name", [*BOMBS, *GENUINE])
+def test_strings_are_found_in_small_and_large_pickles_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pickles are plain whether strings are skipped one by one or by the regular expression."""
+    pickled = BOMBS[name] if name in BOMBS else (shards(name) / ".metadata").read_bytes()
+    monkeypatch.setattr(opcodes, "_MANY_STRINGS_BYTES", len(pickled) + 1)
+    one_by_one = opcodes.made_safe(pickled)
+    monkeypatch.setattr(opcodes, "_MANY_STRINGS_BYTES", 0)
+    assert opcodes.made_safe(pickled) == one_by_one
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+@pytest.mark.parametrize("length", [0, 1, 255, 256, 1000])
+@pytest.mark.parametrize("slot", ["", "r\1\2\0\0", "r\1\2\1\0"])
+def test_a_string_is_plain_and_its_slot_has_a_low_number(
+    limit: int, length: int, slot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every length, in small and large pickles; a string with a slot of 2**16 or above is not plain."""
+    monkeypatch.setattr(opcodes, "_MANY_STRINGS_BYTES", limit)
+    pickled = b"\x80\x02](X" + length.to_bytes(4, "little") + b"." * length + slot.encode() + b"K\1e."
+    assert (opcodes.made_safe(pickled) is None) == (slot == "r\1\2\1\0")
+
+
 @pytest.mark.parametrize("split", range(1, 22))
 def test_frames_hide_nothing(split: int) -> None:
     """Where a frame ends in the middle of an argument, what was looked at is what is unpickled."""

@@ -35,6 +35,12 @@ _GLOBAL: Final = rb"c[^\n]*\n[^\n]*\n"
 _ALONE: Final = rb"N\x88\x89\x81bR}su\]ae\x93"
 _TUPLES: Final = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
 _CONSUMERS: Final = (pickle.REDUCE, pickle.BUILD)
+#: Opcode of a string -> the number of bytes that give its length.
+_LENGTH_BYTES: Final = {pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4}
+#: From this size of a pickle on, the regular expression knows strings, which takes 7 ms to compile.
+_MANY_STRINGS_BYTES: Final = 1 << 20
+#: A memo slot below 2**16.
+_SLOT: Final = re.compile(rb"(?:r..\0\0)?", re.DOTALL)
 
 
 def made_safe(pickled: bytes) -> bytes | None:
@@ -51,7 +57,10 @@ def made_safe(pickled: bytes) -> bytes | None:
     if pickled[:1] != pickle.PROTO or len(pickled) < _PROTO_BYTES:
         return None
     opcodes = unframed(pickled)
-    run = _plain_run(counting=pickled[1] >= _COUNTING_PROTOCOL, is_large=len(pickled) >= 1 << 24)
+    counting = pickled[1] >= _COUNTING_PROTOCOL
+    run = _plain_run(
+        counting=counting, with_strings=len(pickled) >= _MANY_STRINGS_BYTES, is_large=len(pickled) >= 1 << 24
+    )
     at = 0
     swapped: list[int] = []
     while True:
@@ -59,8 +68,10 @@ def made_safe(pickled: bytes) -> bytes | None:
         opcode, behind = opcodes[at : at + 1], opcodes[at + 1 : at + 3]
         if opcode == pickle.STOP:
             return _in_one_frame(pickled[:_PROTO_BYTES], opcodes, swapped)
-        if opcode == pickle.BINUNICODE:  # one of 256 bytes or more
-            at += 1 + 4 + int.from_bytes(opcodes[at + 1 : at + 5], "little")
+        if opcode in _LENGTH_BYTES:  # a string of 256 bytes or more, or any in a small pickle
+            at += 1 + _LENGTH_BYTES[opcode]
+            at += int.from_bytes(opcodes[at - _LENGTH_BYTES[opcode] : at], "little")
+            at = at if counting else _SLOT.match(opcodes, at).end()  # type: ignore[union-attr]  # always matches
         elif opcode and opcode in _TUPLES and behind[:1] == pickle.MEMOIZE and behind[1:] in _CONSUMERS:
             swapped.append(at + 1)
             at += 3
@@ -81,25 +92,26 @@ def _in_one_frame(proto: bytes, opcodes: bytes, swapped: list[int]) -> bytes:
 
 
 @functools.cache
-def _plain_run(*, counting: bool, is_large: bool) -> re.Pattern[bytes]:
-    """A regular expression for a run of plain opcodes.
+def _plain_run(*, counting: bool, with_strings: bool, is_large: bool) -> re.Pattern[bytes]:
+    """A regular expression for a run of plain opcodes, ``with_strings`` of up to 255 bytes or with none.
 
     With ``counting``, memo slots count up. Otherwise only names and strings have slots, and their numbers are below
     2**16, or 2**24 in a large file: the unpickler's memo is as large as the highest number.
     """
-    short = b"|".join(b"%b.{%d}" % (re.escape(bytes([length])), length) for length in range(256))
     if counting:
-        text, alone = rb"\x8c(?:%b)" % short, _ALONE + rb"\x94"
+        string, zeros, slot, alone = rb"\x8c", b"", b"", _ALONE + rb"\x94"
     else:
-        slot = rb"(?:r..%b)?" % (b".\0" if is_large else b"\0\0")
-        texts = b"|".join(b"%b\\0\\0\\0.{%d}" % (re.escape(bytes([length])), length) for length in range(256))
-        text, alone = rb"(?:X(?:%b)|%b)%b" % (texts, _GLOBAL, slot), _ALONE
+        string, zeros, slot, alone = b"X", rb"\0\0\0", rb"(?:r..%b)?" % (b".\0" if is_large else b"\0\0"), _ALONE
+    named = _GLOBAL
+    if with_strings:
+        texts = b"|".join(b"%b%b.{%d}" % (re.escape(bytes([length])), zeros, length) for length in range(256))
+        named = rb"(?:%b|%b(?:%b))" % (_GLOBAL, string, texts)
     record = rb"\)\x81\x94?}\x94?\("  # an object of the class just named, whose attributes follow
-    plain = rb"%b{1,2}+(?:%b|%b)?+[%b]*+|[%b]++|%b|\(|%b|%b|G.{8}" % (
+    plain = rb"%b{1,2}+(?:%b|%b)?+[%b]*+|[%b]++|%b|\(|%b|%b%b|G.{8}" % (
         *(_GET, record, _SIZES, alone, alone),
-        *(_SIZES, _INT, text),
+        *(_SIZES, _INT, named, slot),
     )
-    return re.compile(rb"(?:%b|%b)*+" % (plain, _GLOBAL), re.DOTALL)
+    return re.compile(rb"(?:%b)*+" % plain, re.DOTALL)
 
 
 def unframed(pickled: bytes) -> bytes:
