@@ -275,6 +275,11 @@ def _descriptions(checkpoint: StoredCheckpoint) -> Iterator[Description]:
     hf_file = checkpoint.directory / small_files.ASSETS_FOLDER / CONFIG_FILE
     if hf_file.is_file() and not paths.leads_outside(hf_file, checkpoint.directory):
         yield _hf_file(hf_file)
+    yield from _args_descriptions(checkpoint)
+
+
+def _args_descriptions(checkpoint: StoredCheckpoint) -> Iterator[ArgsDescription]:
+    """The descriptions of the model in Megatron's terms."""
     args = checkpoint.common_state.get("args")
     if isinstance(args, Mapping):
         yield ArgsDescription(
@@ -323,7 +328,7 @@ def _require_padding(checkpoint: StoredCheckpoint, known: Agreed, found: Checkpo
     """Raise TensorMismatchError if rows beyond the vocabulary are not padding: they may be trained tokens."""
     args: Mapping[str, Any] = {}
     with contextlib.suppress(ConfigError, FormatError):  # agreed() has already reported args that cannot be read
-        args = next((each.read() for each in _descriptions(checkpoint) if isinstance(each, ArgsDescription)), args)
+        args = next((each.read() for each in _args_descriptions(checkpoint)), args)
     size = known.config.vocab_size
     for name, rule, _ in found.tensors():
         if not rule.padded_vocabulary:

@@ -44,6 +44,11 @@ class StoredRows:
     rows: int
     global_shape: Shape
 
+    def holds_any(self, rows: RowBlocks) -> bool:
+        """Whether some of these Megatron rows are stored here."""
+        end = self.first_row + self.rows
+        return any(max(row, self.first_row) < min(row + length, end) for _, row, length in rows)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfTensor:
