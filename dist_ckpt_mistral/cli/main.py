@@ -20,19 +20,19 @@ from dist_ckpt_mistral.cli.options import EXIT_DATA, EXIT_DONE, Parser, is_first
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
 from dist_ckpt_mistral.libraries import import_numpy
 
-#: Functions that declare a command, in the order of --help.
-_COMMANDS: Final = (
-    convert.add_from_hf,
-    convert.add_to_hf,
-    examine.add_plan,
-    convert.add_reshard,
-    convert.add_migrate,
-    examine.add_inspect,
-    examine.add_verify,
-    run.add_generate,
-    examine.add_megatron_args,
-    run.add_demo,
-)
+#: Command -> the function that declares it, in the order of --help.
+_COMMANDS: Final = {
+    "from-hf": convert.add_from_hf,
+    "to-hf": convert.add_to_hf,
+    "plan": examine.add_plan,
+    "reshard": convert.add_reshard,
+    "migrate": convert.add_migrate,
+    "inspect": examine.add_inspect,
+    "verify": examine.add_verify,
+    "generate": run.add_generate,
+    "megatron-args": examine.add_megatron_args,
+    "demo": run.add_demo,
+}
 _EXIT_INTERRUPTED: Final = 130
 #: More objects than imports make. With Python's default of 700, the cyclic collector would walk them many times.
 _COLLECT_AFTER_OBJECTS: Final = 100_000
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.open_standard_streams()
     arguments = argparse.Namespace(words=tuple(sys.argv[1:] if argv is None else argv), debug=False)
     try:
-        _parser().parse_args(arguments.words, arguments)
+        _parser(arguments.words).parse_args(arguments.words, arguments)
         return _run(arguments)
     except KeyboardInterrupt as error:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -100,7 +100,8 @@ def _notes(error: BaseException) -> str:
     return " ".join(getattr(error, "__notes__", ()))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command line: with the command that its first word names, or with all of them."""
     parser = Parser(
         prog="dist-ckpt-mistral",
         description="Convert, inspect and verify checkpoints of Mistral models, between Megatron and Hugging Face.",
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for declare in _COMMANDS:
+    asked_for = [declare for name, declare in _COMMANDS.items() if name == "".join(words[:1])]
+    for declare in asked_for or _COMMANDS.values():
         declare(commands)
     return parser

@@ -182,9 +182,9 @@ def test_what_the_package_writes_is_plain() -> None:
 def test_strings_are_found_in_small_and_large_pickles_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pickles are plain whether strings are skipped one by one or by the regular expression."""
     pickled = BOMBS[name] if name in BOMBS else (shards(name) / ".metadata").read_bytes()
-    monkeypatch.setattr(opcodes, "_MANY_STRINGS_BYTES", len(pickled) + 1)
+    monkeypatch.setattr(opcodes, "_LONG_BYTES", len(pickled) + 1)
     one_by_one = opcodes.made_safe(pickled)
-    monkeypatch.setattr(opcodes, "_MANY_STRINGS_BYTES", 0)
+    monkeypatch.setattr(opcodes, "_LONG_BYTES", 0)
     assert opcodes.made_safe(pickled) == one_by_one
 
 
@@ -195,7 +195,7 @@ def test_a_string_is_plain_and_its_slot_has_a_low_number(
     limit: int, length: int, slot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of every length, in small and large pickles; a string with a slot of 2**16 or above is not plain."""
-    monkeypatch.setattr(opcodes, "_MANY_STRINGS_BYTES", limit)
+    monkeypatch.setattr(opcodes, "_LONG_BYTES", limit)
     pickled = b"\x80\x02](X" + length.to_bytes(4, "little") + b"." * length + slot.encode() + b"K\1e."
     assert (opcodes.made_safe(pickled) is None) == (slot == "r\1\2\1\0")
 

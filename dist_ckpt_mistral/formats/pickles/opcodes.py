@@ -37,8 +37,8 @@ _TUPLES: Final = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
 _CONSUMERS: Final = (pickle.REDUCE, pickle.BUILD)
 #: Opcode of a string -> the number of bytes that give its length.
 _LENGTH_BYTES: Final = {pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4}
-#: From this size of a pickle on, the regular expression knows strings, which takes 7 ms to compile.
-_MANY_STRINGS_BYTES: Final = 1 << 20
+#: From this size of a pickle on, an expression pays that takes 7 ms to compile.
+_LONG_BYTES: Final = 1 << 20
 #: A memo slot below 2**16.
 _SLOT: Final = re.compile(rb"(?:r..\0\0)?", re.DOTALL)
 
@@ -58,9 +58,7 @@ def made_safe(pickled: bytes) -> bytes | None:
         return None
     opcodes = unframed(pickled)
     counting = pickled[1] >= _COUNTING_PROTOCOL
-    run = _plain_run(
-        counting=counting, with_strings=len(pickled) >= _MANY_STRINGS_BYTES, is_large=len(pickled) >= 1 << 24
-    )
+    run = _plain_run(counting=counting, is_long=len(pickled) >= _LONG_BYTES, is_large=len(pickled) >= 1 << 24)
     at = 0
     swapped: list[int] = []
     while True:
@@ -92,8 +90,8 @@ def _in_one_frame(proto: bytes, opcodes: bytes, swapped: list[int]) -> bytes:
 
 
 @functools.cache
-def _plain_run(*, counting: bool, with_strings: bool, is_large: bool) -> re.Pattern[bytes]:
-    """A regular expression for a run of plain opcodes, ``with_strings`` of up to 255 bytes or with none.
+def _plain_run(*, counting: bool, is_long: bool, is_large: bool) -> re.Pattern[bytes]:
+    """A regular expression for a run of plain opcodes; for a long pickle with strings of up to 255 bytes in it.
 
     With ``counting``, memo slots count up. Otherwise only names and strings have slots, and their numbers are below
     2**16, or 2**24 in a large file: the unpickler's memo is as large as the highest number.
@@ -102,13 +100,12 @@ def _plain_run(*, counting: bool, with_strings: bool, is_large: bool) -> re.Patt
         string, zeros, slot, alone = rb"\x8c", b"", b"", _ALONE + rb"\x94"
     else:
         string, zeros, slot, alone = b"X", rb"\0\0\0", rb"(?:r..%b)?" % (b".\0" if is_large else b"\0\0"), _ALONE
-    named = _GLOBAL
-    if with_strings:
+    named, behind_get = _GLOBAL, rb"\)\x81\x94?}\x94?\("  # an object of the class just named, whose attributes follow
+    if is_long:
         texts = b"|".join(b"%b%b.{%d}" % (re.escape(bytes([length])), zeros, length) for length in range(256))
-        named = rb"(?:%b|%b(?:%b))" % (_GLOBAL, string, texts)
-    record = rb"\)\x81\x94?}\x94?\("  # an object of the class just named, whose attributes follow
-    plain = rb"%b{1,2}+(?:%b|%b)?+[%b]*+|[%b]++|%b|\(|%b|%b%b|G.{8}" % (
-        *(_GET, record, _SIZES, alone, alone),
+        named, behind_get = rb"(?:%b|%b(?:%b))" % (_GLOBAL, string, texts), rb"(?:%b|%b)" % (behind_get, _SIZES)
+    plain = rb"%b{1,2}+(?:%b)?+[%b]*+|[%b]++|%b|\(|%b|%b%b|G.{8}" % (
+        *(_GET, behind_get, alone, alone),
         *(_SIZES, _INT, named, slot),
     )
     return re.compile(rb"(?:%b)*+" % plain, re.DOTALL)
