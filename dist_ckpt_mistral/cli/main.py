@@ -61,11 +61,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.cli import notes
 
     notes.show(only_errors=not is_first_rank(), quiet=arguments.quiet)
+    if arguments.with_numpy:
+        import_numpy()  # before the next line: numpy turns an interrupt of its import into another error
     for number in (signal.SIGINT, signal.SIGTERM):  # the unpublished output is then removed, or kept for --resume
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
-    if arguments.with_numpy:
-        import_numpy()
     command: Callable[[argparse.Namespace], int] = arguments.command
     code = command(arguments)
     output.finish()
