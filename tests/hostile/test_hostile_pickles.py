@@ -147,11 +147,11 @@ def test_genuine_metadata_is_plain(case: str, monkeypatch: pytest.MonkeyPatch) -
     """Megatron's own files are left to the fast unpickler, with their plans and without; the other gives the same."""
     pickled = (shards(case) / ".metadata").read_bytes()
     short = opcodes.ended_before(pickled, "all_local_plans", unless_behind="mcore_data")
-    assert short is not None
+    assert len(short) < len(pickled)
     for content in (pickled, short):
         safe = opcodes.made_safe(content)
         assert safe is not None
-        before, after = (opcodes.unframed(each) for each in (content, safe))
+        before, after = (opcodes.unframed(each) for each in (content, bytes(safe)))
         assert len(before) == len(after)
         changed = [at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
         assert changed
@@ -175,7 +175,7 @@ def test_what_the_package_writes_is_plain() -> None:
     written = lay_out(chunks, [NewObject.empty(["a"])], num_files=2).metadata()
     safe = opcodes.made_safe(written)
     assert safe is not None
-    assert opcodes.unframed(safe) == opcodes.unframed(written)
+    assert opcodes.unframed(bytes(safe)) == opcodes.unframed(written)
 
 
 @pytest.mark.parametrize("name", [*BOMBS, *GENUINE])

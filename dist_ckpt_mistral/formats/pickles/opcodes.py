@@ -13,7 +13,6 @@ import functools
 import itertools
 import pickle
 import re
-from bisect import bisect_right
 from typing import Final
 
 #: Length of the PROTO opcode with its argument, and of the argument of a FRAME opcode.
@@ -43,7 +42,7 @@ _LONG_BYTES: Final = 1 << 20
 _SLOT: Final = re.compile(rb"(?:r..\0\0)?", re.DOTALL)
 
 
-def made_safe(pickled: bytes) -> bytes | None:
+def made_safe(pickled: bytes) -> bytearray | None:
     """Rewrite ``pickled`` so that CPython's C unpickler uses memory and time linear in its length.
 
     That holds whatever the pickle contains, as long as no function that it calls makes tuples. Returns None if the
@@ -79,14 +78,14 @@ def made_safe(pickled: bytes) -> bytes | None:
             return None
 
 
-def _in_one_frame(proto: bytes, opcodes: bytes, swapped: list[int]) -> bytes:
+def _in_one_frame(proto: bytes, opcodes: bytes, swapped: list[int]) -> bytearray:
     """A pickle of ``opcodes`` in one frame; each opcode at an index in ``swapped`` changes places with the next."""
     head = proto + pickle.FRAME + len(opcodes).to_bytes(_FRAME_LENGTH_BYTES, "little")
     whole = bytearray().join((head, opcodes))
     for index in swapped:
         at = len(head) + index
         whole[at], whole[at + 1] = whole[at + 1], whole[at]
-    return bytes(whole)
+    return whole
 
 
 @functools.cache
@@ -132,23 +131,20 @@ def _frame_ends(pickled: bytes) -> list[int]:
     return ends
 
 
-def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes | None:
-    """Cut a pickled object off before its attribute ``key``; None if the bytes do not show where that is.
+def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes:
+    """Cut a pickled object off before its attribute ``key``; ``pickled`` itself if it does not show where that is.
 
-    The pickle must consist of complete frames, as picklers write them from protocol 4 on (PEP 3154), and must not have
+    Such a pickle consists of complete frames, as picklers write them from protocol 4 on (PEP 3154), and does not have
     the string ``unless_behind`` after ``key``. If ``key`` is not an attribute of the topmost object after all, loading
     the result fails, or gives another object.
     """
-    at = pickled.rfind(_short_string(key))
-    ends = _frame_ends(pickled)
-    is_whole = ends[-1:] == [len(pickled)] and pickled.endswith(pickle.STOP)
-    if not is_whole or at < 0 or pickled.find(_short_string(unless_behind), at) >= 0:
-        return None
-    number = bisect_right(ends, at)
-    if at < (ends[number - 1] if number else _PROTO_BYTES) + 1 + _FRAME_LENGTH_BYTES:
-        return None
-    ending = pickle.SETITEMS + pickle.BUILD + pickle.STOP
-    return b"".join((memoryview(pickled)[:at], ending.ljust(ends[number] - at, b"\0")))  # frames must be complete
+    if _frame_ends(pickled)[-1:] != [len(pickled)] or not pickled.endswith(pickle.STOP):
+        return pickled
+    opcodes = unframed(pickled)
+    at = opcodes.rfind(_short_string(key))
+    if at < 0 or opcodes.find(_short_string(unless_behind), at) >= 0:
+        return pickled
+    return b"".join((pickled[:_PROTO_BYTES], memoryview(opcodes)[:at], pickle.SETITEMS + pickle.BUILD + pickle.STOP))
 
 
 def _short_string(text: str) -> bytes:
