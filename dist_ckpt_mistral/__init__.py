@@ -17,17 +17,30 @@ neither Megatron nor torch.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-import lazy_loader
 
-_attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+@functools.cache
+def _stub() -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return lazy_loader's ``__getattr__`` and ``__dir__``, and the public names, all from the stub."""
+    import lazy_loader  # noqa: PLC0415  (parses the stub with ast; the command line needs no public name)
+
+    return lazy_loader.attach_stub(__name__, __file__)
+
+
+def __dir__() -> list[str]:
+    return _stub()[1]()
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (a module attribute of any kind)
-    if name not in __all__:
+    attribute, _, public_names = _stub()
+    if name == "__all__":
+        return public_names
+    if name not in public_names:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dist_ckpt_mistral import libraries  # noqa: PLC0415  (importing the package must be fast)
 
     with libraries.needed(f"{__name__}.{name}", extra="megatron"):
-        return _attribute(name)
+        return attribute(name)

@@ -1,6 +1,7 @@
 """Entry point of ``python -m dist_ckpt_mistral`` and of the command ``dist-ckpt-mistral``."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ def run() -> int:
     from dist_ckpt_mistral.cli import main  # noqa: PLC0415  (slow; the handler must be in place before)
 
     code = main.main()
+    gc.freeze()  # as it ends, Python would walk all objects for garbage, which takes as long as importing rich
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing catches a KeyboardInterrupt while Python shuts down
     return code
 

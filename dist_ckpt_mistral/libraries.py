@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
-import logging
 import os
 import sys
-import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral.errors import MissingLibraryError
 from dist_ckpt_mistral.messages import command_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 #: Module -> the package that installs it.
 _PACKAGES: Final = {
@@ -66,7 +65,9 @@ def _install_command(extra: str) -> str:
     The installed package records both: INSTALLER names the program, direct_url.json (PEP 610) the source unless that
     was an index. If the code runs from a checkout, the checkout is the source, installed or not.
     """
-    from importlib import metadata  # noqa: PLC0415  (imports an email parser; only this error needs it)
+    import json  # noqa: PLC0415  (only this error needs these; metadata imports an email parser)
+    from importlib import metadata  # noqa: PLC0415
+    from pathlib import Path  # noqa: PLC0415
 
     files: dict[str, str | None] = {}
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -86,6 +87,8 @@ def _install_command(extra: str) -> str:
 
 def _is_checkout(folder: Path) -> bool:
     """Whether a folder contains this project's pyproject.toml."""
+    import tomllib  # noqa: PLC0415  (only an error needs it)
+
     try:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -123,6 +126,8 @@ def import_numpy() -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence warnings, log messages and progress bars of libraries within the block. Needs torch and transformers."""
+    import logging  # noqa: PLC0415  (every command imports this module, and --help needs no logging)
+
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

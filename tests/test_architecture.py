@@ -86,7 +86,7 @@ def test_who_needs_what(module: str) -> None:
     if module.startswith("megatron."):
         assert {name for name, _ in foreign} <= {"megatron", "torch", "transformers", "safetensors"}
         return
-    assert {name for name, at_once in foreign if at_once} <= {"ml_dtypes", "numpy", "zlib_ng"}
+    assert {name for name, at_once in foreign if at_once} <= {"numpy", "zlib_ng"}
     assert "megatron" not in {name for name, _ in foreign}
 
 

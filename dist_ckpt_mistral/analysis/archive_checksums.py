@@ -19,9 +19,8 @@ from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader, TensorLocator
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import require_tiling
-from dist_ckpt_mistral.gather.digest import Span
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.local import SourceFiles, Span
 
 
 class Piece(NamedTuple):

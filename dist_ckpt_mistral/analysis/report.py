@@ -212,7 +212,7 @@ def _tensor_reports(checkpoint: StoredCheckpoint, checkpoint_map: CheckpointMap 
     hf_names: dict[str, list[str]] = {}
     if checkpoint_map is not None:
         for tensor in checkpoint_map.table.hf_tensors().values():
-            for name in () if tensor.is_alias else dict.fromkeys(link.source for link in checkpoint_map.links(tensor)):
+            for name in () if tensor.is_alias else checkpoint_map.sources(tensor):
                 hf_names.setdefault(name, []).append(tensor.hf_name)
     return tuple(
         TensorReport(

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -29,13 +28,12 @@ _COLUMNS: Final = 80
 _MARGIN: Final = 4
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Phase:
-    """A phase, and what was done in it since the last refresh."""
+    """A phase, and what was done in it since the last refresh. No dataclass: ``--help`` would wait for their import."""
 
-    name: str
-    total_bytes: int
-    done: deque[int] = field(default_factory=deque)
+    def __init__(self, name: str, total_bytes: int) -> None:
+        """Begin with nothing done."""
+        self.name, self.total_bytes, self.done = name, total_bytes, deque[int]()
 
     def take(self) -> int:
         """The number of bytes done since the last call."""

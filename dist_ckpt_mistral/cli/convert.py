@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 import time
 from collections.abc import Callable
@@ -11,14 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from dist_ckpt_mistral.cli import options, output
-from dist_ckpt_mistral.convert.ranks import ALONE, of_nodes
-from dist_ckpt_mistral.messages import command_line, counted, human_bytes
+from dist_ckpt_mistral.messages import command_line, human_bytes
 
 if TYPE_CHECKING:
     from dist_ckpt_mistral.convert.conversion import Conversion
     from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
-
-_LOG = logging.getLogger(__name__)
 
 #: Options of from-hf that are not for the next run, and the abbreviations that argparse accepts.
 _ONCE: Final = re.compile("--(dr|dry|dry-|dry-r|dry-ru|dry-run|r|re|res|resu|resum|resume)")
@@ -28,14 +24,18 @@ _UNDER_TORCHRUN = "Needs neither torch nor Megatron nor a GPU. Under torchrun th
 
 def add_from_hf(commands: options.Commands) -> None:
     """Declare ``from-hf``."""
-    command = _declare(
+    _declare(
         commands,
         "from-hf",
+        _add_from_hf_options,
         _from_hf,
         "Import a Hugging Face model into a new Megatron checkpoint.",
         "The checkpoint has the format torch_dist, and Megatron loads it at any parallel layout. The Hugging Face "
         "configuration and tokenizer are stored in it, for to-hf.",
     )
+
+
+def _add_from_hf_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("hf", type=options.name, metavar="HF", help=options.HF)
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help="checkpoint root directory to create")
     group = command.add_argument_group(
@@ -70,14 +70,18 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 def add_to_hf(commands: options.Commands) -> None:
     """Declare ``to-hf``."""
-    command = _declare(
+    _declare(
         commands,
         "to-hf",
+        _add_to_hf_options,
         _to_hf,
         "Export a Megatron checkpoint to a new Hugging Face directory.",
         "transformers' from_pretrained loads the directory. A checkpoint that from-hf wrote gives back the original "
         "files byte for byte.",
     )
+
+
+def _add_to_hf_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
     command.add_argument("hf", metavar="HF", type=options.path, help="Hugging Face directory to create")
     options.add_config(
@@ -109,14 +113,18 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 def add_reshard(commands: options.Commands) -> None:
     """Declare ``reshard``."""
-    command = _declare(
+    _declare(
         commands,
         "reshard",
+        _add_reshard_options,
         _reshard,
         "Rewrite a Megatron checkpoint so that every rank of a layout reads only whole chunks.",
         "Weights and optimizer state keep their keys, shapes and bits. The common state, all objects and the small "
         "files are copied byte for byte.",
     )
+
+
+def _add_reshard_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
     command.add_argument("output", metavar="OUT", type=options.path, help="checkpoint to create")
     options.add_layout(command, "to cut the stored chunks for")
@@ -141,14 +149,18 @@ def _reshard(arguments: argparse.Namespace) -> int:
 
 def add_migrate(commands: options.Commands) -> None:
     """Declare ``migrate``."""
-    command = _declare(
+    _declare(
         commands,
         "migrate",
+        _add_migrate_options,
         _migrate,
         "Convert a legacy zarr checkpoint to torch_dist, the format of every later Megatron.",
         "Works for every model that Megatron saved. All tensors, optimizer state included, keep their keys, shapes, "
         "chunks and bits.",
     )
+
+
+def _add_migrate_options(command: argparse.ArgumentParser) -> None:
     help_text = "zarr checkpoint: its root directory, or one iter_* directory in it"
     command.add_argument("checkpoint", metavar="OLD", type=options.path, help=help_text)
     command.add_argument("output", metavar="CKPT", type=options.path, help="checkpoint to create")
@@ -163,9 +175,10 @@ def _migrate(arguments: argparse.Namespace) -> int:
 
 def add_describe(commands: options.Commands) -> None:
     """Declare ``describe``."""
-    command = options.declare(
+    options.declare(
         commands,
         "describe",
+        _add_describe_options,
         _describe,
         "Leave configuration and tokenizer of a model in a checkpoint root, for every iteration saved there.",
         "The folder ROOT/hf then has config.json, tokenizer, chat templates, generation config, the layout of the "
@@ -174,6 +187,9 @@ def add_describe(commands: options.Commands) -> None:
         "nor a GPU.",
         with_numpy=True,
     )
+
+
+def _add_describe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("hf", type=options.name, metavar="HF", help=options.HF)
     help_text = "checkpoint root directory, or an empty directory that training will save into"
     command.add_argument("root", metavar="ROOT", type=options.path, help=help_text)
@@ -182,6 +198,8 @@ def add_describe(commands: options.Commands) -> None:
 
 def _describe(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.convert.describe import describe
+    from dist_ckpt_mistral.convert.ranks import ALONE
+    from dist_ckpt_mistral.messages import counted
 
     with options.effort(arguments, ALONE) as effort:
         done = describe(arguments.hf, arguments.root, output=options.given_output(arguments), effort=effort)
@@ -195,16 +213,23 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 
 def _declare(
-    commands: options.Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, details: str
-) -> argparse.ArgumentParser:
+    commands: options.Commands,
+    name: str,
+    add_options: options.AddOptions,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    details: str,
+) -> None:
     """Declare a command that runs on all ranks and needs numpy."""
     details = f"{details} {_UNDER_TORCHRUN}"
-    return options.declare(commands, name, run, summary, details, on_each_node=True, with_numpy=True)
+    options.declare(commands, name, add_options, run, summary, details, on_each_node=True, with_numpy=True)
 
 
 def _write(arguments: argparse.Namespace, convert: Callable[..., Conversion]) -> int:
     """Call ``convert`` with ``output``, ``effort`` and ``ranks``, and print a summary on the first rank."""
+    from dist_ckpt_mistral.cli import notes
     from dist_ckpt_mistral.convert.conversion import conversion_line
+    from dist_ckpt_mistral.convert.ranks import of_nodes
 
     ranks = of_nodes()
     begun_s = time.perf_counter()
@@ -216,7 +241,7 @@ def _write(arguments: argparse.Namespace, convert: Callable[..., Conversion]) ->
         for name, num_bytes in done.files.items():
             output.say(f"  {name}  {num_bytes} bytes")
     if done.costly_load is not None:
-        _LOG.info("%s", _advice(arguments, done.costly_load))
+        notes.say(_advice(arguments, done.costly_load))
     return options.EXIT_DONE
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.cli import options, output
-from dist_ckpt_mistral.convert.ranks import ALONE
+from dist_ckpt_mistral.libraries import needed, quiet
 from dist_ckpt_mistral.messages import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -17,19 +15,21 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.analysis.damage import Check
     from dist_ckpt_mistral.megatron.logits import LogitsComparison
 
-_LOG = logging.getLogger(__name__)
-
 
 def add_inspect(commands: options.Commands) -> None:
     """Declare ``inspect``."""
-    command = options.declare(
+    options.declare(
         commands,
         "inspect",
+        _add_inspect_options,
         _inspect,
         "Show the tensors, the configuration and the problems of a checkpoint or a Hugging Face directory.",
         "Reads no tensor data. Exits with 1 if there is a problem, such as a missing file or tensor.",
         with_numpy=True,
     )
+
+
+def _add_inspect_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
     options.add_config(command)
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -53,15 +53,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def add_plan(commands: options.Commands) -> None:
     """Declare ``plan``."""
-    command = options.declare(
+    options.declare(
         commands,
         "plan",
+        _add_plan_options,
         _plan,
         "Show what every rank of a parallel layout would read from a checkpoint.",
         "Tensors are stored in chunks. Megatron reads a chunk whole, even where a rank needs only a part of it. The "
         "table compares the bytes that ranks need with those they read. Only the checkpoint's metadata is used.",
         with_numpy=True,
     )
+
+
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
     options.add_layout(command, "that would load the checkpoint")
     options.add_config(command)
@@ -74,6 +78,7 @@ def add_plan(commands: options.Commands) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.analysis import read_planner, read_table
     from dist_ckpt_mistral.analysis.picture import picture
+    from dist_ckpt_mistral.cli import notes
 
     if arguments.svg is not None:
         picture.require_matplotlib()
@@ -85,7 +90,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     if arguments.svg is not None:
         picture.save_svg(plan, arguments.svg)
-        _LOG.info("wrote %s", arguments.svg)
+        notes.say(f"wrote {arguments.svg}")
     if arguments.json:
         output.say_json(plan.to_json())
     else:
@@ -95,9 +100,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def add_verify(commands: options.Commands) -> None:
     """Declare ``verify``."""
-    command = options.declare(
+    options.declare(
         commands,
         "verify",
+        _add_verify_options,
         _verify,
         "Compare two models bit for bit, in whatever format they are stored, or check one for damage.",
         "With A and B, compares shapes, dtypes and bits of all tensors, by Hugging Face name. With A alone, "
@@ -106,6 +112,9 @@ def add_verify(commands: options.Commands) -> None:
         on_all_ranks=True,
         with_numpy=True,
     )
+
+
+def _add_verify_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("a", metavar="A", type=options.path, help=options.CKPT_OR_HF)
     help_text = "the same, to compare with A; without B, A is checked against its own checksums and those beside it"
     command.add_argument("b", metavar="B", type=options.path, nargs="?", help=help_text)
@@ -148,6 +157,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.analysis import damage
+    from dist_ckpt_mistral.convert.ranks import ALONE
 
     with options.effort(arguments, ALONE) as effort:
         check = damage.check(arguments.a, config=options.given_config(arguments), effort=effort)
@@ -164,6 +174,7 @@ def _check_lines(check: Check) -> Iterator[str]:
 
 def _compare_bits(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.analysis import compare
+    from dist_ckpt_mistral.convert.ranks import ALONE
 
     with options.effort(arguments, ALONE) as effort:
         if arguments.stored:
@@ -190,7 +201,7 @@ def _comparison_lines(outcome: Comparison, things: tuple[str, str]) -> Iterator[
 
 def _compare_logits(arguments: argparse.Namespace) -> int:
     modules = ("torch", "megatron.core", "transformers")
-    with libraries.needed("verify --logits", *modules, extra="inference"), libraries.quiet():
+    with needed("verify --logits", *modules, extra="inference"), quiet():
         from dist_ckpt_mistral.megatron.logits import compare_logits
 
         outcome = compare_logits(
@@ -237,14 +248,18 @@ def _answer(
 
 def add_megatron_args(commands: options.Commands) -> None:
     """Declare ``megatron-args``."""
-    command = options.declare(
+    options.declare(
         commands,
         "megatron-args",
+        _add_megatron_args_options,
         _megatron_args,
         "Print the flags with which Megatron-LM's pretrain_gpt.py trains a model.",
         "Paste them into a shell after pretrain_gpt.py. For a checkpoint, the flags also load it.",
         with_numpy=True,
     )
+
+
+def _add_megatron_args_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
     options.add_config(command)
     options.add_layout(command, "to train with")
@@ -254,11 +269,12 @@ def add_megatron_args(commands: options.Commands) -> None:
 
 def _megatron_args(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.analysis.pretrain_command import megatron_args
+    from dist_ckpt_mistral.cli import notes
 
     command = megatron_args(
         arguments.path, config=options.given_config(arguments), layout=options.given_layout(arguments)
     )
-    _LOG.info("configuration: %s", command.config_from)
+    notes.say(f"configuration: {command.config_from}")
     if arguments.json:
         output.say_json(command.to_json())
     else:

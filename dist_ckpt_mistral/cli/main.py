@@ -8,34 +8,32 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final
 
-from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral._version import __version__
 from dist_ckpt_mistral.cli import convert, examine, output, run
-from dist_ckpt_mistral.cli.options import EXIT_DATA, EXIT_DONE, is_first_rank
+from dist_ckpt_mistral.cli.options import EXIT_DATA, EXIT_DONE, Parser, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
-from dist_ckpt_mistral.messages import printable
+from dist_ckpt_mistral.libraries import import_numpy
 
-#: Functions that declare a command, in the order of --help.
-_COMMANDS: Final = (
-    convert.add_from_hf,
-    convert.add_to_hf,
-    convert.add_describe,
-    examine.add_plan,
-    convert.add_reshard,
-    convert.add_migrate,
-    examine.add_inspect,
-    examine.add_verify,
-    run.add_generate,
-    examine.add_megatron_args,
-    run.add_demo,
-)
+#: Command -> the function that declares it, in the order of --help.
+_COMMANDS: Final = {
+    "from-hf": convert.add_from_hf,
+    "to-hf": convert.add_to_hf,
+    "describe": convert.add_describe,
+    "plan": examine.add_plan,
+    "reshard": convert.add_reshard,
+    "migrate": convert.add_migrate,
+    "inspect": examine.add_inspect,
+    "verify": examine.add_verify,
+    "generate": run.add_generate,
+    "megatron-args": examine.add_megatron_args,
+    "demo": run.add_demo,
+}
 _EXIT_INTERRUPTED: Final = 130
 #: More objects than imports make. With Python's default of 700, the cyclic collector would walk them many times.
 _COLLECT_AFTER_OBJECTS: Final = 100_000
@@ -47,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.open_standard_streams()
     arguments = argparse.Namespace(words=tuple(sys.argv[1:] if argv is None else argv), debug=False)
     try:
-        _parser().parse_args(arguments.words, arguments)
+        _parser(arguments.words).parse_args(arguments.words, arguments)
         return _run(arguments)
     except KeyboardInterrupt as error:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -58,48 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, arguments)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Escapes its messages for the terminal, and works on streams that are closed or full."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print usage and message, and exit with 2."""
-        super().error(printable(message))
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Print ``message``, write out all streams and exit."""
-        if message:
-            output.say_on_stderr(message.rstrip("\n"))
-        output.finish()
-        sys.exit(status)
-
-
-class _NoteHandler(logging.Handler):
-    """Prints each different note once: a command may read the same file several times."""
-
-    def __init__(self) -> None:
-        """Start without printed notes."""
-        super().__init__()
-        self._printed: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one note, unless it was printed before."""
-        line = self.format(record)
-        if line not in self._printed:
-            self._printed.add(line)
-            output.say_on_stderr(line)
-
-
 def _run(arguments: argparse.Namespace) -> int:
     if not arguments.runs_here:
         return EXIT_DONE
-    level = (logging.WARNING if arguments.quiet else logging.INFO) if is_first_rank() else logging.ERROR
-    logging.basicConfig(format="%(message)s", handlers=[_NoteHandler()], level=max(level, logging.WARNING))
-    logging.getLogger("dist_ckpt_mistral").setLevel(level)  # notes of other libraries are not shown
+    from dist_ckpt_mistral.cli import notes
+
+    notes.show(only_errors=not is_first_rank(), quiet=arguments.quiet)
+    if arguments.with_numpy:
+        import_numpy()  # before the next line: numpy turns an interrupt of its import into another error
     for number in (signal.SIGINT, signal.SIGTERM):  # the unpublished output is then removed, or kept for --resume
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
-    if arguments.with_numpy:
-        libraries.import_numpy()
     command: Callable[[argparse.Namespace], int] = arguments.command
     code = command(arguments)
     output.finish()
@@ -134,8 +101,9 @@ def _notes(error: BaseException) -> str:
     return " ".join(getattr(error, "__notes__", ()))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command line: with the command that its first word names, or with all of them."""
+    parser = Parser(
         prog="dist-ckpt-mistral",
         description="Convert, inspect and verify checkpoints of Mistral models, between Megatron and Hugging Face.",
         epilog="Every command has its own --help. Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, "
@@ -144,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     version = f"%(prog)s {__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for declare in _COMMANDS:
+    asked_for = [declare for name, declare in _COMMANDS.items() if name == "".join(words[:1])]
+    for declare in asked_for or _COMMANDS.values():
         declare(commands)
     return parser

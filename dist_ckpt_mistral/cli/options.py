@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
-from dist_ckpt_mistral.convert.ranks import Ranks, works_here
-from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.cli import output
+from dist_ckpt_mistral.messages import printable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dist_ckpt_mistral.convert.output import Output
+    from dist_ckpt_mistral.convert.ranks import Ranks
     from dist_ckpt_mistral.gather.execute import Effort
     from dist_ckpt_mistral.model.config.mistral_config import GivenConfig
     from dist_ckpt_mistral.model.layout.layout import ParallelLayout
@@ -39,11 +40,42 @@ _MOST_DIGITS: Final = 40
 
 #: The result of ``add_subparsers``; argparse keeps its type private.
 Commands: TypeAlias = Any
+#: Declares the options of a command.
+AddOptions: TypeAlias = Callable[[argparse.ArgumentParser], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """Escapes its messages for the terminal, and works on streams that are closed or full.
+
+    ``add_options`` declares the options of a command when it is parsed: a process runs only one of the commands.
+    """
+
+    add_options: AddOptions | None = None
+
+    def parse_known_args(  # type: ignore[override]  # the overloads of argparse, which agree with this
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Declare the options, and parse them."""
+        if self.add_options is not None:
+            self.add_options(self)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with 2."""
+        super().error(printable(message))
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Print ``message``, write out all streams and exit."""
+        if message:
+            output.say_on_stderr(message.rstrip("\n"))
+        output.finish()
+        sys.exit(status)
 
 
 def declare(
     commands: Commands,
     name: str,
+    add_options: AddOptions,
     run: Callable[[argparse.Namespace], int],
     summary: str,
     details: str = "",
@@ -51,25 +83,33 @@ def declare(
     on_each_node: bool = False,
     on_all_ranks: bool = False,
     with_numpy: bool = False,
-) -> argparse.ArgumentParser:
+) -> None:
     """Add the command ``name``, which calls ``run``; ``run`` returns the exit code.
 
-    ``summary`` is shown in the list of commands, ``summary`` and ``details`` in the command's own help. Under torchrun
-    only the first rank runs the command, unless ``on_each_node`` (the first rank of every node) or ``on_all_ranks``.
-    ``with_numpy`` imports numpy first, without threads for linear algebra. ``arguments.wrong_usage(message)`` prints
-    usage and message, and exits with 2.
+    ``add_options`` declares its options. ``summary`` is shown in the list of commands, ``summary`` and ``details`` in
+    the command's own help. Under torchrun only the first rank runs the command, unless ``on_each_node`` (the first rank
+    of every node) or ``on_all_ranks``. ``with_numpy`` imports numpy first, without threads for linear algebra.
+    ``arguments.wrong_usage(message)`` prints usage and message, and exits with 2.
     """
-    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{summary} {details}")
-    help_text = "print no notes and show no progress bar; results, warnings and errors stay"
-    command.add_argument("-q", "--quiet", action="store_true", help=help_text)
-    command.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
-    runs_here = on_all_ranks or (works_here() if on_each_node else is_first_rank())
-    command.set_defaults(command=run, runs_here=runs_here, with_numpy=with_numpy, wrong_usage=command.error)
-    return command
+    command: Parser = commands.add_parser(name, help=summary, description=f"{summary} {details}")
+
+    def add_all(command: argparse.ArgumentParser) -> None:
+        from dist_ckpt_mistral.convert.ranks import works_here
+
+        help_text = "print no notes and show no progress bar; results, warnings and errors stay"
+        command.add_argument("-q", "--quiet", action="store_true", help=help_text)
+        command.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
+        runs_here = on_all_ranks or (works_here() if on_each_node else is_first_rank())
+        command.set_defaults(command=run, runs_here=runs_here, with_numpy=with_numpy, wrong_usage=command.error)
+        add_options(command)
+
+    command.add_options = add_all
 
 
 def add_dtype(command: argparse.ArgumentParser) -> None:
     """Add ``--dtype``."""
+    from dist_ckpt_mistral.gather import dtypes
+
     help_text = "convert all weights to this dtype (default: keep the dtype of each weight)"
     command.add_argument("--dtype", choices=dtypes.WEIGHT_DTYPES, help=help_text)
 
@@ -192,6 +232,8 @@ def add_layout(command: argparse.ArgumentParser, purpose: str) -> None:
 
 def given_layout(arguments: argparse.Namespace) -> ParallelLayout:
     """The layout from the options of ``add_layout``. Raises LayoutError if they contradict each other."""
+    import dataclasses
+
     from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ParallelLayout)}
@@ -207,6 +249,8 @@ def name(text: str) -> str:
 
 def path(text: str) -> Path:
     """Parse a path; an empty text is refused, as in ``name``."""
+    from pathlib import Path
+
     return Path(name(text))
 
 
@@ -277,6 +321,8 @@ def _layer_counts(text: str) -> tuple[int, ...]:
 @contextlib.contextmanager
 def effort(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
     """The effort from the options of ``add_effort``; if standard error is a terminal, with a progress bar."""
+    from dataclasses import replace
+
     from dist_ckpt_mistral.gather.execute import Effort
 
     without_bar = Effort(workers=arguments.workers, memory_bytes=arguments.memory)
@@ -286,4 +332,4 @@ def effort(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
     from dist_ckpt_mistral.cli.bar import ProgressBar
 
     with ProgressBar() as bar:
-        yield dataclasses.replace(without_bar, progress=bar)
+        yield replace(without_bar, progress=bar)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.cli import options, output
-from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.errors import LayoutError
+from dist_ckpt_mistral.libraries import needed, quiet
 from dist_ckpt_mistral.messages import command_line
 
 if TYPE_CHECKING:
@@ -17,14 +16,18 @@ if TYPE_CHECKING:
 
 def add_generate(commands: options.Commands) -> None:
     """Declare ``generate``."""
-    command = options.declare(
+    options.declare(
         commands,
         "generate",
+        _add_generate_options,
         _generate,
         "Generate text with a model that runs on Megatron.",
         "Prints each prompt with its continuation.",
         on_all_ranks=True,
     )
+
+
+def _add_generate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", type=options.name, metavar="CKPT_OR_HF", help=options.CKPT_OR_HF)
     help_text = "text to continue; may be repeated"
     command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help=help_text)
@@ -52,10 +55,12 @@ def add_generate(commands: options.Commands) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     """Generate on all ranks, and print the texts on the first."""
-    with libraries.needed("generate", "torch", "megatron.core", "transformers", extra="inference"):
+    from dist_ckpt_mistral.convert.ranks import from_environment
+
+    with needed("generate", "torch", "megatron.core", "transformers", extra="inference"):
         _require_ranks(arguments)
         completions = _completions(arguments)
-    is_first = ranks.from_environment().is_first
+    is_first = from_environment().is_first
     if is_first and arguments.json:
         output.say_json([completion.to_json() for completion in completions], letters=True)
     elif is_first:
@@ -66,7 +71,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _require_ranks(arguments: argparse.Namespace) -> None:
     """Raise LayoutError unless torchrun started one process for every rank of the layout."""
-    num_needed, num_started = arguments.tp * arguments.pp, ranks.world_size()
+    from dist_ckpt_mistral.convert.ranks import world_size
+
+    num_needed, num_started = arguments.tp * arguments.pp, world_size()
     if num_needed != num_started:
         command = ["torchrun", "--nproc-per-node", str(num_needed), "-m", "dist_ckpt_mistral", *arguments.words]
         raise LayoutError(
@@ -76,7 +83,7 @@ def _require_ranks(arguments: argparse.Namespace) -> None:
 
 
 def _completions(arguments: argparse.Namespace) -> list[Completion]:
-    with libraries.quiet():
+    with quiet():
         from dist_ckpt_mistral.megatron.generate import complete
         from dist_ckpt_mistral.megatron.hf_inference import Sampling
         from dist_ckpt_mistral.model.layout.layout import ParallelLayout
@@ -99,13 +106,17 @@ def _completions(arguments: argparse.Namespace) -> list[Completion]:
 
 def add_demo(commands: options.Commands) -> None:
     """Declare ``demo``."""
-    command = options.declare(
+    options.declare(
         commands,
         "demo",
+        _add_demo_options,
         _demo,
         "Convert a small random model to Megatron and back, and check every step.",
         "Works offline and without a GPU. Megatron loads the checkpoint in four processes.",
     )
+
+
+def _add_demo_options(command: argparse.ArgumentParser) -> None:
     help_text = "work in DIR, which must be new or empty, and keep all files there (default: delete them at the end)"
     command.add_argument("--keep", type=options.path, metavar="DIR", help=help_text)
 

@@ -18,9 +18,11 @@ from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import LayoutError, OutputError, for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
-from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE, untrained
+from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE
 from dist_ckpt_mistral.formats.places import Kind, locate, require_not_swapped
-from dist_ckpt_mistral.formats.torch_dist import common_state, writer
+from dist_ckpt_mistral.formats.stored_metadata import object_key
+from dist_ckpt_mistral.formats.torch_dist import writer
+from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
 from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk, NewObject
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
@@ -231,7 +233,7 @@ def _extra_states(table: TensorTable) -> list[str]:
     """The keys of extra states that models of any layer spec and version of Megatron load."""
     shapes = dict.fromkeys(OLD_EXTRA_STATES, (table.num_layers,)) | table.extra_states(KeyStyle.STACKED)
     return [
-        writer.object_key(key, index, shape)
+        object_key(key, index, shape)
         for key, shape in shapes.items()
         for index in itertools.product(*map(range, shape))
     ]
@@ -253,7 +255,7 @@ def _write_other_files(
     documents.write_bytes(directory / checkpoint_directory.BACKEND_FILE, writer.BACKEND_JSON)
     settings: dict[str, Any] = {"dtype": dtype, "tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
     documents.write_bytes(directory / RUN_CONFIG_FILE, documents.yaml_bytes(to_run_config(source.config, **settings)))
-    documents.write_bytes(directory / ITERATION_TRAIN_STATE_FILE, untrained(iteration or 0))
+    documents.write_bytes(directory / ITERATION_TRAIN_STATE_FILE, writer.untrained(iteration or 0))
     state: dict[str, Any] = {
         "args": to_megatron_args(source.config, **settings),
         "checkpoint_version": 3.0,
@@ -264,7 +266,7 @@ def _write_other_files(
             configuration.KEY: configuration.to_record(source.config, source.table, source.hf_files),
         },
     }
-    documents.write_bytes(directory / common_state.COMMON_FILE, common_state.write(state))
+    documents.write_bytes(directory / COMMON_FILE, writer.common_state(state))
     texts = asset_texts(source.config, source.hf_files, copied_files)
     (directory / small_files.ASSETS_FOLDER).mkdir()
     small_files.write_small_files(directory / small_files.ASSETS_FOLDER, copied_files, texts)

@@ -15,8 +15,6 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import ConfigError, FormatError
 from dist_ckpt_mistral.formats.pickles import reader
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
-from dist_ckpt_mistral.formats.torch_dist.archive_writer import scalars_archive
-from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import SourceFiles
 
@@ -33,14 +31,8 @@ ITERATION_TRAIN_STATE_FILE: Final = "train_state.pt"
 _RELEASE: Final = "release"
 #: The errors of symlink(2) on a file system without links.
 _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
-_STEP_BYTES: Final = 8
-#: The values of a train state beside ``step``, and their dtypes, in Bridge's order (training/checkpointing.py, 0.6.2).
-#: All are zero where nothing was trained.
-_OTHER_VALUES: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), "int64"),
-    "floating_point_operations_so_far": "float32",
-    **dict.fromkeys(("do_train", "do_valid", "do_test"), "bool"),
-}
+#: Size of the iteration in a train state.
+STEP_BYTES: Final = 8
 #: Iteration numbers are below this.
 MAX_STEP: Final = 10**18
 
@@ -139,12 +131,6 @@ class _Scalar:
     shape: tuple[int, ...]
 
 
-def untrained(step: int) -> bytes:
-    """The content of a train state for weights at iteration ``step`` that Bridge has not trained."""
-    others = {name: (dtype, bytes(dtypes.itemsize_bytes(dtype))) for name, dtype in _OTHER_VALUES.items()}
-    return scalars_archive({"step": ("int64", step.to_bytes(_STEP_BYTES, "little")), **others})
-
-
 def read_step(path: Path) -> int:
     """The iteration in the train state at ``path``.
 
@@ -161,9 +147,9 @@ def read_step(path: Path) -> int:
             raise FormatError(f"{where} is big-endian, which is not supported")
         content = archive.read(f"data/{step.key}")
     value = int.from_bytes(content, "little", signed=True)
-    if len(content) != _STEP_BYTES or not 0 <= value < MAX_STEP:
+    if len(content) != STEP_BYTES or not 0 <= value < MAX_STEP:
         raise FormatError(
-            f"step in {where}: expected a number of iterations in {_STEP_BYTES} bytes, got {short(content)}"
+            f"step in {where}: expected a number of iterations in {STEP_BYTES} bytes, got {short(content)}"
         )
     return value
 

@@ -23,11 +23,11 @@ from dist_ckpt_mistral.formats.places import (
 )
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.gather.digest import Span
 from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage.local import Span
 
 _LOG = logging.getLogger(__name__)
 

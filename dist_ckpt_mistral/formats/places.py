@@ -8,7 +8,6 @@ checkpoint root.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fnmatch
 import itertools
 import os
@@ -468,6 +467,8 @@ def _folders(directory: Path) -> list[str]:
 
 def _near(path: Path) -> str:
     """A question that names the sibling of ``path`` with the most similar name; empty if none is similar."""
+    import difflib  # noqa: PLC0415  (only an error needs it)
+
     try:
         names = [name.removesuffix("/") for name in _names(path.parent)]
     except FormatError:

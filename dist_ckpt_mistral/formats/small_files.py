@@ -142,7 +142,12 @@ def belongs_to_model(place: Path) -> bool:
 
 def why_left_behind(name: str) -> str | None:
     """Why a file of this name stays behind, as a predicate; empty where nothing is logged, None if it is copied."""
-    return next((why for pattern, why in _LEFT_BEHIND.items() if fnmatchcase(name, pattern)), None)
+    return next((why for pattern, why in _LEFT_BEHIND.items() if _matches(name, pattern)), None)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name matches a pattern. One without ``*`` is compared: ``fnmatch`` compiles what it is given."""
+    return fnmatchcase(name, pattern) if "*" in pattern else name == pattern
 
 
 def small_files(directory: Path) -> dict[str, Path]:

@@ -19,6 +19,11 @@ from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.messages import listed
 
 
+def object_key(key: str, index: Shape, shape: Shape) -> str:
+    """The key of the object at ``index`` in an array of objects of this shape (mcore mapping.py, 0.12 and newer)."""
+    return f"{key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, shape))}"
+
+
 class Archives(NamedTuple):
     """The byte ranges that a checkpoint stores, as int64 columns ``[archives]``.
 

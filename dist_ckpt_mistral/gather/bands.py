@@ -6,13 +6,10 @@ checksums or compares it. Each thread has its own buffers.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import mmap
-import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -21,6 +18,7 @@ import numpy.typing as npt
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.plan import CopyArray, Segment
 from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.processor import l2_cache_bytes
 
 #: Limits of a band's size. Shorter ones cost more calls than copying; longer ones were no faster on any processor.
 LEAST_BAND_BYTES: Final = 64 << 10
@@ -103,17 +101,8 @@ def best_band_bytes() -> int:
     A power of two, so that the page cache takes each write in one piece. Bands that spill from the cache take twice the
     time, most of it inside the lock of the file that is written.
     """
-    half = _l2_bytes() // 2
+    half = l2_cache_bytes(unknown=_USUAL_L2_BYTES) // 2
     return min(_MOST_BAND_BYTES, max(LEAST_BAND_BYTES, 1 << (half.bit_length() - 1)))
-
-
-def _l2_bytes() -> int:
-    """Return the size of the L2 cache of a core of this process, from Linux's sysfs."""
-    with contextlib.suppress(OSError, ValueError):
-        for cache in Path(f"/sys/devices/system/cpu/cpu{min(os.sched_getaffinity(0))}/cache").glob("index*"):
-            if (cache / "level").read_text().strip() == "2":
-                return int((cache / "size").read_text().strip().removesuffix("K")) << 10
-    return _USUAL_L2_BYTES
 
 
 def band_bytes_within(memory_bytes: int) -> int:

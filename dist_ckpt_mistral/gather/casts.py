@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
 import numpy.typing as npt
 
@@ -46,10 +45,10 @@ def cast(band: memoryview, source: str, target: str) -> tuple[memoryview, Lost]:
     """Convert values of dtype ``source`` (a torch name) to ``target``, and count those that are lost."""
     if source == target:
         return band, NOTHING
-    values = np.frombuffer(band, dtype=np.dtype(source))
+    values = np.frombuffer(band, dtype=dtypes.to_numpy(source))
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = values.astype(np.float32) if source == "float64" else values  # as torch: c10/util/Half.h takes float
-        converted = rounded.astype(np.dtype(target))
+        converted = rounded.astype(dtypes.to_numpy(target))
         lost = NOTHING if (source, target) in _WITHIN else _lost(values, converted)
     return converted.view(np.uint8).data, lost
 
@@ -90,9 +89,9 @@ class WidenedFile:
     def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with converted values, from byte ``position`` of this file on."""
         itemsize, stored_itemsize = dtypes.itemsize_bytes(self.dtype), dtypes.itemsize_bytes(self.stored_dtype)
-        stored = np.empty(len(buffer) // itemsize, dtype=np.dtype(self.stored_dtype))
+        stored = np.empty(len(buffer) // itemsize, dtype=dtypes.to_numpy(self.stored_dtype))
         files.read_into(self.file, self.position + position // itemsize * stored_itemsize, stored.view(np.uint8).data)
-        np.frombuffer(buffer, dtype=np.dtype(self.dtype))[:] = stored
+        np.frombuffer(buffer, dtype=dtypes.to_numpy(self.dtype))[:] = stored
 
 
 def widened(tensor: IndexedTensor, dtype: str, first_file: int) -> tuple[IndexedTensor, list[WidenedFile]]:

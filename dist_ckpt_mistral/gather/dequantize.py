@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
 import numpy as np
 import numpy.typing as npt
 
@@ -87,7 +86,7 @@ class DequantizedFile:
 
     def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with dequantized values, from byte ``position`` of this file on."""
-        values = np.frombuffer(buffer, dtype=np.dtype(self.dtype))
+        values = np.frombuffer(buffer, dtype=dtypes.to_numpy(self.dtype))
         first = position // values.itemsize
         stored = np.empty(values.size, dtype=np.uint8)
         files.read_into(self.file, self.position + first, stored.data)
@@ -114,7 +113,7 @@ class DequantizedFile:
 @functools.cache
 def _values_of_bytes(dtype: str) -> FloatArray:
     """Return the values of the 256 bytes of an 8-bit dtype: a look-up is several times faster than a conversion."""
-    return np.arange(256, dtype=np.uint8).view(np.dtype(dtype)).astype(np.float32)
+    return np.arange(256, dtype=np.uint8).view(dtypes.to_numpy(dtype)).astype(np.float32)
 
 
 def dequantized(index: TensorIndex, tensors: Iterable[ScaledTensor], dtype: str) -> TensorIndex:
@@ -147,7 +146,7 @@ def _read_scales(sources: SourceFiles, index: TensorIndex, tensor: ScaledTensor)
     stored = index.tensors[tensor.scale]
     num_bytes = math.prod(tensor.grid) * dtypes.itemsize_bytes(stored.dtype)
     data = sources.read(int(stored.files[0]), int(stored.positions[0]), num_bytes)
-    scales = np.frombuffer(data, dtype=np.dtype(stored.dtype)).astype(np.float32).reshape(tensor.grid)
+    scales = np.frombuffer(data, dtype=dtypes.to_numpy(stored.dtype)).astype(np.float32).reshape(tensor.grid)
     faulty = scales[~(np.isfinite(scales) & (scales >= 0))]
     if faulty.size:
         raise FormatError(

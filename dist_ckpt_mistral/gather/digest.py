@@ -13,14 +13,7 @@ from zlib_ng import zlib_ng
 from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather.bands import aligned_buffer
 from dist_ckpt_mistral.gather.execute import Effort
-from dist_ckpt_mistral.storage.local import SourceFiles
-
-
-class Span(NamedTuple):
-    """Bytes ``[position, position + num_bytes)`` of a file."""
-
-    position: int
-    num_bytes: int
+from dist_ckpt_mistral.storage.local import SourceFiles, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

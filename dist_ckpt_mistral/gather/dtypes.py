@@ -1,4 +1,4 @@
-"""Names and sizes of element types in torch, safetensors and numpy, and shapes. Imports none of the three."""
+"""Names and sizes of element types in torch, safetensors and numpy, and shapes. Its import needs none of the three."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from reprlib import repr as short
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from dist_ckpt_mistral.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: torch name (without ``torch.``) -> (name in safetensors 0.8, size in bytes).
 _TABLE = {
@@ -48,6 +51,14 @@ class TorchDtype:
 def itemsize_bytes(dtype: str) -> int:
     """Return the size of one element of ``dtype`` (a torch name) in bytes."""
     return _TABLE[dtype][1]
+
+
+def to_numpy(dtype: str) -> np.dtype[Any]:
+    """Return numpy's dtype of a torch name."""
+    import ml_dtypes  # noqa: F401, PLC0415  (registers bfloat16 and float8 with numpy; only conversions need numbers)
+    import numpy as np  # noqa: PLC0415  (--help needs the names alone)
+
+    return np.dtype(dtype)
 
 
 def to_safetensors(dtype: str) -> str:

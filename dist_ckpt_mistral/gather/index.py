@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from dist_ckpt_mistral.errors import FormatError, PlanError
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.gather.boxes import IntArray, Overlaps, grid_cuts, grid_overlaps, intersect, require_tiling
+from dist_ckpt_mistral.gather.boxes import (
+    IntArray,
+    Overlaps,
+    equal_rows,
+    grid_cuts,
+    grid_overlaps,
+    intersect,
+    require_tiling,
+)
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.storage.local import DerivedFile
 
@@ -92,6 +101,40 @@ class IndexedTensor:
         if self._cuts is not None:
             return grid_overlaps(lows, highs, self._cuts)
         return intersect(lows, highs, self.offsets, self.offsets + self.shapes)
+
+
+class JoinedTensors:
+    """The chunks of several whole tensors with equally many axes as one table: those of the first tensor come first.
+
+    A model has thousands of tensors, many of them in one chunk. numpy then takes the boxes of all of them at once.
+    """
+
+    def __init__(self, tensors: Sequence[IndexedTensor]) -> None:
+        """Join ``tensors``. One that is repeated has its chunks in the table once."""
+        self._tensors = tuple(tensors)
+        joined = dict.fromkeys(tensors)
+        rows = dict(zip(joined, accumulate((tensor.num_chunks for tensor in joined), initial=0), strict=False))
+        self.first_rows = np.array([rows[tensor] for tensor in tensors], dtype=np.int64)
+        self.offsets = np.concatenate([tensor.offsets for tensor in rows])
+        self.shapes = np.concatenate([tensor.shapes for tensor in rows])
+        self.files = np.concatenate([tensor.files for tensor in rows])
+        self.positions = np.concatenate([tensor.positions for tensor in rows])
+
+    def overlaps(self, tensors: IntArray, lows: IntArray, highs: IntArray) -> Overlaps:
+        """Return the overlaps of boxes inside the tensors with their chunks, which are numbered as in this table.
+
+        ``tensors`` (int64 ``[boxes]``) are the numbers of the boxes' tensors, in the order in which they were given.
+        """
+        is_single = np.array([tensor.num_chunks == 1 for tensor in self._tensors])[tensors]
+        single = np.flatnonzero(is_single & (lows < highs).all(axis=1))  # a box without elements meets nothing
+        parts = [Overlaps(single, self.first_rows[tensors[single]], lows[single], highs[single])]
+        several = np.flatnonzero(~is_single)
+        for equal in equal_rows(self.first_rows[tensors[several], None]):
+            boxes = several[equal]
+            tensor = tensors[boxes[0]]
+            found = self._tensors[tensor].overlaps(lows[boxes], highs[boxes])
+            parts.append(Overlaps(boxes[found.box], self.first_rows[tensor] + found.chunk, found.low, found.high))
+        return Overlaps(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

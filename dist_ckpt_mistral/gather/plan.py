@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.casts import widened, widest
 from dist_ckpt_mistral.gather.dtypes import Shape
-from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
+from dist_ckpt_mistral.gather.index import IndexedTensor, JoinedTensors, TensorIndex
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage.local import DerivedFile
@@ -117,16 +117,13 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
     sources = sorted({link.source for link in chain(*by_target.values())})
     for_all(_require_whole, [source.tensors[name] for name in sources])
     source, links_to = _unmixed(source, by_target)
-    segments = [
-        segment
-        for tensor in target.tensors.values()
-        for segment in _fill(source, tensor, links_to.get(tensor.name, []))
-    ]
-    segments.sort(key=lambda segment: (segment.file, segment.position))
+    for tensor in target.tensors.values():
+        _require_total(tensor, links_to.get(tensor.name, []))
+    segments = _segments(source, [*target.tensors.values()], links_to)
     return BytePlan(
         source_files=source.files,
         target_files=target.files,
-        segments=tuple(segments),
+        segments=tuple(sorted(segments, key=lambda segment: (segment.file, segment.position))),
         derived_files=source.derived,
     )
 
@@ -183,60 +180,6 @@ def _require_whole(tensor: IndexedTensor) -> None:
     tensor.require_whole(f"the stored chunks of {tensor.name!r} are not whole")
 
 
-def _fill(source: TensorIndex, target: IndexedTensor, links: list[Link]) -> list[Segment]:
-    """Return the segments of one target tensor, one per chunk."""
-    _require_total(target, links)
-    by_source: dict[str, list[Link]] = defaultdict(list)
-    for link in links:
-        by_source[link.source].append(link)
-    source_dtype = source.tensors[links[0].source].dtype if links else target.dtype
-    names = [source.tensors[name].name for name in by_source]
-    copies_of = [_copies(source.tensors[name], target, group) for name, group in by_source.items()]
-    chunks = np.concatenate([np.empty(0, dtype=np.int64), *(numbers for numbers, _ in copies_of)])
-    copies = np.concatenate([np.empty(0, dtype=COPY), *(array for _, array in copies_of)])
-    order = np.lexsort((copies["target_offset"], chunks))
-    copies = copies[order]
-    ends = np.bincount(chunks, minlength=target.num_chunks).cumsum().tolist()
-    num_bytes = target.shapes.prod(axis=1) * dtypes.itemsize_bytes(source_dtype)
-    _require_filled(chunks[order], copies, num_bytes, target.name)
-    columns = (target.files.tolist(), target.positions.tolist(), num_bytes.tolist())
-    return [
-        Segment(
-            tensor=target.name,
-            file=file,
-            position=position,
-            source_dtype=source_dtype,
-            dtype=target.dtype,
-            num_bytes=size,
-            copies=copies[start:end],
-            sources=sources,
-        )
-        for file, position, size, start, end, sources in zip(
-            *columns, [0, *ends[:-1]], ends, _sources(names, copies_of, target.num_chunks), strict=True
-        )
-    ]
-
-
-def _sources(
-    names: Iterable[str], copies_of: Sequence[tuple[IntArray, CopyArray]], num_chunks: int
-) -> list[tuple[str, ...]]:
-    """Return the names of each chunk's sources, from the names of all sources and the ``_copies`` of each."""
-    sources: list[list[str]] = [[] for _ in range(num_chunks)]
-    for name, (chunks, _) in zip(names, copies_of, strict=True):
-        for chunk in np.unique(chunks).tolist():
-            sources[chunk].append(name)
-    return [*map(tuple, sources)]
-
-
-def _require_filled(chunks: IntArray, copies: CopyArray, num_bytes: IntArray, name: str) -> None:
-    """Raise PlanError unless the sizes of the copies into each chunk add up to its size."""
-    filled = np.zeros_like(num_bytes)
-    np.add.at(filled, chunks, copies["rows"] * copies["row_bytes"])
-    faulty = np.flatnonzero(filled != num_bytes)
-    if faulty.size:  # an error of this module, not of the data
-        raise PlanError(f"the plan fills {filled[faulty[0]]} of {num_bytes[faulty[0]]} bytes of {name!r}")
-
-
 def _require_total(target: IndexedTensor, links: list[Link]) -> None:
     """Raise PlanError unless links and chunks each cover the target tensor exactly once."""
     ndim = len(target.global_shape)
@@ -247,21 +190,100 @@ def _require_total(target: IndexedTensor, links: list[Link]) -> None:
     target.require_whole(f"the chunks of {target.name!r} are not whole")
 
 
-def _copies(source: IndexedTensor, target: IndexedTensor, links: list[Link]) -> tuple[IntArray, CopyArray]:
-    """Return the copies of ``links`` from one source tensor, and the number of the target chunk of each copy."""
-    itemsize = dtypes.itemsize_bytes(source.dtype)
-    ndim = len(links[0].shape)
-    in_source, in_target = slice(len(source.global_shape) - ndim, None), slice(len(target.global_shape) - ndim, None)
-    source_lows, target_lows, shapes = _columns(links)
-    source_highs = source_lows + _padded(shapes, len(source.global_shape))
-    _require_inside(source_highs, source)
-    read = source.overlaps(source_lows, source_highs)
+class _Pair(NamedTuple):
+    """All links from one source tensor to one target tensor.
 
-    lows = target_lows[read.box]  # the overlaps with source chunks, as boxes of the target
+    ``first_chunk`` is the number of the target's first chunk among the chunks of all targets.
+    """
+
+    source: IndexedTensor
+    target: IndexedTensor
+    first_chunk: int
+    links: list[Link]
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """The size of an element in bytes, and the number of axes of source, target and links."""
+        shapes = (self.source.global_shape, self.target.global_shape, self.links[0].shape)
+        return dtypes.itemsize_bytes(self.source.dtype), *map(len, shapes)
+
+
+def _segments(
+    source: TensorIndex, targets: Sequence[IndexedTensor], links_to: Mapping[str, list[Link]]
+) -> Iterator[Segment]:
+    """Yield the segments of ``targets``, one for each of their chunks."""
+    *first_chunks, num_chunks = accumulate((target.num_chunks for target in targets), initial=0)
+    pairs: list[_Pair] = []
+    for target, first_chunk in zip(targets, first_chunks, strict=True):
+        by_source: dict[str, list[Link]] = defaultdict(list)
+        for link in links_to.get(target.name, []):
+            by_source[link.source].append(link)
+        pairs += (_Pair(source.tensors[name], target, first_chunk, links) for name, links in by_source.items())
+    chunks, numbers, copies = _all_copies(pairs)
+    order = np.lexsort((copies["target_offset"], chunks))
+    chunks, numbers, copies = chunks[order], numbers[order], copies[order]
+    ends = np.bincount(chunks, minlength=num_chunks).cumsum().tolist()
+    starts = [0, *ends[:-1]]
+    sources: list[list[str]] = [[] for _ in range(num_chunks)]
+    for chunk, number in np.unique(np.column_stack([chunks, numbers]), axis=0).tolist():
+        sources[chunk].append(pairs[number].source.name)
+    filled = np.zeros(num_chunks, dtype=np.int64)
+    np.add.at(filled, chunks, copies["rows"] * copies["row_bytes"])
+    for target, first_chunk in zip(targets, first_chunks, strict=True):
+        links = links_to.get(target.name)
+        source_dtype = source.tensors[links[0].source].dtype if links else target.dtype
+        num_bytes = target.shapes.prod(axis=1) * dtypes.itemsize_bytes(source_dtype)
+        columns = (target.files.tolist(), target.positions.tolist(), num_bytes.tolist())
+        for chunk, (file, position, size) in enumerate(zip(*columns, strict=True), first_chunk):
+            if filled[chunk] != size:  # an error of this module, not of the data
+                raise PlanError(f"the plan fills {filled[chunk]} of {size} bytes of {target.name!r}")
+            yield Segment(
+                tensor=target.name,
+                file=file,
+                position=position,
+                source_dtype=source_dtype,
+                dtype=target.dtype,
+                num_bytes=size,
+                copies=copies[starts[chunk] : ends[chunk]],
+                sources=tuple(sources[chunk]),
+            )
+
+
+def _all_copies(pairs: Sequence[_Pair]) -> tuple[IntArray, IntArray, CopyArray]:
+    """Return the copies of ``pairs``. Besides, of each: the number of its target chunk among all, and of its pair."""
+    by_kind: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, pair in enumerate(pairs):
+        by_kind[pair.kind].append(number)
+    empty = np.empty(0, dtype=np.int64)
+    chunks, numbers, copies = [empty], [empty], [np.empty(0, dtype=COPY)]
+    for alike in by_kind.values():
+        some_chunks, rows, some_copies = _copies([pairs[number] for number in alike])
+        chunks.append(some_chunks)
+        numbers.append(np.array(alike)[rows])
+        copies.append(some_copies)
+    return np.concatenate(chunks), np.concatenate(numbers), np.concatenate(copies)
+
+
+def _copies(pairs: Sequence[_Pair]) -> tuple[IntArray, IntArray, CopyArray]:
+    """Return what ``_all_copies`` does, for pairs of one kind; pairs are numbered as in ``pairs``."""
+    itemsize, source_ndim, target_ndim, ndim = pairs[0].kind
+    in_source, in_target = slice(source_ndim - ndim, None), slice(target_ndim - ndim, None)
+    source, target = JoinedTensors([pair.source for pair in pairs]), JoinedTensors([pair.target for pair in pairs])
+    links = [link for pair in pairs for link in pair.links]
+    number = np.repeat(np.arange(len(pairs)), [len(pair.links) for pair in pairs])
+    source_lows = np.array([link.source_offset for link in links], dtype=np.int64)
+    target_lows = np.array([link.target_offset for link in links], dtype=np.int64)
+    shapes = np.array([link.shape for link in links], dtype=np.int64)
+    source_highs = source_lows + _padded(shapes, source_ndim)
+    _require_inside(source_highs, pairs, number)
+    read = source.overlaps(number, source_lows, source_highs)
+
+    number, lows = number[read.box], target_lows[read.box]  # the overlaps with source chunks, as boxes of the target
     lows[:, in_target] += (read.low - source_lows[read.box])[:, in_source]
-    written = target.overlaps(lows, lows + _padded((read.high - read.low)[:, in_source], len(target.global_shape)))
+    highs = lows + _padded((read.high - read.low)[:, in_source], target_ndim)
+    written = target.overlaps(number, lows, highs)
 
-    source_chunk, source_low = read.chunk[written.box], read.low[written.box]
+    number, source_chunk, source_low = number[written.box], read.chunk[written.box], read.low[written.box]
     source_low[:, in_source] += (written.low - lows[written.box])[:, in_target]
     source_strides = row_major_strides(source.shapes[source_chunk], itemsize)
     target_strides = row_major_strides(target.shapes[written.chunk], itemsize)
@@ -277,17 +299,9 @@ def _copies(source: IndexedTensor, target: IndexedTensor, links: list[Link]) -> 
     columns = (source.files[source_chunk][runs.box], *runs[1:])
     for name, column in zip(COPY.names or (), columns, strict=True):
         copies[name] = column
-    return written.chunk[runs.box], copies
-
-
-def _columns(links: list[Link]) -> Iterator[IntArray]:
-    """Yield source offsets, target offsets and shapes of links between the same two tensors, each ``[links, axes]``."""
-    for rows in (
-        [link.source_offset for link in links],
-        [link.target_offset for link in links],
-        [link.shape for link in links],
-    ):
-        yield np.array(rows, dtype=np.int64).reshape(len(links), -1 if rows[0] else 0)
+    first_chunks = np.array([pair.first_chunk for pair in pairs])
+    chunk = written.chunk - target.first_rows[number] + first_chunks[number]
+    return chunk[runs.box], number[runs.box], copies
 
 
 def _padded(shapes: IntArray, ndim: int) -> IntArray:
@@ -297,9 +311,10 @@ def _padded(shapes: IntArray, ndim: int) -> IntArray:
     return padded
 
 
-def _require_inside(ends: IntArray, source: IndexedTensor) -> None:
-    """Raise PlanError if a link ends outside its source."""
-    outside = np.flatnonzero((ends > np.array(source.global_shape, dtype=np.int64)).any(axis=1))
+def _require_inside(ends: IntArray, pairs: Sequence[_Pair], numbers: IntArray) -> None:
+    """Raise PlanError if a link ends outside its source; ``numbers`` are the links' pairs."""
+    global_shapes = np.array([pair.source.global_shape for pair in pairs], dtype=np.int64)
+    outside = np.flatnonzero((ends > global_shapes[numbers]).any(axis=1))
     if outside.size:
-        end = ends[outside[0]].tolist()
+        end, source = ends[outside[0]].tolist(), pairs[numbers[outside[0]]].source
         raise PlanError(f"a link ends at {end}, outside {source.name!r} of {list(source.global_shape)}")

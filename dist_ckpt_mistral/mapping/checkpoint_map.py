@@ -56,6 +56,7 @@ class Twin:
 class CheckpointMap:
     """How a checkpoint spells the tensors of a table: its prefix, its key style, and the key of every rule.
 
+    ``keys`` maps the ``mcore_key`` of every rule to the key under which its tensors are stored.
     ``state`` is what it maps of each parameter: the weights, or a state of the optimizer. For the latter, ``states``
     maps the key of a parameter to the stored name of its state.
     """
@@ -63,14 +64,14 @@ class CheckpointMap:
     table: TensorTable
     prefix: str = ""
     style: KeyStyle = KeyStyle.STACKED
-    keys: Mapping[TensorRule, str]
+    keys: Mapping[str, str]
     state: ParamState = ParamState.WEIGHTS
     states: Mapping[str, str] = field(default_factory=dict)
     ignored: Ignored = ()
 
     def stored(self, rule: TensorRule, index: Index) -> tuple[StoredRows, ...]:
         """The stored rows of one tensor, under keys without the prefix."""
-        return self.table.stored(rule, index, self.style, self.keys[rule])
+        return self.table.stored(rule, index, self.style, self.keys[rule.mcore_key])
 
     def stored_name(self, mcore_key: str) -> str:
         """The stored name of the tensor that the table calls ``mcore_key``."""
@@ -88,15 +89,15 @@ class CheckpointMap:
     def tensors(self) -> Iterator[tuple[str, TensorRule, Shape]]:
         """Yield (stored name, rule, shape without vocabulary padding) of each tensor that must be stored."""
         for rule in self.table.rules:
-            for key, shape in self.table.spelled(rule, self.style, self.keys[rule]):
+            for key, shape in self.table.spelled(rule, self.style, self.keys[rule.mcore_key]):
                 yield self.stored_name(key), rule, shape
 
     def other_tensors(self) -> Iterator[tuple[str, TensorRule, Twin]]:
         """Yield (key, rule, twin) of the same tensors under the other keys of their rules."""
         for rule in self.table.rules:
             for key in rule.keys:
-                if key != self.keys[rule]:
-                    spelled = (self.table.spelled(rule, self.style, each) for each in (self.keys[rule], key))
+                if key != self.keys[rule.mcore_key]:
+                    spelled = (self.table.spelled(rule, self.style, each) for each in (self.keys[rule.mcore_key], key))
                     for (main, shape), (other, _) in zip(*spelled, strict=True):
                         yield key, rule, Twin.of(self.stored_name(other), self.stored_name(main), shape, rule)
 
@@ -119,6 +120,12 @@ class CheckpointMap:
     def shapes(self) -> dict[str, Shape]:
         """Stored name -> minimum shape, in elements, of ``tensors``."""
         return {name: shape for name, _, shape in self.tensors()}
+
+    def sources(self, tensor: HfTensor) -> list[str]:
+        """The names of the stored tensors that make up one Hugging Face tensor."""
+        stored = (rows_of for index, _ in tensor.packed() for rows_of in self.stored(tensor.rule, index))
+        names = (self.stored_name(rows_of.mcore_key) for rows_of in stored if rows_of.holds_any(tensor.rows))
+        return [*dict.fromkeys(names)]
 
     def links(self, tensor: HfTensor) -> list[Link]:
         """The stored boxes that make up one Hugging Face tensor."""
@@ -171,4 +178,4 @@ def hf_links(table: TensorTable, stored: Collection[str]) -> dict[str, list[Link
 
 def new_checkpoint_map(table: TensorTable) -> CheckpointMap:
     """The map of a checkpoint that ``from_hf`` writes: stacked layers, no prefix, the first key of every rule."""
-    return CheckpointMap(table=table, keys={rule: rule.mcore_key for rule in table.rules})
+    return CheckpointMap(table=table, keys={rule.mcore_key: rule.mcore_key for rule in table.rules})

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -337,6 +338,15 @@ def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Ite
     for folder in small_files.hf_folders(checkpoint.directory):
         if folder != skip:
             yield from _described_in(folder)
+    yield from _run_config(checkpoint)
+    named = named_tokenizer(checkpoint)
+    if named is not None and named.is_of_model:
+        yield _hf_file(named.directory / CONFIG_FILE)
+    yield from _args(checkpoint)
+
+
+def _run_config(checkpoint: StoredCheckpoint) -> Iterator[ArgsDescription]:
+    """Yield the description in Megatron-Bridge's configuration of the run, if the checkpoint has one."""
     path = checkpoint.directory / RUN_CONFIG_FILE
     if path.is_file():
         yield ArgsDescription(
@@ -345,9 +355,10 @@ def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Ite
             config=lambda: from_run_config(documents.read_yaml(path), str(path)),
             read=lambda: args_of_run_config(documents.read_yaml(path), str(path)),
         )
-    named = named_tokenizer(checkpoint)
-    if named is not None and named.is_of_model:
-        yield _hf_file(named.directory / CONFIG_FILE)
+
+
+def _args(checkpoint: StoredCheckpoint) -> Iterator[ArgsDescription]:
+    """Yield the description in Megatron-LM's args, if the checkpoint has them."""
     args = checkpoint.common_state.get("args")
     if isinstance(args, Mapping):
         yield ArgsDescription(
@@ -402,7 +413,7 @@ def _require_padding(checkpoint: StoredCheckpoint, known: Agreed, found: Checkpo
     """Raise TensorMismatchError if rows beyond the vocabulary are not padding: they may be trained tokens."""
     args: Mapping[str, Any] = {}
     with contextlib.suppress(ConfigError, FormatError):  # agreed() has already reported args that cannot be read
-        *_, args = (args, *(each.read() for each in _descriptions(checkpoint) if isinstance(each, ArgsDescription)))
+        args = next((each.read() for each in chain(_args(checkpoint), _run_config(checkpoint))), args)
     size = known.config.vocab_size
     for name, rule, _ in found.tensors():
         if not rule.padded_vocabulary:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Final
 
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
@@ -156,17 +157,19 @@ def _spelled(
     return CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, state=state, states=states)
 
 
-def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[TensorRule, str]]:
-    """The key style and the key of every rule that match the most of ``present``."""
+def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[str, str]]:
+    """The key style, and the key for the ``mcore_key`` of every rule, that match the most of ``present``."""
 
     def count(rule: TensorRule, style: KeyStyle, key: str) -> int:
         return len({name for name, _ in table.spelled(rule, style, key)} & present)
 
-    scores = {
-        style: sum(max(count(rule, style, key) > 0 for key in rule.keys) for rule in table.rules) for style in KeyStyle
-    }
-    style = max(KeyStyle, key=lambda candidate: scores[candidate])
-    return style, {rule: max(rule.keys, key=lambda key: count(rule, style, key)) for rule in table.rules}
+    @cache
+    def score(style: KeyStyle) -> int:
+        return sum(any(count(rule, style, key) for key in rule.keys) for rule in table.rules)
+
+    complete = (style for style in KeyStyle if score(style) == len(table.rules))
+    style = next(complete, None) or max(KeyStyle, key=score)
+    return style, {rule.mcore_key: max(rule.keys, key=partial(count, rule, style)) for rule in table.rules}
 
 
 def _problem(names: Sequence[str], what: str) -> list[str]:

@@ -30,7 +30,8 @@ from dist_ckpt_mistral.megatron.model_config import gpt_model_arguments, transfo
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron, on_device, without_cuda
 from dist_ckpt_mistral.megatron.sharded_state_dict import weight_dtype
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
-from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
 
 #: One rank's model: a GPTModel, or with virtual pipeline stages a list with one GPTModel for each.
 Model: TypeAlias = GPTModel | list[GPTModel]

@@ -34,6 +34,13 @@ _REQUESTED: Final = 256
 _TRUSTED: Final = 16
 
 
+class Span(NamedTuple):
+    """Bytes ``[position, position + num_bytes)`` of a file."""
+
+    position: int
+    num_bytes: int
+
+
 class Stamp(NamedTuple):
     """Identifies one state of one file: size, times (ns since 1970), inode and device.
 

@@ -32,8 +32,9 @@ import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.convert.to_hf import to_hf
 from dist_ckpt_mistral.errors import ConfigError, FormatError, OutputError, UnsupportedModelError
-from dist_ckpt_mistral.formats.checkpoint_directory import MAX_STEP, read_step, untrained
+from dist_ckpt_mistral.formats.checkpoint_directory import MAX_STEP, read_step
 from dist_ckpt_mistral.formats.places import resolve_directory
+from dist_ckpt_mistral.formats.torch_dist.writer import untrained
 from dist_ckpt_mistral.model.args.bridge import from_run_config, to_run_config
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.storage import documents

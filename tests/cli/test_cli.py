@@ -41,7 +41,7 @@ COMMANDS = [
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """No --help waits for numpy, torch, rich or the like; each says what it is about."""
+    """No --help waits for numpy, torch, rich or the like; each says what it is about. The first needs even less."""
     commands = [["--help"], *([command, "--help"] for command in COMMANDS)]
     done = without([], commands)
     assert [code for code, _, _ in done] == [0] * len(commands)
@@ -49,6 +49,33 @@ def test_help_imports_nothing_heavy() -> None:
         assert modules.isdisjoint(HEAVY)
         assert out.startswith("usage: dist-ckpt-mistral" + ("" if command == "--help" else f" {command}"))
     assert all(command in done[0][1] for command in COMMANDS)
+    assert done[0][2].isdisjoint({"ast", "dataclasses", "lazy_loader", "logging", "pathlib", "tomllib"})
+
+
+#: What only copying needs, and what only converted values, Megatron-Bridge's files and tables need.
+COPYING = {"concurrent", "hashlib"} | {
+    f"dist_ckpt_mistral.{module}" for module in ("convert.output", "gather.execute", "formats.torch_dist.writer")
+}
+RARE = {"ml_dtypes", "yaml", "lazy_loader", "tomllib", "difflib"}
+
+
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [
+        (["inspect", "CKPT"], COPYING | RARE),
+        (["inspect", "CKPT", "--json"], COPYING | RARE | {"rich"}),
+        (["plan", "CKPT", "--tp", "2", "--json"], {"dist_ckpt_mistral.gather.execute", *RARE, "rich"}),
+        (["to-hf", "CKPT", "OUT", "--dry-run"], RARE | {"rich"}),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else "",
+)
+def test_commands_import_what_they_use(command: list[str], unused: set[str], tmp_path: Path) -> None:
+    """Quick commands do not wait for the import of libraries and rooms that others need."""
+    places = {"CKPT": str(folder("td_0192") / "checkpoint"), "OUT": str(tmp_path / "out")}
+    arguments = [places.get(word, word) for word in command]
+    ((code, _, modules),) = without([], [[*arguments, "--config", str(folder("td_0192"))]])
+    assert code == 0
+    assert modules.isdisjoint(unused | {*HEAVY} - {"numpy", "rich", "ml_dtypes"})
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from dist_ckpt_mistral.megatron.build_model import layer_spec
 from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
-from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 HfTensors = Mapping[str, torch.Tensor]

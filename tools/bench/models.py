@@ -158,7 +158,7 @@ def make_sparse_checkpoint(
         target.close()
         os.truncate(directory / written.file_names[number], written.file_bytes[number])
     args = to_megatron_args(config, dtype="bfloat16", tp=layout.tp, pp=layout.pp)
-    (directory / common_state.COMMON_FILE).write_bytes(common_state.write({"args": args, "iteration": 0}))
+    (directory / common_state.COMMON_FILE).write_bytes(writer.common_state({"args": args, "iteration": 0}))
     (directory / checkpoint_directory.BACKEND_FILE).write_bytes(writer.BACKEND_JSON)
     (directory / checkpoint_directory.METADATA_FILE).write_bytes(_as_megatron_pickles(written.metadata()))
     return len(written.placed)

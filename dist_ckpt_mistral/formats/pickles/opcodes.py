@@ -13,7 +13,6 @@ import functools
 import itertools
 import pickle
 import re
-from bisect import bisect_right
 from typing import Final
 
 #: Length of the PROTO opcode with its argument, and of the argument of a FRAME opcode.
@@ -35,9 +34,15 @@ _GLOBAL: Final = rb"c[^\n]*\n[^\n]*\n"
 _ALONE: Final = rb"N\x88\x89\x81bR}su\]ae\x93"
 _TUPLES: Final = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
 _CONSUMERS: Final = (pickle.REDUCE, pickle.BUILD)
+#: Opcode of a string -> the number of bytes that give its length.
+_LENGTH_BYTES: Final = {pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4}
+#: From this size of a pickle on, an expression pays that takes 7 ms to compile.
+_LONG_BYTES: Final = 1 << 20
+#: A memo slot below 2**16.
+_SLOT: Final = re.compile(rb"(?:r..\0\0)?", re.DOTALL)
 
 
-def made_safe(pickled: bytes) -> bytes | None:
+def made_safe(pickled: bytes) -> bytearray | None:
     """Rewrite ``pickled`` so that CPython's C unpickler uses memory and time linear in its length.
 
     That holds whatever the pickle contains, as long as no function that it calls makes tuples. Returns None if the
@@ -51,7 +56,8 @@ def made_safe(pickled: bytes) -> bytes | None:
     if pickled[:1] != pickle.PROTO or len(pickled) < _PROTO_BYTES:
         return None
     opcodes = unframed(pickled)
-    run = _plain_run(counting=pickled[1] >= _COUNTING_PROTOCOL, is_large=len(pickled) >= 1 << 24)
+    counting = pickled[1] >= _COUNTING_PROTOCOL
+    run = _plain_run(counting=counting, is_long=len(pickled) >= _LONG_BYTES, is_large=len(pickled) >= 1 << 24)
     at = 0
     swapped: list[int] = []
     while True:
@@ -59,8 +65,10 @@ def made_safe(pickled: bytes) -> bytes | None:
         opcode, behind = opcodes[at : at + 1], opcodes[at + 1 : at + 3]
         if opcode == pickle.STOP:
             return _in_one_frame(pickled[:_PROTO_BYTES], opcodes, swapped)
-        if opcode == pickle.BINUNICODE:  # one of 256 bytes or more
-            at += 1 + 4 + int.from_bytes(opcodes[at + 1 : at + 5], "little")
+        if opcode in _LENGTH_BYTES:  # a string of 256 bytes or more, or any in a small pickle
+            at += 1 + _LENGTH_BYTES[opcode]
+            at += int.from_bytes(opcodes[at - _LENGTH_BYTES[opcode] : at], "little")
+            at = at if counting else _SLOT.match(opcodes, at).end()  # type: ignore[union-attr]  # always matches
         elif opcode and opcode in _TUPLES and behind[:1] == pickle.MEMOIZE and behind[1:] in _CONSUMERS:
             swapped.append(at + 1)
             at += 3
@@ -70,36 +78,36 @@ def made_safe(pickled: bytes) -> bytes | None:
             return None
 
 
-def _in_one_frame(proto: bytes, opcodes: bytes, swapped: list[int]) -> bytes:
+def _in_one_frame(proto: bytes, opcodes: bytes, swapped: list[int]) -> bytearray:
     """A pickle of ``opcodes`` in one frame; each opcode at an index in ``swapped`` changes places with the next."""
     head = proto + pickle.FRAME + len(opcodes).to_bytes(_FRAME_LENGTH_BYTES, "little")
     whole = bytearray().join((head, opcodes))
     for index in swapped:
         at = len(head) + index
         whole[at], whole[at + 1] = whole[at + 1], whole[at]
-    return bytes(whole)
+    return whole
 
 
 @functools.cache
-def _plain_run(*, counting: bool, is_large: bool) -> re.Pattern[bytes]:
-    """A regular expression for a run of plain opcodes.
+def _plain_run(*, counting: bool, is_long: bool, is_large: bool) -> re.Pattern[bytes]:
+    """A regular expression for a run of plain opcodes; for a long pickle with strings of up to 255 bytes in it.
 
     With ``counting``, memo slots count up. Otherwise only names and strings have slots, and their numbers are below
     2**16, or 2**24 in a large file: the unpickler's memo is as large as the highest number.
     """
-    short = b"|".join(b"%b.{%d}" % (re.escape(bytes([length])), length) for length in range(256))
     if counting:
-        text, alone = rb"\x8c(?:%b)" % short, _ALONE + rb"\x94"
+        string, zeros, slot, alone = rb"\x8c", b"", b"", _ALONE + rb"\x94"
     else:
-        slot = rb"(?:r..%b)?" % (b".\0" if is_large else b"\0\0")
-        texts = b"|".join(b"%b\\0\\0\\0.{%d}" % (re.escape(bytes([length])), length) for length in range(256))
-        text, alone = rb"(?:X(?:%b)|%b)%b" % (texts, _GLOBAL, slot), _ALONE
-    record = rb"\)\x81\x94?}\x94?\("  # an object of the class just named, whose attributes follow
-    plain = rb"%b{1,2}+(?:%b|%b)?+[%b]*+|[%b]++|%b|\(|%b|%b|G.{8}" % (
-        *(_GET, record, _SIZES, alone, alone),
-        *(_SIZES, _INT, text),
+        string, zeros, slot, alone = b"X", rb"\0\0\0", rb"(?:r..%b)?" % (b".\0" if is_large else b"\0\0"), _ALONE
+    named, behind_get = _GLOBAL, rb"\)\x81\x94?}\x94?\("  # an object of the class just named, whose attributes follow
+    if is_long:
+        texts = b"|".join(b"%b%b.{%d}" % (re.escape(bytes([length])), zeros, length) for length in range(256))
+        named, behind_get = rb"(?:%b|%b(?:%b))" % (_GLOBAL, string, texts), rb"(?:%b|%b)" % (behind_get, _SIZES)
+    plain = rb"%b{1,2}+(?:%b)?+[%b]*+|[%b]++|%b|\(|%b|%b%b|G.{8}" % (
+        *(_GET, behind_get, alone, alone),
+        *(_SIZES, _INT, named, slot),
     )
-    return re.compile(rb"(?:%b|%b)*+" % (plain, _GLOBAL), re.DOTALL)
+    return re.compile(rb"(?:%b)*+" % plain, re.DOTALL)
 
 
 def unframed(pickled: bytes) -> bytes:
@@ -123,23 +131,20 @@ def _frame_ends(pickled: bytes) -> list[int]:
     return ends
 
 
-def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes | None:
-    """Cut a pickled object off before its attribute ``key``; None if the bytes do not show where that is.
+def ended_before(pickled: bytes, key: str, *, unless_behind: str) -> bytes:
+    """Cut a pickled object off before its attribute ``key``; ``pickled`` itself if it does not show where that is.
 
-    The pickle must consist of complete frames, as picklers write them from protocol 4 on (PEP 3154), and must not have
+    Such a pickle consists of complete frames, as picklers write them from protocol 4 on (PEP 3154), and does not have
     the string ``unless_behind`` after ``key``. If ``key`` is not an attribute of the topmost object after all, loading
     the result fails, or gives another object.
     """
-    at = pickled.rfind(_short_string(key))
-    ends = _frame_ends(pickled)
-    is_whole = ends[-1:] == [len(pickled)] and pickled.endswith(pickle.STOP)
-    if not is_whole or at < 0 or pickled.find(_short_string(unless_behind), at) >= 0:
-        return None
-    number = bisect_right(ends, at)
-    if at < (ends[number - 1] if number else _PROTO_BYTES) + 1 + _FRAME_LENGTH_BYTES:
-        return None
-    ending = pickle.SETITEMS + pickle.BUILD + pickle.STOP
-    return b"".join((memoryview(pickled)[:at], ending.ljust(ends[number] - at, b"\0")))  # frames must be complete
+    if _frame_ends(pickled)[-1:] != [len(pickled)] or not pickled.endswith(pickle.STOP):
+        return pickled
+    opcodes = unframed(pickled)
+    at = opcodes.rfind(_short_string(key))
+    if at < 0 or opcodes.find(_short_string(unless_behind), at) >= 0:
+        return pickled
+    return b"".join((pickled[:_PROTO_BYTES], memoryview(opcodes)[:at], pickle.SETITEMS + pickle.BUILD + pickle.STOP))
 
 
 def _short_string(text: str) -> bytes:

@@ -124,10 +124,27 @@ class _Loads(dict[int, Callable[[Any], None]]):
         raise _RefusedError(f"the opcode {names.get(chr(opcode), hex(opcode))}")
 
 
+class _OneFrame:
+    """A file with a pickle in one frame, as CPython's C unpickler reads it: of ``io.BytesIO`` it would copy the frame.
+
+    The unpickler takes any buffer (CPython 3.11 to 3.14, ``Modules/_pickle.c``, ``_Unpickler_SetStringInput``).
+    """
+
+    def __init__(self, pickled: bytearray) -> None:
+        self._rest = memoryview(pickled)
+
+    def read(self, num_bytes: int) -> memoryview:
+        part, self._rest = self._rest[:num_bytes], self._rest[num_bytes:]
+        return part
+
+    def readline(self) -> bytes:
+        return b""  # no line lies outside of the frame
+
+
 class _Hooks:
     """The hooks of both unpicklers: names and persistent ids are looked up in the allowlist, and nowhere else."""
 
-    def __init__(self, file: io.BytesIO, find: Callable[[str, str], Any], persistent: Callable[[Any], Any]) -> None:
+    def __init__(self, file: object, find: Callable[[str, str], Any], persistent: Callable[[Any], Any]) -> None:
         super().__init__(file)  # type: ignore[call-arg]  # an unpickler stands behind this class
         self._find = find
         self._persistent = persistent
@@ -211,9 +228,14 @@ def loads(
     safe = made_safe(data)
     if safe is None and not data.rstrip(b"\0").endswith(pickle.STOP):
         raise FormatError(f"{where} is not a readable pickle: it has no end")
-    unpickler, content = (_CarefulUnpickler, data) if safe is None else (_FastUnpickler, safe)
+    unpickler: _CarefulUnpickler | _FastUnpickler
+    if safe is None:
+        unpickler = _CarefulUnpickler(io.BytesIO(data), find, persistent)
+    else:
+        unpickler = _FastUnpickler(_OneFrame(safe), find, persistent)
+    del data, safe  # a caller that does not keep the pickle has room for its content
     try:
-        return unpickler(io.BytesIO(content), find, persistent).load()
+        return unpickler.load()
     except _RefusedError as error:
         raise UnsafePickleError(
             f"{where} is refused: its pickle asks for {error}, which is outside the allowlist. "

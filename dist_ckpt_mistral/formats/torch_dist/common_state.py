@@ -2,27 +2,23 @@
 
 megatron-core up to 0.18 saves it as ``common.pt``, 0.19 as an object inside a data file. Every version reads
 ``common.pt`` first where it exists (dist_checkpointing/serialization.py, ``load_common_state_dict``), so that is what
-is written here.
+``writer`` writes.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats.pickles import writer
 from dist_ckpt_mistral.formats.pickles.reader import OpaqueRecord, StateRecord, empty_dict, record_class
-from dist_ckpt_mistral.formats.pickles.writer import Global, Instance
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
-from dist_ckpt_mistral.formats.torch_dist.archive_writer import pickled_archive
 from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import torch_dtype_name
-from dist_ckpt_mistral.gather.dtypes import TorchDtype
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 COMMON_FILE: Final = "common.pt"
@@ -110,18 +106,6 @@ def _state(value: object, where: str) -> dict[str, Any]:
         return {key: _plain(item) for key, item in value.items()}
     except ValueError as error:
         raise FormatError(f"{where} has {error}") from error
-
-
-def write(state: Mapping[str, Any]) -> bytes:
-    """The content of ``common.pt`` for a ``state`` of plain values; its ``args`` become an ``argparse.Namespace``.
-
-    A ``TorchDtype`` among the args is pickled as torch's own dtype, without importing torch.
-    """
-    args = {
-        name: Global("torch", value.name) if isinstance(value, TorchDtype) else value
-        for name, value in state["args"].items()
-    }
-    return pickled_archive(writer.dumps({**state, "args": Instance(Global("argparse", "Namespace"), args)}))
 
 
 def _extent(value: object, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:

@@ -66,17 +66,19 @@ def read_metadata(read: Callable[[], bytes], where: str) -> StoredMetadata:
 
 
 def _unpickled(read: Callable[[], bytes], where: str) -> dict[str, Any]:
-    """The attributes of the metadata. Where Megatron's plans come last, they are cut off: half of the pickle."""
-    without_plans = opcodes.ended_before(read(), _PLANS, unless_behind=MCORE_DATA)
-    if without_plans is not None:
-        try:
-            found: dict[str, Any] = _attributes(reader.loads(without_plans, _allowlist(), where))
-            if {"state_dict_metadata", "storage_data"} <= found.keys():
-                return found
-        except UnsafePickleError:
-            raise
-        except (AttributeError, FormatError, LookupError, TypeError):
-            pass  # the plans are somewhere else
+    """The attributes of the metadata. Where Megatron's plans come last, they are cut off: half of the pickle.
+
+    No pickle is kept in a variable here, so that its memory is free while it is unpickled.
+    """
+    try:
+        shortened = reader.loads(opcodes.ended_before(read(), _PLANS, unless_behind=MCORE_DATA), _allowlist(), where)
+        found: dict[str, Any] = _attributes(shortened)
+        if {"state_dict_metadata", "storage_data"} <= found.keys():
+            return found
+    except UnsafePickleError:
+        raise
+    except (AttributeError, FormatError, LookupError, TypeError):
+        pass  # the plans are somewhere else, or the pickle is damaged
     whole: dict[str, Any] = _attributes(reader.loads(read(), _allowlist(), where))
     return whole
 

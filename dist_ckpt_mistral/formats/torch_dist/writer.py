@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.formats.checkpoint_directory import STEP_BYTES
 from dist_ckpt_mistral.formats.pickles import writer
 from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, LazyDict, LazyList
 from dist_ckpt_mistral.formats.torch_dist import archive_writer
-from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout
+from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout, pickled_archive, scalars_archive
 from dist_ckpt_mistral.formats.torch_dist.metadata import GLOBAL_SHAPE, MCORE_DATA
-from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape, TorchDtype
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, as_range_of_blocks
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage.local import Writable
@@ -32,6 +34,13 @@ BACKEND_JSON: Final = json.dumps(
     }
 ).encode()
 
+#: The values of a train state beside ``step``, and their dtypes, in Bridge's order (training/checkpointing.py, 0.6.2).
+#: All are zero where nothing was trained.
+_OTHER_VALUES: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"), "int64"),
+    "floating_point_operations_so_far": "float32",
+    **dict.fromkeys(("do_train", "do_valid", "do_test"), "bool"),
+}
 _METADATA: Final = "torch.distributed.checkpoint.metadata"
 _SIZE: Final = Global("torch", "Size")
 _CHUNK: Final = Global(_METADATA, "ChunkStorageMetadata")
@@ -223,11 +232,6 @@ def _info(file: str, offset: int, num_bytes: int) -> Instance:
     return Instance(_INFO, {"relative_path": file, "offset": offset, "length": num_bytes})
 
 
-def object_key(key: str, index: Shape, shape: Shape) -> str:
-    """The key of the object at ``index`` in an array of objects of this shape (mcore mapping.py, 0.12 and newer)."""
-    return f"{key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, shape))}"
-
-
 def object_bytes(key: str, num_bytes: int, *, file: int, position: int) -> IndexedTensor:
     """The archive of an object as a byte plan sees it: a uint8 tensor of ``num_bytes`` elements in one chunk."""
     return IndexedTensor.whole(key, "uint8", (num_bytes,), file=file, position=position)
@@ -251,3 +255,21 @@ def lay_out(chunks: Iterable[NewChunk], objects: Iterable[NewObject], *, num_fil
         placed=tuple(placed),
         objects=tuple(placed_objects),
     )
+
+
+def common_state(state: Mapping[str, Any]) -> bytes:
+    """The content of ``common.pt`` for a ``state`` of plain values; its ``args`` become an ``argparse.Namespace``.
+
+    A ``TorchDtype`` among the args is pickled as torch's own dtype, without importing torch.
+    """
+    args = {
+        name: Global("torch", value.name) if isinstance(value, TorchDtype) else value
+        for name, value in state["args"].items()
+    }
+    return pickled_archive(writer.dumps({**state, "args": Instance(Global("argparse", "Namespace"), args)}))
+
+
+def untrained(step: int) -> bytes:
+    """The content of a train state for weights at iteration ``step`` that Bridge has not trained."""
+    others = {name: (dtype, bytes(dtypes.itemsize_bytes(dtype))) for name, dtype in _OTHER_VALUES.items()}
+    return scalars_archive({"step": ("int64", step.to_bytes(STEP_BYTES, "little")), **others})

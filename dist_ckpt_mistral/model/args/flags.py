@@ -14,7 +14,8 @@ from dist_ckpt_mistral.errors import ConfigError, LayoutError
 from dist_ckpt_mistral.model.args.fields import FIELDS, LATENT_YARN, Field
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
-from dist_ckpt_mistral.model.layout.layout import DEFAULT_ORDER, VOCABULARY_MULTIPLE, ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.layout.layout import DEFAULT_ORDER, ParallelLayout
+from dist_ckpt_mistral.model.layout.vocabulary import VOCABULARY_MULTIPLE, padded_vocab_size
 
 _LOG = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from dist_ckpt_mistral.model.config.agreement import Disagreement, disagreements
 from dist_ckpt_mistral.model.config.families import WITH_LAYER_TYPES
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import MAX_LAYERS, is_positive_int
-from dist_ckpt_mistral.model.layout.layout import VOCABULARY_MULTIPLE, padded_vocab_size
+from dist_ckpt_mistral.model.layout.vocabulary import VOCABULARY_MULTIPLE, padded_vocab_size
 
 _LOG = logging.getLogger(__name__)
 #: Tokenizers whose vocabulary is just ``args.vocab_size`` tokens. Up to 0.17 each adds an end-of-document token; from

@@ -16,8 +16,6 @@ from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import is_positive_int
 from dist_ckpt_mistral.model.layout.pipeline import PipelineLayout, parse_pipeline_layout
 
-#: Megatron-LM's ``--make-vocab-size-divisible-by``.
-VOCABULARY_MULTIPLE: Final = 128
 #: Most ranks of a layout, more than any machine has, so that a list of all ranks fits in memory.
 _MAX_RANKS: Final = 1 << 20
 _TOO_MANY: Final = f"a layout may have {_MAX_RANKS} ranks at most"
@@ -231,12 +229,6 @@ class ParallelLayout(PipelineLayout):
         other_axes = operator.attrgetter(*(name for name in axes if name != axis))
         shared = other_axes(self.coordinates(rank))
         return [peer for peer in range(self.world_size) if other_axes(self.coordinates(peer)) == shared]
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Megatron-LM's padded vocabulary size: the next multiple of 128 x tp (``--make-vocab-size-divisible-by`` 128)."""
-    multiple = VOCABULARY_MULTIPLE * tp
-    return -(-vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_ckpt_mistral.errors import LayoutError
-from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates, padded_vocab_size
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
+from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
 from dist_ckpt_mistral.model.table.rules import (
     Index,
     KeyStyle,

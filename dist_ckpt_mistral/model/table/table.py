@@ -5,9 +5,10 @@ Keys contain ``{layer}`` and ``{expert}``; ``KeyStyle`` says how a checkpoint sp
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -43,6 +44,11 @@ class StoredRows:
     first_row: int
     rows: int
     global_shape: Shape
+
+    def holds_any(self, rows: RowBlocks) -> bool:
+        """Whether some of these Megatron rows are stored here."""
+        end = self.first_row + self.rows
+        return any(max(row, self.first_row) < min(row + length, end) for _, row, length in rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +93,7 @@ class FileSpelling:
         return (*self.usual, *self.stored_again)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorTable:
     """All tensors of one model. Rules have the order of the state dict in transformers.
 
@@ -113,8 +119,12 @@ class TensorTable:
             hf_name = pattern.sub(usual, hf_name, count=1)
         return hf_name
 
-    def hf_tensors(self) -> dict[str, HfTensor]:
+    def hf_tensors(self) -> Mapping[str, HfTensor]:
         """Every Hugging Face tensor by name, in state-dict order: embedding, layers, norm, head; then aliases."""
+        return self._hf_tensors
+
+    @functools.cached_property
+    def _hf_tensors(self) -> dict[str, HfTensor]:
         by_layer = sorted(
             (tensor for rule in self.rules for tensor in _hf_tensors(rule)),
             key=lambda tensor: (tensor.is_alias, _STAGES.index(tensor.rule.stage), tensor.index[:1]),

@@ -15,7 +15,7 @@ from plain_models import contents, save_model
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, OutputError, TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
-from dist_ckpt_mistral.formats.torch_dist import common_state
+from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 
 TEMPLATES: Final = "additional_chat_templates/tool_use.jinja"
 #: What an iteration of training has of a model: its shards and their metadata.
@@ -55,7 +55,7 @@ def trained(imported: Path, root: Path, *iterations: int) -> Path:
 
 def save_common(iteration: Path, **state: Any) -> None:  # noqa: ANN401  (values of all types)
     """Give an iteration a common state."""
-    (iteration / "common.pt").write_bytes(common_state.write({"args": {}, "iteration": 1, **state}))
+    (iteration / "common.pt").write_bytes(writer.common_state({"args": {}, "iteration": 1, **state}))
 
 
 def test_every_iteration_is_described(hf: Path, imported: Path, tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ from rank_threads import on_ranks
 from safetensors.torch import load_file
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.gather.digest import Span, digest
+from dist_ckpt_mistral.gather.digest import digest
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.storage import local
-from dist_ckpt_mistral.storage.local import Sources
+from dist_ckpt_mistral.storage.local import Sources, Span
 
 MANIFEST = "integrity.json"
 CHECKSUMS = "checksums.json"

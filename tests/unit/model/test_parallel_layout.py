@@ -17,8 +17,9 @@ from layouts import models
 from dist_ckpt_mistral.cli import options
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
-from dist_ckpt_mistral.model.layout.layout import ParallelLayout, padded_vocab_size
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_tensors
+from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import tensor_table
 
