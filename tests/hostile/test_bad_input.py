@@ -282,6 +282,7 @@ NOT_READ = (
     "hf/config.json",  # a warning says that it cannot be compared
     "hf/dist_ckpt_mistral.json",
     "checkpoint/checksums.json",
+    "checkpoint/integrity.json",
     "release/checksums.json",
 )
 
@@ -823,7 +824,7 @@ def test_existing_outputs_are_kept(hf: Path, ckpt: Path, tmp_path: Path) -> None
 
 
 def test_a_training_is_never_replaced(hf: Path, ckpt: Path, tmp_path: Path) -> None:
-    """A root with several iterations is refused, also with --overwrite; one with a single checkpoint is replaced."""
+    """A root with several iterations is refused, also with --overwrite; an import replaces only another import."""
     for command, source in both_ways(hf, ckpt):
         output = tmp_path / command
         for step in ("iter_0000010", "iter_0000020"):
@@ -831,6 +832,9 @@ def test_a_training_is_never_replaced(hf: Path, ckpt: Path, tmp_path: Path) -> N
         line = refusal(tmp_path, command, source, output, "--overwrite")
         assert "holds 2 checkpoints (iter_0000010 to iter_0000020), which --overwrite would all remove" in line
         (output / "iter_0000020").rmdir()
+        if command == "from-hf":
+            assert "holds iter_0000010, which an import" in refusal(tmp_path, command, source, output, "--overwrite")
+            (output / "iter_0000010").rename(output / "release")
         assert run(command, source, output, "--overwrite").code == 0
 
 
