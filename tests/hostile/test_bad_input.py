@@ -278,7 +278,7 @@ NOT_READ = (
     "generation_config.json",
     "release/hf/generation_config.json",
     "release/hf/config.json",
-    "checkpoint/checksums.json",
+    "checkpoint/integrity.json",
     "release/checksums.json",
 )
 
