@@ -21,6 +21,7 @@ import torch.distributed as dist
 from gpt_optimizer import CONTENT, Optimizer
 from gpt_stage import HfTensors, Stage, hf_rows, set_parallel_state
 from inference_tasks import run_command, run_model
+from live_tasks import export_live, refuse_live, save_live
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import (
@@ -355,6 +356,7 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
     for task in (
         *(compare_entries, compare_grouped, save_model, save_entries, load_entries, load_into_model),
         *(save_training, reshard_checkpoint, load_training, run_model, run_command),
+        *(export_live, refuse_live, save_live),
     )
 }
 
