@@ -59,7 +59,7 @@ def main() -> None:
                 per_gb, ratio = seconds / num_bytes * 1e9, seconds / statistics.median(floors)
                 print(
                     f"round {number}, {name}: {seconds:.3f} s, {per_gb:.3f} s/GB, {ratio:.2f} times the broadcast, "
-                    f"moved {moved / 1e9:.3f} GB of {needed / 1e9:.3f} GB needed ({moved / max(1, needed):.3f})",
+                    f"moved {moved / 1e6:.1f} MB, needed {needed / 1e6:.1f} MB",
                     flush=True,
                 )
 
