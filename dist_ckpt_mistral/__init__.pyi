@@ -45,9 +45,11 @@ from .mapping.read_plan import RankReads as RankReads
 from .mapping.read_plan import ReadingPlan as ReadingPlan
 from .mapping.source import hf_content_metadata as hf_content_metadata
 from .megatron.build_model import build_model as build_model
+from .megatron.export_weights import export_weights as export_weights
 from .megatron.hf_metadata import add_hf_metadata as add_hf_metadata
 from .megatron.load_model import load_model as load_model
 from .megatron.runtime import initialize_megatron as initialize_megatron
+from .megatron.save_hf import save_hf as save_hf
 from .megatron.sharded_state_dict import optimizer_state_dict as optimizer_state_dict
 from .megatron.sharded_state_dict import sharded_state_dict as sharded_state_dict
 from .model.config.agreement import Disagreement as Disagreement

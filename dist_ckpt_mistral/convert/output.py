@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from zlib_ng import zlib_ng
 
@@ -71,6 +71,8 @@ class Output:
             raise ConfigError(f"max_file_bytes: expected at least 1, got {self.max_file_bytes}")
 
 
+#: Copies the segments with these numbers into the open files, by number, as ``execute`` does.
+Copy: TypeAlias = Callable[[Sequence[int], Mapping[int, TargetFile]], dict[int, Copied]]
 #: A new output with checksums, published when it is on the disk.
 DEFAULT_OUTPUT: Final = Output()
 
@@ -101,8 +103,12 @@ class NewFiles:
     losses: LossPolicy = REFUSE
 
 
-def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks) -> tuple[Loss, ...]:
+def write_output(
+    target: Path, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks, copy: Copy | None = None
+) -> tuple[Loss, ...]:
     """Write ``new`` to ``target``: every rank copies its share of the plan, and the first rank publishes the output.
+
+    If the bytes do not come from files, ``copy`` copies them; all ranks call it, and the first one writes all.
 
     Nothing appears at ``target`` unless everything succeeds on all ranks. With ``output.dry_run`` nothing is written;
     only the checks before the first written byte are run.
@@ -126,12 +132,15 @@ def write_output(target: Path, new: NewFiles, *, output: Output, effort: Effort,
         if output.dry_run:
             return ()
 
-        numbers = share(plan, ranks)
+        numbers = share(plan, ranks if copy is None else replace(ranks, world_size=1))  # of one rank: the first
         my_files = {
             file: staging.output / names[file] for file in sorted({plan.segments[number].file for number in numbers})
         }
 
         def copy_share() -> dict[int, Copied]:
+            if copy is not None:
+                with _as_output_errors(staging), _opened(my_files, durable=output.durable) as targets:
+                    return copy(numbers, targets)
             with (
                 _as_output_errors(staging),
                 _opened(my_files, durable=output.durable) as targets,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy
+from dist_ckpt_mistral.convert.conversion import Conversion, Loss, LossPolicy
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import (
     DEFAULT_OUTPUT,
@@ -96,16 +96,35 @@ def to_hf(
             opened = open_megatron(directory, config=chosen_config(config), state=_STATES[weights])
             require_equal_twins(opened)
             source = completed(opened, config_directory)
-            file_set = _files(source, dtype, output.max_file_bytes)
+            file_set = hf_files(source, dtype, output.max_file_bytes)
             plan = source.plan_into(file_set.tensor_index(target, source.table.usual_name))
         return inputs, source, file_set, plan
 
     directory = ranks.on_first(find)  # once for all ranks: training may save another iteration meanwhile
     inputs, source, file_set, plan = ranks.each(prepare)
+    options = {"command": "to-hf", "--weights": weights, "--dtype": dtype, "--max-file-size": output.max_file_bytes}
+    losses = LossPolicy(allowed=allow_lossy)
+    new = new_directory(source, file_set, plan, inputs, given_directory(config), options=options, losses=losses)
+    return conversion(target, source, new, write_output(target, new, output=output, effort=effort, ranks=ranks))
+
+
+def new_directory(
+    source: ModelSource,
+    file_set: FileSet,
+    plan: BytePlan,
+    inputs: Sources,
+    config_directory: Path | None,
+    *,
+    options: Mapping[str, object],
+    losses: LossPolicy,
+) -> NewFiles:
+    """The content of a Hugging Face directory of ``source``: the files that ``plan`` fills, and all small ones.
+
+    ``config_directory`` supplies small files before those of the source. ``options`` are the caller's choices.
+    """
     _LOG.info("configuration: %s", source.config_from)
     if source.carried_from is not None:
         _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
-    config_directory = given_directory(config)
     places = [*([config_directory] if config_directory else ()), *source.assets]
     copied_files = small_files.gathered(places, source.named_tokenizer)
     texts = _texts(source, file_set, copied_files)
@@ -116,31 +135,32 @@ def to_hf(
             targets[number].write(0, file.head)
         small_files.write_small_files(staging, copied_files, texts)
 
-    sizes = {name: file.num_bytes for name, file in file_set.files.items()}
-    options = {"--weights": weights, "--dtype": dtype, "--max-file-size": output.max_file_bytes}
-    new = NewFiles(
+    return NewFiles(
         plan=plan,
-        file_bytes=sizes,
+        file_bytes={name: file.num_bytes for name, file in file_set.files.items()},
         complete=complete,
         folder=Path(),
         tensors=tensor_spans(file_set),
-        recipe=Recipe.of(plan, inputs, {"command": "to-hf", **options, "configuration": source.config.to_hf()}),
+        recipe=Recipe.of(plan, inputs, {**options, "configuration": source.config.to_hf()}),
         copied_files=[*copied_files.values()],
-        losses=LossPolicy(allowed=allow_lossy),
+        losses=losses,
     )
-    losses = write_output(target, new, output=output, effort=effort, ranks=ranks)
+
+
+def conversion(target: Path, source: ModelSource, new: NewFiles, losses: tuple[Loss, ...]) -> Conversion:
+    """The result of writing ``new`` to ``target``."""
     return Conversion(
         output=target,
         config_from=source.config_from,
-        num_tensors=len(plan.segments),
-        num_bytes=plan.num_bytes,
-        files=sizes,
+        num_tensors=len(new.plan.segments),
+        num_bytes=new.plan.num_bytes,
+        files=new.file_bytes,
         ignored=source.ignored,
         losses=losses,
     )
 
 
-def _files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
+def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
     """The files to write: the original ones if the tensors still fit them, else files as of ``save_pretrained``."""
     hf_tensors = source.table.hf_tensors()
 

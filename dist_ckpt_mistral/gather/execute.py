@@ -46,6 +46,13 @@ class Target(Protocol):
         """Start writing bytes back to durable storage, without waiting."""
 
 
+class Bands(Protocol):
+    """Gives the bytes of segments: out of files (``BandReader``), or out of memory."""
+
+    def bands(self, segment: Segment, low: int, high: int, *, position: int) -> Iterator[memoryview]:
+        """Yield bytes ``[low, high)`` of a segment as ``BandReader.bands`` does."""
+
+
 class Copied(NamedTuple):
     """Result of copying a part: the CRC-32 of its stored bytes, and the numbers of values lost."""
 
@@ -130,12 +137,12 @@ def execute(
             copied = record.recall(part) if record else None
             if record and record.must_prove and copied is not None:
                 silent = replace(effort, progress=NO_PROGRESS)
-                proof = _copy(segment, part, None, reader, silent, checksum=True)
+                proof = copy_part(segment, part, None, reader, silent, checksum=True)
                 copied = copied if proof == copied else None
             if copied is not None:
                 effort.progress.advance(segment.stored(part.low, part.high)[1])
                 return copied
-            copied = _copy(
+            copied = copy_part(
                 segment, part, targets[segment.file], reader, effort, checksum=checksums or record is not None
             )
             if record:
@@ -155,8 +162,8 @@ def execute(
     return result
 
 
-def _copy(
-    segment: Segment, part: Part, target: Target | None, reader: BandReader, effort: Effort, *, checksum: bool
+def copy_part(
+    segment: Segment, part: Part, target: Target | None, reader: Bands, effort: Effort, *, checksum: bool
 ) -> Copied:
     """Copy a part, or only read it if ``target`` is None. The CRC-32 of the result is 0 without ``checksum``."""
     unflushed, _ = segment.stored(part.low, part.high)

@@ -128,10 +128,15 @@ def plan_gather(source: TensorIndex, target: TensorIndex, links: Iterable[Link])
     )
 
 
-def plan_segments(source: TensorIndex, targets: Mapping[str, tuple[Shape, Sequence[Link]]]) -> BytePlan:
-    """Plan to read whole tensors: one segment for each of ``targets`` (name -> shape, links to it), in this order."""
+def plan_segments(
+    source: TensorIndex, targets: Mapping[str, tuple[Shape, Sequence[Link]]], dtype: str | None = None
+) -> BytePlan:
+    """Plan to read whole tensors: one segment for each of ``targets`` (name -> shape, links to it), in this order.
+
+    They are converted to ``dtype`` (a torch name); None keeps the dtype of each.
+    """
     tensors = {
-        name: IndexedTensor.whole(name, only_dtype(source, links), shape, file=number, position=0)
+        name: IndexedTensor.whole(name, dtype or only_dtype(source, links), shape, file=number, position=0)
         for number, (name, (shape, links)) in enumerate(targets.items())
     }
     target = TensorIndex(files=tuple(map(Path, targets)), tensors=tensors)

@@ -133,22 +133,29 @@ class CheckpointMap:
 
     def links_of(self, tensor: HfTensor, index: Index, at: Index) -> Iterator[Link]:
         """The links of one Megatron tensor. ``index`` and its position ``at`` on leading axes are from ``packed``."""
-        columns = tensor.shape[len(at) + 1 :]
-        origin = (0,) * len(columns)
-        for rows_of in self.stored(tensor.rule, index):
-            lead = (1,) * min(len(at), len(rows_of.index))
-            end = rows_of.first_row + rows_of.rows
-            source = self.stored_name(rows_of.mcore_key)
-            for hf_row, mcore_row, rows in tensor.rows:
-                low, high = max(mcore_row, rows_of.first_row), min(mcore_row + rows, end)
-                if low < high:
-                    yield Link(
-                        source=source,
-                        source_offset=(*rows_of.index, low - rows_of.first_row, *origin),
-                        target=tensor.hf_name,
-                        target_offset=(*at, hf_row + low - mcore_row, *origin),
-                        shape=(*lead, high - low, *columns),
-                    )
+        for rows in self.stored(tensor.rule, index):
+            yield from links_of_rows(tensor, at, rows, self.stored_name(rows.mcore_key))
+
+
+def links_of_rows(tensor: HfTensor, at: Index, rows_of: StoredRows, name: str) -> Iterator[Link]:
+    """The links from the stored rows of one Megatron tensor, in the stored tensor ``name``, to ``tensor``.
+
+    ``at`` is the position of the Megatron tensor on the leading axes of ``tensor``, from ``packed``.
+    """
+    columns = tensor.shape[len(at) + 1 :]
+    origin = (0,) * len(columns)
+    lead = (1,) * min(len(at), len(rows_of.index))
+    end = rows_of.first_row + rows_of.rows
+    for hf_row, mcore_row, rows in tensor.rows:
+        low, high = max(mcore_row, rows_of.first_row), min(mcore_row + rows, end)
+        if low < high:
+            yield Link(
+                source=name,
+                source_offset=(*rows_of.index, low - rows_of.first_row, *origin),
+                target=tensor.hf_name,
+                target_offset=(*at, hf_row + low - mcore_row, *origin),
+                shape=(*lead, high - low, *columns),
+            )
 
 
 def hf_links(table: TensorTable, stored: Collection[str]) -> dict[str, list[Link]]:

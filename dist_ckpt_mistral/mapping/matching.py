@@ -37,11 +37,14 @@ def match_checkpoint(
     objects: Iterable[str],
     where: str,
     state: ParamState = ParamState.WEIGHTS,
+    *,
+    kind: str = "checkpoint",
 ) -> CheckpointMap:
     """Match the stored ``tensors`` (key -> global shape in elements) and ``objects`` (keys) with the table.
 
     ``state`` selects the weights, or a state of the optimizer. A checkpoint may hold all or none of the vision tensors,
-    which Megatron's model does not have; without them, the map is that of the language model.
+    which Megatron's model does not have; without them, the map is that of the language model. Errors call what holds
+    the tensors ``where``, a ``kind``.
 
     Raises:
         TensorMismatchError: Tensors are missing, unknown or of another shape (it lists all), or the optimizer state is
@@ -62,7 +65,7 @@ def match_checkpoint(
         *_misshapen(found, tensors),
         *_problem(unknown, "unknown to the table"),
     ]
-    advice = "Check that the configuration belongs to this checkpoint."
+    advice = f"Check that the configuration belongs to this {kind}."
     if not table.carried and any(map(is_carried, unknown)):
         advice = "Give the config.json of the whole multimodal model with --config."
     if problems:

@@ -109,9 +109,10 @@ class ModelSource:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
         return plan_gather(self.index, target, (link for name in target.tensors for link in self.links[name]))
 
-    def plan_of(self, tensors: Iterable[HfTensor]) -> BytePlan:
-        """The plan that reads ``tensors``: one segment each, in this order."""
-        return plan_segments(self.index, {each.hf_name: (each.shape, self.links[each.hf_name]) for each in tensors})
+    def plan_of(self, tensors: Iterable[HfTensor], dtype: str | None = None) -> BytePlan:
+        """The plan that reads ``tensors``: one segment each, in this order. ``dtype`` is that of ``plan_segments``."""
+        targets = {each.hf_name: (each.shape, self.links[each.hf_name]) for each in tensors}
+        return plan_segments(self.index, targets, dtype)
 
 
 def open_source(path: str | Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:

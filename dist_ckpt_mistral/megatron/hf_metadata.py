@@ -5,8 +5,9 @@ Upstream: megatron-core dist_checkpointing/mapping.py, the same in 0.16 and 0.19
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -14,10 +15,13 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from dist_ckpt_mistral.errors import TensorMismatchError
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather.links import Link, compose
+from dist_ckpt_mistral.mapping.checkpoint_map import links_of_rows
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.table.entries import why_ignored
-from dist_ckpt_mistral.model.table.rules import HfPart, Index, KeyStyle, TensorRule, spell
-from dist_ckpt_mistral.model.table.table import StoredRows, TensorTable, tensor_table
+from dist_ckpt_mistral.model.table.rules import Index, KeyStyle, TensorRule
+from dist_ckpt_mistral.model.table.table import HfTensor, StoredRows, TensorTable, tensor_table
 
 ShardedStateDict: TypeAlias = dict[str, Any]
 
@@ -49,21 +53,51 @@ class _OnDemand:
         self._data = data
 
 
-@dataclass
-class HfShardedTensor(_OnDemand, ShardedTensor):  # type: ignore[misc]  # megatron is untyped
-    """Megatron's ShardedTensor with the Hugging Face tensors whose rows it holds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfBox:
+    """A box of a Hugging Face tensor whose elements a local tensor holds, in the same order. All is in elements.
 
-    ``hf_parts`` has one entry for each Hugging Face tensor. Its rows count rows of the stored tensor ``key``, without
-    the axes of layer and expert. A local tensor that is only vocabulary padding has no parts. ``data`` may be a
-    ``PendingTensor``.
+    ``hf_tensor[box.hf_slices]`` equals ``entry.data[box.local_slices].reshape(box.shape)``. The offsets have the axes
+    of the Hugging Face tensor and of the local tensor; ``shape`` has those of the Hugging Face tensor.
     """
 
-    hf_parts: tuple[HfPart, ...] = ()
+    hf_name: str
+    hf_shape: Shape
+    hf_offset: Shape
+    shape: Shape
+    local_offset: Shape
+
+    @property
+    def hf_slices(self) -> tuple[slice, ...]:
+        """The box in the Hugging Face tensor."""
+        return _slices(self.hf_offset, self.shape)
+
+    @property
+    def local_slices(self) -> tuple[slice, ...]:
+        """The box in the local tensor."""
+        return _slices(self.local_offset, self.shape)
+
+
+def _slices(offset: Shape, shape: Shape) -> tuple[slice, ...]:
+    """The box at ``offset``. The last axes of ``shape`` are those of the offset; others of the offset have extent 1."""
+    extents = ((1,) * len(offset) + shape)[len(shape) :]
+    return tuple(slice(low, low + extent) for low, extent in zip(offset, extents, strict=True))
+
+
+@dataclass
+class HfShardedTensor(_OnDemand, ShardedTensor):  # type: ignore[misc]  # megatron is untyped
+    """Megatron's ShardedTensor with the boxes of Hugging Face tensors that it holds.
+
+    With ``hf_boxes`` the Hugging Face tensors can be gathered from entries alone: those of all main replicas hold each
+    element once. A local tensor that is only vocabulary padding has no boxes. ``data`` may be a ``PendingTensor``.
+    """
+
+    hf_boxes: tuple[HfBox, ...] = ()
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Names of the Hugging Face tensors whose rows this local tensor holds."""
-        return tuple(part.hf_name for part in self.hf_parts)
+        """Names of the Hugging Face tensors of which this local tensor holds boxes."""
+        return tuple(dict.fromkeys(box.hf_name for box in self.hf_boxes))
 
     def validate_metadata_integrity(self) -> None:
         """Check as Megatron does, without producing a pending tensor."""
@@ -120,30 +154,34 @@ def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig)
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """The rows of a stored tensor that hold one tensor of a rule: that of a layer, of an expert or of the model."""
+    """The rows of a stored tensor that hold one tensor of a rule: that of a layer, of an expert or of the model.
+
+    ``hf_tensors`` are the Hugging Face tensors that these rows hold, with the position on their leading axes.
+    """
 
     rule: TensorRule
-    index: Index
     rows: StoredRows
+    hf_tensors: tuple[tuple[HfTensor, Index], ...]
 
-    def hf_parts(self, first_row: int, rows: int) -> tuple[HfPart, ...]:
-        """The Hugging Face tensors in ``rows`` rows of the stored tensor, starting at ``first_row``."""
-        first = self.rows.first_row + first_row
-        return tuple(
-            self._stored_part(part)
-            for part in self.rule.parts
-            if any(start < first + rows and first < start + length for _, start, length in part.rows)
+    def hf_boxes(self, global_offset: Shape, local_shape: Shape) -> Iterator[HfBox]:
+        """The boxes in a local tensor of ``local_shape``, which begins at ``global_offset`` of the stored tensor."""
+        local = Link(
+            source="",
+            source_offset=(0,) * len(local_shape),
+            target=self.rows.mcore_key,
+            target_offset=global_offset,
+            shape=local_shape,
         )
-
-    def _stored_part(self, part: HfPart) -> HfPart:
-        """The rows of ``part`` that are in the stored tensor, which may hold only the gate or up half of linear_fc1."""
-        start, end = self.rows.first_row, self.rows.first_row + self.rows.rows
-        low, high = max(part.rows.offset, start), min(part.rows.offset + part.rows.length, end)
-        return HfPart(
-            hf_name=spell(part.hf_name, self.index),
-            rows=replace(part.rows, offset=low - start, length=high - low),
-            first_hf_row=low - part.rows.offset,
-        )
+        for tensor, at in self.hf_tensors:
+            for link in links_of_rows(tensor, at, self.rows, self.rows.mcore_key):
+                if (box := compose(local, link)) is not None:
+                    yield HfBox(
+                        hf_name=tensor.hf_name,
+                        hf_shape=tensor.shape,
+                        hf_offset=box.target_offset,
+                        shape=(1,) * (len(tensor.shape) - len(box.shape)) + box.shape,
+                        local_offset=box.source_offset,
+                    )
 
 
 StoredIndex: TypeAlias = dict[tuple[str, tuple[int, ...]], StoredLayer]
@@ -151,8 +189,12 @@ StoredIndex: TypeAlias = dict[tuple[str, tuple[int, ...]], StoredLayer]
 
 def stored_index(table: TensorTable) -> StoredIndex:
     """All stored tensors in all key styles, by (key, offset on the axes of layer and expert)."""
+    hf_tensors = defaultdict[tuple[str, Index], list[tuple[HfTensor, Index]]](list)
+    for tensor in table.hf_tensors().values():
+        for index, at in () if tensor.is_alias else tensor.packed():
+            hf_tensors[tensor.rule.mcore_key, index].append((tensor, at))
     return {
-        (rows.mcore_key, rows.index): StoredLayer(rule, index, rows)
+        (rows.mcore_key, rows.index): StoredLayer(rule, rows, tuple(hf_tensors[rule.mcore_key, index]))
         for rule in table.rules
         for style in KeyStyle
         for index in rule.indices()
@@ -196,7 +238,7 @@ def _annotated(entry: object, index: StoredIndex) -> object:
 
 def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
     """``tensor`` with Hugging Face names. Raises TensorMismatchError for an unknown key, offset or shape."""
-    layers, axis = _stored_layers(index, tensor.key.removeprefix(prefix), tensor)
+    layers = _stored_layers(index, tensor.key.removeprefix(prefix), tensor)
     if not layers:
         raise TensorMismatchError(f"unknown tensor {tensor.key!r} with global_offset {tensor.global_offset}")
     expected = layers[0].rows.global_shape
@@ -205,13 +247,12 @@ def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) ->
     if tensor.global_shape != expected:
         raise TensorMismatchError(f"shape mismatch for {tensor.key!r}: expected {expected}, got {tensor.global_shape}")
     values = {field.name: getattr(tensor, field.name) for field in fields(ShardedTensor)}
-    first, rows = tensor.global_offset[axis], tensor.local_shape[axis - tensor.prepend_axis_num]
-    parts = dict.fromkeys(part for layer in layers for part in layer.hf_parts(first, rows))
-    return HfShardedTensor(**values, hf_parts=tuple(parts))
+    boxes = (box for layer in layers for box in layer.hf_boxes(tensor.global_offset, tensor.local_shape))
+    return HfShardedTensor(**values, hf_boxes=tuple(boxes))
 
 
-def _stored_layers(index: StoredIndex, key: str, tensor: ShardedTensor) -> tuple[list[StoredLayer], int]:
-    """The stored rows that a live ``tensor`` is part of, and its axis of rows.
+def _stored_layers(index: StoredIndex, key: str, tensor: ShardedTensor) -> list[StoredLayer]:
+    """The stored rows that a live ``tensor`` is part of.
 
     They are those of one expert or layer. Only GroupedMLP (moe/experts.py, to 0.16) has those of several experts, on
     the first axis of its local tensor.
@@ -219,6 +260,6 @@ def _stored_layers(index: StoredIndex, key: str, tensor: ShardedTensor) -> tuple
     lead = tensor.prepend_axis_num
     offset = tensor.global_offset[:lead]
     if (key, offset) in index:
-        return [index[key, offset]], lead
+        return [index[key, offset]]
     experts = range(tensor.global_offset[lead], tensor.global_offset[lead] + tensor.local_shape[0])
-    return [index[key, (*offset, expert)] for expert in experts if (key, (*offset, expert)) in index], lead + 1
+    return [index[key, (*offset, expert)] for expert in experts if (key, (*offset, expert)) in index]

@@ -2,8 +2,8 @@
 
 Making one needs no model, no process group and no GPU. Entries equal those of a real ``GPTModel.sharded_state_dict()``
 of either layer spec (megatron-core 0.16 and 0.19: transformer/transformer_block.py, mlp.py, moe/experts.py and
-utils.py, models/common/language_module/language_module.py). They also have the names of the Hugging Face tensors whose
-rows they hold.
+utils.py, models/common/language_module/language_module.py). They also have the boxes of the Hugging Face tensors
+that they hold.
 
 A ``Supplier`` produces tensors on demand. Making and validating a state dict produces none of them. A save produces
 each tensor of the main replicas once, and its entry then keeps it: Megatron's writer needs all tensors of a rank at the
@@ -206,6 +206,11 @@ def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return result
 
 
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """The name of ``torch_dtype``; None for none."""
+    return None if dtype is None else str(torch_dtype(dtype)).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class _Entries:
     """Makes the entries of local tensors."""
@@ -254,8 +259,8 @@ class _Build:
                 prepend_axis_num=lead,
                 allow_shape_mismatch=self.tensor.has_padding,
                 flattened_range=flattened_range,
-                hf_parts=self.index[box.mcore_key, box.global_offset[:lead]].hf_parts(
-                    box.global_offset[lead], box.shape[lead]
+                hf_boxes=tuple(
+                    self.index[box.mcore_key, box.global_offset[:lead]].hf_boxes(box.global_offset, box.shape[lead:])
                 ),
             )
             for box, piece in zip(boxes, _pieces(data, len(boxes)), strict=True)

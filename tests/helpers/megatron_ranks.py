@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from gpt_optimizer import CONTENT, Optimizer
 from gpt_stage import HfTensors, Stage, hf_rows, set_parallel_state
 from inference_tasks import run_command, run_model
+from live_tasks import export_live, refuse_live, save_live
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import (
@@ -103,7 +103,7 @@ def _description(entry: Any) -> str:  # noqa: ANN401  (checks what it is)
 
 
 def _with_names(state: dict[str, Any]) -> dict[str, str]:
-    return {path: repr(entry.hf_parts) for path, entry in _flat(state) if isinstance(entry, HfShardedTensor)}
+    return {path: repr(entry.hf_boxes) for path, entry in _flat(state) if isinstance(entry, HfShardedTensor)}
 
 
 def difference(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
@@ -120,37 +120,12 @@ def _hf_elems(entry: HfShardedTensor, hf: HfTensors) -> int | None:
     if entry.data is None:
         return None
     count = 0
-    for expert, data, (first, *columns) in _matrices(entry):
-        for part in entry.hf_parts:
-            theirs = hf[part.hf_name]
-            if theirs.ndim > data.ndim:
-                theirs = theirs[expert]  # of all experts
-            elif expert is not None and f".experts.{expert}." not in part.hf_name:
-                continue
-            for hf_row, row, length in part.rows:
-                start, stop = max(row, first), min(row + length, first + len(data))
-                if start < stop:
-                    shift = part.first_hf_row + hf_row - row
-                    mine, other = data[start - first : stop - first], theirs[start + shift : stop + shift]
-                    if columns:
-                        other = other[:, columns[0] : columns[0] + mine.shape[1]]
-                    if not torch.equal(mine, other):
-                        return None
-                    count += mine.numel()
+    for box in entry.hf_boxes:
+        mine, other = entry.data.detach()[box.local_slices].reshape(box.shape), hf[box.hf_name][box.hf_slices]
+        if box.hf_shape != hf[box.hf_name].shape or not torch.equal(mine, other):
+            return None
+        count += mine.numel()
     return count
-
-
-def _matrices(entry: ShardedTensor) -> Iterator[tuple[int | None, torch.Tensor, tuple[int, ...]]]:
-    """Of every expert that an entry holds rows of, or of none: its number, its part, and where that begins."""
-    lead, data = entry.prepend_axis_num, entry.data.detach()
-    spelled = re.search(r"\.experts\.(?:(\d+)\.)?linear", entry.key)
-    if spelled is None:
-        yield None, data, entry.global_offset[lead:]
-    elif data.ndim > 2:  # GroupedMLP has an axis of experts
-        for number, part in enumerate(data, entry.global_offset[lead]):
-            yield number, part, entry.global_offset[lead + 1 :]
-    else:
-        yield int(spelled[1] or entry.global_offset[lead - 1]), data, entry.global_offset[lead:]
 
 
 def compare_grouped(*, config: dict[str, Any], layout: dict[str, Any], style: str, hf: str) -> dict[str, Any]:
@@ -411,6 +386,7 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
     for task in (
         *(compare_entries, compare_grouped, save_model, save_entries, load_entries, load_into_model),
         *(save_described, save_training, reshard_checkpoint, load_training, run_model, run_command),
+        *(export_live, refuse_live, save_live),
     )
 }
 

@@ -281,7 +281,6 @@ NOT_READ = (
     "hf/generation_config.json",
     "hf/config.json",  # a warning says that it cannot be compared
     "hf/dist_ckpt_mistral.json",
-    "checkpoint/checksums.json",
     "checkpoint/integrity.json",
     "release/checksums.json",
 )

@@ -124,14 +124,12 @@ class HfPart:
     ``consolidated`` names the tensors of Mistral AI's own files that hold the same rows, in equal shares from the first
     row on. ``rotated_rows`` is the number of rows of a rotated head: the two dimensions that turn together are
     neighbours in those files, and half a head apart in Hugging Face's. With 0 the rows have the same order in both.
-    ``rows`` count from row ``first_hf_row`` of the Hugging Face tensor, above 0 where a stored tensor lacks the first.
     """
 
     hf_name: str
     rows: RowBlocks
     consolidated: tuple[str, ...] = ()
     rotated_rows: int = 0
-    first_hf_row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

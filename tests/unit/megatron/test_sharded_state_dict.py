@@ -19,7 +19,7 @@ from dist_ckpt_mistral.errors import ConfigError, LayoutError, TensorMismatchErr
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
-from dist_ckpt_mistral.model.table.rules import HfPart, KeyStyle, RowBlocks
+from dist_ckpt_mistral.model.table.rules import KeyStyle
 
 pytestmark = pytest.mark.megatron
 
@@ -105,23 +105,33 @@ def test_names_survive_copies(api: SimpleNamespace) -> None:
     """Replacing, stripping, copying and pickling an entry keeps its Hugging Face names and its data."""
     entry = api.sharded_state_dict(CONFIG, TP2, 1, data=Recorder())[QKV]
     copies = [replace(entry, key="other"), copy.copy(entry), copy.deepcopy(entry), pickle.loads(pickle.dumps(entry))]  # noqa: S301
-    assert [each.hf_parts for each in [*copies, entry.without_data()]] == [entry.hf_parts] * 5
+    assert [each.hf_boxes for each in [*copies, entry.without_data()]] == [entry.hf_boxes] * 5
     assert all(torch.equal(each.data, entry.data) for each in copies)
 
 
 @pytest.mark.parametrize(
-    ("style", "key", "offset"),
+    ("style", "key"),
     [
-        (KeyStyle.STACKED, "decoder.layers.mlp.linear_fc1.weight", 24),
-        (KeyStyle.PER_LAYER, "decoder.layers.3.mlp.linear_fc1.weight", 24),
-        (KeyStyle.SINGLETON, "decoder.layers.3.mlp.linear_fc1.weight_v", 0),
+        (KeyStyle.STACKED, "decoder.layers.mlp.linear_fc1.weight"),
+        (KeyStyle.PER_LAYER, "decoder.layers.3.mlp.linear_fc1.weight"),
+        (KeyStyle.SINGLETON, "decoder.layers.3.mlp.linear_fc1.weight_v"),
     ],
 )
-def test_parts_count_rows_of_the_stored_tensor(api: SimpleNamespace, style: KeyStyle, key: str, offset: int) -> None:
-    """The up half starts at row 24 of gate and up, but at row 0 of a tensor of its own."""
+def test_boxes_are_the_same_in_every_key_style(api: SimpleNamespace, style: KeyStyle, key: str) -> None:
+    """The second rank of two holds the second half of up's rows, whether up is stored below gate or on its own."""
     up = api.sharded_state_dict(CONFIG, TP2, 1, style=style)[FC1].build()[1]
-    rows = RowBlocks(count=1, stride=48, offset=offset, length=24)
-    assert (up.key, up.hf_parts) == (key, (HfPart(hf_name="model.layers.3.mlp.up_proj.weight", rows=rows),))
+    (box,) = up.hf_boxes
+    assert (up.key, box.hf_name, box.hf_shape) == (key, "model.layers.3.mlp.up_proj.weight", (24, 32))
+    assert (box.hf_slices, box.local_slices) == ((slice(12, 24), slice(0, 32)), (slice(0, 12), slice(0, 32)))
+
+
+def test_boxes_have_columns(api: SimpleNamespace) -> None:
+    """A tensor that is cut by columns is a box of the Hugging Face tensor; query, key and value are many boxes."""
+    entries = api.sharded_state_dict(CONFIG, TP2, 1)
+    (box,) = entries["decoder.layers.3.mlp.linear_fc2.weight"].hf_boxes
+    assert (box.hf_shape, box.hf_offset, box.shape, box.local_offset) == ((32, 24), (0, 12), (32, 12), (0, 0))
+    names = [box.hf_name.split(".")[4] for box in entries[QKV].hf_boxes]
+    assert names == ["q_proj"] * 2 + ["k_proj"] * 2 + ["v_proj"] * 2  # of two groups
 
 
 def test_padding_has_no_names(api: SimpleNamespace) -> None:
