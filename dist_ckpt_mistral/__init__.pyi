@@ -48,6 +48,7 @@ from .megatron.build_model import build_model as build_model
 from .megatron.export_weights import export_weights as export_weights
 from .megatron.hf_metadata import add_hf_metadata as add_hf_metadata
 from .megatron.load_model import load_model as load_model
+from .megatron.load_weights import load_weights as load_weights
 from .megatron.runtime import initialize_megatron as initialize_megatron
 from .megatron.save_hf import save_hf as save_hf
 from .megatron.sharded_state_dict import optimizer_state_dict as optimizer_state_dict

@@ -1,66 +1,52 @@
-"""The plan that fills one rank's local tensors in memory from a stored model of any format."""
+"""The plan that fills what one rank's model holds in memory from a stored model of any format."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.gather.links import Link, compose, reverse
+from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
-from dist_ckpt_mistral.mapping.checkpoint_map import new_checkpoint_map
 from dist_ckpt_mistral.mapping.source import ModelSource
-from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor
-from dist_ckpt_mistral.model.table.rules import Index
 
 
-def plan_local_tensors(source: ModelSource, local_tensors: Sequence[LocalTensor], dtype: str) -> BytePlan:
-    """The plan that fills ``local_tensors`` from ``source``, but for vocabulary padding, in ``dtype`` (a torch name).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldArray:
+    """A row-major array in memory that holds boxes of Hugging Face tensors, each element once.
 
-    Target file ``i`` of the plan is the memory of ``local_tensors[i]``, from its first byte on. They must be in the
-    stacked key style and by the local spec, the defaults of ``model.layout.local_tensors``.
+    Args:
+        name: What it is, for errors. No two arrays of a plan have the same.
+        dtype: The torch name of its dtype.
+        shape: Its shape in elements.
+        links: For each box the link from the Hugging Face tensor, with this array as its target.
     """
-    names = [f"{number}: {each.module_name}" for number, each in enumerate(local_tensors)]
+
+    name: str
+    dtype: str
+    shape: Shape
+    links: tuple[Link, ...]
+
+
+def plan_arrays(source: ModelSource, arrays: Sequence[HeldArray]) -> BytePlan:
+    """The plan that reads ``arrays`` from ``source``. None of them may be empty.
+
+    Target file ``i`` of the plan is the memory of ``arrays[i]``, from its first byte on, and segment ``i`` fills it.
+    """
     tensors = {
-        name: IndexedTensor.whole(name, dtype, (each.live_rows, *each.local_shape[1:]), file=number, position=0)
-        for number, (name, each) in enumerate(zip(names, local_tensors, strict=True))
-        if each.live_rows
+        array.name: IndexedTensor.whole(array.name, array.dtype, array.shape, file=number, position=0)
+        for number, array in enumerate(arrays)
     }
-    target = TensorIndex(files=tuple(map(Path, names)), tensors=tensors)
-    return plan_gather(source.index, target, _links(source, local_tensors, names))
+    target = TensorIndex(files=tuple(map(Path, tensors)), tensors=tensors)
+    return plan_gather(source.index, target, _links(source, arrays))
 
 
-def _links(source: ModelSource, local_tensors: Sequence[LocalTensor], names: list[str]) -> Iterator[Link]:
-    """Compose three links: stored boxes -> Hugging Face rows -> Megatron rows -> local rows."""
-    megatron = new_checkpoint_map(source.table)
-    stored: dict[tuple[str, Index], list[Link]] = defaultdict(list)
-    needed = {(each.mcore_key, each.index) for each in local_tensors}
-    for tensor in source.tensors:
-        for index, at in () if tensor.is_alias else tensor.packed():
-            key = (tensor.rule.local.mcore_key, index)
-            if key in needed:
-                into = [reverse(link) for link in megatron.links_of(tensor, index, at)]
-                stored[key] += [
-                    link
-                    for first in source.links[tensor.hf_name]
-                    for second in into
-                    if (link := compose(first, second))
-                ]
-    for name, each in zip(names, local_tensors, strict=True):
-        for local in _local_links(name, each):
-            for link in stored[each.mcore_key, each.index]:
-                if (into_local := compose(link, local)) is not None:
-                    yield into_local
-
-
-def _local_links(name: str, tensor: LocalTensor) -> Iterator[Link]:
-    """The boxes of Megatron tensors that make up a local tensor, one below the other."""
-    row = 0
-    for box in tensor.boxes:
-        shape = box.shape[tensor.prepended_axes :]
-        origin = (row, *(0,) * len(shape[1:]))
-        yield Link(
-            source=box.mcore_key, source_offset=box.global_offset, target=name, target_offset=origin, shape=shape
-        )
-        row += shape[0]
+def _links(source: ModelSource, arrays: Sequence[HeldArray]) -> Iterator[Link]:
+    """Compose two links: stored boxes -> Hugging Face boxes -> boxes in memory."""
+    for array in arrays:
+        for second in array.links:
+            for first in source.links[second.source]:
+                if (link := compose(first, second)) is not None:
+                    yield link

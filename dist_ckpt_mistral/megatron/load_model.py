@@ -1,32 +1,24 @@
-"""Build a rank's ``GPTModel`` and fill it with stored weights: from a Megatron checkpoint or Hugging Face files.
-
-The weights are copied by a ``BytePlan``, as in a conversion. Megatron's own reader is not used, because it reads only
-checkpoints of similar versions of torch and Megatron.
-"""
+"""Build a rank's ``GPTModel`` and fill it, as ``load_weights`` does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
-from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
-from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, execute
-from dist_ckpt_mistral.mapping.rank_plan import plan_local_tensors
-from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
+from dist_ckpt_mistral.errors import ConfigError
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
+from dist_ckpt_mistral.mapping.source import ModelSource, open_source
 from dist_ckpt_mistral.megatron.build_model import NO_SETTINGS, ONE_RANK, Model, as_model, build_chunks
+from dist_ckpt_mistral.megatron.load_weights import planned
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.megatron.sharded_state_dict import torch_dtype
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_tensors
 
 
 def load_model(
@@ -107,15 +99,11 @@ def load_source(
     layout = initialize_megatron(layout, device=device)
     dtype = torch_dtype(_only_dtype(source) if dtype is None else dtype)
     settings = {"perform_initialization": False, **transformer_config}
-    chunks = build_chunks(source.config, layout, dtype, device, padded_vocab_size, settings)
-    pairs = [
-        pair
-        for chunk, tensors in zip(chunks, _local_tensors(source, layout, padded_vocab_size), strict=True)
-        for pair in _pairs(dict(chunk.named_parameters()), tensors)
-    ]
-    losses = LossPolicy(allowed=allow_lossy, names_of=names_of_sources)
-    ranks.from_environment().each(lambda: _fill(source, pairs, str(dtype).removeprefix("torch."), losses, effort))
-    return as_model(chunks, device)
+    model = as_model(build_chunks(source.config, layout, dtype, device, padded_vocab_size, settings), device)
+    together = ranks.from_environment()
+    filling = planned(model, lambda: source, together)
+    together.each(lambda: filling.run(LossPolicy(allowed=allow_lossy, names_of=names_of_sources), effort))
+    return model
 
 
 def _only_dtype(source: ModelSource) -> str:
@@ -127,63 +115,3 @@ def _only_dtype(source: ModelSource) -> str:
             "Give dtype (--dtype on the command line)."
         )
     return names[0]
-
-
-def _local_tensors(source: ModelSource, layout: ParallelLayout, vocab_rows: int | None) -> Iterator[list[LocalTensor]]:
-    """Yield the local tensors of each model chunk of this rank."""
-    at = layout.coordinates(dist.get_rank())
-    for chunk in layout.model_chunks(source.table.num_layers, parallel_state.get_pipeline_model_parallel_rank()):
-        yield list(local_tensors(layout, source.table, chunk, at, vocab_rows=vocab_rows))
-
-
-def _pairs(
-    parameters: Mapping[str, torch.nn.Parameter], tensors: Sequence[LocalTensor]
-) -> list[tuple[LocalTensor, torch.nn.Parameter]]:
-    """Pair the local tensors of a model chunk with its parameters. Raises TensorMismatchError if they do not match."""
-    expected = {tensor.module_name: tensor.local_shape for tensor in tensors}
-    actual = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if expected != actual:
-        different = sorted({name for name, _ in expected.items() ^ actual.items()})
-        raise TensorMismatchError(
-            "the installed megatron-core makes another model than the tensor table describes: "
-            + "; ".join(f"{name}: expected {expected.get(name)}, got {actual.get(name)}" for name in different)
-            + ". Install a version that this package is tested with: 0.16 or 0.19."
-        )
-    return [(tensor, parameters[tensor.module_name]) for tensor in tensors]
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """The bytes of a tensor in memory, as a target of ``execute``."""
-
-    view: memoryview
-
-    def write(self, position: int, data: memoryview) -> None:
-        self.view[position : position + len(data)] = data
-
-    def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Do nothing: the bytes stay in memory."""
-
-
-@torch.no_grad()
-def _fill(
-    source: ModelSource,
-    pairs: Sequence[tuple[LocalTensor, torch.nn.Parameter]],
-    dtype: str,
-    losses: LossPolicy,
-    effort: Effort,
-) -> None:
-    """Read the weights into the parameters; rows that pad the vocabulary become zeros."""
-    require_equal_twins(source)
-    plan = plan_local_tensors(source, [tensor for tensor, _ in pairs], dtype)
-    values = [
-        torch.empty(parameter.shape, dtype=parameter.dtype) if parameter.is_cuda else parameter.detach()
-        for _, parameter in pairs
-    ]
-    targets = {number: _Memory(value.view(-1).view(torch.uint8).numpy().data) for number, value in enumerate(values)}
-    effort.progress.phase("load", plan.num_bytes)
-    losses.accept(plan, execute(plan, targets, effort=effort, numbers=range(len(plan.segments)), checksums=False))
-    for (tensor, parameter), value in zip(pairs, values, strict=True):
-        value[tensor.live_rows :] = 0
-        if parameter.is_cuda:
-            parameter.copy_(value)

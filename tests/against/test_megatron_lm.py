@@ -276,6 +276,12 @@ def test_megatron_lm_loads_what_from_hf_wrote(name: str, results: Results) -> No
     assert {each["iteration"] for each in told} == {0 if finetunes else case.written.get("iteration", 0)}
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_models_of_megatron_lm_are_filled(name: str, results: Results) -> None:
+    """``load_weights`` gives every parameter of the same GPTModels its Hugging Face values, straight from the files."""
+    assert [rank[name]["wrongly_filled"] for rank in results.ranks] == [[]] * 4
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_what_megatron_lm_saved_exports_by_itself(name: str, results: Results, tmp_path: Path) -> None:
     """Without any other file: all tensors bit for bit, and a config.json in which transformers reads the same model."""

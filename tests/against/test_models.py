@@ -46,12 +46,14 @@ def megatron() -> Iterator[SimpleNamespace]:
         warnings.simplefilter("ignore")
         modules = {
             name: importlib.import_module(f"dist_ckpt_mistral.megatron.{name}")
-            for name in ("build_model", "load_model", "generate", "runtime")
+            for name in ("build_model", "load_model", "load_weights", "generate", "runtime")
         }
         state = importlib.import_module("megatron.core.parallel_state")
     yield SimpleNamespace(
         build_model=modules["build_model"].build_model,
         load_model=modules["load_model"].load_model,
+        load_weights=modules["load_weights"].load_weights,
+        filling=modules["load_weights"],
         forward=modules["generate"].forward,
         generate=modules["generate"].generate,
         initialize_megatron=modules["runtime"].initialize_megatron,
@@ -121,6 +123,59 @@ def test_genuine_checkpoints_run(case: str, tmp_path: Path, megatron: SimpleName
     ours = megatron.load_model(shards(case), config=folder(case), dtype=torch.float32, device="cpu")
     actual = megatron.forward(ours, tokens, vocab_size=config.vocab_size)
     assert difference(actual, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["tied", "mixtral", "mistral4"])
+def test_a_live_model_is_filled_in_place(
+    name: str, saved: dict[str, dict[str, Path]], megatron: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with random weights then says what transformers says; its parameters stay where they were.
+
+    So it does if they are filled through little memory, as those on a GPU are.
+    """
+    with torch.no_grad():
+        expected = small_model(name)(PROMPT).logits
+    config = dcm.MistralConfig.from_hf(saved[name]["hf"])
+    for through_staging in (False, True):
+        if through_staging:
+            monkeypatch.setattr(megatron.filling, "_is_host_array", lambda _: False)
+            monkeypatch.setattr(megatron.filling, "_STAGING_BYTES", 1000)
+        model = megatron.build_model(config, dtype=torch.float32, device="cpu")
+        model.embedding.word_embeddings.weight.data.fill_(torch.nan)
+        places = [parameter.data_ptr() for parameter in model.parameters()]
+        assert megatron.load_weights(model, saved[name]["hf"]) is model
+        assert [parameter.data_ptr() for parameter in model.parameters()] == places
+        with torch.no_grad():
+            actual = model(PROMPT, torch.arange(PROMPT.shape[1])[None], None)
+        assert difference(actual[..., :VOCABULARY], expected) <= TOLERANCE
+        assert not model.embedding.word_embeddings.weight[VOCABULARY:].any()
+
+
+def test_weights_that_a_live_model_cannot_hold(
+    saved: dict[str, dict[str, Path]], tmp_path: Path, megatron: SimpleNamespace
+) -> None:
+    """What its dtype destroys, is refused by name, and what its parameters do not hold, before a value is written."""
+    path = saved["full attention"]["hf"]
+    config = dcm.MistralConfig.from_hf(path)
+    large = small_model("full attention")
+    with torch.no_grad():
+        large.model.norm.weight[:2] = 1e10
+    large.save_pretrained(tmp_path)
+    model = megatron.build_model(config, dtype=torch.float16, device="cpu")
+    with pytest.raises(OutputError, match=r"model\.norm\.weight: 2 become infinite.*fill the model again"):
+        megatron.load_weights(model, tmp_path)
+    assert megatron.load_weights(model, tmp_path, allow_lossy=True).decoder.final_layernorm.weight.isinf().sum() == 2
+    model.register_parameter("adapter", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(TensorMismatchError, match="unknown tensor 'adapter'"):
+        megatron.load_weights(model, path)
+    tied = megatron.build_model(dcm.MistralConfig.from_hf(saved["tied"]["hf"]), dtype=torch.float32, device="cpu")
+    with pytest.raises(TensorMismatchError, match="the model ties embedding and output layer, the weights do not"):
+        megatron.load_weights(tied, path)
+    odd = megatron.build_model(config, dtype=torch.float32, device="cpu").double()
+    with pytest.raises(TensorMismatchError, match=r"parameter 'output_layer\.weight' has dtype float64"):
+        megatron.load_weights(odd, path)
+    with pytest.raises(ConfigError, match="expected a GPTModel, or a list of them, got Linear"):
+        megatron.load_weights(torch.nn.Linear(1, 1), path)
 
 
 def test_weights_are_converted_and_padding_is_zero(
@@ -320,3 +375,21 @@ def test_models_run_on_cuda(saved: dict[str, dict[str, Path]], megatron: SimpleN
         assert all(parameter.is_cuda for parameter in model.parameters())
         ours = megatron.generate(model, PROMPT[0].tolist(), vocab_size=VOCABULARY, max_new_tokens=NEW_TOKENS)
         assert list(ours) == their[0, PROMPT.shape[1] :].tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the parameters are to be on one")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_parameters_on_cuda_are_filled_in_place(
+    dtype: torch.dtype, saved: dict[str, dict[str, Path]], megatron: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, with a process group of nccl and little pinned memory, parameters are those of a model on the CPU."""
+    monkeypatch.setattr(megatron.filling, "_STAGING_BYTES", 5000)
+    for places in saved.values():
+        config = dcm.MistralConfig.from_hf(places["hf"])
+        model = megatron.build_model(config, dtype=dtype, device="cuda")
+        before = [parameter.data_ptr() for parameter in model.parameters()]
+        megatron.load_weights(model, places["hf"])
+        assert [parameter.data_ptr() for parameter in model.parameters()] == before
+        expected = megatron.load_model(places["checkpoint"], dtype=dtype, device="cpu").state_dict()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.detach().cpu(), expected[name])

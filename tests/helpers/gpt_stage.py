@@ -131,6 +131,12 @@ class Stage:
         for name, parameter, layer in self.parameters():
             parameter.copy_(hf_rows(hf, self, name, layer))
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Fill every parameter with NaN."""
+        for _, parameter, _ in self.parameters():
+            parameter.fill_(torch.nan)
+
     def differences(self, hf: HfTensors) -> list[str]:
         """Names of parameters that do not hold their values. What vocabulary padding holds is not compared, but NaN."""
         wrong = []

@@ -19,6 +19,7 @@ from zlib import crc32
 import forked_ranks
 import torch
 import torch.distributed as dist
+from filling_tasks import fill_live, refuse_to_fill
 from gpt_optimizer import CONTENT, Optimizer
 from gpt_stage import HfTensors, Stage, hf_rows, set_parallel_state
 from inference_tasks import run_command, run_model
@@ -348,11 +349,9 @@ def _loaded_wrongly(state: dict[str, Any], at: str, expected: dict[str, torch.Te
     return {"tensors": len(boxes), "wrong": wrong}
 
 
-@torch.no_grad()
 def _nan_filled(config: MistralConfig, layout: ParallelLayout) -> Stage:
     stage = Stage(config, layout)
-    for _, parameter, _ in stage.parameters():
-        parameter.fill_(torch.nan)
+    stage.forget()
     return stage
 
 
@@ -386,7 +385,7 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
     for task in (
         *(compare_entries, compare_grouped, save_model, save_entries, load_entries, load_into_model),
         *(save_described, save_training, reshard_checkpoint, load_training, run_model, run_command),
-        *(export_live, refuse_live, save_live),
+        *(export_live, refuse_live, save_live, fill_live, refuse_to_fill),
     )
 }
 

@@ -54,8 +54,8 @@ for name, use in uses.items():
 print(json.dumps(found))
 """
 MEGATRON: Final = {
-    *("add_hf_metadata", "build_model", "initialize_megatron", "load_model", "optimizer_state_dict"),
-    "sharded_state_dict",
+    *("add_hf_metadata", "build_model", "export_weights", "initialize_megatron", "load_model", "load_weights"),
+    *("optimizer_state_dict", "save_hf", "sharded_state_dict"),
 }
 
 
