@@ -132,7 +132,7 @@ def test_bridge_finds_what_from_hf_wrote(iteration: int | None, name: str, hf: P
     assert found_by_training(root) == (iteration or 0, iteration is None)
     assert resolve_directory(root).name == name
     files = {path.name for path in root.iterdir() if not path.is_symlink()}
-    assert files == {name, "latest_checkpointed_iteration.txt"}
+    assert files == {name, "hf", "latest_checkpointed_iteration.txt"}
     assert state_of(root / name / "train_state.pt")["step"] == (torch.int64, iteration or 0)
     assert run("verify", root, hf).code == 0
     from_hf(
@@ -234,13 +234,16 @@ def test_run_config_says_what_bridge_itself_says(hf: Path) -> None:
     assert {name for name in written if written[name] != genuine[name]} == {"_target_"}
 
 
-def test_a_given_configuration_and_megatrons_args_come_first(bridge_root: Path, tmp_path: Path) -> None:
-    """run_config.yaml is the last resort: it is not even read where something else tells the model."""
+def test_a_given_configuration_comes_first_and_megatrons_args_last(bridge_root: Path, tmp_path: Path) -> None:
+    """A damaged run_config.yaml is no obstacle where --config tells the model; beside args alone it is an error."""
     iteration = bridge_root / "iter_0000005"
     (iteration / "run_config.yaml").write_text("not a configuration")
     to_hf(bridge_root, tmp_path / "hf", config=folder("td_0161"))
     copied = shutil.copytree(shards("mlm_0161"), tmp_path / "mlm")
     (copied / "run_config.yaml").write_text("not a configuration")
+    with pytest.raises(FormatError, match=r"invalid YAML in .*run_config\.yaml"):
+        to_hf(copied, tmp_path / "mlm_hf")
+    (copied / "run_config.yaml").unlink()
     assert to_hf(copied, tmp_path / "mlm_hf").config_from == "the args inside the checkpoint"
 
 

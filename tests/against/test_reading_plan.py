@@ -312,7 +312,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     ckpt, config = shards("td_0161"), folder("td_0161")
     arguments = ("plan", ckpt, "--config", config)
     assert "num_attention_heads=8 is not divisible by tp=3" in refusal(tmp_path, *arguments, "--tp", 3)
-    assert "Give the model's config.json with --config." in refusal(tmp_path, "plan", ckpt)
+    assert "Give the model's config.json with --config, or leave it" in refusal(tmp_path, "plan", ckpt)
     assert "there is no such directory" in refusal(tmp_path, "plan", tmp_path / "none")
     nowhere = tmp_path / "none" / "plan.svg"
     assert f"cannot write {nowhere}: No such file or directory" in refusal(tmp_path, *arguments, "--svg", nowhere)

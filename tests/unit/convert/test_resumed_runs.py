@@ -200,7 +200,7 @@ def test_a_file_system_without_locks(
 
 
 def test_space_is_counted_whole(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files beside the tensors count, and so does, for a run that resumes, what is there already."""
+    """Small files count, for each copy that an import makes; so does, for a run that resumes, what is there already."""
     (hf / "tokenizer.json").write_bytes(bytes(1 << 20))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
@@ -213,7 +213,7 @@ def test_space_is_counted_whole(hf: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     (hf / "tokenizer.json").write_bytes(bytes((1 << 20) - 8000))
     begun(hf, tmp_path / "out", monkeypatch, 12)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=(1 << 20) - 7000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=(2 << 20) - 7000))
     assert run("from-hf", hf, tmp_path / "out", "--resume").code == 0
 
 
