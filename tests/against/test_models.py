@@ -393,3 +393,31 @@ def test_parameters_on_cuda_are_filled_in_place(
         expected = megatron.load_model(places["checkpoint"], dtype=dtype, device="cpu").state_dict()
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter.detach().cpu(), expected[name])
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="needs a GPU: the tensors are to stay on one"
+            ),
+        ),
+    ],
+)
+def test_exported_weights_stay_on_the_device(
+    device: str, saved: dict[str, dict[str, Path]], megatron: SimpleNamespace
+) -> None:
+    """What a live model gives out is on its device, and is what its Hugging Face files hold, all of it."""
+    for places in saved.values():
+        config = dcm.MistralConfig.from_hf(places["hf"])
+        model = megatron.load_model(places["hf"], device=device)
+        with dcm.open_checkpoint(places["hf"]) as expected:
+            names = []
+            for name, tensor in dcm.export_weights(model, config):
+                names.append(name)
+                assert tensor.device.type == device
+                assert torch.equal(tensor.cpu(), expected[name])
+            assert {*names} == {*expected}
