@@ -29,9 +29,9 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def limited(*arguments: object) -> subprocess.CompletedProcess[str]:
+def limited(*arguments: object, limit_bytes: int = _LIMIT_BYTES) -> subprocess.CompletedProcess[str]:
     """Run the tool in a process whose private memory is limited by the kernel."""
-    command = [sys.executable, "-c", _LIMITED, str(_LIMIT_BYTES), *map(str, arguments)]
+    command = [sys.executable, "-c", _LIMITED, str(limit_bytes), *map(str, arguments)]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # numpy's own threads and buffers, which nobody needs
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
 
@@ -158,8 +158,7 @@ def test_fp8_under_the_same_limit(large_fp8: Path, tmp_path: Path) -> None:
 
 
 def test_the_limit_is_real(large: Path, tmp_path: Path) -> None:
-    """The same run fails where buffers are allowed to exceed the limit: the kernel does watch."""
-    much = ("--workers", 256, "--memory", "1GB", "--dtype", "float32")  # conversions occupy any number of threads
-    done = limited("from-hf", large, tmp_path / "checkpoint", *much, "--no-sync")
+    """The same run fails under a sixteenth of the limit: the kernel does watch."""
+    done = limited("from-hf", large, tmp_path / "checkpoint", "--no-sync", limit_bytes=_LIMIT_BYTES // 16)
     assert done.returncode != 0
     assert not (tmp_path / "checkpoint").exists()
