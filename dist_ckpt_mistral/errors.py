@@ -4,9 +4,10 @@
     ├── ConfigError                  a model configuration is wrong or contradicts itself
     │   └── UnsupportedModelError    a model that the tensor table does not know
     ├── LayoutError                  a parallel layout that Megatron would refuse
-    ├── FormatError                  a file is damaged, changed during the run, or cannot be read
-    │   ├── UnsafePickleError        a pickle needs something outside the allowlist
-    │   └── UnsupportedFormatError   a Megatron checkpoint in a format that this package does not read
+    ├── SourceError                  a source cannot be opened or read, changed during the run, or vanished
+    │   └── FormatError              what was read is damaged, or is not what it should be
+    │       ├── UnsafePickleError        a pickle needs something outside the allowlist
+    │       └── UnsupportedFormatError   a Megatron checkpoint in a format that this package does not read
     ├── TensorMismatchError          tensors are missing, unknown, or differ from the model's in shape or dtype
     ├── PlanError                    boxes leave a gap, overlap, or reach outside their tensor
     ├── OutputError                  the output cannot be written
@@ -61,8 +62,12 @@ class LayoutError(DistCkptMistralError):
     """Megatron would refuse this parallel layout for this model."""
 
 
-class FormatError(DistCkptMistralError):
-    """A file is damaged, was changed during the run, or cannot be read."""
+class SourceError(DistCkptMistralError):
+    """A source cannot be opened or read, was changed during the run, or vanished. Its bytes may be sound."""
+
+
+class FormatError(SourceError):
+    """What was read is damaged, or is not what it should be. Reading it again gives the same."""
 
 
 class UnsafePickleError(FormatError):

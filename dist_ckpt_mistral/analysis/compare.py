@@ -27,6 +27,7 @@ from dist_ckpt_mistral.model.config.agreement import Disagreement
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.table.table import HfTensor
 from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 #: Prefix of the records in an object's archive that hold the data of its tensors. The other records are metadata.
 _TENSOR_DATA: Final = "data/"
@@ -104,7 +105,7 @@ def compare(
         >>> dist_ckpt_mistral.compare("hf_dir", "ckpt").is_equal  # doctest: +SKIP
         True
     """
-    source_a, source_b = open_pair(Path(a), Path(b), config=chosen_config(config))
+    source_a, source_b = open_pair(as_path(a), as_path(b), config=chosen_config(config))
     directory = given_directory(config, vision=True)
     if directory is not None:
         source_a, source_b = completed(source_a, directory), completed(source_b, directory)
@@ -133,7 +134,7 @@ def compare_stored(a: str | Path, b: str | Path, *, effort: Effort = DEFAULT_EFF
         >>> dist_ckpt_mistral.compare_stored("old", "ckpt").differences  # doctest: +SKIP
         ()
     """
-    (keys_a, side_a), (keys_b, side_b) = _stored_side(Path(a)), _stored_side(Path(b))
+    (keys_a, side_a), (keys_b, side_b) = _stored_side(as_path(a)), _stored_side(as_path(b))
     differences, _, num_bytes = _compare(side_a, side_b, effort)
     return Comparison(
         num_tensors=len(keys_a & keys_b),

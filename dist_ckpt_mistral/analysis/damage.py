@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from dist_ckpt_mistral.analysis import archive_checksums
 from dist_ckpt_mistral.analysis.archive_checksums import CheckedSpan, Fault, Piece
-from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, FormatError, UnsupportedFormatError
+from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, SourceError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileSum, read_checksums
@@ -332,7 +331,7 @@ class _FileCheck:
 def _check_files(results: _Results, contents: _Contents, expected: _Expected, effort: Effort) -> None:
     """Read every file that has parts or is listed, and compare its checksums."""
     names = sorted({*contents.files, *expected.sha256, *expected.sums})
-    present = [name for name in names if os.path.isfile(results.directory / name)]  # noqa: PTH113  (never raises)
+    present = [name for name in names if paths.is_file(results.directory / name)]
     for name in sorted({*names} - {*present}):
         what = f"it is missing, but {expected.listed_in(name) or contents.named_in} names it"
         results.findings.append(Finding(file=name, what=what))
@@ -374,7 +373,7 @@ def _check_file(directory: Path, contents: _Contents, name: str, expected: _Expe
     try:
         parts, faults = contents.parts_of(name)
         actual = digest(path, [part.span for part in parts], sha256=sha256 is not None, effort=effort)
-    except FormatError as error:
+    except SourceError as error:
         return _FileCheck(findings=[Finding(file=name, what=str(error))])
     for part, crc32 in zip(parts, actual.spans, strict=True):
         if part.crc32 not in {None, crc32}:

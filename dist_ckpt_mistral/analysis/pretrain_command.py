@@ -19,6 +19,7 @@ from dist_ckpt_mistral.model.args.flags import pretrain_flags
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def megatron_args(
         source.config, dtype=source.main_dtype, layout=layout, vocab_rows=_vocabulary_rows(source)
     )
     groups["checkpoint"] = [
-        *_load_flags(Path(path), source),
+        *_load_flags(as_path(path), source),
         *_flags_without_training_state(source, layout),
         *("--ckpt-format", "torch_dist"),
     ]

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.errors import SourceError
 from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.gather import dtypes
@@ -24,6 +24,7 @@ from dist_ckpt_mistral.model.config.mistral_config import ConfigOverride, GivenC
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, split_state_key
 from dist_ckpt_mistral.model.table.rules import ParamState
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def plan_reading(
         >>> plan.total.amplification  # doctest: +SKIP
         2.0
     """
-    stored = _open(Path(checkpoint), has_config=config is not None)
+    stored = _open(as_path(checkpoint), has_config=config is not None)
     match = matched(stored, checkpoint_config(stored, chosen_config(config)))
     layout.check(match.agreed.config)
     stored_checkpoint.require_loadable(stored.directory)
@@ -100,7 +101,7 @@ def _open(checkpoint: Path, *, has_config: bool) -> StoredCheckpoint:
     """
     try:
         return stored_checkpoint.open_stored(checkpoint)
-    except FormatError as error:
+    except SourceError as error:
         if not has_config:
             raise
         stored = stored_checkpoint.open_stored(checkpoint, with_common_state=False)

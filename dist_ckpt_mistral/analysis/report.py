@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dist_ckpt_mistral.analysis.sheet import sheet
-from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
+from dist_ckpt_mistral.errors import DistCkptMistralError, SourceError
 from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.formats.safetensors import FileTensor
@@ -192,7 +192,7 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
     files = _file_sizes(checkpoint)
     try:
         checkpoint.require_whole(files)
-    except FormatError as error:
+    except SourceError as error:
         problems.append(str(error))
     return Report(
         path=str(checkpoint.directory),

@@ -170,8 +170,10 @@ def add_effort(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("resources")
     help_text = "number of threads that copy or compare (default: one per core, at most 8)"
     group.add_argument("--workers", type=positive, default=0, metavar="N", help=help_text)
-    help_text = "total size of the buffers of all threads (default 32MiB)"
-    group.add_argument("--memory", type=size, default="32MiB", metavar="SIZE", help=help_text)
+    help_text = "total size of the buffers of all threads (default 32MiB; 256MiB where a URL is read or written)"
+    group.add_argument("--memory", type=size, default=0, metavar="SIZE", help=help_text)
+    help_text = "how long faults of a store (a URL) that may pass are retried, in seconds (default 180)"
+    group.add_argument("--retry-time", type=positive_number, metavar="SECONDS", help=help_text)
 
 
 def add_config(command: argparse.ArgumentParser, also: str = "") -> None:
@@ -248,10 +250,10 @@ def name(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """Parse a path; an empty text is refused, as in ``name``."""
-    from pathlib import Path
+    """Parse a path or URL; an empty text is refused, as in ``name``."""
+    from dist_ckpt_mistral.storage.remote_path import as_path
 
-    return Path(name(text))
+    return as_path(name(text))
 
 
 def is_first_rank() -> bool:
@@ -324,7 +326,10 @@ def effort(arguments: argparse.Namespace, ranks: Ranks) -> Iterator[Effort]:
     from dataclasses import replace
 
     from dist_ckpt_mistral.gather.execute import Effort
+    from dist_ckpt_mistral.storage.retries import VARIABLE as RETRY_VARIABLE
 
+    if arguments.retry_time is not None:
+        os.environ[RETRY_VARIABLE] = str(arguments.retry_time)
     without_bar = Effort(workers=arguments.workers, memory_bytes=arguments.memory)
     if arguments.no_progress or arguments.quiet or not (ranks.is_first and sys.stderr.isatty()):
         yield without_bar

@@ -29,6 +29,7 @@ from dist_ckpt_mistral.model.table.rules import Stage
 from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage import paths
 from dist_ckpt_mistral.storage.local import Sources, Writable
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
 #: What a directory may hold to count as the root of a training that has saved nothing yet.
@@ -80,7 +81,7 @@ def describe(
         >>> dist_ckpt_mistral.describe("mistralai/Mistral-7B-v0.3", "ckpt").folder  # doctest: +SKIP
         PosixPath('ckpt/hf')
     """
-    root = Path(root)
+    root = as_path(root)
     folder = root / ASSETS_FOLDER
     latest = _latest_iteration(root)
     paths.require_writable(folder, overwrite=output.overwrite)
@@ -175,7 +176,7 @@ def _opened(hf: str | Path) -> tuple[Path, MistralConfig, ModelSource | None]:
     """
     kinds = (Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS)
     place = locate(hf, *kinds, weights=False)
-    is_here = Path(hf).exists()
+    is_here = as_path(hf).exists()
     if not is_here and directory_config(place.path).config.vision is not None:
         place, is_here = locate(hf, *kinds), True
     if is_here and place.kind is not Kind.WEIGHTLESS:

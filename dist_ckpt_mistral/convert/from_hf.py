@@ -43,6 +43,7 @@ from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import OLD_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import Sources, Writable
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
 #: From this size on, a model is usually trained with tensor parallelism: mixed precision with Adam takes 18 bytes for
@@ -99,7 +100,7 @@ def from_hf(
         >>> dist_ckpt_mistral.from_hf("hf_dir", "ckpt", tp=2).num_tensors  # doctest: +SKIP
         291
     """
-    target = Path(checkpoint)
+    target = as_path(checkpoint)
     shorthand = ParallelLayout(tp=tp, pp=pp, ep=ep)
     if layout is not None and shorthand != ParallelLayout():
         raise LayoutError("give either a layout, or tp, pp and ep")

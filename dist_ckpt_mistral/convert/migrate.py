@@ -22,6 +22,7 @@ from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 
 def migrate(
@@ -58,8 +59,8 @@ def migrate(
         'none is needed'
     """
     return rewrite(
-        Path(checkpoint),
-        Path(target),
+        as_path(checkpoint),
+        as_path(target),
         lambda stored: _unchanged(stored, output.max_file_bytes),
         output=output,
         effort=effort,

@@ -26,6 +26,7 @@ from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state, model_prefix, split_state_key
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ def reshard(
         >>> dist_ckpt_mistral.reshard("ckpt", "resharded", ParallelLayout(tp=2, pp=2))  # doctest: +SKIP
     """
     return rewrite(
-        Path(checkpoint),
-        Path(target),
+        as_path(checkpoint),
+        as_path(target),
         lambda stored: _resharded(stored, layout, chosen_config(config), weights_only=weights_only),
         output=output,
         effort=effort,

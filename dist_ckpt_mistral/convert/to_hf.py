@@ -32,6 +32,7 @@ from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_co
 from dist_ckpt_mistral.model.config.quantization import described_method
 from dist_ckpt_mistral.model.table.rules import ParamState
 from dist_ckpt_mistral.storage.local import Sources, Writable
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
 #: The values of ``weights``, and the state of the parameters that each exports.
@@ -80,7 +81,7 @@ def to_hf(
         >>> dist_ckpt_mistral.to_hf("ckpt", "out").num_tensors  # doctest: +SKIP
         291
     """
-    checkpoint, target = Path(checkpoint), Path(hf)
+    checkpoint, target = as_path(checkpoint), as_path(hf)
     if weights not in _STATES:
         raise ConfigError(f"weights={weights!r} is not supported: expected one of {', '.join(_STATES)}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ def latest_iteration(root: Path) -> Path:
 
     Raises FormatError where they are damaged, disagree, or name a directory that is absent or a link out of ``root``.
     """
-    latest = {name: read(root / name) for name, read in TRACKERS.items() if os.path.lexists(root / name)}
+    latest = {name: read(root / name) for name, read in TRACKERS.items() if paths.is_named(root / name)}
     if len(set(latest.values())) > 1:
         raise FormatError(f"{root} is ambiguous: {', '.join(f'{n} names {d}' for n, d in latest.items())}. Give one.")
     tracker, name = next(iter(latest.items()))

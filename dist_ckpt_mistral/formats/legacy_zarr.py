@@ -30,6 +30,7 @@ from dist_ckpt_mistral.gather.boxes import unrolled
 from dist_ckpt_mistral.gather.dtypes import Shape, is_countable
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage.remote_path import RemotePath
 
 _ARRAY_FILE: Final = ".zarray"
 _ATTRIBUTES_FILE: Final = ".zattrs"
@@ -117,7 +118,8 @@ def read_stored(directory: Path) -> StoredMetadata:
     Raises FormatError, which names all problems, for damaged descriptions, chunks without a file, empty directories and
     files that belong to nothing; UnsupportedFormatError for arrays that Megatron does not write.
     """
-    folders = {entry.name: _names(entry.path) for entry in os.scandir(directory) if entry.is_dir()}
+    tops = [name.removesuffix("/") for name in paths.names_in(directory) if name.endswith("/")]
+    folders = {name: _names(directory / name) for name in tops}
     lock_names = {folder + _LOCKS_SUFFIX for folder in folders}
     locks = {folder for folder in folders if folder in lock_names and _is_locks(directory / folder)}
     empty = sorted(folder for folder, names in folders.items() if not names and folder not in locks)
@@ -143,16 +145,17 @@ def read_stored(directory: Path) -> StoredMetadata:
     )
 
 
-def _names(folder: str) -> dict[str, bool]:
+def _names(folder: Path) -> dict[str, bool]:
     """The names in a directory, and whether each is a link."""
+    if isinstance(folder, RemotePath):
+        return dict.fromkeys((path.name for path in folder.iterdir()), False)
     with os.scandir(folder) as entries:
         return {entry.name: entry.is_symlink() for entry in entries}
 
 
 def _is_locks(folder: Path) -> bool:
     """Whether a directory holds only empty files: the locks of an array's writers. The files of a key never all are."""
-    with os.scandir(folder) as entries:
-        return all(entry.is_file() and entry.stat().st_size == 0 for entry in entries)
+    return all(path.is_file() and path.stat().st_size == 0 for path in folder.iterdir())
 
 
 def _is_key(names: Iterable[str]) -> bool:

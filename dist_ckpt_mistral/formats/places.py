@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import itertools
-import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.errors import FormatError, SourceError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRACKER_FILE, TRACKERS
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import hub, paths
+from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -307,14 +307,14 @@ def locate(name: str | Path, *wanted: Kind, weights: bool = True) -> Place:
     A model on the hub is downloaded if its files are of a kind in ``wanted``; without ``weights``, only its small
     files. Raises FormatError, which says what ``name`` is and what to do, unless it is of a kind in ``wanted``.
     """
-    given = Path(name)
-    if Kind.HF not in wanted:
+    given = as_path(name)
+    if Kind.HF not in wanted or isinstance(given, RemotePath):
         return _require(what_is(given), wanted)
     try:
         path = hub.local_directory(
             str(name), weights=weights, check=lambda names: _require(_recognised(given, names), wanted)
         )
-    except FormatError as error:
+    except SourceError as error:
         if near := _near(given):
             error.add_note(near)
         raise
@@ -330,7 +330,7 @@ def require_not_swapped(source: str | Path, output: Path, *wanted: Kind) -> None
     """Raise FormatError if the arguments look swapped: ``output`` is of a wanted kind, ``source`` another or absent."""
     if what_is(output).kind not in wanted:
         return
-    given = what_is(Path(source))
+    given = what_is(as_path(source))
     if given.kind is Kind.MISSING or given.kind in {*_READ} - {*wanted}:
         raise FormatError(
             f"{source} is not {_expectation(wanted)}: {given.what}; but the output {output} is one. Give the source "
@@ -340,10 +340,9 @@ def require_not_swapped(source: str | Path, output: Path, *wanted: Kind) -> None
 
 def what_is(path: Path) -> Place:
     """Recognise what is at ``path``. Raises FormatError if it is a directory that cannot be listed."""
-    if not os.path.isdir(path):  # noqa: PTH112  (Path's may raise, as for a name with a NUL)
-        there = os.path.exists(path)  # noqa: PTH110
-        return _first(_FILES, path, [path.name]) if there else _missing(path)
-    place = _recognised(path, _names(path))
+    if not paths.is_directory(path):
+        return _first(_FILES, path, [path.name]) if paths.exists(path) else _missing(path)
+    place = _recognised(path, paths.names_in(path))
     return _latest(path) if place.kind is Kind.ROOT else place
 
 
@@ -372,33 +371,28 @@ def _first(rows: Iterable[_Row], path: Path, names: Collection[str]) -> Place:
     return next(place for row in rows if (place := row.place(path, names)) is not None)
 
 
-def _names(directory: Path) -> list[str]:
-    """The names in a directory; those of folders end in a slash, and dangling links are left out."""
-    try:
-        with os.scandir(directory) as entries:
-            present = [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry)]  # noqa: PTH110
-            return [entry.name + "/" * entry.is_dir() for entry in present]
-    except OSError as error:
-        raise FormatError(f"cannot read {directory}: {error.strerror}") from error
-
-
 def _latest(root: Path) -> Place:
     """The place of the latest iteration in ``root``, which its trackers name."""
     try:
         path = checkpoint_directory.latest_iteration(root)
-    except FormatError as error:
+    except SourceError as error:
         return Place(path=root, kind=Kind.BROKEN, what=str(error).rstrip("."), is_searched=True)
-    return _recognised(path, _names(path))
+    return _recognised(path, paths.names_in(path))
 
 
 def _missing(path: Path) -> Place:
     """The place of a path at which there is nothing."""
     what, advice = "there is no such directory", ""
+    if isinstance(path, RemotePath):
+        return Place(path=path, kind=Kind.MISSING, what="there is nothing of this name, and nothing below it")
     if path.is_symlink():
         what = f"it is a link to {path.readlink()}, which does not exist"
     elif paths.is_url(path):
         what = "it is a URL"
-        advice = "Copy what it names to a local directory; a Hugging Face model on the hub is org/name[@revision]."
+        advice = (
+            "Of URLs, s3://, gs://, az://, msc:// and http(s):// are read; a Hugging Face model on the hub is "
+            "org/name[@revision]. Copy anything else to a local directory."
+        )
     return Place(path=path, kind=Kind.MISSING, what=what, advice=advice)
 
 
@@ -414,7 +408,7 @@ def _wanted_nearby(path: Path, wanted: Sequence[Kind]) -> str:
     fitting = [name for name, place in _models_in(path, most_deep=_MOST_DEEP) if place.kind in wanted]
     if fitting:
         return f"Give {'its folder' if len(fitting) == 1 else 'one of its folders'} {listed(fitting)}."
-    with contextlib.suppress(FormatError):
+    with contextlib.suppress(SourceError):
         if what_is(path.parent).kind in wanted:
             return f"Give the directory around it, {path.parent}."
     return ""
@@ -449,7 +443,7 @@ def _models_in(path: Path, *, most_deep: int) -> Iterator[tuple[str, Place]]:
                 continue
             try:
                 place = what_is(child)
-            except FormatError:  # it cannot be listed
+            except SourceError:  # it cannot be listed
                 continue
             if place.kind in _READ:
                 yield str(child.relative_to(path)), place
@@ -460,8 +454,8 @@ def _models_in(path: Path, *, most_deep: int) -> Iterator[tuple[str, Place]]:
 def _folders(directory: Path) -> list[str]:
     """The names of the folders in ``directory``; none if it cannot be listed."""
     try:
-        return [name.removesuffix("/") for name in _names(directory) if name.endswith("/")]
-    except FormatError:
+        return [name.removesuffix("/") for name in paths.names_in(directory) if name.endswith("/")]
+    except SourceError:
         return []
 
 
@@ -470,8 +464,8 @@ def _near(path: Path) -> str:
     import difflib  # noqa: PLC0415  (only an error needs it)
 
     try:
-        names = [name.removesuffix("/") for name in _names(path.parent)]
-    except FormatError:
+        names = [name.removesuffix("/") for name in paths.names_in(path.parent)]
+    except SourceError:
         return ""
     near = difflib.get_close_matches(path.name, [name for name in names[:_MOST_DIRECTORIES] if name != path.name], n=1)
     return f"Did you mean {path.parent / near[0]}?" if near else ""

@@ -9,22 +9,25 @@ from __future__ import annotations
 import functools
 import mmap
 import threading
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.plan import CopyArray, Segment
-from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.local import Readable, SourceFiles
 from dist_ckpt_mistral.storage.processor import l2_cache_bytes
+from dist_ckpt_mistral.storage.remote_reads import Wanted
 
 #: Limits of a band's size. Shorter ones cost more calls than copying; longer ones were no faster on any processor.
 LEAST_BAND_BYTES: Final = 64 << 10
 _MOST_BAND_BYTES: Final = 512 << 10
 #: L2 cache of a core if the system does not tell it.
 _USUAL_L2_BYTES: Final = 512 << 10
+#: A band of objects in a store: long enough that its requests take longer to answer than to begin.
+REMOTE_BAND_BYTES: Final = 4 << 20
 #: A thread has a band, and a buffer of a quarter of its size for rows that are read with the gaps between them.
 _BANDS_IN_SCRATCH: Final = 4
 #: Buffers are page-aligned: the kernel copies into them up to three times faster (measured, AMD). Writes begin at
@@ -46,9 +49,9 @@ class BandReader:
     """Gathers segments band by band from open files. May be used by several threads."""
 
     def __init__(self, sources: SourceFiles, band_bytes: int | None = None) -> None:
-        """Read from ``sources``, at most ``band_bytes`` at a time (default: ``best_band_bytes``)."""
+        """Read from ``sources``, at most ``band_bytes`` at a time (default: ``best_band_bytes`` of the sources)."""
         self._sources = sources
-        self._band_bytes = band_bytes or best_band_bytes()
+        self._band_bytes = band_bytes or (REMOTE_BAND_BYTES if sources.is_remote else best_band_bytes())
         self._buffers = threading.local()
         self._stopped = False
 
@@ -74,16 +77,21 @@ class BandReader:
 
     def _bands(self, segment: Segment, low: int, high: int) -> Iterator[memoryview]:
         """Yield bytes ``[low, high)`` of a segment in bands of full length and a shorter last one."""
-        copies = _overlapping(segment.copies, low, high)
+        copies = overlapping(segment.copies, low, high)
         buffer, scratch = self._thread_buffers()
+        ahead = self._held(copies, low, min(high, low + len(buffer)))
         for start in range(low, high, len(buffer)):
             if self._stopped:
                 raise Stopped
             band = buffer[: high - start]
-            for begin, end, copy in copies:
-                if begin < start + len(band) and end > start:
-                    _gather(copy, start, band, scratch, self._sources)
+            sources, end = ahead, start + len(band)
+            ahead = self._held(copies, end, min(high, end + len(buffer)))  # it comes while this band is copied
+            fill(band, start, copies, scratch, sources)
             yield band.data
+
+    def _held(self, copies: list[_Copy], low: int, high: int) -> Readable:
+        """What to read bytes ``[low, high)`` of a segment from."""
+        return self._sources.hold(wanted(copies, low, high)) if self._sources.is_remote else self._sources
 
     def _thread_buffers(self) -> tuple[ByteArray, ByteArray]:
         """Return the band and the scratch buffer of this thread."""
@@ -105,8 +113,13 @@ def best_band_bytes() -> int:
     return min(_MOST_BAND_BYTES, max(LEAST_BAND_BYTES, 1 << (half.bit_length() - 1)))
 
 
-def band_bytes_within(memory_bytes: int) -> int:
-    """Return the size of a band, in whole pages, if all buffers of a thread may take ``memory_bytes``."""
+def band_bytes_within(memory_bytes: int, *, is_remote: bool = False) -> int:
+    """Return the size of a band, in whole pages, if all buffers of a thread may take ``memory_bytes``.
+
+    A band of objects in a store is in memory three times: it, what it is gathered from, and what comes next.
+    """
+    if is_remote:
+        return max(LEAST_BAND_BYTES, min(REMOTE_BAND_BYTES, memory_bytes // 3 // PAGE_BYTES * PAGE_BYTES))
     most = memory_bytes * _BANDS_IN_SCRATCH // (_BANDS_IN_SCRATCH + 1)
     return max(LEAST_BAND_BYTES, min(best_band_bytes(), most // PAGE_BYTES * PAGE_BYTES))
 
@@ -116,15 +129,46 @@ def aligned_buffer(num_bytes: int) -> ByteArray:
     return np.frombuffer(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
 
 
-def _overlapping(copies: CopyArray, low: int, high: int) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Return the copies that write into ``[low, high)``: (first byte, end, the fields of ``COPY`` as plain numbers)."""
+#: A copy: its first byte in the segment, its end there, and the fields of ``COPY`` as plain numbers.
+_Copy: TypeAlias = tuple[int, int, tuple[int, ...]]
+
+
+def overlapping(copies: CopyArray, low: int, high: int) -> list[_Copy]:
+    """Return the copies that write into bytes ``[low, high)`` of a segment."""
     begins = copies["target_offset"]
     ends = begins + (copies["rows"] - 1) * copies["target_stride"] + copies["row_bytes"]
     hit = (begins < high) & (ends > low)
     return list(zip(begins[hit].tolist(), ends[hit].tolist(), copies[hit].tolist(), strict=True))
 
 
-def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray, sources: SourceFiles) -> None:
+def fill(buffer: ByteArray, low: int, copies: list[_Copy], scratch: ByteArray, sources: Readable) -> None:
+    """Fill ``buffer`` with the bytes of a segment from byte ``low`` on; ``copies`` are those that overlap it."""
+    for begin, end, copy in copies:
+        if begin < low + len(buffer) and end > low:
+            _gather(copy, low, buffer, scratch, sources)
+
+
+def wanted(copies: Iterable[_Copy], low: int, high: int) -> Iterator[Wanted]:
+    """Yield what bytes ``[low, high)`` of a segment are read from. Gaps between rows that are read along are in it."""
+    for begin, end, (file, position, source_stride, offset, target_stride, rows, row_bytes) in copies:
+        if begin >= high or end <= low:
+            continue
+        first = max(0, (low - offset - row_bytes) // target_stride + 1)  # the rows [first, last) have such bytes
+        last = min(rows, -((offset - high) // target_stride))
+        if first >= last:
+            continue
+        skip = max(0, low - offset - first * target_stride)
+        rest = max(0, offset + (last - 1) * target_stride + row_bytes - high)
+        starts = position + first * source_stride, position + (last - 1) * source_stride
+        if source_stride - row_bytes <= _LONG_GAP_BYTES:
+            yield Wanted(file, starts[0] + skip, starts[1] + row_bytes - rest)
+            continue
+        for start in range(starts[0], starts[1] + 1, source_stride):
+            low_skip, high_rest = skip if start == starts[0] else 0, rest if start == starts[1] else 0
+            yield Wanted(file, start + low_skip, start + row_bytes - high_rest)
+
+
+def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray, sources: Readable) -> None:
     """Read the part of ``copy`` that falls into ``band``, which begins at target offset ``low``."""
     file, position, source_stride, offset, target_stride, rows, row_bytes = copy
     start = offset - low  # of row 0, relative to the band
@@ -149,7 +193,7 @@ def _gather(copy: tuple[int, ...], low: int, band: ByteArray, scratch: ByteArray
 
 
 def _gather_rows(
-    file: int, position: int, source_stride: int, target: ByteArray, scratch: ByteArray, sources: SourceFiles
+    file: int, position: int, source_stride: int, target: ByteArray, scratch: ByteArray, sources: Readable
 ) -> None:
     """Fill ``target`` ``[rows, row_bytes]`` from rows that begin at ``position``, ``source_stride`` bytes apart."""
     rows, row_bytes = target.shape

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.index import IndexedTensor
-from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.local import Readable
+from dist_ckpt_mistral.storage.remote_reads import Wanted
 
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 #: (dtype, another one with at least its range): no value overflows or becomes zero.
@@ -86,12 +87,18 @@ class WidenedFile:
     stored_dtype: str
     dtype: str
 
-    def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
+    def read_into(self, files: Readable, position: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with converted values, from byte ``position`` of this file on."""
         itemsize, stored_itemsize = dtypes.itemsize_bytes(self.dtype), dtypes.itemsize_bytes(self.stored_dtype)
         stored = np.empty(len(buffer) // itemsize, dtype=dtypes.to_numpy(self.stored_dtype))
         files.read_into(self.file, self.position + position // itemsize * stored_itemsize, stored.view(np.uint8).data)
         np.frombuffer(buffer, dtype=dtypes.to_numpy(self.dtype))[:] = stored
+
+    def stored(self, position: int, num_bytes: int) -> list[Wanted]:
+        """Return the stored bytes of converted values."""
+        itemsize, stored_itemsize = dtypes.itemsize_bytes(self.dtype), dtypes.itemsize_bytes(self.stored_dtype)
+        start = self.position + position // itemsize * stored_itemsize
+        return [Wanted(self.file, start, start + num_bytes // itemsize * stored_itemsize)]
 
 
 def widened(tensor: IndexedTensor, dtype: str, first_file: int) -> tuple[IndexedTensor, list[WidenedFile]]:

@@ -19,7 +19,8 @@ from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, boxes_of_range
-from dist_ckpt_mistral.storage.local import DerivedFile, SourceFiles
+from dist_ckpt_mistral.storage.local import DerivedFile, Readable, SourceFiles
+from dist_ckpt_mistral.storage.remote_reads import Wanted
 
 #: Scales apply to blocks of rows and columns; the axes before them count matrices, such as experts.
 _MATRIX_AXES = 2
@@ -84,7 +85,7 @@ class DequantizedFile:
     scales: FloatArray
     dtype: str
 
-    def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
+    def read_into(self, files: Readable, position: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with dequantized values, from byte ``position`` of this file on."""
         values = np.frombuffer(buffer, dtype=dtypes.to_numpy(self.dtype))
         first = position // values.itemsize
@@ -96,6 +97,12 @@ class DequantizedFile:
                 box = products[at - first : at - first + math.prod(extents)].reshape(extents)
                 np.multiply(box, self._scales_of(offset, extents), out=box)
             values[...] = products
+
+    def stored(self, position: int, num_bytes: int) -> list[Wanted]:
+        """Return the stored numbers of dequantized values."""
+        itemsize = dtypes.itemsize_bytes(self.dtype)
+        start = self.position + position // itemsize
+        return [Wanted(self.file, start, start + num_bytes // itemsize)]
 
     def _scales_of(self, offset: Shape, extents: Shape) -> FloatArray:
         """Return the scales of a box's elements, in the box's shape, or extent 1 along axes where all are equal."""

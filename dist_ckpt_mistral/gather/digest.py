@@ -11,9 +11,10 @@ from typing import NamedTuple
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.errors import PlanError
-from dist_ckpt_mistral.gather.bands import aligned_buffer
+from dist_ckpt_mistral.gather.bands import REMOTE_BAND_BYTES, aligned_buffer
 from dist_ckpt_mistral.gather.execute import Effort
-from dist_ckpt_mistral.storage.local import SourceFiles, Span
+from dist_ckpt_mistral.storage.local import Readable, SourceFiles, Span
+from dist_ckpt_mistral.storage.remote_reads import Wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +33,20 @@ def digest(path: Path, spans: Sequence[Span] = (), *, sha256: bool, effort: Effo
     ``spans`` must be in ascending order and must not overlap. Raises FormatError if the file cannot be read.
     """
     file_hash, at = hashlib.sha256(), 0
-    buffer = aligned_buffer(effort.band_bytes()).data
     with SourceFiles([path]) as files:
+        buffer = aligned_buffer(REMOTE_BAND_BYTES if files.is_remote else effort.band_bytes()).data
         size = files.size_bytes(0)
         pieces = [*_with_gaps(spans, size)]
         sums = [0] * len(pieces)
+
+        def hold(low: int) -> Readable:
+            return files.hold([Wanted(0, low, min(size, low + len(buffer)))])
+
+        ahead = hold(0)
         for start in range(0, size, len(buffer)):
             block = buffer[: min(len(buffer), size - start)]
-            files.read_into(0, start, block)
+            source, ahead = ahead, hold(start + len(block))
+            source.read_into(0, start, block)
             if sha256:
                 file_hash.update(block)
             while at < len(pieces) and pieces[at][0].position < start + len(block):

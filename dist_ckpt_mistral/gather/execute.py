@@ -30,6 +30,10 @@ _STRETCH_BYTES: Final = 64 << 20
 #: Threads that write one file at a time. The kernel lets one at a time write into a file: meanwhile the other reads and
 #: takes checksums, which is about half of the work. A third would only spin.
 _WRITERS_OF_A_FILE: Final = 2
+_LOCAL_MEMORY_BYTES: Final = 32 << 20
+_REMOTE_MEMORY_BYTES: Final = 256 << 20
+#: Threads that read objects in a store: enough that one has something to do while others wait for an answer.
+_REMOTE_THREADS: Final = 8
 #: Bytes written before writeback to the disk is started.
 _WRITEBACK_BYTES: Final = 16 << 20
 
@@ -81,7 +85,8 @@ class Effort:
 
     Args:
         workers: Number of copying threads, at most 4096; 0 means one per core, at most 8.
-        memory_bytes: Total size of copy buffers in bytes.
+        memory_bytes: Total size of copy buffers in bytes; 0 means 32 MiB, or 256 MiB if a store (a URL) is read or
+            written, where parts of 8 MiB are on their way.
         progress: Receives the phases of the work and the bytes that are done; by default nothing does.
 
     Raises:
@@ -92,7 +97,7 @@ class Effort:
     """
 
     workers: int = 0
-    memory_bytes: int = 32 << 20
+    memory_bytes: int = 0
     progress: Progress = NO_PROGRESS
 
     def __post_init__(self) -> None:
@@ -105,9 +110,27 @@ class Effort:
         """Number of threads: ``workers``, or one per core, at most 8, which is enough to saturate a local disk."""
         return self.workers or min(8, len(os.sched_getaffinity(0)))
 
+    def threads_for(self, *files: SourceFiles) -> int:
+        """Number of threads that read ``files``: for objects in a store at least 8, because they wait for answers."""
+        is_remote = any(each.is_remote for each in files)
+        return max(self.threads, _REMOTE_THREADS) if is_remote and not self.workers else self.threads
+
+    def memory_for(self, *, is_remote: bool) -> int:
+        """Total size of the buffers in bytes."""
+        return self.memory_bytes or (_REMOTE_MEMORY_BYTES if is_remote else _LOCAL_MEMORY_BYTES)
+
     def band_bytes(self, readers: int = 1) -> int:
-        """Size of a band in bytes if each thread uses this many ``BandReader``: whole pages."""
-        return band_bytes_within(self.memory_bytes // self.threads) // readers // PAGE_BYTES * PAGE_BYTES
+        """Size of a band of local files in bytes if each thread uses this many ``BandReader``: whole pages."""
+        each = self.memory_for(is_remote=False) // self.threads
+        return band_bytes_within(each) // readers // PAGE_BYTES * PAGE_BYTES
+
+    def readers(self, *files: SourceFiles) -> list[BandReader]:
+        """A reader of each of ``files`` for every thread. Their bands are equally long and fit in the memory."""
+        band_bytes = self.band_bytes(len(files))
+        if any(each.is_remote for each in files):
+            each = self.memory_for(is_remote=True) // self.threads_for(*files) // len(files)
+            band_bytes = band_bytes_within(each, is_remote=True)
+        return [BandReader(each, band_bytes) for each in files]
 
 
 DEFAULT_EFFORT: Final = Effort()
@@ -128,9 +151,9 @@ def execute(
     same checksum. The first error stops all threads. Returns, by number of the segment, the CRC-32 of its stored bytes
     (undefined without ``checksums``) and its lost values.
     """
-    turns = _Turns(plan, _stretches(plan, numbers))
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
-        reader = BandReader(sources, effort.band_bytes())
+        turns = _Turns(plan, _stretches(plan, numbers), is_remote=sources.is_remote)
+        (reader,) = effort.readers(sources)
 
         def work(part: Part) -> Copied:
             segment = plan.segments[part.number]
@@ -153,7 +176,9 @@ def execute(
             with turns.next() as stretch:
                 return [(part, work(part)) for part in stretch]
 
-        done = run_all(take_turn, range(turns.count), workers=turns.workers(effort.threads), stop=reader.stop)
+        done = run_all(
+            take_turn, range(turns.count), workers=turns.workers(effort.threads_for(sources)), stop=reader.stop
+        )
     result = dict.fromkeys(numbers, Copied(0, NOTHING))
     for part, copied in sorted(chain.from_iterable(done)):
         before, (_, num_bytes) = result[part.number], plan.segments[part.number].stored(part.low, part.high)
@@ -206,7 +231,7 @@ def _stretches(plan: BytePlan, numbers: Sequence[int]) -> dict[int, deque[_Stret
 class _Turns:
     """Gives each thread a stretch of the file that the fewest others write at that time."""
 
-    def __init__(self, plan: BytePlan, waiting: dict[int, deque[_Stretch]]) -> None:
+    def __init__(self, plan: BytePlan, waiting: dict[int, deque[_Stretch]], *, is_remote: bool) -> None:
         """Begin with the stretches of all files ``waiting``."""
         self.count = sum(map(len, waiting.values()))
         self._waiting = waiting
@@ -214,8 +239,10 @@ class _Turns:
         self._lock = threading.Lock()
         numbers = {part.number for stretches in waiting.values() for stretch in stretches for part in stretch}
         segments = (plan.segments[number] for number in numbers)
-        is_copy = not plan.derived_files and all(segment.source_dtype == segment.dtype for segment in segments)
-        self._most_workers = max(1, _WRITERS_OF_A_FILE * len(waiting)) if is_copy else self.count
+        is_copy = not (is_remote or plan.derived_files) and all(
+            segment.source_dtype == segment.dtype for segment in segments
+        )
+        self._most_workers = max(1, _WRITERS_OF_A_FILE * len(waiting)) if is_copy and not is_remote else self.count
 
     def workers(self, threads: int) -> int:
         """How many of ``threads`` have something to do at the same time. Conversions of values need no lock."""

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from dist_ckpt_mistral.errors import ConfigError, FormatError, TensorMismatchError
+from dist_ckpt_mistral.errors import ConfigError, FormatError, SourceError, TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
@@ -216,7 +215,7 @@ def agreed(
             reason = str(error).rstrip(".")
             contradictions.append(f"{first.source} and {other.source} do not describe the same model: {reason}")
             continue
-        except FormatError as error:
+        except SourceError as error:
             _LOG.warning("%s is not compared with %s: %s", other.source, first.source, error)
             continue
         if severe := [] if override else [each for each in found if each.of_weights]:
@@ -292,7 +291,7 @@ def named_tokenizer(checkpoint: StoredCheckpoint) -> NamedTokenizer | None:
     if not isinstance(args, Mapping) or not isinstance(name, str):
         return None
     directory = Path(name)
-    is_here = directory.is_absolute() and os.path.isdir(directory)  # noqa: PTH112  (Path's may raise, as for a NUL)
+    is_here = directory.is_absolute() and paths.is_directory(directory)
     if not is_here or not small_files.has_tokenizer(directory):
         return None
     path = directory / CONFIG_FILE
@@ -300,7 +299,7 @@ def named_tokenizer(checkpoint: StoredCheckpoint) -> NamedTokenizer | None:
         return NamedTokenizer(directory=directory, is_of_model=False)
     try:
         why = listed_disagreements(args_disagreements(MistralConfig.from_hf(path), args, "the checkpoint's args"))
-    except (ConfigError, FormatError) as error:
+    except (ConfigError, SourceError) as error:
         why = str(error)
     if why:
         _LOG.warning("%s is not used, because the checkpoint's args describe another model: %s", path, why)
@@ -412,7 +411,7 @@ def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = Par
 def _require_padding(checkpoint: StoredCheckpoint, known: Agreed, found: CheckpointMap) -> None:
     """Raise TensorMismatchError if rows beyond the vocabulary are not padding: they may be trained tokens."""
     args: Mapping[str, Any] = {}
-    with contextlib.suppress(ConfigError, FormatError):  # agreed() has already reported args that cannot be read
+    with contextlib.suppress(ConfigError, SourceError):  # agreed() has already reported args that cannot be read
         args = next((each.read() for each in chain(_args(checkpoint), _run_config(checkpoint))), args)
     size = known.config.vocab_size
     for name, rule, _ in found.tensors():

@@ -18,6 +18,7 @@ from dist_ckpt_mistral.megatron.hf_inference import load_hf_model, load_tokenize
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 #: Largest accepted difference of two logits. Rounding in float32 stays below; another computation is far above.
 TOLERANCE: Final = 1e-4
@@ -85,7 +86,7 @@ def compare_logits(
     Megatron runs the other model. Without ``prompts`` the prompts are random tokens drawn with ``seed``. Raises
     DistCkptMistralError if a model cannot be read or run, or if the vocabularies differ.
     """
-    source_a, source_b = open_pair(Path(a), Path(b), config=chosen_config(config))
+    source_a, source_b = open_pair(as_path(a), as_path(b), config=chosen_config(config))
     if source_a.config.vocab_size != source_b.config.vocab_size:
         sizes = f"{source_a.config.vocab_size} in {a}, {source_b.config.vocab_size} in {b}"
         raise TensorMismatchError(f"the vocabularies differ: {sizes}. Their logits cannot be compared.")

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.errors import FormatError, OutputError
+from dist_ckpt_mistral.errors import FormatError, OutputError, SourceError
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources, Stamp, changed, open_to_read
+from dist_ckpt_mistral.storage.remote_path import RemotePath
 
 #: Larger than any index, configuration or tracker; larger files are not read whole.
 SMALL_BYTES: Final = 64 << 20
@@ -22,6 +23,7 @@ _LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/v1"
 #: Objects and lists inside one another. The formats need five; code that handles the values recurses into them.
 _MOST_JSON_LEVELS: Final = 100
 _BLOCK_BYTES: Final = 1 << 20
+_REMOTE_BLOCK_BYTES: Final = 16 << 20
 #: A run_config.yaml has about 20 kB; PyYAML takes seconds for a megabyte.
 _MAX_YAML_BYTES: Final = 1 << 17
 #: PyYAML's errors for a value that does not match its tag: an invalid number, date or boolean.
@@ -91,6 +93,9 @@ def total_bytes(paths: Sequence[Path]) -> int:
 
 def _blocks(path: Path) -> Iterator[bytes]:
     """Yield the content of a file in blocks. Raises FormatError if it changes meanwhile."""
+    if isinstance(path, RemotePath):
+        yield from _blocks_of_object(path)
+        return
     try:
         with open(open_to_read(path, Sources.active()), "rb") as file:  # noqa: PTH123  (a descriptor)
             before = Stamp.of(os.fstat(file.fileno()))
@@ -99,7 +104,15 @@ def _blocks(path: Path) -> Iterator[bytes]:
             if Stamp.of(os.fstat(file.fileno())) != before:
                 raise changed(path)
     except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+        raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _blocks_of_object(path: RemotePath) -> Iterator[bytes]:
+    """Yield the content of an object in blocks, all of one version."""
+    with SourceFiles([path]) as files:
+        size_bytes = files.size_bytes(0)
+        for start in range(0, size_bytes, _REMOTE_BLOCK_BYTES):
+            yield files.read(0, start, min(_REMOTE_BLOCK_BYTES, size_bytes - start))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path
 
 #: ``org/name``, ``org/name@revision``, or the hub's URL of one, in which ``Path`` turns ``https://`` into ``https:/``.
 #: A name that ends like a file or an iteration is a mistyped path, not a hub id.
@@ -32,8 +33,8 @@ def local_directory(path_or_id: str, *, weights: bool = True, check: Callable[[S
     called with the names of the model's files before any weights are downloaded, and may raise. Raises FormatError if
     there is no such path and the hub does not provide the model.
     """
-    path, name = Path(path_or_id), _NAME.fullmatch(path_or_id)
-    if path.exists() or name is None:
+    path, name = as_path(path_or_id), _NAME.fullmatch(path_or_id)
+    if isinstance(path, RemotePath) or path.exists() or name is None:
         return path
     small = _snapshot(name, [*_NOT_READ, "*.safetensors"])
     if not weights:

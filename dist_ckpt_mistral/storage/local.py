@@ -1,4 +1,7 @@
-"""Local files: reads and writes at positions, read-ahead, and detection of files that change during a run."""
+"""Files: reads and writes at positions, read-ahead, and detection of files that change during a run.
+
+Sources may also be objects in a store, which ``SourceFiles`` reads through ``remote_reads``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
-from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.errors import FormatError, SourceError
+from dist_ckpt_mistral.storage.remote_path import RemotePath
+from dist_ckpt_mistral.storage.remote_reads import Held, RemoteFiles, Wanted
+from dist_ckpt_mistral.storage.store import Info
 
 T = TypeVar("T")
 
@@ -47,7 +53,7 @@ class Span(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """Identifies one state of one file: size, times (ns since 1970), inode and device.
+    """Identifies one state of one file: size, times (ns since 1970), inode and device; of an object, its version.
 
     ``cp -p``, ``rsync -t`` and ``touch`` set ``mtime_ns`` to any value. ``ctime_ns`` changes only with the file's
     content, name, owner or mode. Another machine may see another ``device``. Some network file systems show another
@@ -59,6 +65,12 @@ class Stamp(NamedTuple):
     ctime_ns: int
     inode: int
     device: int | None
+    version: str | None = None
+
+    @classmethod
+    def of_object(cls, info: Info) -> Self:
+        """Return the stamp of an object in a store."""
+        return cls(info.num_bytes, 0, 0, 0, None, info.version)
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
@@ -67,13 +79,23 @@ class Stamp(NamedTuple):
 
     def is_same(self, other: Stamp) -> bool:
         """Whether both stamps show the same state of the same file. A device of None matches any device."""
-        return self[:4] == other[:4] and (None in {self.device, other.device} or self.device == other.device)
+        is_same_device = None in {self.device, other.device} or self.device == other.device
+        return self[:4] == other[:4] and self.version == other.version and is_same_device
+
+    def looks_like(self, other: Stamp) -> bool:
+        """Whether both stamps show the same size, modification time and version."""
+        return self[:2] == other[:2] and self.version == other.version
 
 
 def stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:
     """Return the stamps of the regular files among ``paths``. Missing paths and other kinds of files are left out."""
     stamp_of = {}
     for path in paths:
+        if isinstance(path, RemotePath):
+            info = path.info()
+            if info is not None:
+                stamp_of[path] = Stamp.of_object(info)
+            continue
         with contextlib.suppress(OSError):
             status = path.stat()
             if stat.S_ISREG(status.st_mode):
@@ -118,57 +140,75 @@ class Sources:
         """Record the first stamps of the regular files among ``paths``, without opening them."""
         self.first = {**stamps(path for path in paths if path not in self.first), **self.first}
 
-    def note(self, path: Path, status: os.stat_result) -> None:
-        """Record an opened file. Raises FormatError if the run has seen another state of it."""
-        stamp = Stamp.of(status)
+    def note(self, path: Path, stamp: Stamp) -> None:
+        """Record an opened file. Raises SourceError if the run has seen another state of it."""
         if not self.first.setdefault(path, stamp).is_same(stamp):
             raise changed(path)
         self.opened.add(path)
 
     def looks_changed(self) -> bool:
-        """Whether any existing file has another size or ``mtime_ns`` than at first. Missing files do not count."""
-        return any(self.first[path][:2] != stamp[:2] for path, stamp in stamps(self.first).items())
+        """Whether any existing file has another size, time or version than at first. Missing files do not count."""
+        return any(not self.first[path].looks_like(stamp) for path, stamp in stamps(anew(self.first)).items())
 
 
 _ACTIVE: ContextVar[Sources | None] = ContextVar("sources", default=None)
 
 
-def changed(path: Path) -> FormatError:
+def anew(paths: Iterable[Path]) -> list[Path]:
+    """Return the same paths; of those in stores nothing has been seen yet, but they share what is seen from now on."""
+    folders: dict[Path, Path] = {}
+    found: list[Path] = []
+    for path in paths:
+        if isinstance(path, RemotePath):
+            folder = folders.setdefault(path.parent, path.parent.refreshed())
+            found.append(folder / path.name)
+        else:
+            found.append(path)
+    return found
+
+
+def changed(path: Path) -> SourceError:
     """Return the error for a file that changed or vanished during the run."""
+    path = anew([path])[0]
     what = "changed" if path.exists() else "vanished"
-    return FormatError(f"{path} {what} while it was read. Run the command again when nothing else writes the file.")
+    return SourceError(f"{path} {what} while it was read. Run the command again when nothing else writes the file.")
 
 
 def open_to_read(path: Path, sources: Sources | None) -> int:
     """Open a regular file (links are followed), record it in ``sources``, and return its descriptor.
 
-    O_NONBLOCK keeps a named pipe from blocking. Raises FormatError.
+    O_NONBLOCK keeps a named pipe from blocking. Raises SourceError.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise FormatError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise SourceError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
     status = os.fstat(descriptor)
     try:
         if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"cannot read {path}: it is not a regular file")  # noqa: TRY301  (closed below)
+            raise SourceError(f"cannot read {path}: it is not a regular file")  # noqa: TRY301  (closed below)
         if sources is not None:
-            sources.note(path, status)
-    except FormatError:
+            sources.note(path, Stamp.of(status))
+    except SourceError:
         os.close(descriptor)
         raise
     return descriptor
 
 
 def require_unchanged(sources: Sources) -> None:
-    """Raise FormatError if any opened file has changed or vanished.
+    """Raise SourceError if any opened file has changed or vanished.
 
     Each file is opened again, because a network file system may answer ``stat`` from its cache.
     """
-    for path in [*sources.opened]:
+    objects = [path for path in sources.opened if isinstance(path, RemotePath)]
+    now = stamps(anew(objects))
+    for path in objects:
+        if path not in now or not sources.first[path].is_same(now[path]):
+            raise changed(path)
+    for path in sources.opened.difference(objects):
         try:
             os.close(open_to_read(path, sources))
-        except FormatError as error:
+        except SourceError as error:
             raise error if path.exists() else changed(path) from None
 
 
@@ -185,8 +225,18 @@ def mount_points() -> list[Path]:
 class DerivedFile(Protocol):
     """A virtual file whose content is computed, when it is read, from other files of the same ``SourceFiles``."""
 
-    def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:
+    def read_into(self, files: Readable, position: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes from ``position`` on. May be called from any thread."""
+
+    def stored(self, position: int, num_bytes: int) -> Sequence[Wanted]:
+        """Return the bytes of other files that ``num_bytes`` bytes from ``position`` on are computed from."""
+
+
+class Readable(Protocol):
+    """What the content of files can be read from: the files themselves, or parts of them in memory."""
+
+    def read_into(self, file: int, position: int, *buffers: memoryview) -> None:
+        """Fill ``buffers``, one after the other, with the bytes from ``position`` on."""
 
 
 class _Descriptor:
@@ -215,7 +265,33 @@ class SourceFiles:
         self._derived = dict(enumerate(derived, len(self._paths)))
         self._descriptors: dict[int, _Descriptor] = {}
         self._sources = Sources.active()
-        self._most_open = allow_open_files(len(self._paths))
+        objects = {number: path for number, path in enumerate(self._paths) if isinstance(path, RemotePath)}
+        self._remote = RemoteFiles(objects, self._note) if objects else None
+        self._most_open = allow_open_files(len(self._paths) - len(objects))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of the files is an object in a store, so that reading many ranges at once pays."""
+        return self._remote is not None
+
+    def _note(self, path: RemotePath, info: Info) -> None:
+        if self._sources is not None:
+            self._sources.note(path, Stamp.of_object(info))
+
+    def hold(self, wanted: Iterable[Wanted]) -> Readable:
+        """Begin to fetch what is wanted of objects, and return what reads it from memory when it has come."""
+        if self._remote is None:
+            return self
+        stored = (
+            of_file
+            for each in wanted
+            for of_file in (
+                self._derived[each.file].stored(each.start, each.stop - each.start)
+                if each.file in self._derived
+                else [each]
+            )
+        )
+        return Held(self, self._remote.fetch(stored))
 
     def __enter__(self) -> Self:
         """Open nothing yet."""
@@ -236,6 +312,8 @@ class SourceFiles:
 
     def size_bytes(self, file: int) -> int:
         """Return the size of a file in bytes."""
+        if self._remote is not None and file in self._remote:
+            return self._remote.size_bytes(file)
         return self._call(file, os.fstat).st_size
 
     def read_into(self, file: int, position: int, *buffers: memoryview) -> None:
@@ -244,7 +322,10 @@ class SourceFiles:
         Raises FormatError if the file ends before.
         """
         if file in self._derived:
-            self._derive_into(file, position, buffers)
+            self.derive_into(file, position, buffers, self)
+            return
+        if self._remote is not None and file in self._remote:
+            self._remote.read_into(file, position, *buffers)
             return
         buffers = _after(buffers, 0)
         try:
@@ -255,31 +336,37 @@ class SourceFiles:
                 position += step
                 buffers = _after(buffers, step)
         except OSError as error:
-            raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
+            raise SourceError(f"cannot read {self._paths[file]}: {error.strerror}") from error
         if buffers:
             path, size = self._paths[file], self.size_bytes(file)
-            raise FormatError(
-                f"{path} is truncated: expected at least {position + sum(map(len, buffers))} bytes, got {size}. "
-                "Copy the file again from where it came from."
-            )
+            raise truncated(path, position + sum(map(len, buffers)), size)
 
-    def _derive_into(self, file: int, position: int, buffers: tuple[memoryview, ...]) -> None:
-        """Fill ``buffers`` from a derived file, which computes long pieces in less time than short ones."""
+    def is_derived(self, file: int) -> bool:
+        """Whether a file is a virtual one, whose content is computed."""
+        return file in self._derived
+
+    def derive_into(self, file: int, position: int, buffers: tuple[memoryview, ...], stored: Readable) -> None:
+        """Fill ``buffers`` from a derived file, which computes long pieces in less time than short ones.
+
+        What it is computed from is read from ``stored``.
+        """
         if len(buffers) == 1:
-            self._derived[file].read_into(self, position, buffers[0])
+            self._derived[file].read_into(stored, position, buffers[0])
             return
         whole, begin = memoryview(bytearray(sum(map(len, buffers)))), 0
-        self._derived[file].read_into(self, position, whole)
+        self._derived[file].read_into(stored, position, whole)
         for buffer in buffers:
             buffer[:] = whole[begin : begin + len(buffer)]
             begin += len(buffer)
 
     def read(self, file: int, position: int, num_bytes: int) -> bytes:
         """Return the ``num_bytes`` bytes from ``position`` on. Raises FormatError if the file ends before."""
+        if self._remote is not None and file in self._remote:
+            return self._remote.read(file, position, num_bytes)
         try:
             data = self._call(file, os.pread, num_bytes, position)
         except OSError as error:
-            raise FormatError(f"cannot read {self._paths[file]}: {error.strerror}") from error
+            raise SourceError(f"cannot read {self._paths[file]}: {error.strerror}") from error
         if len(data) == num_bytes:
             return data
         buffer = bytearray(num_bytes)  # a short read, or the end of the file
@@ -288,6 +375,8 @@ class SourceFiles:
 
     def read_cached(self, file: int, position: int, num_bytes: int) -> bytes | None:
         """Read like ``read``, but return None if some bytes are not in the page cache or the kernel cannot tell."""
+        if self._remote is not None and file in self._remote:
+            return None
         buffer = bytearray(num_bytes)
         try:
             done = self._call(file, os.preadv, (buffer,), position, os.RWF_NOWAIT)
@@ -297,8 +386,19 @@ class SourceFiles:
 
     def ask_for(self, file: int, position: int, num_bytes: int) -> None:
         """Start reading ahead (posix_fadvise WILLNEED). Errors are ignored here and raised by the read itself."""
+        if self._remote is not None and file in self._remote:
+            self._remote.ask_for(file, position, num_bytes)
+            return
         with contextlib.suppress(OSError):
             self._call(file, os.posix_fadvise, position, num_bytes, os.POSIX_FADV_WILLNEED)
+
+
+def truncated(path: Path, expected_bytes: int, got_bytes: int) -> FormatError:
+    """Return the error for a file that ends before the bytes that something else says it has."""
+    return FormatError(
+        f"{path} is truncated: expected at least {expected_bytes} bytes, got {got_bytes}. "
+        "Copy the file again from where it came from."
+    )
 
 
 def _after(buffers: tuple[memoryview, ...], num_bytes: int) -> tuple[memoryview, ...]:

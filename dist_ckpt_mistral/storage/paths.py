@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral.errors import OutputError
+from dist_ckpt_mistral.errors import OutputError, SourceError
 from dist_ckpt_mistral.storage import local
+from dist_ckpt_mistral.storage.remote_path import RemotePath
 
 #: Maximum length of a file name on Linux (linux/limits.h).
 _MAX_NAME_BYTES: Final = 255
@@ -26,12 +27,52 @@ def is_plain_name(name: str) -> bool:
 
 def is_url(path: Path) -> bool:
     """Whether ``path`` was made from a URL; a local directory with the name of a scheme is none."""
+    if isinstance(path, RemotePath):
+        return True
     return _SCHEME.match(str(path)) is not None and not os.path.exists(path.parts[0])  # noqa: PTH110  (accepts a NUL)
 
 
 def as_given(path: Path) -> str:
     """Format ``path`` for an error, with both slashes after the scheme if it was made from a URL."""
+    if isinstance(path, RemotePath):
+        return str(path)
     return _SCHEME.sub(r"\g<0>/", str(path)) if is_url(path) else str(path)
+
+
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory, for names of every kind: ``Path.is_dir`` may raise, as for a name with a NUL."""
+    return path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path)  # noqa: PTH112
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything, for names of every kind."""
+    return path.exists() if isinstance(path, RemotePath) else os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file, for names of every kind."""
+    return path.is_file() if isinstance(path, RemotePath) else os.path.isfile(path)  # noqa: PTH113
+
+
+def is_named(path: Path) -> bool:
+    """Whether there is anything of this name, even a link to nothing."""
+    return path.exists() if isinstance(path, RemotePath) else os.path.lexists(path)
+
+
+def names_in(directory: Path) -> list[str]:
+    """The names in a directory; those of folders end in a slash, and dangling links are left out.
+
+    Raises SourceError if it cannot be listed.
+    """
+    if isinstance(directory, RemotePath):
+        listing = directory.snapshot.listing(directory.key)
+        return [*listing.files, *(f"{folder}/" for folder in listing.folders)]
+    try:
+        with os.scandir(directory) as entries:
+            present = [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry)]  # noqa: PTH110
+            return [entry.name + "/" * entry.is_dir() for entry in present]
+    except OSError as error:
+        raise SourceError(f"cannot read {directory}: {error.strerror}") from error
 
 
 def leads_outside(path: Path, directory: Path) -> bool:
@@ -39,8 +80,10 @@ def leads_outside(path: Path, directory: Path) -> bool:
 
     Copying the target of such a link could leak a file from outside the model directory. In a snapshot of the hub's
     cache, links to the blobs of the same repository, and to the blobs that repositories share (huggingface_hub 2.4,
-    utils/_shared_blobs.py), count as inside.
+    utils/_shared_blobs.py), count as inside. Stores have no links.
     """
+    if isinstance(path, RemotePath):
+        return False
     target, inside = path.resolve(), directory.resolve()
     repositories = [place.parent for place in (inside, *inside.parents) if place.name == "snapshots"]
     blobs = [place / "blobs" for repository in repositories for place in (repository, repository.parent)]
@@ -49,6 +92,8 @@ def leads_outside(path: Path, directory: Path) -> bool:
 
 def require_apart(source: Path, target: Path) -> None:
     """Raise OutputError if the output ``target`` is, lies in, or contains the input ``source``."""
+    if isinstance(source, RemotePath) != isinstance(target, RemotePath):
+        return
     try:
         real_target, real_source = target.resolve(), source.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
@@ -69,9 +114,13 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
     An empty directory counts as absent. A checkpoint root with several iterations is never replaced: it belongs to a
     training, because no command writes more than one.
     """
+    if isinstance(target, RemotePath):
+        _require_writable_url(target, overwrite=overwrite)
+        return
     if is_url(target):
         raise OutputError(
-            f"the output {as_given(target)} is a URL, which cannot be written yet. Choose a local directory."
+            f"the output {as_given(target)} is a URL of a kind that cannot be written. Choose a local directory, or "
+            "s3://, gs:// or az://."
         )
     try:
         place = placed(target)
@@ -79,6 +128,11 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
         _require_creatable(place)
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise OutputError(f"cannot create {target}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _require_writable_url(target: RemotePath, *, overwrite: bool) -> None:
+    """Raise OutputError if a store cannot be written, or has an output there without ``overwrite``."""
+    raise OutputError(f"the output {target} is a URL, which cannot be written yet. Choose a local directory.")
 
 
 def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:

@@ -7,7 +7,6 @@ megatron-core up to 0.18 saves it as ``common.pt``, 0.19 as an object inside a d
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.pickles.reader import OpaqueRecord, StateRecord, empty_dict, record_class
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import torch_dtype_name
+from dist_ckpt_mistral.storage import paths
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 COMMON_FILE: Final = "common.pt"
@@ -79,7 +79,7 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
     Plain values are kept, namespaces at the top become dicts, and everything else becomes an inert record.
     Raises FormatError where it is damaged, UnsafePickleError where its pickle asks for more than the allowlist.
     """
-    if os.path.lexists(directory / COMMON_FILE):
+    if paths.is_named(directory / COMMON_FILE):
         sharded = None
     elif sharded is None:
         return {}

@@ -85,6 +85,7 @@ def region(box: Box) -> tuple[slice, ...]:
 class Disk:
     """Files in memory. Reading stops the test where nothing was stored, and remembers every read."""
 
+    is_remote: bool = False
     files: list[bytearray] = field(default_factory=lambda: [bytearray(), bytearray(), bytearray()])
     stored: list[list[tuple[int, int]]] = field(default_factory=lambda: [[], [], []])
     reads: list[tuple[int, int, int]] = field(default_factory=list)
