@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral.convert.journal import Recipe
-from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, Output, write_output
+from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
@@ -21,6 +21,7 @@ from dist_ckpt_mistral.formats.small_files import ASSETS_FOLDER, RECORD_FILE, VI
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
+from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import plan_gather
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, directory_config, matched, to_record
 from dist_ckpt_mistral.mapping.source import ModelSource, open_hf
@@ -28,7 +29,7 @@ from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralC
 from dist_ckpt_mistral.model.table.rules import Stage
 from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage import paths
-from dist_ckpt_mistral.storage.local import Sources, Writable
+from dist_ckpt_mistral.storage.local import Sources
 from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
@@ -105,9 +106,9 @@ def describe(
     nothing = TensorIndex(files=(), tensors={})
     plan = plan_gather(nothing, nothing, ()) if source is None else source.plan_into(target)
 
-    def complete(staging: Path, targets: Mapping[int, Writable], _: Checksums) -> None:
-        for number, file in enumerate(vision.files.values()):
-            targets[number].write(0, file.head)
+    heads = [file.head for file in vision.files.values()]
+
+    def complete(staging: Path) -> None:
         small_files.write_small_files(staging, copied_files, texts)
 
     sizes = {name: file.num_bytes for name, file in vision.files.items()}
@@ -115,6 +116,8 @@ def describe(
         plan=plan,
         file_bytes=sizes,
         complete=complete,
+        around=lambda number: [Around.fixed(0, heads[number])],
+        commit=(CONFIG_FILE, RECORD_FILE),
         folder=Path(),
         tensors=tensor_spans(vision),
         recipe=Recipe.of(plan, inputs, {"command": "describe", "configuration": config.to_hf()}),

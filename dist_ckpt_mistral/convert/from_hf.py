@@ -14,7 +14,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.describe import asset_texts, description_texts
 from dist_ckpt_mistral.convert.journal import Recipe
-from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Checksums, NewFiles, Output, write_output
+from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import LayoutError, OutputError, for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
@@ -42,7 +42,7 @@ from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.rules import KeyStyle
 from dist_ckpt_mistral.model.table.table import OLD_EXTRA_STATES, TensorTable
 from dist_ckpt_mistral.storage import documents, paths
-from dist_ckpt_mistral.storage.local import Sources, Writable
+from dist_ckpt_mistral.storage.local import Sources
 from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
@@ -126,8 +126,7 @@ def from_hf(
         _LOG.warning("folders in %s stay behind, as they belong to no tokenizer: %s", source.path, listed(folders))
     inputs.look_at(copied_files.values())
 
-    def complete(staging: Path, targets: Mapping[int, Writable], checksums: Checksums) -> None:
-        checkpoint_layout.finish(targets, plan, checksums)
+    def complete(staging: Path) -> None:
         _write_other_files(staging / step, source, copied_files, layout, dtype or source.main_dtype, iteration)
         documents.write_bytes(staging / step / checkpoint_directory.METADATA_FILE, checkpoint_layout.metadata())
         for_all_iterations = description_texts(source.config, source.hf_files, copied_files)
@@ -141,6 +140,8 @@ def from_hf(
         plan=plan,
         file_bytes=sizes,
         complete=complete,
+        around=checkpoint_layout.around(plan),
+        commit=checkpoint_directory.commit_names(step.name),
         folder=step,
         recipe=Recipe.of(plan, inputs, {"command": "from-hf", **options}),
         copied_files=[*copied_files.values()] * 2,  # for the iteration, and for its root

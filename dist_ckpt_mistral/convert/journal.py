@@ -60,10 +60,11 @@ class Recipe:
         facts = {"version of dist-ckpt-mistral": __version__}
         facts |= {option: json.dumps(value, sort_keys=True) for option, value in self.options.items()}
         for path, stamp in self.inputs.first.items():
-            facts[str(path.absolute())] = f"{stamp.num_bytes} bytes of {np.datetime64(stamp.mtime_ns, 'ns')}"
+            state = np.datetime64(stamp.mtime_ns, "ns") if stamp.version is None else f"version {stamp.version}"
+            facts[str(path.absolute())] = f"{stamp.num_bytes} bytes of {state}"
         return facts | {"plan": digest.hexdigest()}
 
-    def stamps(self) -> dict[str, list[int | None]]:
+    def stamps(self) -> dict[str, list[int | str | None]]:
         """The stamps of all inputs, by absolute path, in JSON types."""
         return {str(path.absolute()): list(stamp) for path, stamp in self.inputs.first.items()}
 
@@ -82,19 +83,22 @@ def may_resume(staging: Staging, fingerprint: Fingerprint) -> bool:
     begun = _begun(staging)
     if begun is None:
         return False
-    then = begun["facts"]
-    different = [fact for fact in {**then, **fingerprint} if then.get(fact) != fingerprint.get(fact)]
-    if different:
+    changes = differences(begun["facts"], fingerprint)
+    if changes:
         staging.release()
-        changes = "; ".join(
-            f"{fact} was {then.get(fact, 'absent')}, is {fingerprint.get(fact, 'absent')}"
-            for fact in different[:_MOST_LISTED]
-        )
         raise OutputError(
             f"cannot resume {staging.target}, because the earlier run differs: {changes}. "
             f"Start again without --resume, which removes {staging.path}."
         )
     return True
+
+
+def differences(then: Fingerprint, now: Fingerprint) -> str:
+    """The first facts that differ, in words; empty if none does."""
+    different = [fact for fact in {**then, **now} if then.get(fact) != now.get(fact)]
+    return "; ".join(
+        f"{fact} was {then.get(fact, 'absent')}, is {now.get(fact, 'absent')}" for fact in different[:_MOST_LISTED]
+    )
 
 
 def has_seen(staging: Staging, recipe: Recipe) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -22,10 +22,12 @@ from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_i
 from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.gather.digest import SummedSpan, crc32_of_file, digest
 from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
+from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.gather.progress import NO_PROGRESS
 from dist_ckpt_mistral.storage import documents, local, paths
-from dist_ckpt_mistral.storage.local import TargetFile, Writable
+from dist_ckpt_mistral.storage.local import Span, TargetFile
+from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.storage.staging import Staging
 
 _LOG = logging.getLogger(__name__)
@@ -84,8 +86,10 @@ class NewFiles:
     Args:
         plan: The copies that fill the files in ``file_bytes``.
         file_bytes: Name of each file relative to the output -> size in bytes, in the order of the plan's target files.
-        complete: Adds everything else to the output. Its arguments are the unpublished directory, the open files by
-            number, and the CRC-32 of all segments.
+        around: Gives, for the number of a file, what stands around the segments in it, such as headers.
+        complete: Adds all other files to the unpublished directory, its argument.
+        commit: Names of the files that readers open first, relative to the output. A store gets them last, in this
+            order; a directory gets everything at once.
         folder: The directory of the output that its checksums are written to, and describe.
         tensors: The tensors whose CRC-32 is written with those of the files.
         recipe: Everything besides the plan that determines the output.
@@ -95,7 +99,9 @@ class NewFiles:
 
     plan: BytePlan
     file_bytes: Mapping[str, int]
-    complete: Callable[[Path, Mapping[int, Writable], Checksums], None]
+    around: Callable[[int], Iterable[Around]]
+    complete: Callable[[Path], None]
+    commit: Sequence[str]
     folder: Path
     tensors: TensorSpans = field(default_factory=dict)
     recipe: Recipe
@@ -125,6 +131,8 @@ def write_output(
         FormatError: A source changed while it was read.
         DistCkptMistralError: An error on another rank.
     """
+    if isinstance(target, RemotePath):
+        return _write_to_store(target, new, output=output, effort=effort, ranks=ranks, copy=copy)
     plan, recipe = new.plan, new.recipe
     names, staging = list(new.file_bytes), Staging(target)
     with _cleaned_up(staging, recipe), recipe.inputs:
@@ -157,10 +165,10 @@ def write_output(
             all_files = {file: staging.output / name for file, name in enumerate(names)}
             checksums = {number: outcome.crc32 for number, outcome in copied.items()}
             with _as_output_errors(staging), _opened(all_files) as targets:
-                written = {file: _SummedWrites(target) for file, target in targets.items()}
-                new.complete(staging.output, written, checksums)
+                sums = {file: _write_around(target, new.around(file), checksums) for file, target in targets.items()}
+                new.complete(staging.output)
                 if output.checksums:
-                    _write_checksums(staging.output, new, checksums, written, effort)
+                    write_checksums(staging.output, new, checksums, _file_sums(new, checksums, sums), effort)
 
         def sync_share() -> None:
             with _as_output_errors(staging), _opened(my_files) as targets:
@@ -179,6 +187,16 @@ def write_output(
             ranks.together(sync_share)  # late, when the operating system has written most of it
         ranks.on_first(publish)
     return losses
+
+
+def _write_to_store(
+    target: RemotePath, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks, copy: Copy | None
+) -> tuple[Loss, ...]:
+    from dist_ckpt_mistral.convert.store_output import write_to_store  # noqa: PLC0415  (only URLs need it)
+
+    if copy is not None:
+        raise OutputError(f"a live model cannot be written to {target} yet. Write it to a local directory.")
+    return write_to_store(target, new, output=output, effort=effort, ranks=ranks)
 
 
 def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:
@@ -297,32 +315,38 @@ def _as_output_errors(staging: Staging) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
-class _SummedWrites:
-    """Writes to a file, and keeps the CRC-32 of everything that was written."""
-
-    def __init__(self, target: TargetFile) -> None:
-        """Begin without any writes."""
-        self._target = target
-        self.spans: list[SummedSpan] = []
-
-    def write(self, position: int, data: bytes) -> None:
-        """Write all of ``data`` at ``position``."""
-        self._target.write(position, data)
-        self.spans.append(SummedSpan(position, len(data), zlib_ng.crc32(data)))
+def _write_around(target: TargetFile, around: Iterable[Around], checksums: Checksums) -> list[SummedSpan]:
+    """Write what stands around the segments of a file, and return its CRC-32."""
+    spans = []
+    for each in around:
+        data = each.content(checksums)
+        target.write(each.position, data)
+        spans.append(SummedSpan(each.position, len(data), zlib_ng.crc32(data)))
+    return spans
 
 
-def _write_checksums(
-    output: Path, new: NewFiles, checksums: Checksums, written: Mapping[int, _SummedWrites], effort: Effort
-) -> None:
-    """Write checksums.json into ``new.folder`` of ``output``. Only the small files that were added are read for it."""
-    spans = {file: [*writes.spans] for file, writes in written.items()}
+def _file_sums(new: NewFiles, checksums: Checksums, around: Mapping[int, list[SummedSpan]]) -> list[int]:
+    """The CRC-32 of every file, from those of its segments and of what stands around them."""
+    spans = {file: [*summed] for file, summed in around.items()}
     for number, segment in enumerate(new.plan.segments):
         spans[segment.file].append(SummedSpan(segment.position, segment.stored_bytes, checksums[number]))
+    return [crc32_of_file(num_bytes, spans[file]) for file, num_bytes in enumerate(new.file_bytes.values())]
+
+
+def write_checksums(
+    output: Path, new: NewFiles, checksums: Checksums, file_sums: Sequence[int], effort: Effort
+) -> None:
+    """Write checksums.json into ``new.folder`` of ``output``, which holds the small files; only these are read for it.
+
+    ``checksums`` are the CRC-32 of the segments, ``file_sums`` those of the files in ``new.file_bytes``.
+    """
+    segments: dict[int, dict[Span, int]] = {file: {} for file in range(len(new.file_bytes))}
+    for number, segment in enumerate(new.plan.segments):
+        segments[segment.file][Span(segment.position, segment.stored_bytes)] = checksums[number]
     folder, files, tensors = output / new.folder, dict[str, FileSum](), dict[str, int]()
     for file, (name, num_bytes) in enumerate(new.file_bytes.items()):
-        files[Path(name).relative_to(new.folder).as_posix()] = FileSum(num_bytes, crc32_of_file(num_bytes, spans[file]))
-        crc32_at = {span[:2]: span.crc32 for span in spans[file]}
-        tensors |= {tensor: crc32_at.get(span, 0) for tensor, span in new.tensors.get(name, {}).items()}
+        files[Path(name).relative_to(new.folder).as_posix()] = FileSum(num_bytes, file_sums[file])
+        tensors |= {tensor: segments[file].get(span, 0) for tensor, span in new.tensors.get(name, {}).items()}
     for name in {*files_in(folder)} - {*files, CHECKSUMS_FILE}:
         small = digest(folder / name, sha256=False, effort=replace(effort, progress=NO_PROGRESS))
         files[name] = FileSum(small.num_bytes, small.crc32)

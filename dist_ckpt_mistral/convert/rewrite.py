@@ -12,7 +12,6 @@ from typing import Any, Final
 from dist_ckpt_mistral.convert.conversion import Conversion
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import (
-    Checksums,
     NewFiles,
     Output,
     source_directory,
@@ -37,7 +36,7 @@ from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping.checkpoint_map import Ignored
 from dist_ckpt_mistral.storage import documents, paths
-from dist_ckpt_mistral.storage.local import SourceFiles, Sources, Writable
+from dist_ckpt_mistral.storage.local import SourceFiles, Sources
 
 _LOG = logging.getLogger(__name__)
 #: Files that may be links out of the checkpoint, because they are parsed before they are copied.
@@ -122,8 +121,7 @@ def rewrite(
     copied_files = dict(_files_to_copy(new.stored)) if ranks.is_first else {}
     root_files = small_files.description_of_root(directory) if ranks.is_first and new.step.name else {}
 
-    def complete(staging: Path, targets: Mapping[int, Writable], checksums: Checksums) -> None:
-        layout.finish(targets, plan, checksums)
+    def complete(staging: Path) -> None:
         small_files.copy_files(copied_files, staging / new.step)
         if new.stored.backend != TORCH_DIST:
             documents.write_bytes(staging / new.step / BACKEND_FILE, writer.BACKEND_JSON)
@@ -141,6 +139,8 @@ def rewrite(
         plan=plan,
         file_bytes=sizes,
         complete=complete,
+        around=layout.around(plan),
+        commit=checkpoint_directory.commit_names(new.step.name),
         folder=new.step,
         recipe=Recipe.of(plan, inputs, new.options),
         copied_files=[*copied_files.values(), *root_files.values()],

@@ -12,7 +12,6 @@ from dist_ckpt_mistral.convert.conversion import Conversion, Loss, LossPolicy
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import (
     DEFAULT_OUTPUT,
-    Checksums,
     NewFiles,
     Output,
     source_directory,
@@ -26,12 +25,13 @@ from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
+from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_megatron, require_equal_twins
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.config.quantization import described_method
 from dist_ckpt_mistral.model.table.rules import ParamState
-from dist_ckpt_mistral.storage.local import Sources, Writable
+from dist_ckpt_mistral.storage.local import Sources
 from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
@@ -131,15 +131,17 @@ def new_directory(
     texts = _texts(source, file_set, copied_files)
     inputs.look_at(copied_files.values())
 
-    def complete(staging: Path, targets: Mapping[int, Writable], _: Checksums) -> None:
-        for number, file in enumerate(file_set.files.values()):
-            targets[number].write(0, file.head)
+    heads = [file.head for file in file_set.files.values()]
+
+    def complete(staging: Path) -> None:
         small_files.write_small_files(staging, copied_files, texts)
 
     return NewFiles(
         plan=plan,
         file_bytes={name: file.num_bytes for name, file in file_set.files.items()},
         complete=complete,
+        around=lambda number: [Around.fixed(0, heads[number])],
+        commit=(INDEX_FILE, CONFIG_FILE),
         folder=Path(),
         tensors=tensor_spans(file_set),
         recipe=Recipe.of(plan, inputs, {**options, "configuration": source.config.to_hf()}),

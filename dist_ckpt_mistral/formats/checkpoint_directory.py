@@ -103,6 +103,18 @@ def root_of(directory: Path) -> Path | None:
     return real.parent if is_iteration_name(real.name) else None
 
 
+def commit_names(directory_name: str) -> tuple[str, ...]:
+    """The files that readers open first, relative to a root, in the order in which a store gets them after all others.
+
+    Megatron takes an iteration without metadata.json for none, and follows the tracker to the latest one. A directory
+    name without a tracker, such as an empty one, is that of a checkpoint without a root.
+    """
+    has_root = iteration_of(directory_name) is not None
+    folder = f"{directory_name}/" if directory_name else ""
+    names = (f"{folder}{METADATA_FILE}", f"{folder}{BACKEND_FILE}")
+    return (*names, *((TRAIN_STATE_FILE, TRACKER_FILE) if has_root else ()))
+
+
 def write_tracker(root: Path, directory_name: str) -> None:
     """Write Megatron-LM's tracker file in ``root``, so that it names an iteration's directory as the latest.
 

@@ -390,7 +390,7 @@ def _missing(path: Path) -> Place:
     elif paths.is_url(path):
         what = "it is a URL"
         advice = (
-            "Of URLs, s3://, gs://, az://, msc:// and http(s):// are read; a Hugging Face model on the hub is "
+            "Of URLs, s3://, gs://, az:// and http(s):// are read; a Hugging Face model on the hub is "
             "org/name[@revision]. Copy anything else to a local directory."
         )
     return Place(path=path, kind=Kind.MISSING, what=what, advice=advice)

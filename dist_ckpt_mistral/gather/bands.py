@@ -161,7 +161,8 @@ def wanted(copies: Iterable[_Copy], low: int, high: int) -> Iterator[Wanted]:
         rest = max(0, offset + (last - 1) * target_stride + row_bytes - high)
         starts = position + first * source_stride, position + (last - 1) * source_stride
         if source_stride - row_bytes <= _LONG_GAP_BYTES:
-            yield Wanted(file, starts[0] + skip, starts[1] + row_bytes - rest)
+            is_shared = rows > 1 and source_stride > row_bytes
+            yield Wanted(file, starts[0] + skip, starts[1] + row_bytes - rest, is_shared)
             continue
         for start in range(starts[0], starts[1] + 1, source_stride):
             low_skip, high_rest = skip if start == starts[0] else 0, rest if start == starts[1] else 0

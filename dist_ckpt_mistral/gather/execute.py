@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -34,6 +34,11 @@ _LOCAL_MEMORY_BYTES: Final = 32 << 20
 _REMOTE_MEMORY_BYTES: Final = 256 << 20
 #: Threads that read objects in a store: enough that one has something to do while others wait for an answer.
 _REMOTE_THREADS: Final = 8
+#: What a thread copies of objects in a store before it may turn to another file: files that share rows are in step.
+_REMOTE_STRETCH_BYTES: Final = 8 << 20
+_MOST_IN_STEP: Final = 16
+#: Of the memory, one part in so many is for what files share.
+_SHARE_OF_SHARED: Final = 4
 #: Bytes written before writeback to the disk is started.
 _WRITEBACK_BYTES: Final = 16 << 20
 
@@ -152,7 +157,9 @@ def execute(
     (undefined without ``checksums``) and its lost values.
     """
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
-        turns = _Turns(plan, _stretches(plan, numbers), is_remote=sources.is_remote)
+        sources.share(effort.memory_for(is_remote=True) // _SHARE_OF_SHARED)
+        length = _REMOTE_STRETCH_BYTES if sources.is_remote else _STRETCH_BYTES
+        turns = _Turns(plan, _stretches(plan, numbers, length), is_remote=sources.is_remote)
         (reader,) = effort.readers(sources)
 
         def work(part: Part) -> Copied:
@@ -211,8 +218,8 @@ def copy_part(
 _Stretch = list[Part]
 
 
-def _stretches(plan: BytePlan, numbers: Sequence[int]) -> dict[int, deque[_Stretch]]:
-    """Split the segments ``numbers`` of each file into stretches of about ``_STRETCH_BYTES``, in their order."""
+def _stretches(plan: BytePlan, numbers: Sequence[int], length: int) -> dict[int, deque[_Stretch]]:
+    """Split the segments ``numbers`` of each file into stretches of about ``length`` bytes, in their order."""
     stretches: dict[int, deque[_Stretch]] = defaultdict(deque)
     room: dict[int, int] = defaultdict(int)  # in the last stretch of each file, in bytes
     for number in numbers:
@@ -220,22 +227,57 @@ def _stretches(plan: BytePlan, numbers: Sequence[int]) -> dict[int, deque[_Stret
         while low < end:
             if room[file] <= 0:
                 stretches[file].append([])
-                room[file] = _STRETCH_BYTES
-            high = min(end, low + _STRETCH_BYTES)
+                room[file] = length
+            high = min(end, low + length)
             stretches[file][-1].append(Part(number, low, high))
             room[file] -= high - low
             low = high
     return stretches
 
 
+def in_step(plan: BytePlan, files: Iterable[int], most: int) -> list[list[int]]:
+    """Group target files, at most ``most`` in a group, so that those which want pieces of the same rows are together.
+
+    The rows of a weight that tensor parallelism cuts along its last axis have a piece for every rank. Where the files
+    of a group are written in step, each such row is fetched once.
+    """
+    groups: dict[int, list[int]] = {file: [file] for file in files}
+    file_of: dict[str, int] = {}
+    for segment in plan.segments:
+        copies = segment.copies
+        has_gaps = (copies["rows"] > 1) & (copies["source_stride"] > copies["row_bytes"])
+        if segment.file not in groups or not has_gaps.any():
+            continue
+        for source in segment.sources:
+            first, other = groups[file_of.setdefault(source, segment.file)], groups[segment.file]
+            if first is not other:
+                first += other
+                groups |= dict.fromkeys(other, first)
+    found: list[list[int]] = []
+    for group in {id(group): sorted(group) for group in groups.values()}.values():
+        for start in range(0, len(group), most):
+            some = group[start : start + most]
+            if found and len(found[-1]) + len(some) <= most:
+                found[-1] += some
+            else:
+                found.append(some)
+    return found
+
+
 class _Turns:
-    """Gives each thread a stretch of the file that the fewest others write at that time."""
+    """Gives each thread a stretch of the file that the fewest others write at that time.
+
+    If sources are objects in a store, files are written in step (``in_step``).
+    """
 
     def __init__(self, plan: BytePlan, waiting: dict[int, deque[_Stretch]], *, is_remote: bool) -> None:
         """Begin with the stretches of all files ``waiting``."""
         self.count = sum(map(len, waiting.values()))
         self._waiting = waiting
         self._num_writers = dict.fromkeys(waiting, 0)
+        groups = in_step(plan, sorted(waiting), _MOST_IN_STEP) if is_remote else []
+        self._group_of = {file: number for number, group in enumerate(groups) for file in group}
+        self._num_taken = dict.fromkeys(waiting, 0)
         self._lock = threading.Lock()
         numbers = {part.number for stretches in waiting.values() for stretch in stretches for part in stretch}
         segments = (plan.segments[number] for number in numbers)
@@ -252,7 +294,8 @@ class _Turns:
     def next(self) -> Iterator[_Stretch]:
         """Take the next stretch of the file with the fewest writers, of those the one with the most left."""
         with self._lock:
-            file = min(self._waiting, key=lambda file: (self._num_writers[file], -len(self._waiting[file])))
+            file = min(self._waiting, key=self._rank)
+            self._num_taken[file] += 1
             stretch = self._waiting[file].popleft()
             self._num_writers[file] += 1
             if not self._waiting[file]:
@@ -262,6 +305,12 @@ class _Turns:
         finally:
             with self._lock:
                 self._num_writers[file] -= 1
+
+    def _rank(self, file: int) -> tuple[int, int]:
+        """What the next file has the least of."""
+        if self._group_of:
+            return self._group_of[file], self._num_taken[file]
+        return self._num_writers[file], -len(self._waiting[file])
 
 
 def run_all(

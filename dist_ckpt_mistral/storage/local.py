@@ -89,7 +89,7 @@ class Stamp(NamedTuple):
 
 def stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:
     """Return the stamps of the regular files among ``paths``. Missing paths and other kinds of files are left out."""
-    stamp_of = {}
+    stamp_of: dict[Path, Stamp] = {}
     for path in paths:
         if isinstance(path, RemotePath):
             info = path.info()
@@ -205,11 +205,11 @@ def require_unchanged(sources: Sources) -> None:
     for path in objects:
         if path not in now or not sources.first[path].is_same(now[path]):
             raise changed(path)
-    for path in sources.opened.difference(objects):
+    for file in sources.opened.difference(objects):
         try:
-            os.close(open_to_read(path, sources))
+            os.close(open_to_read(file, sources))
         except SourceError as error:
-            raise error if path.exists() else changed(path) from None
+            raise error if file.exists() else changed(file) from None
 
 
 def mount_points() -> list[Path]:
@@ -273,6 +273,11 @@ class SourceFiles:
     def is_remote(self) -> bool:
         """Whether any of the files is an object in a store, so that reading many ranges at once pays."""
         return self._remote is not None
+
+    def share(self, most_bytes: int) -> None:
+        """Keep up to ``most_bytes`` of objects that several target files want pieces of at about the same time."""
+        if self._remote is not None:
+            self._remote.share(most_bytes)
 
     def _note(self, path: RemotePath, info: Info) -> None:
         if self._sources is not None:

@@ -19,6 +19,11 @@ _MAX_NAME_BYTES: Final = 255
 _SCHEME: Final = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:(?=/)")
 
 
+#: An unfinished output in a store has this file, which its run created.
+RUN_FILE: Final = ".incomplete/run.json"
+_STEP: Final = re.compile(r"iter_.*|release")
+
+
 def is_plain_name(name: str) -> bool:
     """Whether ``name``, read from a file, is a printable file name without a path, and not too long."""
     is_name = Path(name).name == name and name not in {"", ".."} and name.isprintable()
@@ -131,8 +136,26 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
 
 
 def _require_writable_url(target: RemotePath, *, overwrite: bool) -> None:
-    """Raise OutputError if a store cannot be written, or has an output there without ``overwrite``."""
-    raise OutputError(f"the output {target} is a URL, which cannot be written yet. Choose a local directory.")
+    """Raise OutputError if a store cannot be written, or has an output there without ``overwrite``.
+
+    What an unfinished run has left counts as absent here: whether it may be resumed or replaced is decided later.
+    """
+    if target.base.startswith(("http:", "https:")):
+        raise OutputError(f"the output {target} is on a web server, which is only read. Give a bucket or a path.")
+    if not target.key:
+        raise OutputError(f"the output {target} is a whole bucket. Give a name in it, such as {target}/NAME.")
+    fresh = target.refreshed()
+    present = {key.removeprefix(f"{target.key}/") for key in fresh.snapshot.store.below(target.key)}
+    if present and RUN_FILE not in present and not overwrite:
+        raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
+    steps = sorted(
+        {top for top, slash, _ in (name.partition("/") for name in present) if slash and _STEP.fullmatch(top)}
+    )
+    if len(steps) > 1:
+        raise OutputError(
+            f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
+            "all remove. Choose another name."
+        )
 
 
 def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:

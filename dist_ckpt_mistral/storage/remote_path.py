@@ -25,7 +25,7 @@ from dist_ckpt_mistral.storage.memory import MemoryStore
 from dist_ckpt_mistral.storage.store import Info, Listing, Range, Store, read_many
 
 #: The schemes of stores. ``hf://`` and huggingface.co are hub ids, which ``hub`` downloads.
-SCHEMES: Final = ("s3", "gs", "az", "abfs", "msc", "http", "https", "memory")
+SCHEMES: Final = ("s3", "gs", "az", "abfs", "http", "https", "memory")
 _WEB: Final = ("http", "https")
 _URL: Final = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/]+)(?:/(.*))?", re.DOTALL)
 _HUB: Final = re.compile(r"https?:/{1,2}(www\.)?(huggingface|hf)\.co(/|$)")
@@ -43,10 +43,6 @@ def _open_store(base: str, process: int) -> Store:  # noqa: ARG001  (clients do 
     scheme = base.partition("://")[0]
     if scheme == "memory":
         return MemoryStore(base)
-    if scheme == "msc":
-        from dist_ckpt_mistral.storage.msc import MscStore  # noqa: PLC0415  (optional)
-
-        return MscStore(base)
     from dist_ckpt_mistral.storage.buckets import BucketStore, WebStore  # noqa: PLC0415  (local paths need neither)
 
     return WebStore(base) if scheme in _WEB else BucketStore(base)
@@ -207,7 +203,7 @@ class RemotePath(PosixPath):
         """The place itself."""
         return self
 
-    def info(self) -> Info | None:  # type: ignore[override,unused-ignore]  # Path has a property of this name from 3.14
+    def info(self) -> Info | None:  # Path has a property of this name from 3.14
         """Size and version of the object; None if there is none."""
         return self.snapshot.info(self.key)
 

@@ -48,9 +48,7 @@ def retry_seconds() -> float:
         return _DEFAULT_SECONDS
 
 
-def attempts(
-    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
-) -> Iterator[bool]:
+def attempts() -> Iterator[bool]:
     """Yield, with growing waits between, whether an attempt is the last one, until the time for retries is over."""
     end, wait_s = time.monotonic() + retry_seconds(), _FIRST_WAIT_S
     while time.monotonic() + wait_s < end:

@@ -78,8 +78,8 @@ class Store(Protocol):
     def upload(self, key: str, parts: Iterable[memoryview | bytes], part_bytes: int, in_flight: int = 1) -> str | None:
         """Write an object from parts, the next one taken when there is room for it, and return its version.
 
-        All parts but the last have ``part_bytes`` bytes; at most ``in_flight`` of them are on their way at once. If ``parts`` raises, nothing appears, no part is left on the
-        server, and the exception is raised.
+        All parts but the last have ``part_bytes`` bytes; at most ``in_flight`` of them are on their way at once. If
+        ``parts`` raises, nothing appears, no part is left on the server, and the exception is raised.
         """
 
     def delete(self, keys: Iterable[str]) -> None:

@@ -7,7 +7,8 @@ bytes around the data and ``.metadata``. All versions read ``TensorProperties`` 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,8 +22,8 @@ from dist_ckpt_mistral.formats.torch_dist.metadata import GLOBAL_SHAPE, MCORE_DA
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape, TorchDtype
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex, as_range_of_blocks
+from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.storage.local import Writable
 
 #: The content of metadata.json (mcore dist_checkpointing/core.py, 0.12 to 0.16; later versions ignore the last two).
 BACKEND_JSON: Final = json.dumps(
@@ -142,21 +143,24 @@ class CheckpointLayout:
         """Path of each data file in ``directory`` -> its size in bytes."""
         return {str(directory / name): size for name, size in zip(self.file_names, self.file_bytes, strict=True)}
 
-    def finish(self, targets: Mapping[int, Writable], plan: BytePlan, checksums: Mapping[int, int]) -> None:
-        """Write the bytes around the data that ``plan`` has copied; ``checksums`` maps its segments to CRC-32."""
-        segments = plan.segments
-        crc32_at = {(segments[i].file, segments[i].position): crc32 for i, crc32 in checksums.items()}
-        self.write_around(targets, crc32_at)
-
-    def write_around(self, targets: Mapping[int, Writable], crc32_at: Mapping[tuple[int, int], int]) -> None:
-        """Write the bytes around the data; ``crc32_at`` maps (file number, position of the data) to its CRC-32."""
+    def around(self, plan: BytePlan) -> Callable[[int], Iterator[Around]]:
+        """A function that yields, for each file, the bytes around the data that ``plan`` copies into it."""
+        number_at = {(segment.file, segment.position): number for number, segment in enumerate(plan.segments)}
+        placed_in: dict[int, list[_Placed]] = defaultdict(list)
         for placed in self.placed:
-            target, crc32 = targets[placed.chunk.file], crc32_at[placed.chunk.file, placed.data_position]
-            target.write(placed.position, placed.archive.head)
-            target.write(placed.data_position + placed.archive.data_bytes, placed.archive.tail(crc32))
-        for position, obj in self.objects:
-            if obj.rest:
-                targets[obj.file].write(position + obj.copied_bytes, obj.rest)
+            placed_in[placed.chunk.file].append(placed)
+
+        def around_in(file: int) -> Iterator[Around]:
+            for placed in placed_in[file]:
+                archive, number = placed.archive, number_at[file, placed.data_position]
+                yield Around.fixed(placed.position, archive.head)
+                at = placed.data_position + archive.data_bytes
+                yield Around(at, placed.position + archive.num_bytes - at, _tail(archive, number))
+            for position, obj in self.objects:
+                if obj.rest and obj.file == file:
+                    yield Around.fixed(position + obj.copied_bytes, obj.rest)
+
+        return around_in
 
     def metadata(self) -> bytes:
         """The content of ``.metadata``."""
@@ -197,6 +201,11 @@ class CheckpointLayout:
         for position, obj in self.objects:
             for key in obj.keys:
                 yield Instance(_INDEX, {"fqn": key}), _info(self.file_names[obj.file], position, obj.num_bytes)
+
+
+def _tail(archive: ArchiveLayout, number: int) -> Callable[[Mapping[int, int]], bytes]:
+    """The end of an archive whose data is segment ``number``."""
+    return lambda crc32_of: archive.tail(crc32_of.get(number, 0))  # of no data, it is 0
 
 
 #: The payload of an absent Transformer Engine extra state. One archive serves all keys: entries may share bytes.
