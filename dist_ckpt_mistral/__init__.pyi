@@ -32,6 +32,7 @@ from .errors import LostRankError as LostRankError
 from .errors import MissingLibraryError as MissingLibraryError
 from .errors import OutputError as OutputError
 from .errors import PlanError as PlanError
+from .errors import SourceError as SourceError
 from .errors import TensorMismatchError as TensorMismatchError
 from .errors import UnsafePickleError as UnsafePickleError
 from .errors import UnsupportedFormatError as UnsupportedFormatError

@@ -24,6 +24,8 @@ _PACKAGES: Final = {
     "safetensors": "safetensors",
     "mistral_common": "mistral-common",
     "matplotlib": "matplotlib",
+    "obstore": "obstore",
+    "boto3": "boto3",
 }
 #: Extra of pyproject.toml -> its modules. If an import in ``needed`` fails, these are named first.
 _MODULES_OF_EXTRA: Final = {"megatron": ("torch", "megatron.core")}

@@ -65,8 +65,9 @@ class Recipe:
         return facts | {"plan": digest.hexdigest()}
 
     def stamps(self) -> dict[str, list[int | str | None]]:
-        """The stamps of all inputs, by absolute path, in JSON types."""
-        return {str(path.absolute()): list(stamp) for path, stamp in self.inputs.first.items()}
+        """The stamps of all inputs, by absolute path, in JSON types. Only those of objects have a version."""
+        stamps = self.inputs.first.items()
+        return {str(path.absolute()): [*stamp[:-1], *filter(None, stamp[-1:])] for path, stamp in stamps}
 
 
 def begin(staging: Staging, fingerprint: Fingerprint, recipe: Recipe) -> None:

@@ -131,8 +131,19 @@ def write_output(
         FormatError: A source changed while it was read.
         DistCkptMistralError: An error on another rank.
     """
-    if isinstance(target, RemotePath):
-        return _write_to_store(target, new, output=output, effort=effort, ranks=ranks, copy=copy)
+    if not isinstance(target, RemotePath):
+        return _write_to_directory(target, new, output=output, effort=effort, ranks=ranks, copy=copy)
+    from dist_ckpt_mistral.convert.store_output import write_to_store  # noqa: PLC0415  (only URLs need it)
+
+    if copy is not None:
+        raise OutputError(f"a live model cannot be written to {target} yet. Write it to a local directory.")
+    return write_to_store(target, new, output=output, effort=effort, ranks=ranks)
+
+
+def _write_to_directory(
+    target: Path, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks, copy: Copy | None
+) -> tuple[Loss, ...]:
+    """Write ``new`` to a local directory, which appears by one rename."""
     plan, recipe = new.plan, new.recipe
     names, staging = list(new.file_bytes), Staging(target)
     with _cleaned_up(staging, recipe), recipe.inputs:
@@ -187,16 +198,6 @@ def write_output(
             ranks.together(sync_share)  # late, when the operating system has written most of it
         ranks.on_first(publish)
     return losses
-
-
-def _write_to_store(
-    target: RemotePath, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks, copy: Copy | None
-) -> tuple[Loss, ...]:
-    from dist_ckpt_mistral.convert.store_output import write_to_store  # noqa: PLC0415  (only URLs need it)
-
-    if copy is not None:
-        raise OutputError(f"a live model cannot be written to {target} yet. Write it to a local directory.")
-    return write_to_store(target, new, output=output, effort=effort, ranks=ranks)
 
 
 def _begin(staging: Staging, new: NewFiles, output: Output) -> bool:

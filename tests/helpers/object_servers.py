@@ -18,6 +18,8 @@ from typing import Final
 
 import pytest
 
+from dist_ckpt_mistral.storage.remote_path import forget_stores
+
 BUCKET: Final = "bucket"
 _KEYS: Final = {"accessKey": "admin", "secretKey": "not-a-secret"}
 _START_TIMEOUT_S: Final = 90
@@ -136,8 +138,6 @@ def environment(values: Mapping[str, str], *, without: tuple[str, ...] = ()) -> 
 @contextlib.contextmanager
 def s3_for_tests(folder: Path) -> Iterator[S3Server]:
     """An S3 server, with the environment of this process set so that it is found, and nothing remembered of another."""
-    from dist_ckpt_mistral.storage.remote_path import forget_stores
-
     with seaweedfs(folder) as server, environment(server.environment, without=("AWS_PROFILE",)):
         forget_stores()
         yield server
