@@ -8,15 +8,17 @@ aborts the upload (shared/prototypes/storage measured both; s3fs, msc.open and s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.errors import OutputError, SourceError
-from dist_ckpt_mistral.storage.retries import attempts, reason, retry_seconds
+from dist_ckpt_mistral.storage.retries import attempts, may_pass, reason, retry_seconds
 from dist_ckpt_mistral.storage.store import Info, Listing, ObjectExistsError, changed_object, pool
+
+T = TypeVar("T")
 
 #: A request whose answer does not go on for this long is made again.
 _TIMEOUT: Final = timedelta(seconds=30)
@@ -66,6 +68,16 @@ class BucketStore:
     def _failed(self, verb: str, key: str, error: BaseException) -> SourceError:
         return SourceError(f"cannot {verb} {self._name(key)}: {reason(error)}.")
 
+    def _tried(self, call: Callable[[], T]) -> T:
+        """Call until it goes well, or the time for retries is over: obstore does not retry answers that break off."""
+        for is_last in attempts():
+            try:
+                return call()
+            except self._exceptions.GenericError as error:
+                if is_last or not may_pass(error):
+                    raise
+        raise AssertionError  # the last attempt returns or raises
+
     @property
     def _errors(self) -> tuple[type[BaseException], ...]:
         return (self._exceptions.BaseError, OSError)
@@ -73,7 +85,7 @@ class BucketStore:
     def children(self, folder: str) -> Listing:
         """List what lies directly in a folder."""
         try:
-            found = self._store.list_with_delimiter(folder or None)
+            found = self._tried(lambda: self._store.list_with_delimiter(folder or None))
         except self._errors as error:
             raise self._failed("list", folder, error) from error
         files = {each["path"].rpartition("/")[2]: _info(each) for each in found["objects"] if each["path"] != folder}
@@ -83,15 +95,18 @@ class BucketStore:
     def below(self, folder: str) -> dict[str, Info]:
         """List all objects in a folder and in the folders below it."""
         try:
-            found = {each["path"]: _info(each) for batch in self._store.list(folder or None) for each in batch}
+            found = self._tried(lambda: self._all_below(folder))
         except self._errors as error:
             raise self._failed("list", folder, error) from error
         return {key: info for key, info in sorted(found.items()) if key != folder}
 
+    def _all_below(self, folder: str) -> dict[str, Info]:
+        return {each["path"]: _info(each) for batch in self._store.list(folder or None) for each in batch}
+
     def info(self, key: str) -> Info | None:
         """Size and version of an object."""
         try:
-            return _info(self._store.head(key))
+            return _info(self._tried(lambda: self._store.head(key)))
         except FileNotFoundError:
             return None
         except self._errors as error:
@@ -103,12 +118,9 @@ class BucketStore:
         if version is not None and not version.startswith("W/"):  # If-Match never holds for a weak ETag
             options["if_match"] = version
         got = -1
-        for is_last in attempts():
+        for _ in attempts():
             try:
-                answer = self._store.get(key, options=options)
-                if version not in {None, answer.meta["e_tag"]}:
-                    raise changed_object(self._name(key))
-                data = memoryview(answer.bytes()).cast("B")
+                data = self._tried(lambda: self._get(key, options, version))
             except FileNotFoundError as error:
                 raise SourceError(f"cannot open {self._name(key)}: there is no such object") from error
             except self._exceptions.PreconditionError as error:
@@ -118,18 +130,33 @@ class BucketStore:
             if len(data) == stop - start:
                 return data
             got = len(data)
-            if is_last:
-                break
         raise SourceError(f"cannot read {self._name(key)}: expected {stop - start} bytes at {start}, got {got}.")
+
+    def _get(self, key: str, options: dict[str, Any], version: str | None) -> memoryview:
+        answer = self._store.get(key, options=options)
+        if version not in {None, answer.meta["e_tag"]}:
+            raise changed_object(self._name(key))
+        return memoryview(answer.bytes()).cast("B")
 
     def write(self, key: str, data: bytes, *, only_new: bool = False) -> str | None:
         """Write an object in one request."""
+        mode = "create" if only_new else "overwrite"
         try:
-            return _version(self._store.put(key, data, mode="create" if only_new else "overwrite", use_multipart=False))
+            return _version(self._tried(lambda: self._store.put(key, data, mode=mode, use_multipart=False)))
         except self._exceptions.AlreadyExistsError as error:
+            if (own := self._version_if_equal(key, data)) is not None:
+                return own
             raise ObjectExistsError(f"cannot create {self._name(key)}: it exists") from error
         except self._errors as error:
             raise OutputError(f"cannot write {self._name(key)}: {reason(error)}.") from error
+
+    def _version_if_equal(self, key: str, data: bytes) -> str | None:
+        """The version of an object with this very content: written by a request whose answer was lost."""
+        info = self.info(key)
+        if info is None or info.num_bytes != len(data):
+            return None
+        is_equal = not data or bytes(self.read(key, 0, len(data), info.version)) == data
+        return info.version if is_equal else None
 
     def upload(self, key: str, parts: Iterable[memoryview | bytes], part_bytes: int, in_flight: int = 1) -> str | None:
         """Write an object from parts. One part alone is one request."""

@@ -61,19 +61,28 @@ def forget_stores() -> None:
 class Snapshot:
     """What a run has seen of the objects below a URL: listings, versions, and the bytes of small reads."""
 
-    def __init__(self, store: Store, root: str) -> None:
+    def __init__(self, base: str, root: str) -> None:
         """Start empty; ``root`` is the key of the URL. Folders above it are never listed: they may hold anything."""
-        self.store, self._root = store, root
+        self._base, self._root = base, root
         self._listings: dict[str, Listing] = {}
         self._infos: dict[str, Info | None] = {}
         self._pages: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def store(self) -> Store:
+        """The store, which nothing is asked of before it is needed."""
+        return store_of(self._base)
 
     def listing(self, folder: str) -> Listing:
         """What lies directly in a folder."""
         if folder not in self._listings:
             self._listings[folder] = self.store.children(folder)
         return self._listings[folder]
+
+    def known(self, folder: str) -> Listing | None:
+        """The listing of a folder, if it is known already."""
+        return self._listings.get(folder)
 
     def info(self, key: str) -> Info | None:
         """Size and version of an object; None if there is none."""
@@ -90,7 +99,7 @@ class Snapshot:
         """Size and version of an object. Raises SourceError if there is none."""
         info = self.info(key)
         if info is None:
-            raise SourceError(f"cannot open {self.store.base}/{key}: there is no such object")
+            raise SourceError(f"cannot open {self._base}/{key}: there is no such object")
         return info
 
     def small_read(self, key: str, start: int, stop: int) -> memoryview:
@@ -140,7 +149,7 @@ class RemotePath(PosixPath):
         """What the run has seen below the URL that this path was derived from."""
         found: Snapshot | None = getattr(self, "_snapshot", None)
         if found is None:
-            found = self._snapshot = Snapshot(store_of(self.base), self.key)
+            found = self._snapshot = Snapshot(self.base, self.key)
         return found
 
     def refreshed(self) -> Self:
@@ -183,7 +192,7 @@ class RemotePath(PosixPath):
         return self if len(self.parts) <= 2 else self._derived(super().parent)  # noqa: PLR2004  (scheme and bucket)
 
     @property
-    def parents(self) -> Sequence[Self]:  # type: ignore[override]  # typeshed has a type of its own for it
+    def parents(self) -> Sequence[Self]:
         """The folders around, up to the store itself."""
         found, here = [], self
         while len(here.parts) > 2:  # noqa: PLR2004  (scheme and bucket)
@@ -230,6 +239,9 @@ class RemotePath(PosixPath):
 
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002  (the signature of Path)
         """Whether there are objects below."""
+        around = self.snapshot.known(self.key.rpartition("/")[0])
+        if around is not None and around.is_complete and self.key:
+            return self.name in around.folders
         listing = self.snapshot.listing(self.key)
         return bool(listing.files or listing.folders)
 

@@ -58,6 +58,15 @@ def attempts() -> Iterator[bool]:
     yield True
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether what failed may go well if it is tried again: not if the server has said why it refuses."""
+    text = str(error)
+    code, status = _CODE.search(text), _STATUS.search(text)
+    if any(service in text for service in _METADATA_SERVICES):
+        return False
+    return not (code and code[1] in _CODES) and not (status and status[1].startswith(("3", "4")))
+
+
 def reason(error: BaseException) -> str:
     """Say in one line why a request failed, from the error of the client and the server's answer in it."""
     text = str(error)

@@ -19,22 +19,23 @@ _ERROR: Final = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>try again<
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What happens to every ``every``-th request of ``method`` whose target contains ``match``.
+    """What happens to every ``every``-th request of ``method`` whose target contains ``match``, ``most`` times.
 
-    ``kind`` is one of: reset (the connection breaks within the answer), truncated (it ends there), short (the answer is
-    half as long, and says so), 503, error-in-200 (the answer is an error with the status 200), reset-request (it breaks
-    within the request), slow (the answer comes after a second).
+    ``kind`` is one of: reset (the connection breaks within the answer), truncated (it ends there), short (the answer
+    is half as long, and says so), 503, error-in-200 (the answer is an error with the status 200), reset-request (the
+    connection breaks within the request), slow (the answer comes after a second).
     """
 
     kind: str
     method: str = "GET"
     match: str = ""
     every: int = 3
+    most: int = 1_000_000
 
 
 @dataclass(kw_only=True)
 class FaultProxy:
-    """Passes requests on to ``port``, with faults. ``done`` counts the faults by kind, ``sent`` the bytes of answers."""
+    """Passes requests on to ``port``, with faults. ``done`` counts them by kind, ``sent`` the bytes of answers."""
 
     port: int
     faults: list[Fault] = field(default_factory=list)
@@ -50,7 +51,7 @@ class FaultProxy:
             for fault in self.faults:
                 if fault.method == method and fault.match in target:
                     self.seen[fault] += 1
-                    if self.seen[fault] % fault.every == 0:
+                    if self.seen[fault] % fault.every == 0 and self.seen[fault] <= fault.every * fault.most:
                         self.done[fault.kind] += 1
                         return fault.kind
         return ""

@@ -93,11 +93,14 @@ def test_what_readers_open_first_comes_last(
     hf: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data, other files, and then .metadata, metadata.json and the tracker, in this order."""
-    written = []
+    written: list[str] = []
     write = MemoryStore.write
-    monkeypatch.setattr(
-        MemoryStore, "write", lambda self, key, *a, **o: (written.append(key), write(self, key, *a, **o))[1]
-    )
+
+    def noted(self: MemoryStore, key: str, *arguments: _Anything, **options: _Anything) -> str | None:
+        written.append(key)
+        return write(self, key, *arguments, **options)
+
+    monkeypatch.setattr(MemoryStore, "write", noted)
     imported(hf)
     names = [key.removeprefix("some/out/") for key in written]
     last = [name for name in commit_names("release") if name in expected]
