@@ -25,7 +25,7 @@ from dist_ckpt_mistral.convert.journal import Fingerprint, differences
 from dist_ckpt_mistral.convert.output import NewFiles, Output, write_checksums
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.convert.uploads import Uploaded, UploadJob, files_of_rank
-from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
+from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError, OutputError
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest
 from dist_ckpt_mistral.gather.digest import digest
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
@@ -75,7 +75,6 @@ class _Run:
         self._names = [*new.file_bytes]
         self._id = os.urandom(8).hex()
         self.is_held = self.is_committed = False
-        self._num_whole = 0
 
     def _key(self, name: str) -> str:
         return f"{self.target.key}/{name}"
@@ -110,7 +109,6 @@ class _Run:
         if output.dry_run:
             return {}
         self._hold(facts, replaces=earlier is not None)
-        self._num_whole = len(kept)
         self._clear(present, kept)
         return kept
 
@@ -182,7 +180,6 @@ class _Run:
             self._store.write(self._key(_RECORD.format(file=file)), json.dumps(uploaded.to_json()).encode())
             with lock:
                 done[file] = uploaded
-                self._num_whole += 1
 
         job = UploadJob(
             plan=self._new.plan,
@@ -244,19 +241,24 @@ class _Run:
         if info is None or json.loads(self._read(RUN_FILE, info)).get("id") != self._id:
             raise OutputError(f"another run has taken {self.target} over. Choose another output.")
 
-    def conclude(self) -> str:
+    def conclude(self, error: BaseException) -> str:
         """After an error: keep what a later run can use, else remove it. Returns what to say of it."""
         if self.is_committed:
             return f"{self.target} is complete."
         if not self.is_held:
             return ""
+        kept = f"Nothing was published. --resume continues what is kept in {self.target}."
+        if isinstance(error, LostRankError):  # other ranks may still be writing
+            return kept
         try:
-            if self._num_whole and not self._new.recipe.inputs.looks_changed():
+            present = self._store.below(self.target.key)
+            has_work = any(key.startswith(self._key(_RECORD.partition("{")[0])) for key in present)
+            if has_work and not self._new.recipe.inputs.looks_changed():
                 self._store.write(self._key(RUN_FILE), self._about(self._facts, ended=True))
-                return f"Nothing was published. --resume continues what is kept in {self.target}."
-            self._store.delete(self._store.below(self.target.key))
-        except DistCkptMistralError as error:
-            return f"Nothing was published, but {self.target}/{_FOLDER} may be left: {error}"
+                return kept
+            self._store.delete(present)
+        except DistCkptMistralError as failure:
+            return f"Nothing was published, but {self.target}/{_FOLDER} may be left: {failure}"
         return "Nothing was published."
 
 
@@ -266,7 +268,7 @@ def _concluded(run: _Run, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if ranks.is_first and (note := run.conclude()):
+        if ranks.is_first and (note := run.conclude(error)):
             error.add_note(note)
         raise
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import pytest
 from plain_models import save_model
+from rank_threads import on_ranks
 from remote_folders import files_of, get_folder, put_folder, remote
 
 from dist_ckpt_mistral.convert.from_hf import from_hf
@@ -276,3 +277,34 @@ def test_parts_cut_values_and_checksums_are_those_of_the_whole(
     monkeypatch.setattr("dist_ckpt_mistral.gather.parts.part_bytes_of", lambda _: 1001)
     to_hf(tmp_path / "ckpt", _OUT, dtype="float32", effort=_EFFORT, output=Output(sha256=True))
     assert get_folder(_OUT) == files_of(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_write_what_one_process_writes(hf: Path, expected: dict[str, bytes], world_size: int) -> None:
+    """Each rank uploads whole files, also where there are more ranks than files, and the first one commits."""
+    errors = on_ranks(world_size, lambda ranks: from_hf(hf, _OUT, tp=2, effort=_EFFORT, ranks=ranks))
+    assert errors == [None] * world_size
+    assert get_folder(_OUT) == expected
+
+
+def test_another_number_of_ranks_resumes(hf: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that fails fails all; what the others have uploaded is kept for one process that resumes."""
+    uploads: list[str] = []
+    upload = MemoryStore.upload
+
+    def noted(
+        self: MemoryStore, key: str, parts: Iterable[bytes], *arguments: _Anything, **options: _Anything
+    ) -> str | None:
+        uploads.append(key)
+        if len(uploads) < 3 and key.endswith("__1_0.distcp"):
+            raise OutputError("cannot write it")
+        return upload(self, key, parts, *arguments, **options)
+
+    monkeypatch.setattr(MemoryStore, "upload", noted)
+    errors = on_ranks(2, lambda ranks: from_hf(hf, _OUT, tp=2, effort=_EFFORT, ranks=ranks))
+    assert all("cannot write it" in str(error) for error in errors)
+    assert "latest_checkpointed_iteration.txt" not in get_folder(_OUT)
+    uploads[:] = ["", "", ""]
+    imported(hf, resume=True)
+    assert uploads[3:] == ["some/out/release/__1_0.distcp"]
+    assert get_folder(_OUT) == expected
