@@ -116,7 +116,7 @@ class BucketStore:
         """Read a range of one version. An answer of the wrong length is asked for again."""
         options: dict[str, Any] = {"range": (start, stop)}
         if version is not None and not version.startswith("W/"):  # If-Match never holds for a weak ETag
-            options["if_match"] = version
+            options["if_match"] = f'"{version}"'
         got = -1
         for _ in attempts():
             try:
@@ -134,7 +134,7 @@ class BucketStore:
 
     def _get(self, key: str, options: dict[str, Any], version: str | None) -> memoryview:
         answer = self._store.get(key, options=options)
-        if version not in {None, answer.meta["e_tag"]}:
+        if version not in {None, _version(answer.meta)}:
             raise changed_object(self._name(key))
         return memoryview(answer.bytes()).cast("B")
 
@@ -259,8 +259,9 @@ def _info(meta: Any) -> Info:  # noqa: ANN401  (obstore's ObjectMeta)
 
 
 def _version(meta: Any) -> str | None:  # noqa: ANN401  (obstore's ObjectMeta or PutResult)
+    """The ETag without quotes, which Azure gives in answers and not in listings."""
     version: str | None = meta["e_tag"]
-    return version
+    return version.strip('"') if version is not None and not version.startswith("W/") else version
 
 
 def _credentials() -> dict[str, Any]:

@@ -332,16 +332,16 @@ def test_what_the_operating_system_refuses_is_told_in_words(tmp_path: Path, monk
 
 
 def test_urls_are_not_taken_for_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An output behind a URL is refused, rather than written into a new local directory that is called ``s3:``."""
+    """A URL of another kind than stores' is refused, rather than written into a new directory called ``ftp:``."""
     monkeypatch.chdir(tmp_path)
     zarr = shards("zarr_ckpt")
     for command in (("migrate", zarr), ("to-hf", zarr, "--config", folder("zarr_ckpt"))):
-        outcome = run(*command[:2], "s3://bucket/out", *command[2:])
+        outcome = run(*command[:2], "ftp://host/out", *command[2:])
         assert outcome.code == 1
-        assert "the output s3://bucket/out is a URL, which cannot be written yet" in outcome.err[-1]
+        assert "the output ftp://host/out is a URL of a kind that cannot be written" in outcome.err[-1]
     assert [*tmp_path.iterdir()] == []
-    (tmp_path / "s3:").mkdir()
-    assert run("migrate", zarr, "s3:/out").code == 0
+    (tmp_path / "ftp:").mkdir()
+    assert run("migrate", zarr, "ftp:/out").code == 0
 
 
 def test_the_version_is_told() -> None:

@@ -148,15 +148,15 @@ def test_files(name: str, expected: str, command: tuple[str, ...], tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("s3://bucket/run/ckpt", "error: s3://bucket/run/ckpt is not {wanted}: it is a URL. Copy what it names"),
-        ("gs://bucket/ckpt", "error: gs://bucket/ckpt is not {wanted}: it is a URL. Copy what it names"),
-        ("https://example.com/a/b/c", "error: https://example.com/a/b/c is not {wanted}: it is a URL. Copy"),
+        ("ftp://host/run/ckpt", "error: ftp://host/run/ckpt is not {wanted}: it is a URL. Of URLs, s3://, gs://"),
+        ("hdfs://host/a/b/c", "error: hdfs://host/a/b/c is not {wanted}: it is a URL. Of URLs, s3://, gs://, az://"),
+        ("memory://bucket/ckpt", "error: memory://bucket/ckpt is not {wanted}: there is nothing of this name, and"),
         ("/no/such/place", "error: /no/such/place is not {wanted}: there is no such directory"),
     ],
 )
 @pytest.mark.parametrize("command", COMMANDS, ids=IDS)
 def test_names_that_are_no_paths(path: str, expected: str, command: tuple[str, ...], tmp_path: Path) -> None:
-    """A URL is called that, as it was given."""
+    """A URL is called that, as it was given; of a store that is read, an empty place in it."""
     kinds = ["a Hugging Face model directory", "a Megatron checkpoint that can be read"]
     wanted = kinds[:1] if command[0] == "from-hf" else kinds[1:] if command in CHECKPOINT_COMMANDS else kinds
     assert refused(tmp_path, path, command).startswith(expected.format(wanted=" or ".join(wanted)))

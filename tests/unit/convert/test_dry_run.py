@@ -95,7 +95,7 @@ PLACES: Final[dict[str, tuple[str, Callable[[Path], object], tuple[str, ...], st
     "training": ("out", make_training, ("--overwrite",), "holds 2 checkpoints (iter_0000001 to iter_0000002)"),
     "moved aside": ("out", make_aside, (), "out exists. Choose another name or give --overwrite"),
     "held": ("out", lambda out: Staging(out).hold(overwrite=False, resume=False), (), "another run is writing"),
-    "URL": ("s3://bucket/out", lambda _: None, (), "is a URL"),
+    "URL": ("ftp://host/out", lambda _: None, (), "is a URL of a kind that cannot be written"),
 }
 
 
