@@ -98,9 +98,9 @@ CASES: dict[str, Case] = {
         model="window",
         written={"iteration": 3},
         layout={"tp": 2, "pp": 2},
-        saves=("--hybrid-layer-pattern", "*-*-|*-*-"),
+        saves=("--hybrid-layer-pattern", "*-|*-"),
     ),
-    "hybrid, uneven": Case(model="tied", layout={"pp": 2}, saves=("--hybrid-layer-pattern", "*-*-*-|*-")),
+    "hybrid, tied": Case(model="tied", layout={"pp": 2}, saves=("--hybrid-layer-pattern", "*-|*-")),
     "hybrid mixtral": Case(
         model="mixtral", layout={"tp": 2, "ep": 2, "etp": 1}, saves=("--hybrid-layer-pattern", "*E*E*E*E")
     ),
@@ -307,9 +307,12 @@ def test_what_a_hybrid_model_saved_is_verified_and_resharded(name: str, results:
     assert compare_stored(results.saved / name, tmp_path / "copy").is_equal
 
 
-@pytest.mark.parametrize("name", HYBRID)
+@pytest.mark.parametrize("name", [name for name in HYBRID if CASES[name].model not in WITH_EXPERTS])
 def test_megatron_reads_a_hybrid_model_into_gpt_entries(name: str, results: Results) -> None:
-    """Entries of a GPTModel in this style are found by Megatron's own loading, which reads what the plan announces."""
+    """Entries of a GPTModel in this style are found by Megatron's own loading, which reads what the plan announces.
+
+    With experts the norm before them has another key in the local layer spec, as in every save of another spec.
+    """
     layout = ParallelLayout(tp=2, pp=2)
     directory, config = results.saved / name / "iter_0000011", results.hf[CASES[name].model]
     for told in plan_reading(directory, layout, config=config).to_json()["ranks"]:
