@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_progress import Recorded
 
-from dist_ckpt_mistral.errors import FormatError, PlanError, TensorMismatchError
+from dist_ckpt_mistral.errors import FormatError, PlanError, SourceError, TensorMismatchError
 from dist_ckpt_mistral.gather.bands import BandReader, best_band_bytes
 from dist_ckpt_mistral.gather.boxes import require_tiling
 from dist_ckpt_mistral.gather.execute import Effort, execute
@@ -755,7 +755,7 @@ def test_a_source_that_shrinks_is_named(tmp_path: Path) -> None:
     ):
         list(BandReader(sources).bands(plan.segments[0]))
     path.unlink()
-    with SourceFiles([path]) as sources, pytest.raises(FormatError, match=f"cannot open {path}: No such file"):
+    with SourceFiles([path]) as sources, pytest.raises(SourceError, match=f"cannot open {path}: No such file"):
         list(BandReader(sources).bands(plan.segments[0]))
 
 

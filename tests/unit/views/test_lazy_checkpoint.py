@@ -66,7 +66,7 @@ def test_a_replaced_file_is_refused(copied: Copy, tmp_path: Path) -> None:
         assert torch.equal(copied(checkpoint)[name], whole)
         unread = copied(dcm.open_checkpoint(hf))
         other.replace(file)
-        with pytest.raises(dcm.FormatError, match=r"model\.safetensors changed while it was read"):
+        with pytest.raises(dcm.SourceError, match=r"model\.safetensors changed while it was read"):
             unread[name]
 
 
