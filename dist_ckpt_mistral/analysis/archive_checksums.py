@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_ckpt_mistral.errors import FormatError, PlanError, SourceError
+from dist_ckpt_mistral.errors import FormatError, PlanError
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
@@ -67,7 +67,7 @@ def archives_by_file(checkpoint: StoredCheckpoint) -> tuple[dict[str, ArchivesBy
                 piece = Piece((name,), tuple(offset), tuple(shape), tensor.dtype, is_bare)
                 _add(archives[files[file]], Span(*span), piece)
             require_tiling(chunks.offsets, chunks.shapes, tensor.stored_shape, f"the chunks in {METADATA_FILE}")
-        except (SourceError, PlanError) as error:
+        except (FormatError, PlanError) as error:
             faults.append(Fault(Piece((name,)), str(error)))
     for name, entry in checkpoint.objects.items():
         _add(archives[entry.file], Span(entry.offset, entry.num_bytes), Piece((name,)))
@@ -95,7 +95,7 @@ def read_parts(path: Path, archives: ArchivesByPlace) -> tuple[list[CheckedSpan]
         for span in sorted(archives.keys() - beyond_end):
             try:
                 parts += _parts(files, locator, span, archives[span], begin=end)
-            except SourceError as error:
+            except FormatError as error:
                 faults.append(Fault(archives[span], str(error)))
             end = max(end, sum(span))
     return parts, faults

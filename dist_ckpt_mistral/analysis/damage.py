@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from dist_ckpt_mistral.analysis import archive_checksums
 from dist_ckpt_mistral.analysis.archive_checksums import CheckedSpan, Fault, Piece
-from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, SourceError, UnsupportedFormatError
+from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, FormatError, SourceError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileSum, read_checksums
@@ -147,8 +147,15 @@ class _Results:
         except UnsupportedFormatError:
             raise  # an unsupported format is no damage
         except DistCkptMistralError as error:
+            if _is_unreachable(error, self.directory):
+                raise
             self.findings.append(Finding(what=str(error)))
         return None
+
+
+def _is_unreachable(error: DistCkptMistralError, directory: Path) -> bool:
+    """Whether a store could not be read, which says nothing about what it holds."""
+    return paths.is_url(directory) and isinstance(error, SourceError) and not isinstance(error, FormatError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,6 +381,8 @@ def _check_file(directory: Path, contents: _Contents, name: str, expected: _Expe
         parts, faults = contents.parts_of(name)
         actual = digest(path, [part.span for part in parts], sha256=sha256 is not None, effort=effort)
     except SourceError as error:
+        if _is_unreachable(error, directory):
+            raise
         return _FileCheck(findings=[Finding(file=name, what=str(error))])
     for part, crc32 in zip(parts, actual.spans, strict=True):
         if part.crc32 not in {None, crc32}:

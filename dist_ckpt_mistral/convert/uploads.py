@@ -25,10 +25,8 @@ from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.storage.store import Store
 
 #: A part is in memory while it is gathered, while it waits, and while it is on its way, and its sources beside it.
-_TIMES_IN_MEMORY: Final = 4
+_TIMES_IN_MEMORY: Final = 5
 _MOST_IN_STEP: Final = 16
-#: Parts that are gathered ahead or on their way, of all files together.
-_PARTS_AHEAD: Final = 8
 _SCRATCH_BYTES: Final = 512 << 10
 #: How long a thread waits before it looks whether the run was stopped.
 _LOOK_S: Final = 0.1
@@ -93,7 +91,7 @@ class UploadJob:
             sources.share(memory_bytes // 4)
             threads = effort.threads_for(sources)
             for batch in in_step(self.plan, files, most):
-                ahead = max(1, _PARTS_AHEAD // len(batch))
+                ahead = max(1, most // len(batch))
                 uploads = [_Upload(self, file, numbers_of[file], effort, ahead) for file in batch]
                 found += self._run_batch(uploads, sources, threads)
         return found

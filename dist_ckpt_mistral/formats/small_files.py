@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +16,7 @@ from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, PARAMS_FILE
 from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage.remote_path import RemotePath
 
 _LOG = logging.getLogger(__name__)
 
@@ -246,3 +249,14 @@ def copy_files(files: Mapping[str, Path], directory: Path) -> None:
     for name, path in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         documents.copy_file(path, directory / name)
+
+
+@contextlib.contextmanager
+def local_copy(directory: Path) -> Iterator[Path]:
+    """The small files of ``directory`` where other libraries find them: there, or of a URL in a copy meanwhile."""
+    if not isinstance(directory, RemotePath):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="dist-ckpt-mistral-") as folder:
+        copy_files(small_files(directory), Path(folder))
+        yield Path(folder)

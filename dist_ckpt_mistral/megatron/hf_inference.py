@@ -19,6 +19,7 @@ from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.mapping.source import ModelSource
 from dist_ckpt_mistral.storage import documents, hub
+from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.views.lazy import LazyCheckpoint
 
 _GENERATION_FILE: Final = "generation_config.json"
@@ -84,7 +85,8 @@ def load_tokenizer(directories: Iterable[Path]) -> Any:  # noqa: ANN401  (transf
     for directory in searched:
         if small_files.has_tokenizer(directory):
             try:
-                return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+                with small_files.local_copy(directory) as local:
+                    return transformers.AutoTokenizer.from_pretrained(local, local_files_only=True)
             except (OSError, ValueError, KeyError, ImportError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(f"transformers cannot read the tokenizer in {directory}: {reason}") from error
@@ -119,15 +121,17 @@ def stop_tokens(
 def load_hf_model(source: ModelSource) -> Any:  # noqa: ANN401  (transformers is untyped)
     """The transformers model with the weights of ``source``, in float32 on the CPU.
 
-    Weights of a Megatron checkpoint are exported in memory. So are FP8 weights, which transformers reads only with
-    accelerate. Raises ConfigError if the installed transformers does not have the architecture.
+    Weights of a Megatron checkpoint are exported in memory. So are those behind a URL, and FP8 weights, which
+    transformers reads only with accelerate. Raises ConfigError if the installed transformers does not have the
+    architecture.
     """
     name = source.config.architecture
     kind: Any = getattr(transformers, name, None)  # AutoModelForCausalLM does not have all architectures
     if kind is None:
         raise ConfigError(f"transformers {transformers.__version__} has no {name}, which runs this model. Update it.")
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if what_is(source.path).kind is Kind.HF and not source.quantized.weights:
+    is_local = not isinstance(source.path, RemotePath)
+    if is_local and what_is(source.path).kind is Kind.HF and not source.quantized.weights:
         return kind.from_pretrained(source.path, local_files_only=True, **options).eval()
     with LazyCheckpoint(source) as stored:
         weights: Mapping[str, torch.Tensor] = {name: stored[name].float() for name in stored}

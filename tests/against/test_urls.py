@@ -160,6 +160,22 @@ def test_a_profile_alone(s3: S3Server, tmp_path: Path, monkeypatch: pytest.Monke
     forget_stores()
 
 
+@pytest.mark.megatron
+def test_generates_from_a_bucket(s3: S3Server, tmp_path: Path) -> None:
+    """Megatron runs a model out of a bucket, tokenizer included, as it runs the copy."""
+    pytest.importorskip("transformers")
+    from small_models import MODELS, save_tokenizer, small_model  # noqa: PLC0415  (they need transformers)
+
+    small_model(next(iter(MODELS))).save_pretrained(tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf")
+    url = put_folder(tmp_path / "hf", f"{s3.url}/generate/hf")
+    dcm.from_hf(url, f"{s3.url}/generate/ckpt", tp=2)
+    options = ("--prompt", "hello", "--max-new-tokens", "6")
+    expected = run("generate", tmp_path / "hf", *options)
+    assert expected.code == 0
+    assert run("generate", f"{s3.url}/generate/ckpt", *options).out == expected.out
+
+
 @pytest.mark.parametrize("what", ["hf", "ckpt"])
 def test_a_web_server_is_a_source(what: str, web: WebServer, tmp_path: Path) -> None:
     """A model and a checkpoint behind http:// are read by ranges, though a web server lists nothing."""

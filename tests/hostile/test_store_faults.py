@@ -113,6 +113,18 @@ def test_a_fault_that_stays_is_one_error(
     assert not uploads_left(s3)
 
 
+def test_what_cannot_be_read_is_no_damage(
+    proxy: FaultProxy, s3: S3Server, hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verify of a store that answers nothing is an error, and not a finding about the files in it."""
+    url = put_folder(hf, f"{s3.url}/unreadable")
+    monkeypatch.setenv(VARIABLE, "1")
+    forget_stores()
+    proxy.faults = [Fault(kind="503", match="model.safetensors", every=2)]
+    with pytest.raises(dcm.SourceError, match=r"cannot read s3://bucket/unreadable/model\.safetensors: .*SlowDown"):
+        dcm.check(url)
+
+
 def started(hf: Path, url: str, *options: str) -> subprocess.Popen[str]:
     """A run of its own."""
     command = [sys.executable, "-m", "dist_ckpt_mistral", "from-hf", str(hf), url, *options]
