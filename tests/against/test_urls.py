@@ -21,7 +21,7 @@ from dist_ckpt_mistral.storage.remote_path import forget_stores
 pytest.importorskip("obstore")
 
 #: Genuine checkpoints of several writers, with and without optimizer state.
-_CASES = ("tied_tp2pp2_0161", "mlm_0161", "moe_seq_0192", "opt_fsms_0140")
+_CASES = ("mlm_0161", "moe_seq_0192", "opt_fsms_0140")
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_what_cannot_be_read_is_no_damage(
     url = put_folder(hf, f"{s3.url}/unreadable")
     monkeypatch.setenv(VARIABLE, "1")
     forget_stores()
-    proxy.faults = [Fault(kind="503", match="model.safetensors", every=2)]
+    proxy.faults = [Fault(kind="503", match="model.safetensors", every=1)]
     with pytest.raises(dcm.SourceError, match=r"cannot read s3://bucket/unreadable/model\.safetensors: .*SlowDown"):
         dcm.check(url)
 
