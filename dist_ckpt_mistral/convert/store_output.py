@@ -199,8 +199,12 @@ class _Run:
             small = self._small_files(Path(folder), uploaded)
             self._require_held()
             last = [name for name in self._new.commit if name in small]
-            [*pool().map(lambda name: self._put(name, small[name]), sorted(small.keys() - {*last}))]
-            commit(self._store, [(self._key(name), small[name].read_bytes()) for name in last])
+            others = sorted(small.keys() - {*last})
+            put = documents.put_file
+            [*pool().map(lambda name: put(small[name], self._store, self._key(name), PART_BYTES), others)]
+            commit(
+                self._store, [(self._key(name), documents.read_bytes(small[name], most_bytes=None)) for name in last]
+            )
         self.is_committed = True
         self._store.delete(self._store.below(self._key(_FOLDER)))
 
@@ -225,14 +229,6 @@ class _Run:
             documents.write_bytes(manifest, Manifest(files=inside).to_json())
             found[folder + MANIFEST_FILE] = manifest
         return found
-
-    def _put(self, name: str, path: Path) -> None:
-        """Write a small file, in parts if it is not that small."""
-        if path.stat().st_size <= PART_BYTES:
-            self._store.write(self._key(name), path.read_bytes())
-            return
-        with path.open("rb") as file:
-            self._store.upload(self._key(name), iter(lambda: file.read(PART_BYTES), b""), PART_BYTES)
 
     def _require_held(self) -> None:
         """Raise OutputError if another run has taken the output over."""

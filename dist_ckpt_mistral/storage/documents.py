@@ -15,6 +15,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.errors import FormatError, OutputError, SourceError
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources, Stamp, changed, open_to_read
 from dist_ckpt_mistral.storage.remote_path import RemotePath
+from dist_ckpt_mistral.storage.store import Store
 
 #: Larger than any index, configuration or tracker; larger files are not read whole.
 SMALL_BYTES: Final = 64 << 20
@@ -83,6 +84,15 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy the content of a file of any size. The target must not exist. Raises FormatError and OSError."""
     with target.open("xb") as file:
         file.writelines(_blocks(source))
+
+
+def put_file(path: Path, store: Store, key: str, part_bytes: int) -> None:
+    """Write the content of a local file as an object, in parts if it is longer than one. Raises OutputError."""
+    if path.stat().st_size <= part_bytes:
+        store.write(key, read_bytes(path, most_bytes=None))
+        return
+    with path.open("rb") as file:
+        store.upload(key, iter(lambda: file.read(part_bytes), b""), part_bytes)
 
 
 def total_bytes(paths: Sequence[Path]) -> int:

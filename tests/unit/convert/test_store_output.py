@@ -308,3 +308,14 @@ def test_another_number_of_ranks_resumes(hf: Path, expected: dict[str, bytes], m
     imported(hf, resume=True)
     assert uploads[3:] == ["some/out/release/__1_0.distcp"]
     assert get_folder(_OUT) == expected
+
+
+def test_a_small_file_of_several_parts(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that is longer than a part is uploaded in parts."""
+    put_folder(hf, "memory://bucket/hf")
+    tokenizer = b"0123456789" * 1000
+    remote("memory://bucket").snapshot.store.write("hf/tokenizer.model", tokenizer)
+    monkeypatch.setattr("dist_ckpt_mistral.convert.store_output.PART_BYTES", 999)
+    imported("memory://bucket/hf")
+    assert get_folder(_OUT)["hf/tokenizer.model"] == tokenizer
+    assert not [*tmp_path.iterdir()]
