@@ -18,7 +18,7 @@ from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.gather.bands import ByteArray, Stopped, aligned_buffer
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost
-from dist_ckpt_mistral.gather.execute import Copied, Effort, in_step
+from dist_ckpt_mistral.gather.execute import Copied, Effort, in_step, threads_for
 from dist_ckpt_mistral.gather.parts import PART_BYTES, Around, Summed, TargetParts
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage.local import SourceFiles
@@ -89,7 +89,7 @@ class UploadJob:
         found: list[Uploaded] = []
         with SourceFiles(self.plan.source_files, self.plan.derived_files) as sources:
             sources.share(memory_bytes // 4)
-            threads = effort.threads_for(sources)
+            threads = threads_for(effort, sources)
             for batch in in_step(self.plan, files, most):
                 ahead = max(1, most // len(batch))
                 uploads = [_Upload(self, file, numbers_of[file], effort, ahead) for file in batch]

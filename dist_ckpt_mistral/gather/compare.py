@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dist_ckpt_mistral.gather.execute import Effort, run_all
+from dist_ckpt_mistral.gather.execute import Effort, band_readers, run_all, threads_for
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage.local import SourceFiles
 
@@ -22,7 +22,7 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
     ):
         if names:
             effort.progress.phase("compare", plan_a.num_bytes)
-        reader_a, reader_b = effort.readers(files_a, files_b)
+        reader_a, reader_b = band_readers(effort, files_a, files_b)
 
         def work(number: int) -> str | None:
             segment_a, segment_b = plan_a.segments[number], plan_b.segments[number]
@@ -35,7 +35,9 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
                 effort.progress.advance(len(band_a))
             return None
 
-        differences = run_all(work, range(len(names)), workers=effort.threads_for(files_a, files_b), stop=reader_a.stop)
+        differences = run_all(
+            work, range(len(names)), workers=threads_for(effort, files_a, files_b), stop=reader_a.stop
+        )
     return ((name, what) for name, what in zip(names, differences, strict=True) if what is not None)
 
 

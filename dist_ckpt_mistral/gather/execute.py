@@ -115,11 +115,6 @@ class Effort:
         """Number of threads: ``workers``, or one per core, at most 8, which is enough to saturate a local disk."""
         return self.workers or min(8, len(os.sched_getaffinity(0)))
 
-    def threads_for(self, *files: SourceFiles) -> int:
-        """Number of threads that read ``files``: for objects in a store at least 8, because they wait for answers."""
-        is_remote = any(each.is_remote for each in files)
-        return max(self.threads, _REMOTE_THREADS) if is_remote and not self.workers else self.threads
-
     def memory_for(self, *, is_remote: bool) -> int:
         """Total size of the buffers in bytes."""
         return self.memory_bytes or (_REMOTE_MEMORY_BYTES if is_remote else _LOCAL_MEMORY_BYTES)
@@ -129,16 +124,23 @@ class Effort:
         each = self.memory_for(is_remote=False) // self.threads
         return band_bytes_within(each) // readers // PAGE_BYTES * PAGE_BYTES
 
-    def readers(self, *files: SourceFiles) -> list[BandReader]:
-        """A reader of each of ``files`` for every thread. Their bands are equally long and fit in the memory."""
-        band_bytes = self.band_bytes(len(files))
-        if any(each.is_remote for each in files):
-            each = self.memory_for(is_remote=True) // self.threads_for(*files) // len(files)
-            band_bytes = band_bytes_within(each, is_remote=True)
-        return [BandReader(each, band_bytes) for each in files]
-
 
 DEFAULT_EFFORT: Final = Effort()
+
+
+def threads_for(effort: Effort, *files: SourceFiles) -> int:
+    """Number of threads that read ``files``: for objects in a store at least 8, because they wait for answers."""
+    is_remote = any(each.is_remote for each in files)
+    return max(effort.threads, _REMOTE_THREADS) if is_remote and not effort.workers else effort.threads
+
+
+def band_readers(effort: Effort, *files: SourceFiles) -> list[BandReader]:
+    """A reader of each of ``files`` for every thread. Their bands are equally long and fit in the memory."""
+    band_bytes = effort.band_bytes(len(files))
+    if any(each.is_remote for each in files):
+        each = effort.memory_for(is_remote=True) // threads_for(effort, *files) // len(files)
+        band_bytes = band_bytes_within(each, is_remote=True)
+    return [BandReader(each, band_bytes) for each in files]
 
 
 def execute(
@@ -160,7 +162,7 @@ def execute(
         sources.share(effort.memory_for(is_remote=True) // _SHARE_OF_SHARED)
         length = _REMOTE_STRETCH_BYTES if sources.is_remote else _STRETCH_BYTES
         turns = _Turns(plan, _stretches(plan, numbers, length), is_remote=sources.is_remote)
-        (reader,) = effort.readers(sources)
+        (reader,) = band_readers(effort, sources)
 
         def work(part: Part) -> Copied:
             segment = plan.segments[part.number]
@@ -184,7 +186,7 @@ def execute(
                 return [(part, work(part)) for part in stretch]
 
         done = run_all(
-            take_turn, range(turns.count), workers=turns.workers(effort.threads_for(sources)), stop=reader.stop
+            take_turn, range(turns.count), workers=turns.workers(threads_for(effort, sources)), stop=reader.stop
         )
     result = dict.fromkeys(numbers, Copied(0, NOTHING))
     for part, copied in sorted(chain.from_iterable(done)):
