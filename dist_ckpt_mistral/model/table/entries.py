@@ -19,11 +19,13 @@ _KINDS: Final = (
 
 
 def kind_of(rule: TensorRule, state: ParamState = ParamState.WEIGHTS) -> str:
-    """The kind of a tensor in reports: embedding, attention, MLP, experts, norms, output layer or optimizer state."""
+    """The kind of a tensor in reports, such as attention, experts, output layer or optimizer state."""
     if state is not ParamState.WEIGHTS:
         return "optimizer state"
     if rule.stage is Stage.EMBEDDING:
         return "embedding"
+    if rule.stage is Stage.CARRIED:
+        return "vision"
     return next((kind for pattern, kind in _KINDS if pattern.match(rule.mcore_key)), "output layer")
 
 
