@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final, NamedTuple
-
-import jinja2
 
 from dist_ckpt_mistral.analysis.report import Report, TensorReport, facts, shortened
 from dist_ckpt_mistral.messages import human_bytes, printable
@@ -33,9 +30,11 @@ _BEFORE, _AFTER = -1, 1 << 30
 
 def save_html(report: Report, path: Path) -> None:
     """Write the report as one self-contained HTML page, or replace an old one. Raises OutputError."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    text = template.render(
+    import jinja2  # noqa: PLC0415  (only pages need it)
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)
+    text = environment.get_template(_TEMPLATE).render(
         name=printable(Path(report.path).name),
         path=printable(report.path),
         problems=[printable(problem) for problem in report.problems],

@@ -256,7 +256,7 @@ def test_tables_of_many_tensors_stay_short(tmp_path: Path) -> None:
     assert row[6:] == ["kB", down[0]["name"], "and", "10", "more"]
 
 
-def test_names_are_never_cut(tmp_path: Path) -> None:
+def test_names_are_never_cut() -> None:
     """In a narrow terminal long names are folded, and what goes into a file or a pipe has each on one line."""
     case = folder("opt_fr_0192")
     names = [tensor.name for tensor in inspect(case / "checkpoint", config=case).tensors if tensor.ignored is None]
