@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import UnsupportedModelError
 from dist_ckpt_mistral.gather.links import whole
-from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.mapping.checkpoint_map import Twin
 from dist_ckpt_mistral.mapping.source import ModelSource, twin_differences
 from dist_ckpt_mistral.messages import listed
@@ -50,8 +49,8 @@ def megatron_table(source: ModelSource, layout: ParallelLayout) -> TensorTable:
         raise UnsupportedModelError(
             f"{source.path} adapts some of the matrices that Megatron keeps as one, and not others "
             f"({listed(partial)}): Megatron-Bridge's LoRA and CanonicalLoRA adapt all of them (q_proj, k_proj and "
-            "v_proj; gate_proj and up_proj). Merge it into its model first (peft: merge_and_unload), and import that; or "
-            "train it with these target_modules, too."
+            "v_proj; gate_proj and up_proj). Merge it into its model first (peft: merge_and_unload), and import that; "
+            "or train it with these target_modules, too."
         )
     if all(_have_one_a(source, adapters) for adapters in by_base.values()):
         fused = [replace(a[0], form=Form.FUSED, parts=a[0].base.parts) for a in by_base.values()]
@@ -60,8 +59,8 @@ def megatron_table(source: ModelSource, layout: ParallelLayout) -> TensorTable:
     _LOG.info("the adapter has several A for one matrix of Megatron: it is stored as a CanonicalLoRA")
     if any(each.is_in_rank_order for each in separate):
         _LOG.warning(
-            "Megatron-Bridge's CanonicalLoRA stores the rows of adapter_gate and adapter_up in an order that depends on "
-            "the tensor parallelism: it loads this checkpoint rightly at tp=%d alone. Import again for another.",
+            "Megatron-Bridge's CanonicalLoRA stores the rows of adapter_gate and adapter_up in an order that depends "
+            "on the tensor parallelism: it loads this checkpoint rightly at tp=%d alone. Import again for another.",
             layout.tp,
         )
     return source.table.of_adapters(separate)
@@ -73,7 +72,8 @@ def _require_one_rank(source: ModelSource) -> None:
     if len(ranks) != 1:
         raise UnsupportedModelError(
             f"{source.path} has modules of several ranks ({', '.join(map(str, sorted(ranks)))}): expected one, because "
-            "Megatron-Bridge's LoRA has one dim. Merge it into its model first (peft: merge_and_unload), and import that."
+            "Megatron-Bridge's LoRA has one dim. Merge it into its model first (peft: merge_and_unload), and import "
+            "that."
         )
 
 

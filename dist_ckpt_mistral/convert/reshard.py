@@ -144,10 +144,11 @@ def _require_row_order(found: CheckpointMap, layout: ParallelLayout, directory: 
     """Raise LayoutError if the order of an adapter's stored rows is that of another tensor parallelism."""
     for adapter in found.table.adapters:
         if adapter.is_in_rank_order and adapter.row_order_tp != layout.tp:
+            key = spell_key(adapter.b.mcore_key, (), KeyStyle.STACKED)
             raise LayoutError(
-                f"{spell_key(adapter.b.mcore_key, (), KeyStyle.STACKED)} in {directory} cannot be resharded to tp={layout.tp}: {adapter.form.value} "
-                f"stores its rows in an order that only tp={adapter.row_order_tp} loads rightly. Export the adapter with "
-                f"to-hf, and import it with from-hf --tp {layout.tp}."
+                f"{key} in {directory} cannot be resharded to tp={layout.tp}: {adapter.form.value} stores its rows in "
+                f"an order that only tp={adapter.row_order_tp} loads rightly. Export the adapter with to-hf, and import "
+                f"it with from-hf --tp {layout.tp}."
             )
 
 

@@ -128,7 +128,8 @@ def to_hf(
 
     directory = ranks.on_first(find)  # once for all ranks: training may save another iteration meanwhile
     inputs, source, file_set, plan = ranks.each(prepare)
-    options = {"command": "to-hf", "--weights": weights, "--dtype": dtype, "--max-file-size": output.max_file_bytes}
+    options: dict[str, object] = {"command": "to-hf", "--weights": weights, "--dtype": dtype}
+    options["--max-file-size"] = output.max_file_bytes
     if merge_adapter:
         options |= {"--merge-adapter": True, "--base": None if base is None else str(base), "--lora-alpha": lora_alpha}
     losses = LossPolicy(allowed=allow_lossy)
@@ -174,8 +175,8 @@ def _merged(opened: ModelSource, model: ModelSource | None, adapter: AdapterConf
         if not model.tensors:
             named = "" if adapter.base_model is None else f" ({adapter.source} calls it {adapter.base_model})"
             raise TensorMismatchError(
-                f"{opened.path} holds an adapter alone: to merge it, its model is needed{named}. Give that with --base: "
-                "a Hugging Face directory, a hub id or a Megatron checkpoint."
+                f"{opened.path} holds an adapter alone: to merge it, its model is needed{named}. Give that with "
+                "--base: a Hugging Face directory, a hub id or a Megatron checkpoint."
             )
     _LOG.info("adapter: alpha %s from %s, merged in float32", adapter.alpha, adapter.source)
     return merged(model, adapter_part(opened), adapter, dtype)

@@ -97,6 +97,6 @@ class MergedFile:
             values[...] = wanted
         if was_finite and not np.isfinite(values).all():
             raise FormatError(
-                f"{self.where} has values that {self.dtype} cannot hold once the adapter is merged. Give --dtype float32 "
-                "or --dtype bfloat16."
+                f"{self.where} has values that {self.dtype} cannot hold once the adapter is merged. Give --dtype "
+                "float32 or --dtype bfloat16."
             )

@@ -81,8 +81,8 @@ class AdapterConfig:
             others.append(f"init_lora_weights={start!r}, which changes the weights of the model")
         if others:
             raise UnsupportedModelError(
-                f"{where} describes another adapter than a plain LoRA of whole matrices in all layers: {listed(others)}. "
-                f"{_MERGE_FIRST}"
+                f"{where} describes another adapter than a plain LoRA of whole matrices in all layers: {listed(others)}"
+                f". {_MERGE_FIRST}"
             )
         return cls(
             source=where,

@@ -108,9 +108,10 @@ def require_divisible(layout: ParallelLayout, table: TensorTable) -> None:
             continue
         parts = layout.tp * (rule.glu_halves if axis == ROWS else 1)
         if rule.shape[axis] % parts:
+            key = spell_key(rule.mcore_key, (), KeyStyle.STACKED)
             raise LayoutError(
-                f"tp={layout.tp} cannot cut {spell_key(rule.mcore_key, (), KeyStyle.STACKED)} {list(rule.shape)} of the "
-                f"adapter: expected a multiple of {parts}, got {rule.shape[axis]}. Choose a tp that divides it."
+                f"tp={layout.tp} cannot cut {key} {list(rule.shape)} of the adapter: expected a multiple of {parts}, "
+                f"got {rule.shape[axis]}. Choose a tp that divides it."
             )
 
 

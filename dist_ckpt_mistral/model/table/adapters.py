@@ -67,7 +67,7 @@ class Adapter:
         parts: The Hugging Face tensors that it adapts: all of ``base``, or one of them.
         rank: The rank.
         name: PEFT's name of the adapter, where the keys have it.
-        row_order_tp: The tensor parallelism whose ranks B's rows lie in order of. It matters where ``is_in_rank_order``.
+        row_order_tp: The tensor parallelism by whose ranks B's rows are ordered, which matters if ``is_in_rank_order``.
     """
 
     base: TensorRule
