@@ -96,10 +96,11 @@ def run_config_section(table: TensorTable, config: AdapterConfig) -> dict[str, A
     """The section ``peft`` of run_config.yaml, from which Megatron-Bridge makes the same adapter (peft/*.py, 0.6)."""
     is_separate = any(adapter.form is Form.SEPARATE and len(adapter.base.parts) > 1 for adapter in table.adapters)
     form = Form.SEPARATE if is_separate else Form.FUSED
+    rank = table.adapters[0].rank
     return {
         "_target_": _CLASSES[form],
-        "alpha": config.alpha,
-        "dim": table.adapters[0].rank,
+        "alpha": config.scale(rank) * rank if config.use_rslora else config.alpha,  # Bridge divides by the rank
+        "dim": rank,
         "dropout": config.dropout,
         "dropout_position": "pre",
         "target_modules": sorted({module for adapter in table.adapters for module in _targets(adapter)}),

@@ -147,8 +147,8 @@ def _require_row_order(found: CheckpointMap, layout: ParallelLayout, directory: 
             key = spell_key(adapter.b.mcore_key, (), KeyStyle.STACKED)
             raise LayoutError(
                 f"{key} in {directory} cannot be resharded to tp={layout.tp}: {adapter.form.value} stores its rows in "
-                f"an order that only tp={adapter.row_order_tp} loads rightly. Export the adapter with to-hf, and import "
-                f"it with from-hf --tp {layout.tp}."
+                f"an order that only tp={adapter.row_order_tp} loads rightly. Export the adapter with to-hf, and "
+                f"import it with from-hf --tp {layout.tp}."
             )
 
 

@@ -168,8 +168,8 @@ _DIRECTORIES: Final = (
         without=(CONFIG_FILE, SINGLE_FILE, INDEX_FILE, CONSOLIDATED_FILE, CONSOLIDATED_INDEX_FILE, BACKEND_FILE),
         kind=Kind.ADAPTER,
         what="it is an adapter of PEFT, such as LoRA ({files})",
-        advice="from-hf makes a Megatron checkpoint of it, if it is a LoRA. Where a whole model is wanted, merge it into "
-        "its model first (merge_and_unload and save_pretrained of PEFT) and give that directory.",
+        advice="from-hf makes a Megatron checkpoint of it, if it is a LoRA. Where a whole model is wanted, merge it "
+        "into its model first (merge_and_unload and save_pretrained of PEFT) and give that directory.",
     ),
     # transformers 5 loads the adapter too where the directory holds the model it belongs to (integrations/peft.py,
     # maybe_load_adapters).

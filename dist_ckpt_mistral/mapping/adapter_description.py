@@ -87,7 +87,7 @@ def agreed_adapter(
             f"peft in {RUN_CONFIG_FILE} (Megatron-Bridge), args (ms-swift) or {ADAPTER_CONFIG_FILE} (PEFT). Give it "
             "with --lora-alpha."
         )
-    differences = [*contradictions([*found])]
+    differences = [*contradictions(found, ranks[0])]
     if differences:
         raise ConfigError(
             f"the descriptions of the adapter in {where} contradict each other: {'; '.join(differences)}. Correct the "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -109,14 +109,15 @@ class AdapterConfig:
                 f"_target_ of peft in {where}: expected one of {', '.join(_LORA_CLASSES)}, got {kind!r:.80}. "
                 f"{_MERGE_FIRST}"
             )
-        checkpoint = run_config.get("checkpoint")
-        base = checkpoint.get("hf_source_path") if isinstance(checkpoint, Mapping) else None
+        names = (("checkpoint", "hf_source_path"), ("model", "hf_model_id"))
+        sections = ((run_config.get(name), field) for name, field in names)
+        found = (part.get(field) for part, field in sections if isinstance(part, Mapping))
         return cls(
             source=f"peft in {where}",
             alpha=_alpha(section.get("alpha"), f"peft.alpha in {where}"),
             rank=_rank(section.get("dim"), f"peft.dim in {where}"),
             dropout=_dropout(section.get("dropout")),
-            base_model=_text(base),
+            base_model=next(filter(None, map(_text, found)), None),
         )
 
     @classmethod
@@ -182,14 +183,12 @@ def adapted_rank(peft: Mapping[str, Any], module: str) -> int | None:
     return rank if is_positive_int(rank) else None
 
 
-def contradictions(configs: list[AdapterConfig]) -> Iterator[str]:
-    """Yield, in words, how descriptions of one adapter differ in what decides its effect."""
+def contradictions(configs: Sequence[AdapterConfig], rank: int) -> Iterator[str]:
+    """Yield, in words, how descriptions of one adapter differ in the factor of B A at a rank."""
     first, *others = configs
     for other in others:
-        for name in ("alpha", "use_rslora"):
-            mine, theirs = getattr(first, name), getattr(other, name)
-            if mine != theirs:
-                yield f"{name} is {mine!r} in {first.source} and {theirs!r} in {other.source}"
+        if not math.isclose(first.scale(rank), other.scale(rank), rel_tol=1e-9):
+            yield " and ".join(f"B A times {each.scale(rank):g} by {each.source}" for each in (first, other))
 
 
 def _alpha(value: object, what: str) -> float:
