@@ -167,7 +167,7 @@ _DIRECTORIES: Final = (
         marks=(("adapter_config.json", "adapter_model.safetensors"),),
         without=(CONFIG_FILE, SINGLE_FILE, INDEX_FILE, CONSOLIDATED_FILE, CONSOLIDATED_INDEX_FILE, BACKEND_FILE),
         kind=Kind.ADAPTER,
-        what="it is an adapter of PEFT, such as LoRA ({files})",
+        what="it holds an adapter of PEFT, such as LoRA ({files})",
         advice="from-hf makes a Megatron checkpoint of it, if it is a LoRA. Where a whole model is wanted, merge it "
         "into its model first (merge_and_unload and save_pretrained of PEFT) and give that directory.",
     ),

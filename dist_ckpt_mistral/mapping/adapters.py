@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
-from dist_ckpt_mistral.errors import UnsupportedModelError
+from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
@@ -66,7 +66,7 @@ def match_adapter(table: TensorTable, checkpoint: StoredCheckpoint, state: Param
     shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
     has_base = holds_base(shapes) and state is ParamState.WEIGHTS
     if state is ParamState.WEIGHTS:
-        stored = {unwrapped(name): name for name in shapes if why_ignored(name) is None}
+        stored = _unwrapped_names(shapes, where)
     else:
         stored = names_of_states(state, shapes, checkpoint.objects, where)
     by_key = {key: shapes[name] for key, name in stored.items()}
@@ -87,6 +87,20 @@ def match_adapter(table: TensorTable, checkpoint: StoredCheckpoint, state: Param
 def _is_of_base(name: str) -> bool:
     """Whether a stored name is that of a weight of a model, which an adapter may wrap."""
     return not is_of_adapter(unwrapped(name)) and why_ignored(name) is None
+
+
+def _unwrapped_names(names: Iterable[str], where: str) -> dict[str, str]:
+    """Key without the words of a wrapper -> stored name, of every weight. Raises TensorMismatchError for two names."""
+    stored: dict[str, str] = {}
+    for name in names:
+        if why_ignored(name) is None:
+            other = stored.setdefault(unwrapped(name), name)
+            if other != name:
+                raise TensorMismatchError(
+                    f"{where} holds {unwrapped(name)!r} twice: as {other!r} and {name!r}. Remove the tensor that is "
+                    "not meant."
+                )
+    return stored
 
 
 def adapters_in_files(rules: Iterable[TensorRule], shapes: Mapping[str, Shape]) -> Iterator[Adapter]:

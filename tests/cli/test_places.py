@@ -53,7 +53,7 @@ def refused(around: Path, path: object, command: tuple[str, ...]) -> str:
 #: Files of a directory -> what it is, and what to do.
 MISTAKEN = {
     "adapter": (
-        {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.safetensors": ""},
+        {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.bin": ""},
         ("it holds an adapter of PEFT, such as LoRA", "merge_and_unload"),
     ),
     "adapter within its model": (
