@@ -13,7 +13,9 @@ from dataclasses import replace
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import UnsupportedModelError
+from dist_ckpt_mistral.gather.index import IndexedTensor
 from dist_ckpt_mistral.gather.links import whole
+from dist_ckpt_mistral.gather.low_rank import ZerosFile
 from dist_ckpt_mistral.mapping.checkpoint_map import Twin
 from dist_ckpt_mistral.mapping.source import ModelSource, twin_differences
 from dist_ckpt_mistral.messages import listed
@@ -30,8 +32,12 @@ _CLASSES: Final = {
 }
 
 
-def megatron_table(source: ModelSource, layout: ParallelLayout) -> TensorTable:
-    """The table of the adapter in ``source``, a directory of PEFT, as Megatron-Bridge stores it at ``layout``.
+def in_megatron(source: ModelSource, layout: ParallelLayout) -> tuple[ModelSource, TensorTable]:
+    """The adapter in ``source``, a directory of PEFT, and its table, as Megatron-Bridge stores it at ``layout``.
+
+    Where PEFT adapts some of the matrices that are one in Megatron, such as ``q_proj`` without ``k_proj``, Bridge's
+    CanonicalLoRA still has an adapter of all: the others are zeros, which change nothing and are never trained, because
+    the gradients of A and B are products with B and A.
 
     Raises UnsupportedModelError if Bridge has no adapter like it.
     """
@@ -39,31 +45,49 @@ def megatron_table(source: ModelSource, layout: ParallelLayout) -> TensorTable:
     by_base: dict[str, list[Adapter]] = defaultdict(list)
     for adapter in source.table.adapters:
         by_base[adapter.base.mcore_key].append(adapter)
-    partial = [
-        part.hf_name
-        for adapters in by_base.values()
-        for part in adapters[0].base.parts
-        if part not in [each.parts[0] for each in adapters]
-    ]
-    if partial:
-        raise UnsupportedModelError(
-            f"{source.path} adapts some of the matrices that Megatron keeps as one, and not others "
-            f"({listed(partial)}): Megatron-Bridge's LoRA and CanonicalLoRA adapt all of them (q_proj, k_proj and "
-            "v_proj; gate_proj and up_proj). Merge it into its model first (peft: merge_and_unload), and import that; "
-            "or train it with these target_modules, too."
-        )
-    if all(_have_one_a(source, adapters) for adapters in by_base.values()):
+    absent = [each for adapters in by_base.values() for each in _absent(adapters)]
+    if not absent and all(_have_one_a(source, adapters) for adapters in by_base.values()):
         fused = [replace(a[0], form=Form.FUSED, parts=a[0].base.parts) for a in by_base.values()]
-        return source.table.of_adapters(fused)
-    separate = [replace(each, row_order_tp=layout.tp) for adapters in by_base.values() for each in adapters]
-    _LOG.info("the adapter has several A for one matrix of Megatron: it is stored as a CanonicalLoRA")
+        return source, source.table.of_adapters(fused)
+    _LOG.info("the adapter has no A in common for what is one matrix in Megatron: it is stored as a CanonicalLoRA")
+    if absent:
+        _LOG.info(
+            "stored as zeros, which change nothing: %s",
+            listed([each.parts[0].hf_name.split(".")[-2] for each in absent]),
+        )
+    separate = [replace(each, row_order_tp=layout.tp) for each in (*source.table.adapters, *absent)]
     if any(each.is_in_rank_order for each in separate):
         _LOG.warning(
             "Megatron-Bridge's CanonicalLoRA stores the rows of adapter_gate and adapter_up in an order that depends "
             "on the tensor parallelism: it loads this checkpoint rightly at tp=%d alone. Import again for another.",
             layout.tp,
         )
-    return source.table.of_adapters(separate)
+    return _with_zeros(source, source.table.of_adapters(absent)), source.table.of_adapters(separate)
+
+
+def _absent(adapters: Sequence[Adapter]) -> Iterator[Adapter]:
+    """Yield adapters of the parts of a matrix that ``adapters`` leave out."""
+    first, present = adapters[0], {adapter.parts[0].hf_name for adapter in adapters}
+    for part in first.base.parts:
+        if part.hf_name not in present:
+            yield replace(first, parts=(part,))
+
+
+def _with_zeros(source: ModelSource, table: TensorTable) -> ModelSource:
+    """``source`` with the tensors of ``table`` besides, all zero."""
+    number = len(source.index.files) + len(source.index.derived)
+    dtype = source.main_dtype
+    zeros = {
+        name: IndexedTensor.whole(name, dtype, tensor.shape, file=number, position=0)
+        for name, tensor in table.hf_tensors().items()
+    }
+    if not zeros:
+        return source
+    index = replace(
+        source.index, tensors={**source.index.tensors, **zeros}, derived=(*source.index.derived, ZerosFile())
+    )
+    links = {name: [whole(name, tensor.global_shape)] for name, tensor in zeros.items()}
+    return replace(source, index=index, links={**source.links, **links})
 
 
 def _require_one_rank(source: ModelSource) -> None:

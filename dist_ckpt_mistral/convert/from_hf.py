@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.convert.adapter_import import megatron_table, run_config_section
+from dist_ckpt_mistral.convert.adapter_import import in_megatron, run_config_section
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.describe import asset_texts, description_texts
 from dist_ckpt_mistral.convert.journal import Recipe
@@ -171,8 +171,7 @@ def _opened(
 ) -> tuple[ModelSource, TensorTable]:
     """What to import, and the table of its tensors in Megatron."""
     if place.kind is Kind.ADAPTER:
-        source = open_adapter(place.path, config=chosen_config(base))
-        return source, megatron_table(source, layout)
+        return in_megatron(open_adapter(place.path, config=chosen_config(base)), layout)
     if base is not None:
         raise ConfigError(f"{place.path} is a model: --base (base) goes with a PEFT directory of an adapter")
     source = open_hf(place.path, dtype=dtype and "float32")  # FP8 values are rounded once, when they are written

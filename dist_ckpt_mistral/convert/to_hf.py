@@ -29,7 +29,7 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.mapping.merge import adapter_part, base_part, merged
+from dist_ckpt_mistral.mapping.merge import adapter_part, base_part, merged, without_zeros
 from dist_ckpt_mistral.mapping.source import (
     ModelSource,
     completed,
@@ -165,7 +165,7 @@ def _alone(opened: ModelSource, adapter: AdapterConfig) -> ModelSource:
             "with the adapter merged.",
             opened.path,
         )
-    return replace(source, adapter_configs=(adapter,))
+    return replace(without_zeros(source), adapter_configs=(adapter,))
 
 
 def _merged(opened: ModelSource, model: ModelSource | None, adapter: AdapterConfig, dtype: str | None) -> ModelSource:
@@ -179,7 +179,7 @@ def _merged(opened: ModelSource, model: ModelSource | None, adapter: AdapterConf
                 "--base: a Hugging Face directory, a hub id or a Megatron checkpoint."
             )
     _LOG.info("adapter: alpha %s from %s, merged in float32", adapter.alpha, adapter.source)
-    return merged(model, adapter_part(opened), adapter, dtype)
+    return merged(model, without_zeros(adapter_part(opened)), adapter, dtype)
 
 
 def new_directory(

@@ -61,6 +61,15 @@ def _product(b: FloatArray, a: npt.NDArray[np.float64]) -> FloatArray:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class ZerosFile:
+    """A virtual file (``DerivedFile``) of zeros, of any length."""
+
+    def read_into(self, files: SourceFiles, position: int, buffer: memoryview) -> None:  # noqa: ARG002
+        """Fill ``buffer`` with zeros."""
+        buffer[:] = bytes(len(buffer))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MergedFile:
     """A virtual file (``DerivedFile``): a stored matrix with ``products`` added, in ``dtype``, in row-major order.

@@ -54,6 +54,26 @@ def adapter_part(source: ModelSource) -> ModelSource:
     )
 
 
+def without_zeros(source: ModelSource) -> ModelSource:
+    """The adapter in ``source`` without the matrices of which the imported one had none, if they are still zero.
+
+    ``from_hf`` stores zeros for a matrix that Megatron-Bridge cannot leave out.
+    """
+    files = source.hf_files
+    imported = {} if files is None else files.by_name(str(source.path), source.table.usual_name)
+    names = source.table.hf_tensors()
+    if not imported or not imported.keys() < names.keys():
+        return source
+    values = _values(source, (tensor for name, tensor in names.items() if name not in imported))
+    if any(value.any() for _, value in values):
+        return source
+    tensors = tuple(tensor for tensor in source.tensors if tensor.hf_name in imported)
+    kept = {tensor.rule.mcore_key for tensor in tensors}
+    table = source.table.of_adapters(each for each in source.table.adapters if each.b.mcore_key in kept)
+    links = {name: links for name, links in source.links.items() if name in imported}
+    return replace(source, table=table, tensors=tensors, links=links)
+
+
 def base_part(source: ModelSource) -> ModelSource:
     """The model of ``source`` without its adapter."""
     table = source.table.without_adapters()

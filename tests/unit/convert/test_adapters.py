@@ -139,14 +139,21 @@ def test_other_adapters_are_refused(change: dict[str, object], expected: str, mo
         from_hf(adapter, tmp_path / "ckpt")
 
 
-def test_some_of_the_matrices_that_are_one(model: Path, tmp_path: Path) -> None:
-    """q_proj without k_proj is no adapter of Megatron-Bridge: the error says which is missing, and the way out."""
-    adapter = save_adapter(
-        tmp_path / "adapter", model, shared_a=False, modules=("self_attn.q_proj", "self_attn.v_proj")
-    )
-    line = refusal(tmp_path, "from-hf", adapter, tmp_path / "ckpt")
-    assert "self_attn.k_proj.weight" in line
-    assert "merge_and_unload" in line
+@pytest.mark.parametrize("shared_a", [True, False])
+def test_some_of_the_matrices_that_are_one(model: Path, shared_a: bool, tmp_path: Path) -> None:
+    """Where PEFT leaves out k_proj, Bridge has zeros: the original comes back, and k_proj is merged bit for bit."""
+    modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+    adapter = save_adapter(tmp_path / "adapter", model, shared_a=shared_a, modules=modules)
+    from_hf(adapter, tmp_path / "ckpt", tp=2)
+    keys = {tensor.name for tensor in dcm.inspect(tmp_path / "ckpt").tensors}
+    assert "decoder.layers.self_attention.linear_qkv.adapter.adapter_k.linear_in.weight" in keys
+    to_hf(tmp_path / "ckpt", tmp_path / "out")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
+    to_hf(tmp_path / "ckpt", tmp_path / "merged", merge_adapter=True, base=model)
+    merged, original = (load_file(path / "model.safetensors") for path in (tmp_path / "merged", model))
+    changed = {name for name, values in merged.items() if values.tobytes() != original[name].tobytes()}
+    assert changed == {f"model.layers.{layer}.{module}.weight" for layer in (0, 1) for module in modules}
 
 
 def test_the_model_can_be_given(model: Path, tmp_path: Path) -> None:
