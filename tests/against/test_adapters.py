@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -90,34 +91,42 @@ def test_what_peft_saved_comes_back(tmp_path: Path) -> None:
     assert peft.PeftConfig.from_pretrained(str(tmp_path / "out")).lora_dropout == 0.1
 
 
+#: What some of the genuine adapters do not say themselves: their alpha, and the configuration of their model.
+UNSAID: dict[str, dict[str, Any]] = {
+    "both_0062": {"lora_alpha": 20},
+    "swift_0192": {"config": folder("bridge_0062") / "config.json"},
+}
+
+
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_genuine_saves_of_bridge(case: str, tmp_path: Path) -> None:
-    """What Bridge saved at TP2 x PP2 exports to what Bridge itself exports of the live model, bit for bit."""
-    root = shards_of_adapter(case)
-    to_hf(root, tmp_path / "out", lora_alpha=20 if case == "both_0062" else None)
+def test_genuine_saves(case: str, tmp_path: Path) -> None:
+    """What Bridge and ms-swift saved exports to the live adapter, bit for bit: for Bridge, to its own export."""
+    root, unsaid = shards_of_adapter(case), UNSAID.get(case, {})
+    to_hf(root, tmp_path / "out", **unsaid)
     assert described_file(tmp_path / "out" / "adapter_model.safetensors") == true_bytes(case)
-    ours, theirs = (
-        json.loads(path.read_bytes())
-        for path in (tmp_path / "out" / "adapter_config.json", folder(case) / "adapter_config.json")
-    )
-    unsaid = {"base_model_name_or_path"} | ({"lora_dropout"} if case == "both_0062" else set())
-    assert {k: v for k, v in ours.items() if k not in unsaid} == {k: v for k, v in theirs.items() if k not in unsaid}
-    assert not dcm.inspect(root).problems
-    assert dcm.check(root).is_sound
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_bytes())
+    if case != "swift_0192":
+        theirs = json.loads((folder(case) / "adapter_config.json").read_bytes())
+        unknown = {"base_model_name_or_path"} | ({"lora_dropout"} if case == "both_0062" else set())
+        assert {name for name in content | theirs if content.get(name) != theirs.get(name)} <= unknown
+    assert (content["r"], content["lora_alpha"]) == (8, 20)
+    config = unsaid.get("config")
+    assert not dcm.inspect(root, config=config).problems
+    assert dcm.check(root, config=config).is_sound
     layout = dcm.ParallelLayout(tp=2, pp=1 if case == "both_0062" else 2)
-    assert dcm.plan_reading(root, layout).reads_only_whole_chunks
+    assert dcm.plan_reading(root, layout, config=config).reads_only_whole_chunks
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_genuine_saves_merge(case: str, tmp_path: Path) -> None:
     """Their merged export is what peft merges, bit for bit; a checkpoint with the model needs no other."""
-    model = tmp_path / "model"
+    model, root, unsaid = tmp_path / "model", shards_of_adapter(case), UNSAID.get(case, {})
     to_hf(folder("bridge_0062") / "checkpoint", model, config=folder("bridge_0062") / "config.json")
-    alpha, base = (20, None) if case == "both_0062" else (None, model)
-    to_hf(shards_of_adapter(case), tmp_path / "out", lora_alpha=alpha)
-    to_hf(shards_of_adapter(case), tmp_path / "merged", lora_alpha=alpha, merge_adapter=True, base=base)
+    base = None if case == "both_0062" else model
+    to_hf(root, tmp_path / "out", **unsaid)
+    to_hf(root, tmp_path / "merged", merge_adapter=True, base=base, **unsaid)
     if base is None:
-        with dcm.open_checkpoint(shards_of_adapter(case)) as checkpoint:
+        with dcm.open_checkpoint(root) as checkpoint:
             original = load_file(model / "model.safetensors")
             assert all(torch.equal(checkpoint[name], tensor) for name, tensor in original.items())
     adapted = PeftModel.from_pretrained(loaded(model, torch.bfloat16), str(tmp_path / "out"))

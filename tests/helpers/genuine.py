@@ -52,8 +52,13 @@ ZARR: Final = {
     "fsms_zarr_0153": "",
     "dpzero_zarr_0153": "",
 }
-#: Adapters of Megatron-Bridge, on the model of bridge_0062. Their truth has the names of PEFT.
-ADAPTERS: Final = {"lora_0062": "iter_0000005", "canonical_0062": "iter_0000005", "both_0062": "iter_0000005"}
+#: Adapters on a model like bridge_0062, of Megatron-Bridge and of ms-swift. Their truth has the names of PEFT.
+ADAPTERS: Final = {
+    "lora_0062": "iter_0000005",
+    "canonical_0062": "iter_0000005",
+    "both_0062": "iter_0000005",
+    "swift_0192": "iter_0000005",
+}
 
 
 def folder(case: str) -> Path:
