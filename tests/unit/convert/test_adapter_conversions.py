@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -132,7 +133,7 @@ def test_a_rank_that_tp_does_not_divide(tmp_path: Path) -> None:
         ({"base_model_name_or_path": None}, "expected the adapter's model, got none"),
     ],
 )
-def test_other_adapters_are_refused(change: dict[str, object], expected: str, model: Path, tmp_path: Path) -> None:
+def test_other_adapters_are_refused(change: dict[str, Any], expected: str, model: Path, tmp_path: Path) -> None:
     """What PEFT has besides plain LoRA is refused by name."""
     adapter = save_adapter(tmp_path / "adapter", model, shared_a=True, **change)
     with pytest.raises(ConfigError, match=expected.replace("(", r"\(")):
