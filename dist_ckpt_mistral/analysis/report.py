@@ -21,7 +21,6 @@ from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, d
 from dist_ckpt_mistral.mapping.consolidated import consolidated_shapes
 from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
-from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter
 from dist_ckpt_mistral.messages import counted, grouped, human_bytes
 from dist_ckpt_mistral.model.config.mistral_config import SLIDING, ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import model_prefix, why_ignored
@@ -124,6 +123,8 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
 
 def _inspect_adapter(place: Place, config: ChosenConfig | None) -> Report:
     """The report on a directory of PEFT."""
+    from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter  # noqa: PLC0415  (others do without)
+
     file_set = adapter_file_set(place.path)
     problems: list[str] = []
     agreed, names, ignored = None, {tensor.name: tensor.name for tensor in file_set.tensors()}, dict[str, str]()
