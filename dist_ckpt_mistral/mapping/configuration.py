@@ -406,7 +406,7 @@ def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = Par
     table = tensor_table(known.config)
     if holds_adapter(checkpoint.tensors):
         found = match_adapter(table, checkpoint, state)
-        has_base = holds_base(checkpoint.tensors)
+        has_base = state is ParamState.WEIGHTS and holds_base(checkpoint.tensors)
         table = (table.with_adapters if has_base else table.of_adapters)(found.table.adapters)
     else:
         shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}

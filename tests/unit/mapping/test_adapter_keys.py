@@ -170,6 +170,18 @@ def test_a_model_inside_wrappers(tensors: Arrays, model: Path, tmp_path: Path) -
         to_hf(twice, tmp_path / "never", config=config, merge_adapter=True, lora_alpha=1.0)
 
 
+def test_the_master_weights(tensors: Arrays, model: Path, tmp_path: Path) -> None:
+    """An optimizer has the state of the adapter alone; its float32 copy is exported with --weights master."""
+    bridge = as_bridge(tensors)
+    masters = {f"optimizer.state.fp32_param.{key}": 2 * array for key, array in bridge.items()}
+    moments = {f"optimizer.state.exp_avg.{key}": 3 * array for key, array in bridge.items()}
+    frozen = {"embedding.word_embeddings.weight": np.ones((SIZES["vocab_size"], HIDDEN), np.float32)}
+    ckpt = store(tmp_path / "ckpt", {**bridge, **masters, **moments, **frozen})
+    to_hf(ckpt, tmp_path / "out", config=model / "config.json", weights="master", lora_alpha=1.0)
+    twice = store(tmp_path / "twice", {key: 2 * array for key, array in bridge.items()})
+    assert dcm.compare(tmp_path / "out", twice, config=model / "config.json").is_equal
+
+
 @pytest.mark.parametrize(
     ("key", "what"),
     [
