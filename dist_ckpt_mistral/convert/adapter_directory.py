@@ -6,9 +6,11 @@ Source: PEFT 0.21, utils/save_and_load.py and config.py.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
@@ -18,6 +20,10 @@ from dist_ckpt_mistral.mapping.adapter_description import ADAPTER_CONFIG_FILE, A
 from dist_ckpt_mistral.mapping.merge import ranks_of_modules
 from dist_ckpt_mistral.mapping.source import ModelSource
 from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
+from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX
+
+#: What names of modules of a multimodal model's language model have, and those of its vision tower have not.
+_LANGUAGE: Final = f"{LANGUAGE_PREFIX}layers."
 
 
 def adapter_of(source: ModelSource, lora_alpha: float | None = None, base: str | None = None) -> AdapterConfig:
@@ -47,7 +53,9 @@ def adapter_files(source: ModelSource, dtype: str | None) -> FileSet:
 
 def adapter_texts(source: ModelSource, config: AdapterConfig) -> dict[str, bytes | None]:
     """The content of adapter_config.json, as PEFT writes it."""
-    content = config.to_peft(ranks_of_modules(source.table))
+    ranks = ranks_of_modules(source.table)
+    is_within = source.config.vision is not None and all(_LANGUAGE in name for name in ranks)
+    content = config.to_peft(ranks, within=re.escape(_LANGUAGE) if is_within else "")
     return {ADAPTER_CONFIG_FILE: json.dumps(content, indent=2, sort_keys=True).encode()}
 
 

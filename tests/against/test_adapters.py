@@ -12,10 +12,11 @@ import pytest
 import torch
 from genuine import ADAPTERS, described_file, folder, shards_of_adapter, true_bytes
 from hf_models import random_model, saved
+from multimodal_models import MULTIMODAL
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_adapters import ALPHA, save_adapter
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.convert.from_hf import from_hf
@@ -89,6 +90,27 @@ def test_what_peft_saved_comes_back(tmp_path: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
     assert peft.PeftConfig.from_pretrained(str(tmp_path / "out")).lora_dropout == 0.1
+
+
+def test_a_multimodal_model(tmp_path: Path) -> None:
+    """An adapter of the language model has the names of the model in memory, and leaves the vision tower alone."""
+    model = MULTIMODAL["mistral small 3"].model()
+    model.save_pretrained(tmp_path / "model")
+    only_text = rf".*language_model.*\.({'|'.join(EVERY)})"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=only_text, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    from_hf(tmp_path / "adapter", tmp_path / "ckpt", base=tmp_path / "model")
+    to_hf(tmp_path / "ckpt", tmp_path / "out", lora_alpha=8)  # adapter_config.json is made anew
+    to_hf(tmp_path / "ckpt", tmp_path / "merged", merge_adapter=True, base=tmp_path / "model")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    assert not [each for each, _ in adapted.named_parameters() if "vision_tower" in each and "lora_" in each]
+    by_peft = adapted.merge_and_unload().state_dict()
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
+    assert ours.keys() == by_peft.keys()
+    assert [each for each, tensor in ours.items() if not torch.equal(tensor, by_peft[each])] == []
 
 
 #: What some of the genuine adapters do not say themselves: their alpha, and the configuration of their model.

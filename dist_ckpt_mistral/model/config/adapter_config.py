@@ -134,10 +134,11 @@ class AdapterConfig:
             base_model=_text(args.get("model")),
         )
 
-    def to_peft(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+    def to_peft(self, ranks: Mapping[str, int], within: str = "") -> dict[str, Any]:
         """The content of adapter_config.json for an adapter of the modules ``ranks`` (name -> rank).
 
-        An imported content that says the same is returned as it is.
+        ``within`` is a part of all their names, where modules elsewhere end like them, as in a vision tower. If an
+        imported content says the same, it is returned as it is.
         """
         usual = Counter(ranks.values()).most_common(1)[0][0]
         targets = sorted({name.rpartition(".")[2] for name in ranks})
@@ -158,7 +159,7 @@ class AdapterConfig:
             "peft_type": "LORA",
             "r": usual,
             "rank_pattern": {end: rank for end, (rank, *_) in sorted(ends.items()) if rank != usual},
-            "target_modules": targets,
+            "target_modules": rf".*{within}.*\.({'|'.join(targets)})" if within else targets,
             "task_type": "CAUSAL_LM",
             "use_dora": False,
             "use_rslora": self.use_rslora,
