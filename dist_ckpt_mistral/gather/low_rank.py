@@ -3,8 +3,8 @@
 A value is ``float32(w) + scale * (B A)`` in float32, rounded once more, to the element type of the file. Each element
 of B A is a sum over the rank, in its order, of products that are added with one rounding each (fused multiply-add).
 That is what torch 2.13 computes on x86 CPUs, bit for bit, and it does not depend on how the matrices are divided;
-numpy's own matrix product does. A fused multiply-add is computed in float64 and rounded to float32: two roundings, which
-give another result than one where the first ends halfway between two float32 values (an estimate: one in 2**29).
+numpy's own matrix product does. A fused multiply-add is computed in float64 and rounded to float32: two roundings,
+which give another result than one where the first ends halfway between two float32 values (an estimate: one in 2**29).
 """
 
 from __future__ import annotations
