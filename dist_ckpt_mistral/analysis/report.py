@@ -135,8 +135,36 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
         >>> dist_ckpt_mistral.inspect("ckpt").problems  # doctest: +SKIP
         ()
     """
-    place, chosen = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT), chosen_config(config)
+    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT, Kind.ADAPTER)
+    chosen = chosen_config(config)
+    if place.kind is Kind.ADAPTER:
+        return _inspect_adapter(place, chosen)
     return _inspect_megatron(place.path, chosen) if place.kind is Kind.CHECKPOINT else _inspect_hf(place, chosen)
+
+
+def _inspect_adapter(place: Place, config: ChosenConfig | None) -> Report:
+    """The report on a directory of PEFT."""
+    from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter  # noqa: PLC0415  (others do without)
+
+    file_set = adapter_file_set(place.path)
+    problems: list[str] = []
+    agreed, names, ignored = None, {tensor.name: tensor.name for tensor in file_set.tensors()}, dict[str, str]()
+    try:
+        source = open_adapter(place.path, config=config)
+        agreed, ignored = source.agreed, dict(source.ignored)
+    except DistCkptMistralError as error:
+        problems.append(str(error))
+    return Report(
+        path=str(place.path),
+        kind=place.kind.value,
+        format="safetensors",
+        config_from=agreed.source if agreed else None,
+        config=_config_values(agreed),
+        tensors=tuple(_hf_tensor_report(tensor, names, ignored) for tensor in file_set.tensors()),
+        objects=(),
+        files={name: file.num_bytes for name, file in file_set.files.items()},
+        problems=tuple(problems),
+    )
 
 
 def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
@@ -221,6 +249,7 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
     except DistCkptMistralError as error:
         problems.append(str(error))
     prefix = model_prefix(checkpoint.tensors)
+    is_adapter = checkpoint_map is not None and bool(checkpoint_map.table.adapters)
     files = _file_sizes(checkpoint)
     try:
         checkpoint.require_whole(files)
@@ -228,7 +257,7 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
         problems.append(str(error))
     return Report(
         path=str(checkpoint.directory),
-        kind=f"Megatron {checkpoint.backend} checkpoint",
+        kind=f"Megatron {checkpoint.backend} checkpoint" + (" of an adapter" if is_adapter else ""),
         format=_generation(checkpoint),
         config_from=agreed.source if agreed else None,
         config=_config_values(agreed),

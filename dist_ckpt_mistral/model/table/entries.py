@@ -56,6 +56,9 @@ _NOT_WEIGHTS: Final = (
 #: Parts of names that only tensors of an adapter have, or of a model that an adapter wraps: peft 0.17 in adapter files
 #: and whole state dicts; Megatron-Bridge 0.6 (peft/lora.py, canonical_lora.py, dora.py) and NeMo in checkpoints.
 _OF_ADAPTER: Final = re.compile(r"base_model\.model\.|(.*\.)?(adapter|lora|to_wrap\.|base_layer\.|modules_to_save\.)")
+#: The words that a model's own tensors have more where an adapter wraps their module: those of Megatron-Bridge (peft/
+#: adapter_wrapper.py) and of PEFT.
+_WRAPPED: Final = re.compile(r"\b(to_wrap|base_layer)\.")
 _HF_NOT_WEIGHTS: Final = ((re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recomputed from rope_theta by every reader"),)
 
 
@@ -98,6 +101,11 @@ def why_ignored(mcore_key: str, prefix: str = "") -> str | None:
 def is_of_adapter(name: str) -> bool:
     """Whether the key or Hugging Face name is that of an adapter's tensor or of a model wrapped in an adapter."""
     return _OF_ADAPTER.match(name) is not None
+
+
+def unwrapped(name: str) -> str:
+    """The name that a tensor of a model has where no adapter wraps its module."""
+    return _WRAPPED.sub("", name)
 
 
 def why_hf_ignored(hf_name: str) -> str | None:
