@@ -36,7 +36,7 @@ _NEMO_FOLDERS: Final = ("context/tokenizer", "context/nemo_tokenizer")
 _TEMPLATES_FOLDER: Final = "additional_chat_templates"
 #: Where peft is installed, transformers applies the adapter that this file describes to the model beside it
 #: (integrations/peft.py, 5.24).
-_ADAPTER_FILE: Final = "adapter_config.json"
+ADAPTER_FILE: Final = "adapter_config.json"
 
 #: The files of a tokenizer, and those that say how a model is run. Of a directory that is known only by the path in a
 #: checkpoint, nothing else is copied: it may hold anything.
@@ -58,7 +58,7 @@ _LEFT_BEHIND: Final[Mapping[str, str | None]] = {
     CHECKSUMS_FILE: "",  # the output gets its own
     MANIFEST_FILE: "",  # likewise
     RECORD_FILE: "",  # it describes the files of a checkpoint's root
-    _ADAPTER_FILE: _ADAPTER,
+    ADAPTER_FILE: _ADAPTER,
     "adapter_model.*": _ADAPTER,
     "*quant*.json": _QUANTIZED,  # hf_quant_config (ModelOpt), quantize_config (GPTQ), quant_config (AWQ), ...
     "*quant*.y*ml": _QUANTIZED,
@@ -153,14 +153,17 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) if "*" in pattern else name == pattern
 
 
-def small_files(directory: Path) -> dict[str, Path]:
+def small_files(directory: Path, *, of_adapter: bool = False) -> dict[str, Path]:
     """The files in ``directory`` that are copied with the model: relative name -> path, sorted by name.
 
-    Names may begin with the folder of chat templates. Warnings name the files that stay behind.
+    Names may begin with the folder of chat templates. Warnings name the files that stay behind, except the files of an
+    adapter where that is what is copied.
     """
     files = {}
     for path in _entries(directory):
         why = why_left_behind(path.name)
+        if why == _ADAPTER and of_adapter:
+            continue
         if why is None:
             why = _why_left_by_content(path, directory)
         if why is None:
