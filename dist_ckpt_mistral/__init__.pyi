@@ -48,6 +48,8 @@ from .megatron.build_model import build_model as build_model
 from .megatron.export_weights import export_weights as export_weights
 from .megatron.hf_metadata import add_hf_metadata as add_hf_metadata
 from .megatron.load_model import load_model as load_model
+from .megatron.load_sharded import LoadStrategy as LoadStrategy
+from .megatron.load_sharded import load as load
 from .megatron.load_weights import load_weights as load_weights
 from .megatron.runtime import initialize_megatron as initialize_megatron
 from .megatron.save_hf import save_hf as save_hf
@@ -69,4 +71,6 @@ from .model.layout.pipeline import ModelChunk as ModelChunk
 from .model.table.rules import KeyStyle as KeyStyle
 from .model.table.rules import LayerSpec as LayerSpec
 from .views.lazy import LazyCheckpoint as LazyCheckpoint
+from .views.lazy import LazyTensor as LazyTensor
 from .views.lazy import open_checkpoint as open_checkpoint
+from .views.torch_dcp import HfNamedReader as HfNamedReader

@@ -216,7 +216,7 @@ class _AnnotatedBuild:
         prefix = key.removesuffix(self.weight_key)
 
         def annotated(entry: object) -> object:
-            return _annotated_tensor(self.index, prefix, entry) if isinstance(entry, ShardedTensor) else entry
+            return annotated_tensor(self.index, prefix, entry) if isinstance(entry, ShardedTensor) else entry
 
         return dict_list_map_outplace(annotated, self.build_fn(key, *args))
 
@@ -226,7 +226,7 @@ def _annotated(entry: object, index: StoredIndex) -> object:
     if isinstance(entry, HfShardedTensor | HfShardedTensorFactory) or why_ignored(getattr(entry, "key", "")):
         return entry
     if isinstance(entry, ShardedTensor):
-        return _annotated_tensor(index, "", entry)
+        return annotated_tensor(index, "", entry)
     if isinstance(entry, ShardedTensorFactory):
         values = {field.name: getattr(entry, field.name) for field in fields(ShardedTensorFactory)}
         values["build_fn"] = _AnnotatedBuild(entry.build_fn, entry.key, index)
@@ -236,7 +236,7 @@ def _annotated(entry: object, index: StoredIndex) -> object:
     return entry
 
 
-def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
+def annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
     """``tensor`` with Hugging Face names. Raises TensorMismatchError for an unknown key, offset or shape."""
     layers = _stored_layers(index, tensor.key.removeprefix(prefix), tensor)
     if not layers:

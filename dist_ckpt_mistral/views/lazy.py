@@ -73,6 +73,11 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         """The configuration of the model."""
         return self._source.config
 
+    @property
+    def path(self) -> Path:
+        """The directory of the model; of a checkpoint root, the iteration's directory."""
+        return self._source.path
+
     def __getitem__(self, key: Key) -> torch.Tensor:
         """Read one tensor, or a part of it.
 
