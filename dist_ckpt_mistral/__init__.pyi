@@ -73,4 +73,9 @@ from .model.table.rules import LayerSpec as LayerSpec
 from .views.lazy import LazyCheckpoint as LazyCheckpoint
 from .views.lazy import LazyTensor as LazyTensor
 from .views.lazy import open_checkpoint as open_checkpoint
+from .views.tensorstore_index import WeightIndex as WeightIndex
+from .views.tensorstore_index import index_problems as index_problems
+from .views.tensorstore_index import write_index as write_index
 from .views.torch_dcp import HfNamedReader as HfNamedReader
+from .views.zarr_store import ZarrStore as ZarrStore
+from .views.zarr_store import zarr_store as zarr_store

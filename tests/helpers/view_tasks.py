@@ -104,8 +104,9 @@ def _flat(state: object, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a loaded state dict, by their places."""
-    return {path: each.detach() for path, each in _flat(state) if isinstance(each, torch.Tensor)}
+    """The tensors of a loaded state dict, by their places, without Transformer Engine's extra state."""
+    tensors = ((path, each) for path, each in _flat(state) if isinstance(each, torch.Tensor))
+    return {path: each.detach() for path, each in tensors if "_extra_state" not in path}
 
 
 def _different(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> list[str]:
@@ -188,7 +189,8 @@ def load_by_dcp(*, layout: dict[str, Any], truth: str, config: str, sources: lis
         state = model.state_dict()
         with counted_reads() as read:
             dcp.load(state, storage_reader=HfNamedReader(source, config))
-        result["sharded"].append(sum(each.to_local().nbytes for each in state.values()) - sum(read))
+        needed = (each.to_local().numel() * expected[name].element_size() for name, each in state.items())
+        result["sharded"].append(sum(needed) - sum(read))
         for name, each in model.state_dict().items():
             result["different"] += [] if _is(each, expected[name].bfloat16()) else [f"FSDP2: {name}"]
     result["parameters"] = len(state)
