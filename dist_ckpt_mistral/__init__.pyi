@@ -70,6 +70,7 @@ from .model.layout.local_tensors import LocalTensor as LocalTensor
 from .model.layout.pipeline import ModelChunk as ModelChunk
 from .model.table.rules import KeyStyle as KeyStyle
 from .model.table.rules import LayerSpec as LayerSpec
+from .views.hf_files import HfFileSystem as HfFileSystem
 from .views.lazy import LazyCheckpoint as LazyCheckpoint
 from .views.lazy import LazyTensor as LazyTensor
 from .views.lazy import open_checkpoint as open_checkpoint

@@ -116,8 +116,10 @@ def _problems(public: Any) -> Iterator[str]:  # noqa: ANN401  (a function or cla
     expected = []
     if dataclasses.is_dataclass(public):
         expected = [field.name for field in dataclasses.fields(public) if not field.name.startswith("_")]
-    elif inspect.isfunction(public) or "__init__" in vars(public):
+    elif inspect.isfunction(public):
         expected = list(inspect.signature(public).parameters)
+    elif "__init__" in vars(public):
+        expected = list(inspect.signature(public.__init__).parameters)[1:]  # fsspec's metaclass hides those of a class
     if inspect.isfunction(public):
         result = str(inspect.signature(public).return_annotation)
         needed = {"Yields"} if result.startswith("Iterator") else {"Returns"} if result != "None" else set()

@@ -193,9 +193,9 @@ def _grids(source: ModelSource) -> tuple[dict[str, CellGrid], dict[str, str]]:
     for key, tensor in source.index.tensors.items():
         wanted[f"{_MEGATRON}/{key}"] = tensor.global_shape, [whole(key, tensor.global_shape)]
     grids, left_out = dict[str, CellGrid](), dict[str, str]()
-    for name, (shape, links) in wanted.items():
+    for name, (shape, sources) in wanted.items():
         try:
-            grids[name] = cell_grid(source.index, name, shape, links)
+            grids[name] = cell_grid(source.index, name, shape, sources)
         except UnsupportedFormatError as error:
             left_out[name] = str(error)
     return grids, left_out

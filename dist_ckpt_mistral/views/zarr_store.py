@@ -28,7 +28,7 @@ from dist_ckpt_mistral.views.tensorstore_index import array_metadata
 _CHUNK_BYTES: Final = 4 << 20
 _METADATA: Final = "zarr.json"
 _GROUP: Final = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode()
-_BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
+_BFLOAT16: Final[np.dtype[Any]] = np.dtype(ml_dtypes.bfloat16)
 
 
 def zarr_store(source: str | Path, config: GivenConfig | None = None) -> ZarrStore:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from genuine import GENUINE, ZARR, folder, truth
 from reads import counted_reads
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dist_ckpt_mistral as dcm
@@ -27,7 +29,7 @@ def reader(case: str) -> dcm.HfNamedReader:
 
 def load(state: dict[str, torch.Tensor], reader: dcm.HfNamedReader) -> None:
     """Load without a process group."""
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    dcp_load(state, storage_reader=reader, no_dist=True)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -112,11 +114,11 @@ def test_hugging_face_files_are_read_too(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_an_error() -> None:
     """A name that the model has not is DCP's error, another shape too; an object is ours."""
-    with pytest.raises(dcp.api.CheckpointException, match=r"Missing key in checkpoint state_dict: other\.weight"):
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: other\.weight"):
         load({"other.weight": torch.zeros(1)}, reader("td_0192"))
-    with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
+    with pytest.raises(CheckpointException, match="Size mismatch"):
         load({"model.norm.weight": torch.zeros(3)}, reader("td_0192"))
-    planner = dcp.DefaultLoadPlanner()
+    planner = DefaultLoadPlanner()
     planner.set_up_planner(
         {"model.norm.weight": torch.zeros(64)}, reader("td_0192").read_metadata(), is_coordinator=True
     )
@@ -127,6 +129,6 @@ def test_what_is_not_there_is_an_error() -> None:
     assert not dcm.HfNamedReader.validate_checkpoint_id("anything")
 
 
-def _as_object(item: object) -> object:
+def _as_object(item: ReadItem) -> ReadItem:
     """The same item of a plan, asking for bytes."""
-    return dataclasses.replace(item, type=LoadItemType.BYTE_IO)  # type: ignore[type-var]
+    return dataclasses.replace(item, type=LoadItemType.BYTE_IO)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from gpt_stage import Stage
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from reads import counted_reads
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -53,12 +53,9 @@ def load_entries_anywhere(
         theirs = _tensors(dist_checkpointing.load(entries(), at))
     applied = entries()
     apply_factories(applied)
-    stored = read_metadata(Path(at)).state_dict_metadata
-    needed = sum(
-        _stored_elements(entry, stored_rows) * stored[entry.key].properties.dtype.itemsize
-        for entry in nested_values(applied)
-        if isinstance(entry, ShardedTensor)
-    )
+    stored: Any = read_metadata(Path(at)).state_dict_metadata
+    tensors = [entry for entry in nested_values(applied) if isinstance(entry, ShardedTensor)]
+    sizes = [_stored_elements(entry, stored_rows) * stored[entry.key].properties.dtype.itemsize for entry in tensors]
     with counted_reads() as read:
         ours = load(entries(), at, config=model_config)
     read_bytes = sum(read)
@@ -83,7 +80,7 @@ def load_entries_anywhere(
         "parts": sum(each.numel() for each in built.values()) - sum(each.numel() for each in theirs.values()),
         "padding": padding,
         "read_bytes": read_bytes,
-        "needed_bytes": needed,
+        "needed_bytes": sum(sizes),
     }
 
 
@@ -173,7 +170,7 @@ def load_by_dcp(*, layout: dict[str, Any], truth: str, config: str, sources: lis
             placement = Replicate() if axis == tensor.dim() else Shard(axis)
             state[name] = distribute_tensor(torch.zeros_like(tensor), mesh, [placement])
         with counted_reads() as read:
-            dcp.load(state, storage_reader=HfNamedReader(source, config))
+            dcp_load(state, storage_reader=HfNamedReader(source, config))
         result["read"].append(sum(read))
         result["local"].append(sum(each.to_local().nbytes for each in state.values()))
         result["different"] += [name for name, each in state.items() if not _is(each, expected[name])]
@@ -188,7 +185,7 @@ def load_by_dcp(*, layout: dict[str, Any], truth: str, config: str, sources: lis
                 parameter.fill_(float("nan"))
         state = model.state_dict()
         with counted_reads() as read:
-            dcp.load(state, storage_reader=HfNamedReader(source, config))
+            dcp_load(state, storage_reader=HfNamedReader(source, config))
         needed = (each.to_local().numel() * expected[name].element_size() for name, each in state.items())
         result["sharded"].append(sum(needed) - sum(read))
         for name, each in model.state_dict().items():
