@@ -85,7 +85,7 @@ class HfFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is untyp
         found: dict[str, int | None] = {path: self._sizes[path]} if path in self._sizes else {}
         for name in self._sizes:
             if path not in found and name.startswith(top):
-                first, _, rest = name[len(top) :].partition("/")
+                first, _slash, rest = name[len(top) :].partition("/")
                 found[top + first] = None if rest else self._sizes[name]
         if not found:
             raise FileNotFoundError(path)
