@@ -16,6 +16,7 @@ from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, UnsupportedFormatError
 from dist_ckpt_mistral.formats.ocdbt import MANIFEST_FILE, SHARDS_FILE, FileRange, database
+from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint, open_stored
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.gather.digest import digest
@@ -83,7 +84,7 @@ def write_index(
         done = dcm.write_index("ckpt")
         tensorstore.open(f"file://{done.directory}/|ocdbt:hf/model.norm.weight/|zarr3:").result()
     """
-    source = open_megatron(Path(checkpoint), config=chosen_config(config))
+    source = open_megatron(locate(checkpoint, Kind.CHECKPOINT).path, config=chosen_config(config))
     require_equal_twins(source, only_hidden=True)
     directory = source.path
     was_stale = index_problems(directory)
@@ -123,7 +124,7 @@ def index_problems(checkpoint: str | Path) -> tuple[str, ...]:
     Example:
         ``assert not dcm.index_problems("ckpt")``
     """
-    stored = open_stored(Path(checkpoint), with_common_state=False)
+    stored = open_stored(locate(checkpoint, Kind.CHECKPOINT).path, with_common_state=False)
     if not (stored.directory / MANIFEST_FILE).is_file():
         return ()
     path = stored.directory / SHARDS_FILE

@@ -12,10 +12,9 @@ from typing import Any, ClassVar, Final, NoReturn, Self
 
 import ml_dtypes
 import numpy as np
+import zarr
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.core.dtype import data_type_registry
-from zarr.core.dtype.common import DataTypeValidationError
-from zarr.core.dtype.wrapper import ZDType
+from zarr.dtype import ZDType, data_type_registry
 
 from dist_ckpt_mistral.errors import UnsupportedFormatError
 from dist_ckpt_mistral.gather import dtypes
@@ -28,6 +27,10 @@ from dist_ckpt_mistral.views.tensorstore_index import array_metadata
 _CHUNK_BYTES: Final = 4 << 20
 _METADATA: Final = "zarr.json"
 _GROUP: Final = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode()
+#: What a data type raises for another dtype. It has moved between 3.1.6 and 3.4.2, where its old place warns.
+_Unfit: Final[type[Exception]] = (
+    getattr(zarr.errors, "DataTypeValidationError", None) or zarr.dtype.DataTypeValidationError
+)
 _BFLOAT16: Final[np.dtype[Any]] = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -219,7 +222,7 @@ class BFloat16(ZDType):  # type: ignore[misc]  # zarr may be missing
 
     @classmethod
     def from_native_dtype(cls, dtype: Any) -> Self:  # noqa: ANN401  (as ZDType)
-        """The data type of a numpy dtype. Raises DataTypeValidationError if it is another."""
+        """The data type of a numpy dtype. Raises zarr's DataTypeValidationError if it is another."""
         return cls._require(matches=dtype == _BFLOAT16, data=dtype)
 
     def to_native_dtype(self) -> np.dtype[Any]:
@@ -237,7 +240,7 @@ class BFloat16(ZDType):  # type: ignore[misc]  # zarr may be missing
     @classmethod
     def _require(cls, *, matches: bool, data: object) -> Self:
         if not matches:
-            raise DataTypeValidationError(f"expected bfloat16, got {data!r}")
+            raise _Unfit(f"expected bfloat16, got {data!r}")
         return cls()
 
     def to_json(self, zarr_format: int) -> str:

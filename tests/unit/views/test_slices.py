@@ -43,7 +43,7 @@ def test_all_of_every_case_without_torch(case: str) -> None:
             assert sum(read) == len(content)
 
 
-@pytest.mark.parametrize("case", ["td_0192", "te_moe_0192", "mistral4_0192", "zarr_ckpt", "fsms_zarr_0153"])
+@pytest.mark.parametrize("case", ["te_moe_0192", "mistral4_0192", "fsms_zarr_0153"])
 @pytest.mark.parametrize(
     "index",
     [
