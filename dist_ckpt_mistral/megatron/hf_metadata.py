@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -187,8 +187,12 @@ class StoredLayer:
 StoredIndex: TypeAlias = dict[tuple[str, tuple[int, ...]], StoredLayer]
 
 
-def stored_index(table: TensorTable) -> StoredIndex:
-    """All stored tensors in all key styles, by (key, offset on the axes of layer and expert)."""
+#: The key styles of a GPTModel. Those of a HybridModel use the same keys for other layers.
+_GPT_STYLES: Final = tuple(style for style in KeyStyle if style is not KeyStyle.HYBRID)
+
+
+def stored_index(table: TensorTable, *styles: KeyStyle) -> StoredIndex:
+    """All stored tensors in ``styles``, by (key, offset on the axes of layer and expert); by default a GPTModel's."""
     hf_tensors = defaultdict[tuple[str, Index], list[tuple[HfTensor, Index]]](list)
     for tensor in table.hf_tensors().values():
         for index, at in () if tensor.is_alias else tensor.packed():
@@ -196,7 +200,7 @@ def stored_index(table: TensorTable) -> StoredIndex:
     return {
         (rows.mcore_key, rows.index): StoredLayer(rule, rows, tuple(hf_tensors[rule.mcore_key, index]))
         for rule in table.rules
-        for style in KeyStyle
+        for style in styles or _GPT_STYLES
         for index in rule.indices()
         for key in rule.keys
         for rows in table.stored(rule, index, style, key)

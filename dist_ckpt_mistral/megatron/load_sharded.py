@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,9 +43,11 @@ from dist_ckpt_mistral.megatron.load_weights import Filling, overwriting
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import flat_state, is_extra_state, split_state_key
-from dist_ckpt_mistral.model.table.rules import ParamState
+from dist_ckpt_mistral.model.table.rules import KeyStyle, ParamState
 
 _LOG = logging.getLogger(__name__)
+#: The number of a layer in a key.
+_LAYER: Final = re.compile(r"\.layers\.(\d+)\.")
 #: Opens the stored tensors of a state of the parameters: the weights, or a state of the optimizer.
 _Opener = Callable[[ParamState], ModelSource]
 
@@ -241,7 +244,10 @@ class _Finder:
         """Find the prefix that the keys of all ``tensors`` share. Raises TensorMismatchError if there are several."""
         self._source, self._state = source, state
         self._index: StoredIndex = stored_index(source.table)
-        self._known = {key for key, _ in self._index}
+        hybrid = stored_index(source.table, KeyStyle.HYBRID)
+        self._known = {key for key, _ in (*self._index, *hybrid)}
+        if _is_hybrid({self._parts(tensor.key)[1] for tensor in tensors}, self._index, hybrid):
+            self._index = hybrid
         prefixes = {self._parts(tensor.key)[0] for tensor in tensors}
         if len(prefixes) > 1:
             quoted = listed(sorted(map(repr, prefixes)))
@@ -282,6 +288,24 @@ class _Finder:
             local_offset=(0, 0),
         )
         return (box,) if rows else ()
+
+
+def _is_hybrid(keys: set[str], gpt: StoredIndex, hybrid: StoredIndex) -> bool:
+    """Whether keys are those of a HybridModel, in which attention and MLP have layer numbers of their own.
+
+    Raises TensorMismatchError where the keys of a part of a model fit it and a GPTModel, for other layers.
+    """
+    layers = {key: int(number[1]) for key in keys if (number := _LAYER.search(key))}
+    of_gpt = keys <= {key for key, _ in gpt}
+    if not keys <= {key for key, _ in hybrid} or (of_gpt and not layers):
+        return False
+    if of_gpt and len({layer % 2 for layer in layers.values()}) == 1:
+        names = listed(sorted(layers))
+        raise TensorMismatchError(
+            f"the keys may be those of a GPTModel or of a HybridModel, which mean other layers: {names}. "
+            "Load whole layers, or the whole model."
+        )
+    return True
 
 
 def _memory(tensor: ShardedTensor) -> torch.Tensor:

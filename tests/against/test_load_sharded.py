@@ -135,6 +135,31 @@ def test_keys_with_a_prefix(tmp_path: Path) -> None:
             dcm.load(state, hf)
 
 
+@pytest.mark.parametrize("pp", [1, 2, 4])
+@pytest.mark.parametrize("style", [style for style in dcm.KeyStyle if style is not dcm.KeyStyle.STACKED])
+def test_every_spelling_of_the_keys(style: dcm.KeyStyle, pp: int, tmp_path: Path) -> None:
+    """Keys by layer, by expert and of a HybridModel, which uses the same keys for other layers: the same tensors."""
+    hf = save_model(tmp_path / "hf", num_hidden_layers=4)
+    config, layout = dcm.MistralConfig.from_hf(hf), dcm.ParallelLayout(pp=pp)
+    for rank in range(pp):
+        expected = dcm.load(dcm.sharded_state_dict(config, layout, rank), hf)
+        loaded = dcm.load(dcm.sharded_state_dict(config, layout, rank, style=style), hf)
+        tensors = {name: value for name, value in expected.items() if value is not None}
+        assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+        assert tensors.keys() == {name for name, value in loaded.items() if value is not None}
+
+
+def test_keys_of_two_models_are_not_guessed(tmp_path: Path) -> None:
+    """The attention of layer 2 alone may be that of a HybridModel's second layer."""
+    hf = save_model(tmp_path / "hf", num_hidden_layers=4)
+    config, name = dcm.MistralConfig.from_hf(hf), "decoder.layers.2.self_attention.linear_qkv.weight"
+    state = dcm.sharded_state_dict(config, dcm.ParallelLayout(), 0, style=dcm.KeyStyle.PER_LAYER)
+    with pytest.raises(dcm.TensorMismatchError, match=r"GPTModel or of a HybridModel.*decoder\.layers\.2\."):
+        dcm.load({name: state[name]}, hf)
+    names = state[name].hf_names
+    assert {each.split(".")[2] for each in names} == {"2"}
+
+
 def test_what_is_not_of_the_model_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Other shapes, other keys, objects, flat optimizer state and plain values: all by name, before a byte is read."""
     hf = save_model(tmp_path / "hf")
