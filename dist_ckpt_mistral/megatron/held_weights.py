@@ -119,7 +119,7 @@ def held_entries(chunks: Sequence[GPTModel], config: MistralConfig) -> list[Held
     for chunk in chunks:
         problems += _other_settings(chunk, config)
         parameters = dict(chunk.named_parameters())
-        unfit = [f"parameter {name!r} {why}" for name, each in parameters.items() if (why := _why_unfit(each))]
+        unfit = [f"parameter {name!r} {why}" for name, each in parameters.items() if (why := why_unfit(each))]
         problems += unfit
         if not unfit:
             try:
@@ -159,7 +159,7 @@ def _held(entry: HfShardedTensor | HfShardedTensorFactory) -> HeldEntry:
     return HeldEntry(entry=entry, tensors=tuple(tensors), in_place=in_place)
 
 
-def _why_unfit(parameter: torch.Tensor) -> str | None:
+def why_unfit(parameter: torch.Tensor) -> str | None:
     """Why the memory of a parameter cannot be filled, or None."""
     kind, dtype = type(parameter.detach()), str(parameter.dtype).removeprefix("torch.")
     if kind is not torch.Tensor:

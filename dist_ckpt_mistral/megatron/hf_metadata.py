@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -187,8 +187,12 @@ class StoredLayer:
 StoredIndex: TypeAlias = dict[tuple[str, tuple[int, ...]], StoredLayer]
 
 
-def stored_index(table: TensorTable) -> StoredIndex:
-    """All stored tensors in all key styles, by (key, offset on the axes of layer and expert)."""
+#: The key styles of a GPTModel. Those of a HybridModel use the same keys for other layers.
+_GPT_STYLES: Final = tuple(style for style in KeyStyle if style is not KeyStyle.HYBRID)
+
+
+def stored_index(table: TensorTable, *styles: KeyStyle) -> StoredIndex:
+    """All stored tensors in ``styles``, by (key, offset on the axes of layer and expert); by default a GPTModel's."""
     hf_tensors = defaultdict[tuple[str, Index], list[tuple[HfTensor, Index]]](list)
     for tensor in table.hf_tensors().values():
         for index, at in () if tensor.is_alias else tensor.packed():
@@ -196,7 +200,7 @@ def stored_index(table: TensorTable) -> StoredIndex:
     return {
         (rows.mcore_key, rows.index): StoredLayer(rule, rows, tuple(hf_tensors[rule.mcore_key, index]))
         for rule in table.rules
-        for style in KeyStyle
+        for style in styles or _GPT_STYLES
         for index in rule.indices()
         for key in rule.keys
         for rows in table.stored(rule, index, style, key)
@@ -216,7 +220,7 @@ class _AnnotatedBuild:
         prefix = key.removesuffix(self.weight_key)
 
         def annotated(entry: object) -> object:
-            return _annotated_tensor(self.index, prefix, entry) if isinstance(entry, ShardedTensor) else entry
+            return annotated_tensor(self.index, prefix, entry) if isinstance(entry, ShardedTensor) else entry
 
         return dict_list_map_outplace(annotated, self.build_fn(key, *args))
 
@@ -226,7 +230,7 @@ def _annotated(entry: object, index: StoredIndex) -> object:
     if isinstance(entry, HfShardedTensor | HfShardedTensorFactory) or why_ignored(getattr(entry, "key", "")):
         return entry
     if isinstance(entry, ShardedTensor):
-        return _annotated_tensor(index, "", entry)
+        return annotated_tensor(index, "", entry)
     if isinstance(entry, ShardedTensorFactory):
         values = {field.name: getattr(entry, field.name) for field in fields(ShardedTensorFactory)}
         values["build_fn"] = _AnnotatedBuild(entry.build_fn, entry.key, index)
@@ -236,7 +240,7 @@ def _annotated(entry: object, index: StoredIndex) -> object:
     return entry
 
 
-def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
+def annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
     """``tensor`` with Hugging Face names. Raises TensorMismatchError for an unknown key, offset or shape."""
     layers = _stored_layers(index, tensor.key.removeprefix(prefix), tensor)
     if not layers:

@@ -22,7 +22,7 @@ from megatron.core import parallel_state
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, TensorMismatchError
-from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort, execute
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort, MemoryTarget, execute
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.mapping.rank_plan import HeldArray, plan_arrays
@@ -95,13 +95,13 @@ def load_weights(
 
     together = LiveRanks(timeout).ranks
     filling = planned(model, opened, together)
-    with _overwritten():
+    with overwriting():
         together.each(lambda: filling.run(LossPolicy(allowed=allow_lossy, names_of=names_of_sources), effort))
     return model
 
 
 @contextlib.contextmanager
-def _overwritten() -> Iterator[None]:
+def overwriting() -> Iterator[None]:
     """Errors in the block say that parameters may hold new values."""
     try:
         yield
@@ -147,23 +147,6 @@ def _require_all(table: TensorTable, found: Counter[str], *, is_whole: bool) -> 
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """The bytes of a contiguous tensor in host memory, as a target of ``execute``."""
-
-    view: memoryview
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Memory:
-        return cls(tensor.view(-1).view(torch.uint8).numpy().data)
-
-    def write(self, position: int, data: memoryview) -> None:
-        self.view[position : position + len(data)] = data
-
-    def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Do nothing: the bytes stay in memory."""
-
-
 class _Piece(NamedTuple):
     """Rows ``[low, high)`` of a local tensor of an entry, by the number of the tensor."""
 
@@ -191,7 +174,11 @@ class Filling:
     @classmethod
     def planned(cls, chunks: Sequence[GPTModel], source: ModelSource) -> Filling:
         """Plan to fill ``chunks`` from ``source``. Raises TensorMismatchError, which names all that differs."""
-        entries = held_entries(chunks, source.config)
+        return cls.of(held_entries(chunks, source.config), source)
+
+    @classmethod
+    def of(cls, entries: Sequence[HeldEntry], source: ModelSource) -> Filling:
+        """Plan to fill the memory of ``entries`` from ``source``."""
         arrays, pieces = list[HeldArray](), list[Mapping[int, _Piece]]()
         for entry in entries:
             of_entry = [*_pieces(entry)]
@@ -227,7 +214,7 @@ class Filling:
 
     def _read(self, places: Mapping[int, torch.Tensor], effort: Effort) -> dict[int, Copied]:
         """Read segments of the plan into ``places`` (number of the segment -> memory), and return what was copied."""
-        direct = {number: _Memory.of(place) for number, place in places.items() if _is_host_array(place)}
+        direct = {number: MemoryTarget(_bytes_of(place)) for number, place in places.items() if _is_host_array(place)}
         copied = self._execute(direct, effort)
         staged = {number: place for number, place in places.items() if number not in direct}
         if not staged:
@@ -240,14 +227,14 @@ class Filling:
                 number: staging[start : start + place.nbytes].view(place.dtype).view(place.shape)
                 for number, (start, place) in batch.items()
             }
-            copied |= self._execute({number: _Memory.of(each) for number, each in halfway.items()}, effort)
+            copied |= self._execute({number: MemoryTarget(_bytes_of(each)) for number, each in halfway.items()}, effort)
             for number, (_, place) in batch.items():
                 place.copy_(halfway[number], non_blocking=on_gpu)
             for device in {place.device for _, place in batch.values() if place.is_cuda}:
                 torch.cuda.current_stream(device).synchronize()  # before the next batch overwrites the staging memory
         return copied
 
-    def _execute(self, targets: Mapping[int, _Memory], effort: Effort) -> dict[int, Copied]:
+    def _execute(self, targets: Mapping[int, MemoryTarget], effort: Effort) -> dict[int, Copied]:
         """Copy the segments that ``targets`` are for."""
         return execute(self.plan, targets, effort=effort, numbers=[*targets], checksums=False) if targets else {}
 
@@ -285,6 +272,12 @@ def _array(tensor: HeldTensor, piece: _Piece, number: int) -> HeldArray:
 def _memory_of(pieces: Mapping[int, _Piece], tensors: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
     """The memory of each of the ``pieces`` of an entry with the local ``tensors``."""
     return {number: tensors[piece.tensor][piece.low : piece.high] for number, piece in pieces.items()}
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor that is a host array."""
+    memory: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return memory
 
 
 def _is_host_array(place: torch.Tensor) -> bool:

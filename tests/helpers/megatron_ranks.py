@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from safetensors.torch import load_file
 from torch_reading import load_tensors
+from view_tasks import load_by_dcp, load_entries_anywhere, load_live_anywhere
 
 from dist_ckpt_mistral.convert.ranks import from_environment
 from dist_ckpt_mistral.convert.reshard import reshard
@@ -386,6 +387,7 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
         *(compare_entries, compare_grouped, save_model, save_entries, load_entries, load_into_model),
         *(save_described, save_training, reshard_checkpoint, load_training, run_model, run_command),
         *(export_live, refuse_live, save_live, fill_live, refuse_to_fill),
+        *(load_entries_anywhere, load_live_anywhere, load_by_dcp),
     )
 }
 
