@@ -47,7 +47,7 @@ _SEED: Final = 2
 
 def make_model(directory: Path) -> None:
     """Write a Hugging Face directory: config.json, two files of bfloat16 weights and their index, and a tokenizer."""
-    import ml_dtypes  # noqa: PLC0415  (slow)
+    import ml_dtypes
 
     directory.mkdir()
     documents.write_bytes(directory / places.CONFIG_FILE, _json(_CONFIG))
