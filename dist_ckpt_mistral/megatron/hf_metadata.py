@@ -120,8 +120,8 @@ class HfShardedTensorFactory(_OnDemand, ShardedTensorFactory):  # type: ignore[m
 def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig) -> ShardedStateDict:
     """Copy a live model's sharded state dict and add the Hugging Face names to the entries of its tensors.
 
-    Works for every key style, for the local and the Transformer Engine layer spec, and for multimodal models. Objects and
-    optimizer state stay as they are.
+    Works for every key style, for the local and the Transformer Engine layer spec, and for multimodal models. Objects
+    and optimizer state stay as they are.
 
         state = dcm.add_hf_metadata(model.sharded_state_dict(), config)
         state["embedding.word_embeddings.weight"].hf_names  # ("model.embed_tokens.weight",)

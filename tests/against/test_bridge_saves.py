@@ -120,8 +120,8 @@ def test_hugging_face_configurations_in_either_form() -> None:
     of_dict = {"_target_": "transformers.Mistral3Config.from_dict", "_call_": True, "config_dict": config}
     for written in (of_class, of_dict):
         assert hf_config_of({"model": {"hf_config": written}}, "here") == expected
-    for written in (None, "mistral3"):
-        assert hf_config_of({"model": {"hf_config": written}}, "here") is None
+    for other in (None, "mistral3"):
+        assert hf_config_of({"model": {"hf_config": other}}, "here") is None
     assert hf_config_of({}, "here") is None
 
 

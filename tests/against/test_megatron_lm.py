@@ -282,6 +282,15 @@ def test_models_of_megatron_lm_are_filled(name: str, results: Results) -> None:
     assert [rank[name]["wrongly_filled"] for rank in results.ranks] == [[]] * 4
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_models_of_megatron_lm_are_exported(name: str, results: Results) -> None:
+    """``export_weights`` streams the same GPTModels to the first rank: every tensor of the files, bit for bit."""
+    told = [rank[name] for rank in results.ranks]
+    names = sorted(load_file(results.hf[CASES[name].model] / "model.safetensors"))
+    assert [each["exported"] for each in told] == [names, [], [], []]
+    assert told[0]["wrongly_exported"] == []
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_what_megatron_lm_saved_exports_by_itself(name: str, results: Results, tmp_path: Path) -> None:
     """Without any other file: all tensors bit for bit, and a config.json in which transformers reads the same model."""
