@@ -8,6 +8,7 @@ name: they hold weights, and compute nothing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -141,7 +142,18 @@ def _auto(hf: str) -> Any:  # noqa: ANN401
     return _bridge().AutoBridge.from_hf_pretrained(hf)
 
 
-def _built(hf: str, layout: Mapping[str, Any], *, frozen: Sequence[str] = (), load: bool = True) -> tuple[Any, Any]:
+def on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Within the block what Bridge asks of CUDA is the processor's."""
+    return _CudaIsCpu()
+
+
+def take_place(layout: ParallelLayout) -> None:
+    """Set up what Bridge's models need of Megatron before they are built."""
+    set_parallel_state(layout)
+    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+
+
+def built(hf: str, layout: Mapping[str, Any], *, frozen: Sequence[str] = (), load: bool = True) -> tuple[Any, Any]:
     """AutoBridge and its model of this rank, filled with the weights in ``hf``; ``frozen`` as its provider says."""
     auto = _auto(hf)
     provider = auto.to_megatron_provider(load_weights=load)
@@ -179,7 +191,7 @@ def save(
     With ``optimizer``, the model is trained for a step, and its optimizer is saved. With ``sidecar`` Bridge leaves its
     own export beside the shards (``also_save_hf_checkpoint``).
     """
-    auto, models = _built(hf, layout, frozen=frozen)
+    auto, models = built(hf, layout, frozen=frozen)
     trained = None
     if optimizer:
         trained = Optimizer(SimpleNamespace(chunks=models), distributed=True)  # type: ignore[arg-type]
@@ -233,7 +245,7 @@ def stream(*, hf: str, layout: dict[str, Any]) -> dict[str, Any]:
     ``wrong`` are the names whose tensors differ from what Bridge exports in the same run, ``lost`` those that differ
     from the files of ``hf``, and ``unfilled`` those that Bridge exports otherwise of an emptied and refilled model.
     """
-    auto, models = _built(hf, layout)
+    auto, models = built(hf, layout)
     config, stored = MistralConfig.from_hf(hf), _hf_tensors(hf)
     ours = dict(export_weights(models, config))
     theirs = dict(auto.export_hf_weights(models, cpu=True, show_progress=False))
@@ -270,8 +282,7 @@ def main(folder: Path) -> None:
     with _CudaIsCpu():
         for name, job in json.loads((folder / "jobs.json").read_text()).items():
             print("job", name, flush=True)  # noqa: T201  (into the rank's log, which a failure shows)
-            set_parallel_state(ParallelLayout(**job["layout"]))
-            initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+            take_place(ParallelLayout(**job["layout"]))
             results[name] = _TASKS[job.pop("task")](**job)
             parallel_state.destroy_model_parallel()
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
