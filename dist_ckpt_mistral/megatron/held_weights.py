@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -25,9 +25,12 @@ from dist_ckpt_mistral.megatron.live_model import AnyModel, model_chunks
 from dist_ckpt_mistral.megatron.runtime import on_device
 from dist_ckpt_mistral.messages import counted, listed
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX
 
 #: A GPTModel, or a multimodal model that has one. Megatron is untyped.
 GptModel: TypeAlias = Any
+#: The attribute of a multimodal model that is its GPTModel.
+_LANGUAGE_MODEL: Final = LANGUAGE_PREFIX.removesuffix(".")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +109,12 @@ def _sharded_tensors(built: object) -> Iterator[HfShardedTensor]:
 def gpt_models(model: AnyModel) -> list[GptModel]:
     """The GPTModels in ``model``, out of their wrappers. Raises ConfigError if it holds something else.
 
-    A multimodal model has its GPTModel as ``language_model``, beside the vision tower (``Ministral3Model`` of
-    Megatron-Bridge, models/ministral3/modeling_ministral3.py, 0.6).
+    A multimodal model has its GPTModel beside the vision tower (``Ministral3Model`` of Megatron-Bridge,
+    models/ministral3/modeling_ministral3.py, 0.6).
     """
     chunks = model_chunks(model)
     for chunk in chunks:
-        if not isinstance(getattr(chunk, "language_model", chunk), GPTModel):
+        if not isinstance(getattr(chunk, _LANGUAGE_MODEL, chunk), GPTModel):
             raise ConfigError(f"model: expected a GPTModel, or a list of them, got {type(chunk).__name__}")
     return chunks
 
