@@ -25,6 +25,7 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
 from dist_ckpt_mistral.formats.small_files import NamedTokenizer
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
+from dist_ckpt_mistral.mapping.adapters import holds_adapter, holds_base, match_adapter
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.matching import match_checkpoint
 from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, hf_config_of, model_fields
@@ -329,7 +330,8 @@ def checkpoint_config(
             f"{RUN_CONFIG_FILE}. Give the model's config.json with --config, or leave it in the checkpoint root for "
             "all iterations with describe."
         )
-    return agreed(str(checkpoint.directory), chosen, described, checkpoint.tensors, way_out=way_out)
+    names = checkpoint.tensors if holds_base(checkpoint.tensors) else None  # an adapter alone does not show a tie
+    return agreed(str(checkpoint.directory), chosen, described, names, way_out=way_out)
 
 
 def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Iterator[Description]:
@@ -398,7 +400,7 @@ def _described_in(folder: Path) -> Iterator[Description]:
 class Matched:
     """A Megatron checkpoint matched with the tensor table of its configuration.
 
-    ``table`` describes the whole model, ``found.table`` the part of it that the checkpoint holds.
+    ``table`` describes the whole model, ``found.table`` the part of it that the checkpoint holds, and the adapter.
     """
 
     agreed: Agreed
@@ -413,8 +415,13 @@ def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = Par
     unknown or of another shape, or if the vocabulary has more rows than padding explains.
     """
     table = tensor_table(known.config)
-    shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
-    found = match_checkpoint(table, shapes, checkpoint.objects, str(checkpoint.directory), state)
+    if holds_adapter(checkpoint.tensors):
+        found = match_adapter(table, checkpoint, state)
+        has_base = state is ParamState.WEIGHTS and holds_base(checkpoint.tensors)
+        table = (table.with_adapters if has_base else table.of_adapters)(found.table.adapters)
+    else:
+        shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
+        found = match_checkpoint(table, shapes, checkpoint.objects, str(checkpoint.directory), state)
     if not known.overrides:
         _require_padding(checkpoint, known, found)
     return Matched(agreed=known, table=table, found=found)
