@@ -22,6 +22,7 @@ from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.table.entries import why_ignored
 from dist_ckpt_mistral.model.table.rules import Index, KeyStyle, TensorRule
 from dist_ckpt_mistral.model.table.table import HfTensor, StoredRows, TensorTable, tensor_table
+from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX
 
 ShardedStateDict: TypeAlias = dict[str, Any]
 
@@ -119,8 +120,8 @@ class HfShardedTensorFactory(_OnDemand, ShardedTensorFactory):  # type: ignore[m
 def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig) -> ShardedStateDict:
     """Copy a live model's sharded state dict and add the Hugging Face names to the entries of its tensors.
 
-    Works for every key style, and for the local and the Transformer Engine layer spec. Objects and optimizer state stay
-    as they are.
+    Works for every key style, for the local and the Transformer Engine layer spec, and for multimodal models. Objects
+    and optimizer state stay as they are.
 
         state = dcm.add_hf_metadata(model.sharded_state_dict(), config)
         state["embedding.word_embeddings.weight"].hf_names  # ("model.embed_tokens.weight",)
@@ -242,7 +243,7 @@ def _annotated(entry: object, index: StoredIndex) -> object:
 
 def annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
     """``tensor`` with Hugging Face names. Raises TensorMismatchError for an unknown key, offset or shape."""
-    layers = _stored_layers(index, tensor.key.removeprefix(prefix), tensor)
+    layers = _stored_layers(index, tensor.key.removeprefix(prefix).removeprefix(LANGUAGE_PREFIX), tensor)
     if not layers:
         raise TensorMismatchError(f"unknown tensor {tensor.key!r} with global_offset {tensor.global_offset}")
     expected = layers[0].rows.global_shape

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -27,16 +27,13 @@ from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.mapping.rank_plan import HeldArray, plan_arrays
 from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
-from dist_ckpt_mistral.megatron.held_weights import HeldEntry, HeldTensor, gpt_models, held_entries
+from dist_ckpt_mistral.megatron.held_weights import GptModel, HeldEntry, HeldTensor, gpt_models, held_entries
 from dist_ckpt_mistral.megatron.live_model import AnyModel
 from dist_ckpt_mistral.megatron.live_ranks import LiveRanks
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.rules import Stage
 from dist_ckpt_mistral.model.table.table import TensorTable
-
-if TYPE_CHECKING:
-    from megatron.core.models.gpt.gpt_model import GPTModel
 
 Given = TypeVar("Given", bound=AnyModel)
 
@@ -133,11 +130,14 @@ def planned(model: AnyModel, opened: Callable[[], ModelSource], together: Ranks)
 def _require_all(table: TensorTable, found: Counter[str], *, is_whole: bool) -> None:
     """Raise TensorMismatchError unless the main replicas of all ranks hold every Hugging Face tensor once.
 
-    ``found`` are the elements that they hold of each. Unless ``is_whole``, those of other stages may be absent.
+    ``found`` are the elements that they hold of each. Unless ``is_whole``, those of other stages may be absent. A model
+    holds all of a vision tower and projector or, like Megatron's own, nothing of them.
     """
     wrong = []
+    has_vision = any(found[part.hf_name] for rule in table.carried for part in rule.parts)
     for name, tensor in table.hf_tensors().items():
-        expected = 0 if tensor.is_alias or tensor.rule.stage is Stage.CARRIED else math.prod(tensor.shape)
+        is_elsewhere = tensor.is_alias or (tensor.rule.stage is Stage.CARRIED and not has_vision)
+        expected = 0 if is_elsewhere else math.prod(tensor.shape)
         if found[name] != expected and (found[name] or is_whole):
             wrong.append(f"{name} ({found[name]} of {expected} elements)")
     if wrong:
@@ -172,7 +172,7 @@ class Filling:
     plan: BytePlan
 
     @classmethod
-    def planned(cls, chunks: Sequence[GPTModel], source: ModelSource) -> Filling:
+    def planned(cls, chunks: Sequence[GptModel], source: ModelSource) -> Filling:
         """Plan to fill ``chunks`` from ``source``. Raises TensorMismatchError, which names all that differs."""
         return cls.of(held_entries(chunks, source.config), source)
 
