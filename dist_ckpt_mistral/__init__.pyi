@@ -49,6 +49,8 @@ from .megatron.build_model import build_model as build_model
 from .megatron.export_weights import export_weights as export_weights
 from .megatron.hf_metadata import add_hf_metadata as add_hf_metadata
 from .megatron.load_model import load_model as load_model
+from .megatron.load_sharded import LoadStrategy as LoadStrategy
+from .megatron.load_sharded import load as load
 from .megatron.load_weights import load_weights as load_weights
 from .megatron.runtime import initialize_megatron as initialize_megatron
 from .megatron.save_hf import save_hf as save_hf
@@ -69,5 +71,13 @@ from .model.layout.local_tensors import LocalTensor as LocalTensor
 from .model.layout.pipeline import ModelChunk as ModelChunk
 from .model.table.rules import KeyStyle as KeyStyle
 from .model.table.rules import LayerSpec as LayerSpec
+from .views.hf_files import HfFileSystem as HfFileSystem
 from .views.lazy import LazyCheckpoint as LazyCheckpoint
+from .views.lazy import LazyTensor as LazyTensor
 from .views.lazy import open_checkpoint as open_checkpoint
+from .views.tensorstore_index import WeightIndex as WeightIndex
+from .views.tensorstore_index import index_problems as index_problems
+from .views.tensorstore_index import write_index as write_index
+from .views.torch_dcp import HfNamedReader as HfNamedReader
+from .views.zarr_store import ZarrStore as ZarrStore
+from .views.zarr_store import zarr_store as zarr_store

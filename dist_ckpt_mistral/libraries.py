@@ -26,7 +26,12 @@ _PACKAGES: Final = {
     "matplotlib": "matplotlib",
     "obstore": "obstore",
     "boto3": "boto3",
+    "tensorstore": "tensorstore",
+    "zarr": "zarr",
+    "fsspec": "fsspec",
 }
+#: Modules that an extra of their own installs, whatever else the importing code needs.
+_EXTRA_OF_MODULE: Final = {"zarr": "views", "fsspec": "views"}
 #: Extra of pyproject.toml -> its modules. If an import in ``needed`` fails, these are named first.
 _MODULES_OF_EXTRA: Final = {"megatron": ("torch", "megatron.core")}
 _NAME: Final = "dist-ckpt-mistral"
@@ -57,6 +62,9 @@ def needed(what: str, *modules: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        top = str(error.name).partition(".")[0]
+        if top in _EXTRA_OF_MODULE:
+            raise _missing(what, [_PACKAGES[top]], _EXTRA_OF_MODULE[top]) from error
         require(what, *_MODULES_OF_EXTRA.get(extra, ()), extra=extra)
         raise _missing(what, [_PACKAGES.get(str(error.name), str(error.name))], extra) from error
 

@@ -26,12 +26,13 @@ settings.load_profile("patient")
 #: What only some tests use. The others run with a plain install and the extra ``test-core``.
 LIBRARIES: Final = (
     *("torch", "megatron", "transformers", "tokenizers", "mistral_common"),
-    *("matplotlib", "peft", "safetensors", "tensorstore"),
+    *("matplotlib", "peft", "safetensors", "tensorstore", "zarr"),
 )
 _ABSENT: Final = frozenset(name for name in LIBRARIES if find_spec(name) is None)
 _HELPERS = Path(__file__).with_name("helpers")
 _WORKER = _HELPERS / "megatron_ranks.py"
 _MEGATRON_LM_WORKER = _HELPERS / "megatron_lm_ranks.py"
+_BRIDGE_WORKER = _HELPERS / "bridge_ranks.py"
 
 #: One launch: (number of ranks, {name of a job: its task and arguments}) -> per rank {name of a job: its result}.
 LaunchRanks = Callable[[int, Mapping[str, Mapping[str, Any]]], list[dict[str, Any]]]
@@ -66,7 +67,7 @@ def _imported(module: Path) -> frozenset[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that use ranks of Megatron say so by their fixtures; where there is no Megatron, its tests are skipped."""
     for item in items:
-        if {"launch_ranks", "launch_megatron_lm"} & set(getattr(item, "fixturenames", ())):
+        if {"launch_ranks", "launch_megatron_lm", "launch_bridge"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
             item.add_marker("megatron")
             item.add_marker("slow")
@@ -100,6 +101,19 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
 def launch_megatron_lm(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
     """The same on ranks of megatron_lm_ranks.py, which run Megatron-LM's own training code."""
     return _launcher(_MEGATRON_LM_WORKER, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def launch_bridge(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
+    """The same on ranks of bridge_ranks.py, which run Megatron-Bridge. Skips where that is not installed.
+
+    Bridge 0.6.2 wants transformers up to 5.12, omegaconf, hydra-core, accelerate, einops, and megatron-core 0.19 or
+    newer. It is not among the requirements of the tests: its dependencies contradict them.
+    """
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    if find_spec("megatron.bridge") is None:
+        pytest.skip("Megatron-Bridge pins older versions of what is tested here")
+    return _launcher(_BRIDGE_WORKER, tmp_path_factory)
 
 
 def _launcher(worker: Path, tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:

@@ -32,6 +32,12 @@ AMOUNTS: Final = tuple(
 )
 #: Where names of tensors stand: the tables, and what tells its keys from other entries of a checkpoint.
 NAMING: Final = tuple(name for name in MODULES if name.startswith("model.table."))
+#: Views for one library each, which is theirs to import: nothing else imports them.
+VIEWS: Final = {
+    "views.torch_dcp": {"torch"},
+    "views.zarr_store": {"zarr", "ml_dtypes"},
+    "views.hf_files": {"fsspec"},
+}
 #: Packages that are nothing but their docstring; the topmost one only points to where its names live.
 PACKAGES: Final = tuple(
     sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("__init__.py"))
@@ -77,7 +83,7 @@ def test_packages_hold_nothing(package: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_who_needs_what(module: str) -> None:
-    """Megatron and torch are imported by megatron/ alone; what else is not installed with all waits for its use."""
+    """Megatron and torch are imported by megatron/ and the views for torch; what else is optional waits for its use."""
     foreign = [
         (name.partition(".")[0], at_once)
         for name, at_once in imports(module)
@@ -86,7 +92,9 @@ def test_who_needs_what(module: str) -> None:
     if module.startswith("megatron."):
         assert {name for name, _ in foreign} <= {"megatron", "torch", "transformers", "safetensors"}
         return
-    assert {name for name, at_once in foreign if at_once} <= {"numpy", "zlib_ng"}
+    assert {name for name, at_once in foreign if at_once} <= {"numpy", "zlib_ng"} | VIEWS.get(module, set())
+    own = {name.removeprefix("dist_ckpt_mistral.") for name, at_once in imports(module) if at_once}
+    assert own.isdisjoint(VIEWS)
     assert "megatron" not in {name for name, _ in foreign}
 
 

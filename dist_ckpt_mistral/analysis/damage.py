@@ -17,6 +17,7 @@ from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileSum, read_checksums
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, files_in, read_manifest
+from dist_ckpt_mistral.formats.ocdbt import MANIFEST_FILE as INDEX_FILE
 from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
@@ -32,6 +33,7 @@ from dist_ckpt_mistral.messages import counted, listed, printable
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key
 from dist_ckpt_mistral.storage import paths
+from dist_ckpt_mistral.views.tensorstore_index import index_problems
 
 #: Hexadecimal digits of a SHA-256 in a message, as many as Megatron shows.
 _SHOWN_DIGITS: Final = 16
@@ -285,6 +287,10 @@ def _check_megatron(results: _Results, config: ChosenConfig | None, effort: Effo
             named_in="its directory" if stored.backend == ZARR else METADATA_FILE,
         )
         results.findings.extend(contents.findings(METADATA_FILE, faults))
+        if (directory / INDEX_FILE).is_file():
+            results.checked.append(f"that the index in {INDEX_FILE} is that of these files")
+            for problem in results.attempt(lambda: index_problems(directory)) or ():
+                results.findings.append(Finding(file=INDEX_FILE, what=f"out of date, run index again: {problem}"))
     _check_files(results, contents, expected, effort)
 
 

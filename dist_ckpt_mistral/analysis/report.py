@@ -160,7 +160,7 @@ def _inspect_adapter(place: Place, config: ChosenConfig | None) -> Report:
         format="safetensors",
         config_from=agreed.source if agreed else None,
         config=_config_values(agreed),
-        tensors=tuple(_hf_tensor_report(tensor, names, ignored) for tensor in file_set.tensors()),
+        tensors=_hf_tensor_reports(file_set, names, ignored, {}),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
         problems=tuple(problems),
@@ -194,11 +194,7 @@ def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
         format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
         config_from=agreed.source if agreed else None,
         config=_config_values(agreed),
-        tensors=tuple(
-            _hf_tensor_report(tensor, file, hf_names, ignored, kinds)
-            for file, header in file_set.files.items()
-            for tensor in header.tensors
-        ),
+        tensors=_hf_tensor_reports(file_set, hf_names, ignored, kinds),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
         problems=tuple(problems),
@@ -219,6 +215,16 @@ def _ignored_in_hf(
     shapes = {name: tensor.shape for name, tensor in by_name.items() if name not in ignored}
     ignored.update(match_hf(table, shapes, location)[1])
     return {by_name[name].name: reason for name, reason in ignored.items()}
+
+
+def _hf_tensor_reports(
+    files: hf_directory.FileSet, hf_names: Mapping[str, str], ignored: Mapping[str, str], kinds: Mapping[str, str]
+) -> tuple[TensorReport, ...]:
+    return tuple(
+        _hf_tensor_report(tensor, name, hf_names, ignored, kinds)
+        for name, file in files.files.items()
+        for tensor in file.tensors
+    )
 
 
 def _hf_tensor_report(

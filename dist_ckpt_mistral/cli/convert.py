@@ -1,4 +1,4 @@
-"""The commands that write an output: from-hf, to-hf, reshard, migrate, describe."""
+"""The commands that write an output: from-hf, to-hf, reshard, migrate, describe, index."""
 
 from __future__ import annotations
 
@@ -239,6 +239,52 @@ def _describe(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         for name, num_bytes in done.files.items():
             output.say(f"  {name}  {num_bytes} bytes")
+    return options.EXIT_DONE
+
+
+def add_index(commands: options.Commands) -> None:
+    """Declare ``index``."""
+    options.declare(
+        commands,
+        "index",
+        _add_index_options,
+        _index,
+        "Write a small index beside the shards of a checkpoint, so that TensorStore opens every weight lazily.",
+        "Nothing is converted: the index refers to byte ranges of the shards. TensorStore then opens "
+        "file://ITERATION/|ocdbt:hf/NAME/|zarr3: by Hugging Face name and megatron/KEY by Megatron's key. The index "
+        "holds for as long as the shards stay as they are. Needs neither torch nor Megatron nor TensorStore.",
+        with_numpy=True,
+    )
+
+
+def _add_index_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
+    options.add_config(command)
+    help_text = "write nothing: exit with 3 if the index that is there is out of date, and say why"
+    command.add_argument("--check", action="store_true", help=help_text)
+    help_text = "also write the index as references of kerchunk to FILE, for fsspec"
+    command.add_argument("--kerchunk", type=options.path, metavar="FILE", help=help_text)
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from dist_ckpt_mistral.cli import notes
+    from dist_ckpt_mistral.messages import counted, printable
+    from dist_ckpt_mistral.views.tensorstore_index import index_problems, write_index
+
+    if arguments.check:
+        problems = index_problems(arguments.checkpoint)
+        for problem in problems:
+            output.say(printable(problem))
+        output.say(f"the index is {'out of date: run index again' if problems else 'up to date, or there is none'}")
+        return options.EXIT_DIFFERENT if problems else options.EXIT_DONE
+    done = write_index(arguments.checkpoint, config=options.given_config(arguments), kerchunk=arguments.kerchunk)
+    if done.was_stale:
+        notes.say(f"the index that was there was out of date: {'; '.join(done.was_stale)}")
+    for name, why in done.left_out.items():
+        notes.say(f"left out: {name}: {why}")
+    output.say(
+        f"wrote an index of {counted(len(done.names), 'array')} ({human_bytes(done.num_bytes)}) to {done.directory}"
+    )
     return options.EXIT_DONE
 
 

@@ -28,6 +28,7 @@ _COMMANDS: Final = {
     "plan": examine.add_plan,
     "reshard": convert.add_reshard,
     "migrate": convert.add_migrate,
+    "index": convert.add_index,
     "inspect": examine.add_inspect,
     "verify": examine.add_verify,
     "generate": run.add_generate,

@@ -23,6 +23,7 @@ from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE, TRAIN_STATE_FILE, read_step
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
+from dist_ckpt_mistral.formats.ocdbt import INDEX_FILES
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DIST, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
@@ -197,7 +198,13 @@ def _files_to_copy(old: StoredCheckpoint) -> Iterator[tuple[str, Path]]:
 
     Logs a warning for every file that is not copied. Links to directories are not entered.
     """
-    own = {METADATA_FILE, CHECKSUMS_FILE, MANIFEST_FILE, *([] if old.backend == TORCH_DIST else [BACKEND_FILE])}
+    own = {
+        METADATA_FILE,
+        CHECKSUMS_FILE,
+        MANIFEST_FILE,
+        *INDEX_FILES,
+        *([] if old.backend == TORCH_DIST else [BACKEND_FILE]),
+    }
     replaced = {*own, *old.file_bytes}
     for path in sorted(old.directory.rglob("*")):
         relative = path.relative_to(old.directory)

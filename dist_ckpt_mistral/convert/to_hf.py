@@ -204,9 +204,7 @@ def new_directory(
         (adapter,) = source.adapter_configs
         copied_files, texts = imported_small_files(source, adapter), adapter_texts(source, adapter)
     else:
-        places = [*([config_directory] if config_directory else ()), *source.assets]
-        copied_files = small_files.gathered(places, source.named_tokenizer)
-        texts = _texts(source, file_set, copied_files)
+        copied_files, texts = other_files(source, file_set, config_directory)
     inputs.look_at(copied_files.values())
 
     heads = [file.head for file in file_set.files.values()]
@@ -226,6 +224,18 @@ def new_directory(
         copied_files=[*copied_files.values()],
         losses=losses,
     )
+
+
+def other_files(
+    source: ModelSource, file_set: FileSet, config_directory: Path | None
+) -> tuple[dict[str, Path], dict[str, bytes | None]]:
+    """What lies beside the weights in a Hugging Face directory of ``source``, whose tensors are in ``file_set``.
+
+    Returns the files to copy by name, and the content of those that are written; None if there is no such file.
+    """
+    places = [*([config_directory] if config_directory else ()), *source.assets]
+    copied_files = small_files.gathered(places, source.named_tokenizer)
+    return copied_files, _texts(source, file_set, copied_files)
 
 
 def conversion(target: Path, source: ModelSource, new: NewFiles, losses: tuple[Loss, ...]) -> Conversion:

@@ -179,6 +179,13 @@ _DIRECTORIES: Final = (
         advice="Merge it into its model first (merge_and_unload and save_pretrained of PEFT) and give that directory. "
         "If the weights are merged already, remove {files}.",
     ),
+    # swift/megatron/trainers/base.py, save_checkpoint, 4.6
+    _Row(
+        marks=[(*weights, TRACKER_FILE, "args.json") for weights in _HF_WEIGHTS],
+        what="it is a checkpoint of ms-swift that holds the model twice: in Hugging Face's files, and in Megatron's "
+        "({files})",
+        advice="Give the directory of its iteration, or copy Hugging Face's files into a directory of their own.",
+    ),
     _Row(
         marks=[
             (*weights, mark) for weights in _HF_WEIGHTS + _CONSOLIDATED_WEIGHTS for mark in (METADATA_FILE, *TRACKERS)
@@ -231,7 +238,8 @@ _DIRECTORIES: Final = (
         without=(METADATA_FILE,),
         kind=Kind.BROKEN,
         what=f"it holds {{files}}, but {METADATA_FILE} and {BACKEND_FILE} are missing, which Megatron writes last: its "
-        "save has not finished, or files were not copied",
+        "save has not finished, or files were not copied, or ms-swift saved the weights around it alone, in Hugging "
+        "Face's files (save_safetensors with no_save_optim)",
     ),
     _Row(
         marks=((METADATA_FILE, "common.pt"),),
@@ -259,6 +267,12 @@ _DIRECTORIES: Final = (
         marks=(("weights/", "context/"),),
         what="it is the root of a NeMo 2 checkpoint, whose weights lie in a folder of it",
         is_searched=True,
+    ),
+    # verl/utils/megatron_utils.py, 0.9: the second version of its layout, and the first
+    _Row(
+        marks=(("ckpt_contents.json",),),
+        what="it is a checkpoint of verl, whose weights lie in its folder model",
+        advice="Give model/dist_ckpt, or model/huggingface where verl saved the weights for Hugging Face.",
     ),
     _Row(
         marks=(("dist_ckpt/",), ("huggingface/",)),

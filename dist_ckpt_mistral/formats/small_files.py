@@ -29,6 +29,10 @@ RECORD_FILE: Final = "dist_ckpt_mistral.json"
 #: The vision tower and projector of a multimodal model in such a folder.
 VISION_FILE: Final = "vision.safetensors"
 _TOKENIZER_FOLDER: Final = "tokenizer"
+#: verl's folder of the shards, and that of Hugging Face files beside it: in ``actor`` to 0.7, in ``actor/model`` since
+#: (utils/checkpoint/megatron_checkpoint_manager.py, utils/megatron_utils.py, 0.9.1).
+_VERL_SHARDS: Final = "dist_ckpt"
+_VERL_FOLDER: Final = "huggingface"
 #: NeMo 2's folders of the tokenizer, beside the folder ``weights`` that holds the shards.
 _NEMO_FOLDERS: Final = ("context/tokenizer", "context/nemo_tokenizer")
 #: The folder of further chat templates of a tokenizer or processor. They have no other folder (transformers 5.24,
@@ -98,13 +102,14 @@ def has_tokenizer(directory: Path) -> bool:
 def hf_folders(directory: Path) -> tuple[Path, ...]:
     """The folders of Hugging Face files that describe the iteration in ``directory``, its own first.
 
-    The next is that of the root, which describes all iterations, and the last that of a release beside. A folder that
-    is a link out of the checkpoint is left out, with a warning.
+    The next is that of the root, which describes all iterations, then that of a release beside; of a checkpoint of verl
+    it is the folder beside its shards. A folder that is a link out of the checkpoint is left out, with a warning.
     """
-    root = root_of(directory)
+    root, parent = root_of(directory), directory.resolve().parent
     shared = [] if root is None else [root, root / iteration_name(None)]
     tops = [directory, *(top for top in shared if top != directory.resolve())]
-    return tuple(_folders_inside([(top, ASSETS_FOLDER) for top in tops]))
+    verl = [(parent, _VERL_FOLDER)] if directory.resolve().name == _VERL_SHARDS else []
+    return tuple(_folders_inside([*((top, ASSETS_FOLDER) for top in tops), *verl]))
 
 
 def description_of_root(directory: Path) -> dict[str, Path]:

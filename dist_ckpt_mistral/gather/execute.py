@@ -55,6 +55,20 @@ class Target(Protocol):
         """Start writing bytes back to durable storage, without waiting."""
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryTarget:
+    """The bytes of a contiguous array in memory, as a target."""
+
+    view: memoryview
+
+    def write(self, position: int, data: memoryview) -> None:
+        """Write all of ``data`` at ``position``."""
+        self.view[position : position + len(data)] = data
+
+    def start_writeback(self, position: int, num_bytes: int) -> None:
+        """Do nothing: the bytes stay in memory."""
+
+
 class Bands(Protocol):
     """Gives the bytes of segments: out of files (``BandReader``), or out of memory."""
 

@@ -13,6 +13,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -26,7 +27,7 @@ from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping.adapters import holds_adapter, holds_base, match_adapter
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.matching import match_checkpoint
-from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, model_fields
+from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, hf_config_of, model_fields
 from dist_ckpt_mistral.model.args.megatron_args import args_disagreements, from_megatron_args, is_padding
 from dist_ckpt_mistral.model.config.agreement import Disagreement, disagreements, listed_disagreements
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralConfig, config_file
@@ -346,12 +347,22 @@ def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Ite
     yield from _args(checkpoint)
 
 
-def _run_config(checkpoint: StoredCheckpoint) -> Iterator[ArgsDescription]:
-    """Yield the description in Megatron-Bridge's configuration of the run, if the checkpoint has one."""
+def _run_config(checkpoint: StoredCheckpoint) -> Iterator[Description]:
+    """Yield the descriptions in Megatron-Bridge's configuration of the run, if the checkpoint has one.
+
+    That of a multimodal model holds its Hugging Face configuration besides.
+    """
     path = checkpoint.directory / RUN_CONFIG_FILE
     if path.is_file():
+        source = f"{RUN_CONFIG_FILE} inside the checkpoint"
+        raw = None
+        with contextlib.suppress(FormatError):  # the next description raises it
+            raw = hf_config_of(documents.read_yaml(path), str(path))
+        if raw is not None:
+            where = f"hf_config in {source}"
+            yield HfDescription(source=where, config=partial(MistralConfig.from_hf, raw, where=where))
         yield ArgsDescription(
-            source=f"{RUN_CONFIG_FILE} inside the checkpoint",
+            source=source,
             where=model_fields(str(path)),
             config=lambda: from_run_config(documents.read_yaml(path), str(path)),
             read=lambda: args_of_run_config(documents.read_yaml(path), str(path)),
@@ -419,7 +430,8 @@ def _require_padding(checkpoint: StoredCheckpoint, known: Agreed, found: Checkpo
     """Raise TensorMismatchError if rows beyond the vocabulary are not padding: they may be trained tokens."""
     args: Mapping[str, Any] = {}
     with contextlib.suppress(ConfigError, SourceError):  # agreed() has already reported args that cannot be read
-        args = next((each.read() for each in chain(_args(checkpoint), _run_config(checkpoint))), args)
+        described = chain(_args(checkpoint), _run_config(checkpoint))
+        args = next((each.read() for each in described if isinstance(each, ArgsDescription)), args)
     size = known.config.vocab_size
     for name, rule, _ in found.tensors():
         if not rule.padded_vocabulary:

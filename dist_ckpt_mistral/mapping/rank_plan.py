@@ -1,4 +1,4 @@
-"""The plan that fills what one rank's model holds in memory from a stored model of any format."""
+"""The plan that fills arrays in memory, such as what one rank's model holds, from a stored model of any format."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ class HeldArray:
     dtype: str
     shape: Shape
     links: tuple[Link, ...]
+
+
+def box_array(name: str, dtype: str, hf_name: str, offset: Shape, shape: Shape) -> HeldArray:
+    """The array of one box of a Hugging Face tensor: ``offset`` and ``shape`` in elements, on all of its axes."""
+    origin = (0,) * len(shape)
+    link = Link(source=hf_name, source_offset=offset, target=name, target_offset=origin, shape=shape)
+    return HeldArray(name=name, dtype=dtype, shape=shape, links=(link,))
 
 
 def plan_arrays(source: ModelSource, arrays: Sequence[HeldArray]) -> BytePlan:

@@ -344,6 +344,20 @@ def hf_content_metadata(config: MistralConfig, hf_dir: str | Path | None = None)
     return {configuration.KEY: configuration.to_record(config, tensor_table(config), hf_files)}
 
 
+def with_padding_rows(source: ModelSource) -> ModelSource:
+    """``source`` with links that also reach the stored rows behind the vocabulary, which training pads it with.
+
+    The tensors of the vocabulary then seem to have more rows than in the table. Nothing changes where none are stored.
+    """
+    extended = {}
+    for name, tensor in source.table.hf_tensors().items():
+        links = source.links.get(name, [])
+        if tensor.rule.padded_vocabulary and len(links) == 1:
+            rows = source.index.tensors[links[0].source].global_shape[0] - links[0].source_offset[0]
+            extended[name] = [replace(links[0], shape=(rows, *links[0].shape[1:]))]
+    return replace(source, links={**source.links, **extended})
+
+
 def completed(source: ModelSource, directory: Path | None) -> ModelSource:
     """Add the vision tower and projector to a language model that was saved without them.
 

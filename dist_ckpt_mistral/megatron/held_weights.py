@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -25,6 +25,12 @@ from dist_ckpt_mistral.megatron.live_model import AnyModel, model_chunks
 from dist_ckpt_mistral.megatron.runtime import on_device
 from dist_ckpt_mistral.messages import counted, listed
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX
+
+#: A GPTModel, or a multimodal model that has one. Megatron is untyped.
+GptModel: TypeAlias = Any
+#: The attribute of a multimodal model that is its GPTModel.
+_LANGUAGE_MODEL: Final = LANGUAGE_PREFIX.removesuffix(".")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,16 +106,20 @@ def _sharded_tensors(built: object) -> Iterator[HfShardedTensor]:
             yield from _sharded_tensors(each)
 
 
-def gpt_models(model: AnyModel) -> list[GPTModel]:
-    """The GPTModels in ``model``, out of their wrappers. Raises ConfigError if it holds something else."""
+def gpt_models(model: AnyModel) -> list[GptModel]:
+    """The GPTModels in ``model``, out of their wrappers. Raises ConfigError if it holds something else.
+
+    A multimodal model has its GPTModel beside the vision tower (``Ministral3Model`` of Megatron-Bridge,
+    models/ministral3/modeling_ministral3.py, 0.6).
+    """
     chunks = model_chunks(model)
     for chunk in chunks:
-        if not isinstance(chunk, GPTModel):
+        if not isinstance(getattr(chunk, _LANGUAGE_MODEL, chunk), GPTModel):
             raise ConfigError(f"model: expected a GPTModel, or a list of them, got {type(chunk).__name__}")
     return chunks
 
 
-def held_entries(chunks: Sequence[GPTModel], config: MistralConfig) -> list[HeldEntry]:
+def held_entries(chunks: Sequence[GptModel], config: MistralConfig) -> list[HeldEntry]:
     """The entries of all parameters of a rank's model chunks.
 
     Raises TensorMismatchError, which names all that differs, unless the model is that of ``config``, and the entries
@@ -119,7 +129,7 @@ def held_entries(chunks: Sequence[GPTModel], config: MistralConfig) -> list[Held
     for chunk in chunks:
         problems += _other_settings(chunk, config)
         parameters = dict(chunk.named_parameters())
-        unfit = [f"parameter {name!r} {why}" for name, each in parameters.items() if (why := _why_unfit(each))]
+        unfit = [f"parameter {name!r} {why}" for name, each in parameters.items() if (why := why_unfit(each))]
         problems += unfit
         if not unfit:
             try:
@@ -136,7 +146,7 @@ def held_entries(chunks: Sequence[GPTModel], config: MistralConfig) -> list[Held
     return entries
 
 
-def _described(chunk: GPTModel, parameters: Mapping[str, torch.nn.Parameter], config: MistralConfig) -> list[HeldEntry]:
+def _described(chunk: GptModel, parameters: Mapping[str, torch.nn.Parameter], config: MistralConfig) -> list[HeldEntry]:
     """The entries of the weights of a model. Raises TensorMismatchError, as ``add_hf_metadata`` does."""
     device = next((each.device for each in parameters.values()), torch.device("cpu"))
     with on_device(device):
@@ -159,7 +169,7 @@ def _held(entry: HfShardedTensor | HfShardedTensorFactory) -> HeldEntry:
     return HeldEntry(entry=entry, tensors=tuple(tensors), in_place=in_place)
 
 
-def _why_unfit(parameter: torch.Tensor) -> str | None:
+def why_unfit(parameter: torch.Tensor) -> str | None:
     """Why the memory of a parameter cannot be filled, or None."""
     kind, dtype = type(parameter.detach()), str(parameter.dtype).removeprefix("torch.")
     if kind is not torch.Tensor:
@@ -182,7 +192,7 @@ def _undescribed(parameters: Mapping[str, torch.nn.Parameter], described: Sequen
     return [name for name, count in elements.items() if count != parameters[name].numel()]
 
 
-def _other_settings(chunk: GPTModel, config: MistralConfig) -> Iterator[str]:
+def _other_settings(chunk: GptModel, config: MistralConfig) -> Iterator[str]:
     """Yield the settings of a model that differ from ``config`` and change what weights mean, but maybe no shape."""
     expected = {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
     if config.latent_attention is None:

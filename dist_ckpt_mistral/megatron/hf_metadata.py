@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -22,6 +22,7 @@ from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.table.entries import why_ignored
 from dist_ckpt_mistral.model.table.rules import Index, KeyStyle, TensorRule
 from dist_ckpt_mistral.model.table.table import HfTensor, StoredRows, TensorTable, tensor_table
+from dist_ckpt_mistral.model.table.vision import LANGUAGE_PREFIX
 
 ShardedStateDict: TypeAlias = dict[str, Any]
 
@@ -119,8 +120,8 @@ class HfShardedTensorFactory(_OnDemand, ShardedTensorFactory):  # type: ignore[m
 def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig) -> ShardedStateDict:
     """Copy a live model's sharded state dict and add the Hugging Face names to the entries of its tensors.
 
-    Works for every key style, and for the local and the Transformer Engine layer spec. Objects and optimizer state stay
-    as they are.
+    Works for every key style, for the local and the Transformer Engine layer spec, and for multimodal models. Objects
+    and optimizer state stay as they are.
 
         state = dcm.add_hf_metadata(model.sharded_state_dict(), config)
         state["embedding.word_embeddings.weight"].hf_names  # ("model.embed_tokens.weight",)
@@ -187,8 +188,12 @@ class StoredLayer:
 StoredIndex: TypeAlias = dict[tuple[str, tuple[int, ...]], StoredLayer]
 
 
-def stored_index(table: TensorTable) -> StoredIndex:
-    """All stored tensors in all key styles, by (key, offset on the axes of layer and expert)."""
+#: The key styles of a GPTModel. Those of a HybridModel use the same keys for other layers.
+_GPT_STYLES: Final = tuple(style for style in KeyStyle if style is not KeyStyle.HYBRID)
+
+
+def stored_index(table: TensorTable, *styles: KeyStyle) -> StoredIndex:
+    """All stored tensors in ``styles``, by (key, offset on the axes of layer and expert); by default a GPTModel's."""
     hf_tensors = defaultdict[tuple[str, Index], list[tuple[HfTensor, Index]]](list)
     for tensor in table.hf_tensors().values():
         for index, at in () if tensor.is_alias else tensor.packed():
@@ -196,7 +201,7 @@ def stored_index(table: TensorTable) -> StoredIndex:
     return {
         (rows.mcore_key, rows.index): StoredLayer(rule, rows, tuple(hf_tensors[rule.mcore_key, index]))
         for rule in table.rules
-        for style in KeyStyle
+        for style in styles or _GPT_STYLES
         for index in rule.indices()
         for key in rule.keys
         for rows in table.stored(rule, index, style, key)
@@ -216,7 +221,7 @@ class _AnnotatedBuild:
         prefix = key.removesuffix(self.weight_key)
 
         def annotated(entry: object) -> object:
-            return _annotated_tensor(self.index, prefix, entry) if isinstance(entry, ShardedTensor) else entry
+            return annotated_tensor(self.index, prefix, entry) if isinstance(entry, ShardedTensor) else entry
 
         return dict_list_map_outplace(annotated, self.build_fn(key, *args))
 
@@ -226,7 +231,7 @@ def _annotated(entry: object, index: StoredIndex) -> object:
     if isinstance(entry, HfShardedTensor | HfShardedTensorFactory) or why_ignored(getattr(entry, "key", "")):
         return entry
     if isinstance(entry, ShardedTensor):
-        return _annotated_tensor(index, "", entry)
+        return annotated_tensor(index, "", entry)
     if isinstance(entry, ShardedTensorFactory):
         values = {field.name: getattr(entry, field.name) for field in fields(ShardedTensorFactory)}
         values["build_fn"] = _AnnotatedBuild(entry.build_fn, entry.key, index)
@@ -236,9 +241,9 @@ def _annotated(entry: object, index: StoredIndex) -> object:
     return entry
 
 
-def _annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
+def annotated_tensor(index: StoredIndex, prefix: str, tensor: ShardedTensor) -> HfShardedTensor:
     """``tensor`` with Hugging Face names. Raises TensorMismatchError for an unknown key, offset or shape."""
-    layers = _stored_layers(index, tensor.key.removeprefix(prefix), tensor)
+    layers = _stored_layers(index, tensor.key.removeprefix(prefix).removeprefix(LANGUAGE_PREFIX), tensor)
     if not layers:
         raise TensorMismatchError(f"unknown tensor {tensor.key!r} with global_offset {tensor.global_offset}")
     expected = layers[0].rows.global_shape

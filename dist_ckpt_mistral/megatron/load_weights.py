@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -22,21 +22,18 @@ from megatron.core import parallel_state
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, TensorMismatchError
-from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort, execute
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort, MemoryTarget, execute
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.mapping.rank_plan import HeldArray, plan_arrays
 from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
-from dist_ckpt_mistral.megatron.held_weights import HeldEntry, HeldTensor, gpt_models, held_entries
+from dist_ckpt_mistral.megatron.held_weights import GptModel, HeldEntry, HeldTensor, gpt_models, held_entries
 from dist_ckpt_mistral.megatron.live_model import AnyModel
 from dist_ckpt_mistral.megatron.live_ranks import LiveRanks
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.rules import Stage
 from dist_ckpt_mistral.model.table.table import TensorTable
-
-if TYPE_CHECKING:
-    from megatron.core.models.gpt.gpt_model import GPTModel
 
 Given = TypeVar("Given", bound=AnyModel)
 
@@ -95,13 +92,13 @@ def load_weights(
 
     together = LiveRanks(timeout).ranks
     filling = planned(model, opened, together)
-    with _overwritten():
+    with overwriting():
         together.each(lambda: filling.run(LossPolicy(allowed=allow_lossy, names_of=names_of_sources), effort))
     return model
 
 
 @contextlib.contextmanager
-def _overwritten() -> Iterator[None]:
+def overwriting() -> Iterator[None]:
     """Errors in the block say that parameters may hold new values."""
     try:
         yield
@@ -133,11 +130,14 @@ def planned(model: AnyModel, opened: Callable[[], ModelSource], together: Ranks)
 def _require_all(table: TensorTable, found: Counter[str], *, is_whole: bool) -> None:
     """Raise TensorMismatchError unless the main replicas of all ranks hold every Hugging Face tensor once.
 
-    ``found`` are the elements that they hold of each. Unless ``is_whole``, those of other stages may be absent.
+    ``found`` are the elements that they hold of each. Unless ``is_whole``, those of other stages may be absent. A model
+    holds all of a vision tower and projector or, like Megatron's own, nothing of them.
     """
     wrong = []
+    has_vision = any(found[part.hf_name] for rule in table.carried for part in rule.parts)
     for name, tensor in table.hf_tensors().items():
-        expected = 0 if tensor.is_alias or tensor.rule.stage is Stage.CARRIED else math.prod(tensor.shape)
+        is_elsewhere = tensor.is_alias or (tensor.rule.stage is Stage.CARRIED and not has_vision)
+        expected = 0 if is_elsewhere else math.prod(tensor.shape)
         if found[name] != expected and (found[name] or is_whole):
             wrong.append(f"{name} ({found[name]} of {expected} elements)")
     if wrong:
@@ -145,23 +145,6 @@ def _require_all(table: TensorTable, found: Counter[str], *, is_whole: bool) -> 
             f"the ranks do not hold the model once: {listed(wrong)}. Give all model chunks of this rank, on every rank "
             "of the job."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """The bytes of a contiguous tensor in host memory, as a target of ``execute``."""
-
-    view: memoryview
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Memory:
-        return cls(tensor.view(-1).view(torch.uint8).numpy().data)
-
-    def write(self, position: int, data: memoryview) -> None:
-        self.view[position : position + len(data)] = data
-
-    def start_writeback(self, position: int, num_bytes: int) -> None:
-        """Do nothing: the bytes stay in memory."""
 
 
 class _Piece(NamedTuple):
@@ -189,9 +172,13 @@ class Filling:
     plan: BytePlan
 
     @classmethod
-    def planned(cls, chunks: Sequence[GPTModel], source: ModelSource) -> Filling:
+    def planned(cls, chunks: Sequence[GptModel], source: ModelSource) -> Filling:
         """Plan to fill ``chunks`` from ``source``. Raises TensorMismatchError, which names all that differs."""
-        entries = held_entries(chunks, source.config)
+        return cls.of(held_entries(chunks, source.config), source)
+
+    @classmethod
+    def of(cls, entries: Sequence[HeldEntry], source: ModelSource) -> Filling:
+        """Plan to fill the memory of ``entries`` from ``source``."""
         arrays, pieces = list[HeldArray](), list[Mapping[int, _Piece]]()
         for entry in entries:
             of_entry = [*_pieces(entry)]
@@ -227,7 +214,7 @@ class Filling:
 
     def _read(self, places: Mapping[int, torch.Tensor], effort: Effort) -> dict[int, Copied]:
         """Read segments of the plan into ``places`` (number of the segment -> memory), and return what was copied."""
-        direct = {number: _Memory.of(place) for number, place in places.items() if _is_host_array(place)}
+        direct = {number: MemoryTarget(_bytes_of(place)) for number, place in places.items() if _is_host_array(place)}
         copied = self._execute(direct, effort)
         staged = {number: place for number, place in places.items() if number not in direct}
         if not staged:
@@ -240,14 +227,14 @@ class Filling:
                 number: staging[start : start + place.nbytes].view(place.dtype).view(place.shape)
                 for number, (start, place) in batch.items()
             }
-            copied |= self._execute({number: _Memory.of(each) for number, each in halfway.items()}, effort)
+            copied |= self._execute({number: MemoryTarget(_bytes_of(each)) for number, each in halfway.items()}, effort)
             for number, (_, place) in batch.items():
                 place.copy_(halfway[number], non_blocking=on_gpu)
             for device in {place.device for _, place in batch.values() if place.is_cuda}:
                 torch.cuda.current_stream(device).synchronize()  # before the next batch overwrites the staging memory
         return copied
 
-    def _execute(self, targets: Mapping[int, _Memory], effort: Effort) -> dict[int, Copied]:
+    def _execute(self, targets: Mapping[int, MemoryTarget], effort: Effort) -> dict[int, Copied]:
         """Copy the segments that ``targets`` are for."""
         return execute(self.plan, targets, effort=effort, numbers=[*targets], checksums=False) if targets else {}
 
@@ -285,6 +272,12 @@ def _array(tensor: HeldTensor, piece: _Piece, number: int) -> HeldArray:
 def _memory_of(pieces: Mapping[int, _Piece], tensors: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
     """The memory of each of the ``pieces`` of an entry with the local ``tensors``."""
     return {number: tensors[piece.tensor][piece.low : piece.high] for number, piece in pieces.items()}
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor that is a host array."""
+    memory: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return memory
 
 
 def _is_host_array(place: torch.Tensor) -> bool:

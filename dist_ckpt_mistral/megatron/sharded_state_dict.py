@@ -178,7 +178,7 @@ def tensor_entries(
         tuple(local_tensors(layout, table, chunk, at, style=style, spec=spec, vocab_rows=vocab_rows))
         for chunk in layout.model_chunks(table.num_layers, at.pp)
     ]
-    make = _Entries(stored_index(table), style, dtype, state)
+    make = _Entries(stored_index(table, style), style, dtype, state)
     return [
         {tensor.module_name: make.of(tensor, source(tensor)) for tensor in chunk_tensors}
         for chunk_tensors, source in zip(tensors, _sources(data, tensors, dtype), strict=True)

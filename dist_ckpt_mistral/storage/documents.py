@@ -80,6 +80,14 @@ def write_whole(path: Path, data: bytes) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def remove(path: Path) -> None:
+    """Remove a file, if it is there. Raises OutputError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot remove {path}: {error.strerror or error}") from error
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy the content of a file of any size. The target must not exist. Raises FormatError and OSError."""
     with target.open("xb") as file:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex, TypeAlias
+
+import numpy as np
 
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.errors import DistCkptMistralError
+from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.bands import BandReader
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.mapping.rank_plan import box_array, plan_arrays
 from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, require_equal_twins
 from dist_ckpt_mistral.messages import counted
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
@@ -17,14 +25,28 @@ from dist_ckpt_mistral.storage.local import SourceFiles, Sources
 if TYPE_CHECKING:
     import torch
 
+#: What selects elements along one axis. Slices have no step.
+Index: TypeAlias = SupportsIndex | slice | EllipsisType
+#: The name of a tensor, or the name and what to read of it.
+Key: TypeAlias = str | tuple[str | Index, ...]
+
+
+class _Box(NamedTuple):
+    """A box of a tensor, in elements, and the shape in which it is given out: without the axes that have one index."""
+
+    offset: Shape
+    shape: Shape
+    shown: Shape
+
 
 class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
     """The tensors of a Megatron checkpoint or Hugging Face directory by Hugging Face name, read on access.
 
-    Every access gathers the whole tensor from the stored chunks, in its stored dtype, on the CPU. Several threads and
-    forked processes may use the object. A copy, also a pickled one, opens the files again on first use. Reading a file
-    that was changed or replaced since ``open_checkpoint`` is an error. Two objects are never equal; use ``compare`` to
-    compare the tensors of two checkpoints.
+    Every access gathers a tensor from the stored chunks, in its stored dtype, on the CPU. With an index only that part
+    is read: ``checkpoint[name, 0:128]`` are the first 128 rows. ``numpy`` does the same without torch. Several threads
+    and forked processes may use the object. A copy, also a pickled one, opens the files again on first use. Reading a
+    file that was changed or replaced since ``open_checkpoint`` is an error. Two objects are never equal; use
+    ``compare`` to compare the tensors of two checkpoints.
 
     Args:
         source: An opened model source. Call ``open_checkpoint`` to make one from a path.
@@ -34,6 +56,7 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         with dcm.open_checkpoint("ckpt") as checkpoint:
             shape = checkpoint.shape("model.norm.weight")  # reads no tensor
             weight = checkpoint["model.norm.weight"]
+            rows = checkpoint["lm_head.weight", 1000:1010]  # reads ten rows
     """
 
     def __init__(self, source: ModelSource, inputs: Sources | None = None) -> None:
@@ -50,17 +73,24 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         """The configuration of the model."""
         return self._source.config
 
-    def __getitem__(self, hf_name: str) -> torch.Tensor:
-        """Read one tensor.
+    @property
+    def path(self) -> Path:
+        """The directory of the model; of a checkpoint root, the iteration's directory."""
+        return self._source.path
+
+    def __getitem__(self, key: Key) -> torch.Tensor:
+        """Read one tensor, or a part of it.
 
         Args:
-            hf_name: Its Hugging Face name, for example ``model.norm.weight``.
+            key: Its Hugging Face name, for example ``model.norm.weight``; or the name and, as for numpy, what to read
+                of it: slices without a step, integers and ``...``.
 
         Returns:
             A new tensor on the CPU, with the shape and dtype that ``shape`` and ``dtype`` give.
 
         Raises:
             KeyError: There is no such tensor.
+            IndexError: The tensor has no such part.
             FormatError: A file is damaged, or was changed or replaced since ``open_checkpoint``.
             MissingLibraryError: torch is not installed.
             DistCkptMistralError: The checkpoint was closed.
@@ -68,15 +98,62 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         with libraries.needed("reading a tensor", "torch", extra="megatron"):
             import torch  # noqa: PLC0415  (optional: names, shapes and dtypes are available without torch)
 
+        hf_name, box = self._box(key)
+        value = torch.empty(box.shape, dtype=getattr(torch, self.dtype(hf_name)))
+        self._read_into(value.reshape(-1).view(torch.uint8).numpy().data, hf_name, box)
+        return value.reshape(box.shown)
+
+    def numpy(self, hf_name: str, *index: Index) -> np.ndarray[Any, Any]:
+        """Read one tensor, or a part of it, without torch.
+
+        Args:
+            hf_name: Its Hugging Face name.
+            index: What to read of it, as in ``checkpoint[name, 0:128]``: ``checkpoint.numpy(name, slice(0, 128))``.
+
+        Returns:
+            A new array. Of bfloat16 and float8 it has ml_dtypes' dtype.
+
+        Raises:
+            KeyError: There is no such tensor.
+            IndexError: The tensor has no such part.
+            FormatError: A file is damaged, or was changed or replaced since ``open_checkpoint``.
+            DistCkptMistralError: The checkpoint was closed.
+
+        Example:
+            ``checkpoint.numpy("model.norm.weight").dtype  # dtype(bfloat16)``
+        """
+        hf_name, box = self._box((hf_name, *index))
+        value = np.empty(box.shape, dtypes.to_numpy(self.dtype(hf_name)))
+        self._read_into(value.reshape(-1).view(np.uint8).data, hf_name, box)
+        return value.reshape(box.shown)
+
+    def slices(self) -> dict[str, LazyTensor]:
+        """Give every tensor as an object that is read when it is indexed.
+
+        Returns:
+            By Hugging Face name what safetensors' ``get_slice`` gives, for code that reads such slices: transformers
+            takes them for a ``state_dict``, and reads each when its parameter is filled, or only a rank's part of it.
+
+        Example:
+            ``AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=checkpoint.slices())``
+        """
+        return {hf_name: LazyTensor(self, hf_name) for hf_name in self}
+
+    def _box(self, key: Key) -> tuple[str, _Box]:
+        """The name and the box that ``key`` stands for. Raises KeyError, IndexError, DistCkptMistralError."""
         self._require_open()
-        tensor = self._tensors[hf_name]
-        value = torch.empty(tensor.shape, dtype=getattr(torch, self._source.dtype_of(tensor)))
-        target = value.reshape(-1).view(torch.uint8).numpy().data
+        hf_name, *index = key if isinstance(key, tuple) else (key,)
+        return str(hf_name), _selected(self._tensors[str(hf_name)].shape, index, str(hf_name))
+
+    def _read_into(self, target: memoryview, hf_name: str, box: _Box) -> None:
+        """Fill ``target`` with the bytes of a box."""
+        if not math.prod(box.shape):
+            return
+        plan = plan_arrays(self._source, [box_array(hf_name, self.dtype(hf_name), hf_name, box.offset, box.shape)])
         position = 0
-        for band in self._reader.bands(self._source.plan_of([tensor]).segments[0]):
+        for band in self._reader.bands(plan.segments[0]):
             target[position : position + len(band)] = band
             position += len(band)
-        return value
 
     def __contains__(self, hf_name: object) -> bool:
         """Whether there is a tensor of this name."""
@@ -137,6 +214,57 @@ class LazyCheckpoint(Mapping[str, "torch.Tensor"]):
         return f"<LazyCheckpoint of {counted(len(self), 'tensor')} in {self._source.path}>"
 
 
+class LazyTensor:
+    """One tensor of an open checkpoint, with the methods of a slice of safetensors (0.8): indexing reads.
+
+    Args:
+        checkpoint: The open checkpoint.
+        hf_name: The Hugging Face name of the tensor.
+    """
+
+    def __init__(self, checkpoint: LazyCheckpoint, hf_name: str) -> None:
+        """Read nothing yet."""
+        self._checkpoint, self._hf_name = checkpoint, hf_name
+
+    def get_shape(self) -> list[int]:
+        """Return the shape in elements."""
+        return [*self._checkpoint.shape(self._hf_name)]
+
+    def get_dtype(self) -> str:
+        """Return the dtype's name in safetensors, such as ``BF16``."""
+        return dtypes.to_safetensors(self._checkpoint.dtype(self._hf_name))
+
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> torch.Tensor:
+        """Read the tensor (``[...]``), or a part of it, as ``LazyCheckpoint`` does."""
+        parts = index if isinstance(index, tuple) else (index,)
+        return self._checkpoint[(self._hf_name, *parts)]
+
+
+def _selected(shape: Shape, index: list[Any], hf_name: str) -> _Box:
+    """The box of a tensor of ``shape`` that ``index`` selects. Raises IndexError."""
+    if index.count(...) > 1 or len(index) - index.count(...) > len(shape):
+        raise IndexError(f"{hf_name} has {counted(len(shape), 'axis', 'axes')}: got the index {index}")
+    if ... not in index:
+        index = [*index, ...]
+    gap = index.index(...)
+    filled = [*index[:gap], *[slice(None)] * (len(shape) - len(index) + 1), *index[gap + 1 :]]
+    offset, extents, shown = list[int](), list[int](), list[int]()
+    for axis, (extent, part) in enumerate(zip(shape, filled, strict=True)):
+        if isinstance(part, slice):
+            low, high, step = part.indices(extent)
+            if step != 1:
+                raise IndexError(f"{hf_name}: expected a slice without a step, got {part}. Apply the step afterwards.")
+            shown.append(max(0, high - low))
+        else:
+            low = operator.index(part)
+            if not -extent <= low < extent:
+                raise IndexError(f"{hf_name} has {extent} elements on axis {axis}: got the index {low}")
+            low, high = low % extent, low % extent + 1
+        offset.append(low)
+        extents.append(max(0, high - low))
+    return _Box(tuple(offset), tuple(extents), tuple(shown))
+
+
 def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> LazyCheckpoint:
     """Open a model for lazy reading under Hugging Face names.
 
@@ -156,9 +284,15 @@ def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> L
     Example:
         with dcm.open_checkpoint("ckpt") as checkpoint:
             q = checkpoint["model.layers.0.self_attn.q_proj.weight"]
+            some = checkpoint["model.embed_tokens.weight", 100:110]  # reads these rows alone
     """
+    return LazyCheckpoint(*opened(path, config))
+
+
+def opened(path: str | Path, config: GivenConfig | None) -> tuple[ModelSource, Sources]:
+    """Open a model as ``open_checkpoint`` does: the model, and the stamps of its files when it was opened."""
     with Sources() as inputs:
         source = open_source(path, config=chosen_config(config), adapters=True)
         directory = given_directory(config, vision=True)
         require_equal_twins(source, only_hidden=True)
-        return LazyCheckpoint(source if directory is None else completed(source, directory), inputs)
+        return source if directory is None else completed(source, directory), inputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import pickle
@@ -23,7 +22,6 @@ from command_line import refusal, run
 from family_args import config_of, megatron
 from family_models import FAMILY
 from genuine import folder, shards, truth
-from hf_models import random_model, saved
 from safetensors.torch import load_file
 from torch_reading import described
 from transformers import AutoConfig
@@ -38,8 +36,6 @@ from dist_ckpt_mistral.formats.torch_dist.writer import untrained
 from dist_ckpt_mistral.model.args.bridge import from_run_config, to_run_config
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.storage import documents
-
-HAS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None
 
 
 @pytest.fixture
@@ -141,18 +137,6 @@ def test_bridge_finds_what_from_hf_wrote(iteration: int | None, name: str, hf: P
     dcm.reshard(root, tmp_path / "cut", dcm.ParallelLayout(tp=2, pp=2))
     assert found_by_auto_bridge(tmp_path / "cut").resolve() == (tmp_path / "cut" / name).resolve()
     assert found_by_training(tmp_path / "cut") == found_by_training(root)
-
-
-@pytest.mark.skipif(not HAS_BRIDGE, reason="Megatron-Bridge pins older versions of what is tested here")
-@pytest.mark.parametrize("written", [{}, {"tp": 2, "pp": 2}, {"iteration": 7}], ids=repr)
-def test_auto_bridge_loads_what_from_hf_wrote(written: dict[str, int], tmp_path: Path) -> None:
-    """The real AutoBridge opens the root, and exports every tensor of the original bit for bit."""
-    hf = saved(random_model(vocab_size=250), tmp_path / "hf")
-    from_hf(hf, tmp_path / "root", **written)  # type: ignore[arg-type]  # all are numbers
-    script = Path(__file__).parents[1] / "helpers" / "bridge_loads.py"
-    out = tmp_path / "out.safetensors"
-    subprocess.run([sys.executable, script, hf, tmp_path / "root", out], check=True, timeout=300)
-    assert described(load_file(out)) == described(load_file(hf / "model.safetensors"))
 
 
 def test_the_link_for_bridge_is_made_anew_by_a_resumed_run(

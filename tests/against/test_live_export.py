@@ -30,6 +30,10 @@ _TP2_PP2: dict[str, Any] = {"tp": 2, "pp": 2}
 _SMALL: dict[str, Any] = {"bucket_bytes": 16000}
 #: The models that are saved as a checkpoint and as a directory.
 SAVED: Final = ("untied", "mistral4")
+#: A model of 96 MB, whose largest tensors have 2 MB, and the buffers through which it travels, by name.
+LARGE: Final = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "head_dim": 64}
+SMALL_BUCKET: Final = 4 << 20
+BUCKETS: Final = {"small": SMALL_BUCKET, "large": None}
 #: Model, layout, and what export_live is told.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tp2-pp2": ("untied", _TP2_PP2, _SMALL),
@@ -69,6 +73,8 @@ def results(launch_ranks: LaunchRanks, models: dict[str, Path], saved: Path) -> 
         return {"task": task, "config": config, "layout": layout, "hf": str(models[model]), **more}
 
     jobs = {name: job("export_live", model, layout, **more) for name, (model, layout, more) in CASES.items()}
+    measured = {**json.loads((models["untied"] / "config.json").read_text()), **LARGE}
+    jobs["measured"] = {"task": "measure_export", "config": measured, "layout": _TP2_PP2, "buckets": BUCKETS}
     jobs["refused"] = job("refuse_live", "untied", _TP2_PP2)
     for model in SAVED:
         jobs[f"checkpoint {model}"] = job(
@@ -93,6 +99,18 @@ def test_every_rank_gets_the_tensors_of_the_model(
     for rank, told in enumerate(results):
         receives = rank == to or (not isinstance(to, int) and rank in to)
         assert told[case] == {"names": names if receives else [], "wrong": []}
+
+
+def test_memory_is_bounded_by_the_bucket(results: list[dict[str, Any]]) -> None:
+    """While a model of many buckets streams to all ranks, none holds more than two buckets and a tensor besides.
+
+    An export in one bucket, which holds the whole model at once, shows that the measure would see more.
+    """
+    measured = [rank["measured"] for rank in results]
+    model = sum(each["model"] for each in measured)
+    for each in measured:
+        assert each["small"] < 2 * SMALL_BUCKET + (16 << 20) < model // 3  # 16 MB: a tensor, Python, and gloo's own
+        assert each["large"] > model
 
 
 #: What must be in the error that every rank raises.

@@ -6,6 +6,7 @@ One launch of four ranks. ``gpt_stage.hf_rows`` says what each parameter of the 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from command_line import run
 from family_models import FAMILY, family_model, model_class
 from hf_models import random_model, saved
 from megatron_reads import reads_of_rank
@@ -297,6 +299,31 @@ def test_megatron_lm_loads_what_from_hf_wrote(name: str, results: Results) -> No
 def test_models_of_megatron_lm_are_filled(name: str, results: Results) -> None:
     """``load_weights`` gives every parameter of the same GPTModels its Hugging Face values, straight from the files."""
     assert [rank[name]["wrongly_filled"] for rank in results.ranks] == [[]] * 4
+
+
+def test_what_slimes_import_leaves(results: Results, tmp_path: Path) -> None:
+    """Slime's HF -> torch_dist tool has Megatron-LM save an iteration, and moves that to a release.
+
+    tools/convert_hf_to_torch_dist.py, 2026-08: with these lines, and Megatron-LM's ``save_checkpoint`` before them.
+    """
+    name = "window by flags"
+    root = shutil.copytree(results.saved / name, tmp_path / "slime")
+    (root / "latest_checkpointed_iteration.txt").write_text("release")
+    shutil.move(root / "iter_0000011", root / "release")
+    done = to_hf(root, tmp_path / "hf")
+    assert done.config_from == "the args inside the checkpoint"
+    original = load_file(results.hf[CASES[name].model] / "model.safetensors")
+    assert described(load_file(tmp_path / "hf" / "model.safetensors")) == described(original)
+    assert run("inspect", root).code == run("verify", root).code == run("verify", root, tmp_path / "hf").code == 0
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in HYBRID])
+def test_models_of_megatron_lm_are_exported(name: str, results: Results) -> None:
+    """``export_weights`` streams the same GPTModels to the first rank: every tensor of the files, bit for bit."""
+    told = [rank[name] for rank in results.ranks]
+    names = sorted(load_file(results.hf[CASES[name].model] / "model.safetensors"))
+    assert [each["exported"] for each in told] == [names, [], [], []]
+    assert told[0]["wrongly_exported"] == []
 
 
 @pytest.mark.parametrize("name", HYBRID)

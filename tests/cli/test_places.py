@@ -94,6 +94,14 @@ MISTAKEN = {
         {TRACKER: "5", "model.safetensors": "", "config.json": "{}"},
         (f"it holds a model and a checkpoint ({TRACKER}, model.safetensors)",),
     ),
+    "ms-swift": (
+        {TRACKER: "5", "args.json": "{}", "model.safetensors": "", "config.json": "{}"},
+        ("it is a checkpoint of ms-swift that holds the model twice", "Give the directory of its iteration, or copy"),
+    ),
+    "verl": (
+        {"ckpt_contents.json": "{}", "transformer_config.json": "{}"},
+        ("it is a checkpoint of verl, whose weights lie in its folder model", "Give model/dist_ckpt, or"),
+    ),
     "weights that are gone, but not their checksums": (
         {"checksums.json": "{}", "config.json": "{}"},
         ("it holds checksums.json, but not the weights", "Copy all files again"),

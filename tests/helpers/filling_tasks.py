@@ -15,9 +15,9 @@ from gpt_optimizer import Optimizer
 from gpt_stage import Stage
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.module import Float16Module
+from reads import counted_reads
 
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
-from dist_ckpt_mistral.gather import bands
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.megatron import live_ranks
 from dist_ckpt_mistral.megatron import load_weights as subject
@@ -108,17 +108,14 @@ def _different(theirs: Stage, ours: Stage) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _counted() -> Iterator[list[int]]:
-    """Count the bytes that the fill reads from files. Gaps between rows are then never read along."""
+    """Count the bytes that the fill reads from files."""
     read: list[int] = []
-    run, read_into = subject.Filling.run, SourceFiles.read_into
-
-    def counting(files: SourceFiles, file: int, position: int, *buffers: memoryview) -> None:
-        read.extend(map(len, buffers))
-        read_into(files, file, position, *buffers)
+    run = subject.Filling.run
 
     def run_counted(filling: subject.Filling, *arguments: Any) -> None:  # noqa: ANN401
-        with mock.patch.object(SourceFiles, "read_into", counting), mock.patch.object(bands, "_LONG_GAP_BYTES", -1):
+        with counted_reads() as more:
             run(filling, *arguments)
+        read.extend(more)
 
     with mock.patch.object(subject.Filling, "run", run_counted):
         yield read

@@ -44,6 +44,9 @@ GENUINE: Final = {
     "opt_fsms_0140": "",
     "bridge_0062": "iter_0000000",
 }
+#: Likewise, what Megatron-Bridge's training saves. They are not in the list above: they hold optimizer state, and some
+#: a vision tower.
+BRIDGE: Final = dict.fromkeys(("bridge_train_0062", "bridge_ministral3_0062", "bridge_frozen_0062"), "iter_0000007")
 #: Likewise, in Megatron's legacy zarr format.
 ZARR: Final = {
     "zarr_ckpt": "",
@@ -89,7 +92,7 @@ def _place_to_unpack() -> Path:
 
 def shards(case: str) -> Path:
     """The directory of its iteration."""
-    return folder(case) / "checkpoint" / (GENUINE | ZARR)[case]
+    return folder(case) / "checkpoint" / (GENUINE | ZARR | BRIDGE)[case]
 
 
 def shards_of_adapter(case: str) -> Path:

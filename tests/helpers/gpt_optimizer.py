@@ -69,7 +69,8 @@ class Optimizer:
     @torch.no_grad()
     def _step(self) -> None:
         for model in self.models:
-            for name, parameter in model.named_parameters():
+            trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+            for name, parameter in trained:
                 wave = torch.arange(parameter.numel()).view(parameter.shape) + len(name)
                 parameter.main_grad.copy_(torch.sin(wave.float()) * 1e-2)
         for each in getattr(self.own, "chained_optimizers", [self.own]):

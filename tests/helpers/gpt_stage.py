@@ -132,6 +132,12 @@ class Stage:
             parameter.copy_(hf_rows(hf, self, name, layer))
 
     @torch.no_grad()
+    def fill_alike(self) -> None:
+        """Give every parameter the same value, so that its memory is there."""
+        for _, parameter, _ in self.parameters():
+            parameter.fill_(0.5)
+
+    @torch.no_grad()
     def forget(self) -> None:
         """Fill every parameter with NaN."""
         for _, parameter, _ in self.parameters():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import gc
 import itertools
 import time
 from collections.abc import Iterator
@@ -135,6 +137,33 @@ def save_live(*, config: dict[str, Any], layout: dict[str, Any], hf: str, to: st
                 parameter[0] = 1e6
     answers["narrow"] = said("narrow", dtype="float16")
     return answers
+
+
+def measure_export(*, config: dict[str, Any], layout: dict[str, Any], buckets: dict[str, int | None]) -> dict[str, Any]:
+    """By how many bytes exports to all ranks raise the highest resident memory of this rank, which keeps no tensor.
+
+    ``buckets`` names the exports, and says the size of their buffers. Memory is that of the kernel, which counts what
+    torch and the collectives allocate too.
+    """
+    model_config = MistralConfig.from_hf(config)
+    stage = Stage(model_config, ParallelLayout(**layout))
+    stage.fill_alike()
+    told: dict[str, Any] = {"model": sum(parameter.nbytes for _, parameter, _ in stage.parameters())}
+    for name, bucket_bytes in buckets.items():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+        for _ in export_weights(stage.chunks, model_config, bucket_bytes=bucket_bytes):
+            pass
+        told[name] = _resident("VmHWM") - before
+    return told
+
+
+def _resident(field: str) -> int:
+    """Bytes of resident memory of this process, now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) << 10
 
 
 def _take(tensors: Iterator[tuple[str, torch.Tensor]], number: int) -> None:

@@ -1,7 +1,7 @@
 """What one rank does in tests of Megatron-LM itself: ``python megatron_lm_ranks.py FOLDER N``, as in megatron_ranks.py.
 
 Arguments, configuration, model, loading and saving are those of ``megatron.training``, which megatron-core's wheels
-ship from 0.19 on. Of the package only ``load_weights`` has a part in it, where a result says so.
+ship from 0.19 on. Of the package ``load_weights`` and ``export_weights`` have a part in it, where a result says so.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 from megatron.training.models.hybrid import HybridModelBuilder
 from megatron_ranks import _hf_tensors, _pretend_cuda
 
+from dist_ckpt_mistral.megatron.export_weights import export_weights
 from dist_ckpt_mistral.megatron.load_weights import load_weights
 from dist_ckpt_mistral.megatron.runtime import destroy_parallel_state
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
@@ -145,8 +146,9 @@ def load(
     """Load a checkpoint with Megatron-LM as pretrain_gpt.py does; tell what the model then holds wrongly.
 
     With ``save``, save the model again with Megatron-LM, as iteration 11, generator states included. ``more`` are args
-    that have no flag, ``defaults`` the ``args_defaults`` of ``pretrain``. ``wrongly_filled`` is what the model holds
-    wrongly after ``load_weights`` from ``hf``.
+    that have no flag, ``defaults`` the ``args_defaults`` of ``pretrain``. ``exported`` are the names that
+    ``export_weights`` yields of the model, ``wrongly_exported`` those of tensors that are not the ones of ``hf``.
+    ``wrongly_filled`` is what the model holds wrongly after ``load_weights`` from ``hf``.
     """
     args = _arguments([*flags, *(["--save", save, "--save-interval", "1"] if save else [])], more, defaults)
     args.sequence_parallel = False  # torch's norms refuse it; what weights a rank holds does not depend on it
@@ -156,12 +158,23 @@ def load(
     iteration, _ = checkpointing.load_checkpoint(stage.chunks, None, None)
     if save:
         checkpointing.save_checkpoint(11, stage.chunks, None, None, 0)
-    told = {"differences": stage.differences(_hf_tensors(hf)), "iteration": iteration}
+    original = _hf_tensors(hf)
+    told = {"differences": stage.differences(original), "iteration": iteration}
     if is_hybrid:
         return told
+    exported = dict(export_weights(stage.chunks, MistralConfig.from_hf(config), to=0, bucket_bytes=1 << 16))
+    unequal = [
+        name
+        for name, tensor in exported.items()
+        if tensor.dtype != original[name].dtype or not torch.equal(tensor, original[name])
+    ]
     stage.forget()
     load_weights(stage.chunks, hf)
-    return told | {"wrongly_filled": stage.differences(_hf_tensors(hf))}
+    return told | {
+        "exported": sorted(exported),
+        "wrongly_exported": unequal,
+        "wrongly_filled": stage.differences(original),
+    }
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from filling_tasks import fill_live, refuse_to_fill
 from gpt_optimizer import CONTENT, Optimizer
 from gpt_stage import HfTensors, Stage, hf_rows, set_parallel_state
 from inference_tasks import run_command, run_model
-from live_tasks import export_live, refuse_live, save_live
+from live_tasks import export_live, measure_export, refuse_live, save_live
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import (
@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from safetensors.torch import load_file
 from torch_reading import load_tensors
+from view_tasks import load_by_dcp, load_entries_anywhere, load_live_anywhere
 
 from dist_ckpt_mistral.convert.ranks import from_environment
 from dist_ckpt_mistral.convert.reshard import reshard
@@ -385,7 +386,8 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
     for task in (
         *(compare_entries, compare_grouped, save_model, save_entries, load_entries, load_into_model),
         *(save_described, save_training, reshard_checkpoint, load_training, run_model, run_command),
-        *(export_live, refuse_live, save_live, fill_live, refuse_to_fill),
+        *(export_live, measure_export, refuse_live, save_live, fill_live, refuse_to_fill),
+        *(load_entries_anywhere, load_live_anywhere, load_by_dcp),
     )
 }
 

@@ -32,13 +32,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         return _Foreign if module_name.startswith("megatron.") else super().find_class(module_name, global_name)
 
 
-def read_metadata(directory: Path) -> Metadata:
-    """Read ``.metadata`` as torch does. torch 2.15 gave TensorProperties a sixth field that older ones trip over."""
+@contextlib.contextmanager
+def properties_of_any_torch() -> Iterator[None]:
+    """Let torch read TensorProperties of torch 2.15, which has a sixth field that older ones trip over."""
     original: Any = TensorProperties.__setstate__
-    with (
-        mock.patch.object(TensorProperties, "__setstate__", lambda self, state: original(self, state[:5])),
-        (directory / ".metadata").open("rb") as file,
-    ):
+    with mock.patch.object(TensorProperties, "__setstate__", lambda self, state: original(self, state[:5])):
+        yield
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Read ``.metadata`` as torch does, written by whichever version."""
+    with properties_of_any_torch(), (directory / ".metadata").open("rb") as file:
         metadata = _MetadataUnpickler(file).load()
     assert isinstance(metadata, Metadata)
     return metadata

@@ -2,17 +2,23 @@
 
     torchrun --nproc-per-node 4 tools/bench/live.py --tp 2 --pp 2
 
-Every round exports the same model to all ranks and to rank 0. A line has seconds, seconds for each GB of the model, and
-the ratio to the broadcast. ``moved`` is what rank 0's network namespace received on the loopback device; ``needed`` is
-what ranks must receive, because they are not the main replica of it.
+Every round exports the same model to all ranks and to rank 0. With ``--bridge HF`` it is the model that Megatron-Bridge
+builds of a Hugging Face directory, and Bridge's own ``export_hf_weights`` has a line in every round too; Bridge must be
+installed (see tests/README.md). A line has seconds, seconds for each GB of the model, and the ratio to the broadcast.
+``moved`` is what rank 0's network namespace received on the loopback device; ``needed`` is what ranks must receive,
+because they are not the main replica of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.megatron.live_model import live_parts
+from dist_ckpt_mistral.megatron.live_model import AnyModel, live_parts
 
 
 def main() -> None:
@@ -32,10 +38,16 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--bucket-bytes", type=int)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bridge", metavar="HF", help="a dense model of whose files Megatron-Bridge builds a model")
     arguments = parser.parse_args()
-    config = _config(arguments)
     layout = dcm.ParallelLayout(tp=arguments.tp, pp=arguments.pp, ep=arguments.ep)
-    model = dcm.build_model(config, layout, device="cpu")
+    theirs: Callable[[], Iterable[object]] | None = None
+    if arguments.bridge:
+        config = dcm.MistralConfig.from_hf(arguments.bridge)
+        model, theirs = _of_bridge(arguments.bridge, layout)
+    else:
+        config = _config(arguments)
+        model = dcm.build_model(config, layout, device="cpu")
     mine = sum(part.values().nbytes for part in live_parts(model))
     num_bytes, others = _sum(mine), _sum(0 if dist.get_rank() == 0 else mine)
     to_all = (dist.get_world_size() - 1) * num_bytes
@@ -50,6 +62,8 @@ def main() -> None:
         "to all": (lambda: export("all"), to_all),
         "to rank 0": (lambda: export(0), others),
     }
+    if theirs is not None:
+        ways["Bridge's export_hf_weights"] = (lambda: deque(theirs(), maxlen=0), to_all)
     floors: list[float] = []
     for number in range(arguments.rounds):
         for name, (way, needed) in ways.items():
@@ -62,6 +76,18 @@ def main() -> None:
                     f"moved {moved / 1e6:.1f} MB, needed {needed / 1e6:.1f} MB",
                     flush=True,
                 )
+
+
+def _of_bridge(hf: str, layout: dcm.ParallelLayout) -> tuple[AnyModel, Callable[[], Iterable[object]]]:
+    """Megatron-Bridge's model of this rank, filled from ``hf``, and how Bridge exports it."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "helpers"))
+    bridge_ranks = importlib.import_module("bridge_ranks")  # what Bridge needs on a CPU
+    bridge_ranks.import_bridge()
+    dist.init_process_group("gloo")
+    with bridge_ranks.on_cpu():
+        bridge_ranks.take_place(layout)
+        auto, model = bridge_ranks.built(hf, {"tp": layout.tp, "pp": layout.pp})
+    return model, partial(auto.export_hf_weights, model, cpu=True, show_progress=False)
 
 
 def _config(arguments: argparse.Namespace) -> dcm.MistralConfig:

@@ -8,7 +8,8 @@ renames them, and megatron_args.py reads and writes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError
@@ -52,6 +53,9 @@ _PROVIDERS: Final[Mapping[bool, str]] = {
 }
 #: Keys of a section that are no fields of the model.
 _OF_A_SECTION: Final = ("_target_", "_call_", "_builder_", "transformer")
+#: Limits of a Hugging Face configuration, in values and in levels.
+_MOST_VALUES: Final = 10_000
+_MOST_DEEP: Final = 10
 #: The function silu as Bridge writes it: the target of a mapping, or its name (models/gpt/model_config.py, 0.7).
 _SILU: Final = ("torch.nn.functional.silu", "silu")
 
@@ -66,6 +70,38 @@ def from_run_config(run_config: Mapping[str, Any], where: str) -> MistralConfig:
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}. Give the model's config.json with --config.")
     return from_megatron_args(_as_args(values), model_fields(where))
+
+
+def hf_config_of(run_config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """The Hugging Face configuration in the section ``model``, as in config.json; None without one.
+
+    Providers of multimodal models keep it (models/ministral3/ministral3_provider.py, 0.6), and the sizes of the vision
+    tower stand nowhere else. It is written as arguments of its class (training/utils/config_utils.py, 0.6), or as the
+    ``config_dict`` of ``from_dict`` (megatron/training/config/yaml_utils.py of megatron-core 0.19). ``where`` names the
+    file in errors. Raises ConfigError if it is absurdly large, as YAML's aliases can make it.
+    """
+    model = run_config.get("model")
+    found = model.get("hf_config") if isinstance(model, Mapping) else None
+    if not isinstance(found, Mapping):
+        return None
+    inner = found.get("config_dict")
+    values = _as_json(inner if isinstance(inner, Mapping) else found, where, itertools.count(1))
+    return values if isinstance(values, dict) else None
+
+
+def _as_json(value: object, where: str, counted: Iterator[int], depth: int = 0) -> object:
+    """A value as config.json has it: without the names of classes, and dtypes by their names."""
+    if next(counted) > _MOST_VALUES or depth > _MOST_DEEP:
+        raise ConfigError(f"hf_config in {where} is nested too deep, or has more than {_MOST_VALUES} values")
+    if isinstance(value, Mapping):
+        target = value.get("_target_")
+        if "_call_" in value and isinstance(target, str):
+            return target.removeprefix("torch.")
+        kept = {str(name): each for name, each in value.items() if name != "_target_"}
+        return {name: _as_json(each, where, counted, depth + 1) for name, each in kept.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(each, where, counted, depth + 1) for each in value]
+    return value
 
 
 def to_run_config(config: MistralConfig, *, dtype: str, tp: int, pp: int, ep: int) -> dict[str, Any]:

@@ -42,13 +42,15 @@ _FLAT_STATES: Final = (
     ),
 )
 
+_EXTRA_STATE: Final = re.compile(r"(.*[./])?_extra_state($|/|\d)")
+
 #: The beginning of every reason why an export leaves out optimizer state.
 OPTIMIZER_STATE: Final = "optimizer state"
 #: Stored entries that are not weights: pattern of the key -> why an export leaves it out.
 _NOT_WEIGHTS: Final = (
     *((pattern, f"{OPTIMIZER_STATE} in flat buffers ({name})") for pattern, name in _FLAT_STATES),
     (_OPTIMIZER, OPTIMIZER_STATE),
-    (re.compile(r"(.*[./])?_extra_state($|/|\d)"), "Transformer Engine extra state"),
+    (_EXTRA_STATE, "Transformer Engine extra state"),
     (re.compile(r"rng_state($|/|\.)"), "random number generator state"),
     (re.compile(r"common_state($|/)"), "common state, read on its own"),
     (re.compile(r"(opt_param_scheduler|rerun_state_machine|iteration|checkpoint_version)\w*($|/|\.)"), "trainer state"),
@@ -90,6 +92,11 @@ def flat_state(stored_key: str) -> str | None:
 def is_optimizer_state(stored_key: str) -> bool:
     """Whether a stored entry, tensor or object, belongs to an optimizer."""
     return _OPTIMIZER.match(stored_key) is not None
+
+
+def is_extra_state(stored_key: str) -> bool:
+    """Whether a stored entry is a module's extra state, which only FP8 training uses."""
+    return _EXTRA_STATE.match(stored_key) is not None
 
 
 def why_ignored(mcore_key: str, prefix: str = "") -> str | None:
