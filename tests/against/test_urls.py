@@ -50,7 +50,7 @@ def _same(case: str, url: str, question: Callable[[str, str], Any]) -> None:
 @pytest.mark.parametrize("case", _CASES)
 def test_questions_about_a_bucket(case: str, s3: S3Server) -> None:
     """inspect, check, plan, compare and megatron_args say of a bucket what they say of its copy."""
-    url = put_folder(genuine.folder(case) / "checkpoint", f"{s3.url}/questions/{case}")
+    url = put_folder(genuine.folder(case) / "checkpoint", f"{s3.url}/questions/{case}/checkpoint")
     layout = dcm.ParallelLayout(tp=2)
     _same(case, url, lambda path, config: dcm.inspect(path, config=config).to_json())
     _same(case, url, lambda path, config: dcm.check(path, config=config).to_json())
