@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from dist_ckpt_mistral.errors import FormatError, PlanError
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
-from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
+from dist_ckpt_mistral.formats.legacy_torch import RANK_FILE
+from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader, TensorLocator
 from dist_ckpt_mistral.gather import dtypes
@@ -70,11 +71,31 @@ def archives_by_file(checkpoint: StoredCheckpoint) -> tuple[dict[str, ArchivesBy
         except (FormatError, PlanError) as error:
             faults.append(Fault(Piece((name,)), str(error)))
     for name, entry in checkpoint.objects.items():
+        if checkpoint.backend == TORCH and Path(entry.file).name == RANK_FILE:
+            continue  # the archive of its rank, which has the tensors too
         _add(archives[entry.file], Span(entry.offset, entry.num_bytes), Piece((name,)))
     common = checkpoint.directory / common_state.COMMON_FILE
     if common.is_file():
         _add(archives[common.name], Span(0, common.stat().st_size), Piece(("the common state",)))
     return archives, faults
+
+
+def read_records(path: Path, tensors: ArchivesByPlace) -> tuple[list[CheckedSpan], list[Fault]]:
+    """The records of a file that is one archive, in ascending order; ``tensors`` are the spans of tensors in it."""
+    with SourceFiles([path]) as files:
+        span = Span(0, files.size_bytes(0))
+        try:
+            records = sorted(_records(files, span, Piece(())), key=lambda part: part.span)
+        except FormatError as error:
+            return [], [Fault(Piece(("all of it",)), str(error))]
+    ordered, parts, at = sorted(tensors), list[CheckedSpan](), 0
+    for record in records:
+        names: list[str] = []
+        while at < len(ordered) and ordered[at].position < sum(record.span):
+            names += tensors[ordered[at]].names
+            at += 1
+        parts.append(record._replace(piece=Piece(tuple(dict.fromkeys(names)) or ("what is no tensor of the model",))))
+    return parts, []
 
 
 def _add(archives: ArchivesByPlace, span: Span, piece: Piece) -> None:

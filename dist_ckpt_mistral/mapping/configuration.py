@@ -26,6 +26,7 @@ from dist_ckpt_mistral.formats.small_files import NamedTokenizer
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.matching import match_checkpoint
+from dist_ckpt_mistral.mapping.rank_files import RankFiles, joined_ranks
 from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, model_fields
 from dist_ckpt_mistral.model.args.megatron_args import args_disagreements, from_megatron_args, is_padding
 from dist_ckpt_mistral.model.config.agreement import Disagreement, disagreements, listed_disagreements
@@ -328,7 +329,15 @@ def checkpoint_config(
             f"{RUN_CONFIG_FILE}. Give the model's config.json with --config, or leave it in the checkpoint root for "
             "all iterations with describe."
         )
-    return agreed(str(checkpoint.directory), chosen, described, checkpoint.tensors, way_out=way_out)
+    return agreed(str(checkpoint.directory), chosen, described, _table_names(checkpoint), way_out=way_out)
+
+
+def _table_names(checkpoint: StoredCheckpoint) -> Collection[str] | None:
+    """The names that tell whether embeddings are tied; None where they do not.
+
+    Of parameters of modules only the args do: the last stage of a tied model has a head all the same.
+    """
+    return None if checkpoint.is_of_modules else checkpoint.tensors
 
 
 def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Iterator[Description]:
@@ -387,12 +396,16 @@ def _described_in(folder: Path) -> Iterator[Description]:
 class Matched:
     """A Megatron checkpoint matched with the tensor table of its configuration.
 
-    ``table`` describes the whole model, ``found.table`` the part of it that the checkpoint holds.
+    ``table`` describes the whole model, ``found.table`` the part of it that the checkpoint holds. ``stored`` is the
+    checkpoint with the tensors that ``found`` names. Where parameters of modules were stored, ``ranks`` tells how they
+    make these up.
     """
 
     agreed: Agreed
     table: TensorTable
     found: CheckpointMap
+    stored: StoredCheckpoint
+    ranks: RankFiles | None = None
 
 
 def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = ParamState.WEIGHTS) -> Matched:
@@ -402,11 +415,13 @@ def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = Par
     unknown or of another shape, or if the vocabulary has more rows than padding explains.
     """
     table = tensor_table(known.config)
-    shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
-    found = match_checkpoint(table, shapes, checkpoint.objects, str(checkpoint.directory), state)
+    ranks = joined_ranks(checkpoint, known.config, table) if checkpoint.is_of_modules else None
+    stored = checkpoint if ranks is None else ranks.stored
+    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
+    found = match_checkpoint(table, shapes, stored.objects, str(stored.directory), state)
     if not known.overrides:
-        _require_padding(checkpoint, known, found)
-    return Matched(agreed=known, table=table, found=found)
+        _require_padding(stored, known, found)
+    return Matched(agreed=known, table=table, found=found, stored=stored, ranks=ranks)
 
 
 def _require_padding(checkpoint: StoredCheckpoint, known: Agreed, found: CheckpointMap) -> None:

@@ -205,18 +205,22 @@ def open_megatron(
     """
     checkpoint = stored_checkpoint.open_stored(path)
     known = matched(checkpoint, checkpoint_config(checkpoint, config), state)
-    table, found = known.table, known.found
+    table, found, stored = known.table, known.found, known.stored
     hf_files = configuration.original_files(checkpoint)
-    shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
-    twins = found.twins(checkpoint.tensors)
+    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
+    twins = found.twins(stored.tensors)
     with paused_collector():  # none of a hundred thousand new links is garbage
         links = {tensor.hf_name: found.links(tensor) for tensor in found.table.hf_tensors().values()}
+    index = stored.index([*found.names(), *(twin.name for twin in twins)])
+    if known.ranks is not None and (heads := known.ranks.heads):
+        names = [twin.name for twin in heads]
+        index, twins = index.joined(known.ranks.raw.index(names), names), (*twins, *heads)
     return ModelSource(
         path=checkpoint.directory,
         kind=f"Megatron {checkpoint.backend} checkpoint",
         agreed=known.agreed,
         table=table,
-        index=checkpoint.index([*found.names(), *(twin.name for twin in twins)]),
+        index=index,
         tensors=_described(found.table, hf_files),
         links=links,
         ignored=(*found.ignored, *_padding(table, found, shapes)),

@@ -12,6 +12,7 @@ from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
 from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
+from dist_ckpt_mistral.model.table.layers import LEGACY_TIED_HEAD
 from dist_ckpt_mistral.model.table.rules import (
     Index,
     KeyStyle,
@@ -49,7 +50,9 @@ class LocalTensor:
     """One local tensor of one rank.
 
     Args:
+        rule: The rule of the table that describes it.
         index: The tensor's place in the model: (), (layer,) or (layer, expert).
+        local_index: The same in the local module, whose layers and experts count from 0.
         mcore_key: The key of the stored tensor, with ``{layer}`` and ``{expert}`` not filled in.
         module_name: Its name in the state dict of the local module.
         local_shape: Its shape in elements.
@@ -61,7 +64,9 @@ class LocalTensor:
         live_rows: Number of its rows that do not pad the vocabulary. They come first.
     """
 
+    rule: TensorRule
     index: Index
+    local_index: Index
     mcore_key: str
     module_name: str
     local_shape: tuple[int, ...]
@@ -75,6 +80,14 @@ class LocalTensor:
     def layer(self) -> int | None:
         """The number of its layer in the whole model; None for a tensor outside the layers."""
         return self.index[0] if self.index else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names in state dicts of this rank: in ``module_name``, in models of other specs and releases."""
+        if self.replica_id[0]:
+            return (self.module_name, LEGACY_TIED_HEAD)
+        others = (spell(name, self.local_index) for name in self.rule.names)
+        return tuple(dict.fromkeys((self.module_name, *others)))
 
     @property
     def is_main_replica(self) -> bool:
@@ -116,11 +129,11 @@ def local_tensors(
         part, copy = _share(layout, rule, module, at)
         for index, local in _local_indices(layout, rule, chunk, at):
             name = spell(module.name, local)
-            yield _local_tensor(table, rule, module, rows, index, name, part, style, (0, *copy))
+            yield _local_tensor(table, rule, module, rows, (index, local), name, part, style, (0, *copy))
         if rule.stage is Stage.EMBEDDING and chunk.is_last and not chunk.is_first:
             for name in rule.other_keys:
                 # Tied embeddings: the last stage describes its copy of them as a head (language_module.py, 0.12+).
-                yield _local_tensor(table, rule, module, rows, (), name, part, style, (1, *copy))
+                yield _local_tensor(table, rule, module, rows, ((), ()), name, part, style, (1, *copy))
 
 
 def local_objects(
@@ -193,13 +206,17 @@ def _local_tensor(
     rule: TensorRule,
     module: ModuleTensor,
     rows: int,
-    index: Index,
+    indices: tuple[Index, Index],
     name: str,
     part: tuple[int, int],
     style: KeyStyle,
     replica_id: tuple[int, int, int],
 ) -> LocalTensor:
-    """One local tensor; ``part`` is (part, number of parts) of tensor parallelism."""
+    """One local tensor; ``part`` is (part, number of parts) of tensor parallelism.
+
+    ``indices`` are its index in the model and in the local module.
+    """
+    index, local_index = indices
     shape = [rows, *rule.shape[1:]]
     if module.tp_axis is not None:
         shape[module.tp_axis] //= part[1]
@@ -213,7 +230,9 @@ def _local_tensor(
     )
     live_rows = rule.shape[0] - boxes[0].global_offset[-len(shape)] if rule.padded_vocabulary else shape[0]
     return LocalTensor(
+        rule=rule,
         index=index,
+        local_index=local_index,
         mcore_key=module.mcore_key,
         module_name=name,
         local_shape=tuple(shape),

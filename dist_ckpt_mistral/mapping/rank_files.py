@@ -1,0 +1,497 @@
+"""A checkpoint of the parameters of ranks' modules as one of global tensors: every parameter is a box of one.
+
+In Megatron's legacy ``torch`` format, the names of the folders and the tensors in them tell the layout. In
+``torch_dcp`` all parameters are those of one rank. ``local_tensors`` tells the boxes of a layout's ranks. Nothing is
+copied: the new stored tensors have the same bytes for their chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from dist_ckpt_mistral.errors import FormatError, TensorMismatchError, UnsupportedFormatError
+from dist_ckpt_mistral.formats.legacy_torch import (
+    RankFolder,
+    RankTensor,
+    key_of,
+    rank_folders,
+    split_key,
+    split_state_key_of,
+)
+from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DCP, StoredCheckpoint
+from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredTensor
+from dist_ckpt_mistral.formats.torch_dcp import MODEL_PREFIX
+from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.gather.dtypes import Shape
+from dist_ckpt_mistral.gather.links import Link
+from dist_ckpt_mistral.mapping.checkpoint_map import Twin
+from dist_ckpt_mistral.messages import counted, listed
+from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.config.parts import is_positive_int
+from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
+from dist_ckpt_mistral.model.layout.local_tensors import LocalBox, LocalTensor, local_tensors
+from dist_ckpt_mistral.model.table.entries import is_optimizer_state, state_key, why_ignored
+from dist_ckpt_mistral.model.table.rules import LayerSpec, Stage
+from dist_ckpt_mistral.model.table.table import TensorTable
+
+_LOG = logging.getLogger(__name__)
+#: The axes of a layout in the names of folders, and their names in Megatron-LM's args.
+_AXES: Final = {"tp": "tensor", "pp": "pipeline", "ep": "expert"}
+#: A layer's number in the name of a tensor.
+_LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d{1,5})\.")
+#: The parameters of all experts of a rank in one (GroupedMLP of megatron-core 0.4 to 0.16).
+_GROUPED: Final = re.compile(r".*\.experts\.weight[12]")
+#: Versions of the format (``checkpoint_version``) before this one have the rows of queries, keys and values elsewhere
+#: (Megatron-LM training/checkpointing.py, ``fix_query_key_value_ordering``).
+_OLDEST_VERSION: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFiles:
+    """A checkpoint of modules' parameters, whose ``stored`` tensors are global ones, and the layout that saved it.
+
+    ``copies`` are tensors that other ranks store again: their names are those of ``raw``, the checkpoint as it was
+    opened. ``heads`` are those of them that are a tied model's embeddings in the last pipeline stage.
+    """
+
+    stored: StoredCheckpoint
+    raw: StoredCheckpoint
+    layout: ParallelLayout
+    copies: tuple[Twin, ...]
+
+    @property
+    def heads(self) -> tuple[Twin, ...]:
+        """The copies of embeddings."""
+        return tuple(twin for twin in self.copies if twin.is_head)
+
+
+class _Box(NamedTuple):
+    """A box of a global tensor, the key of the stored tensor that holds it, and the first of its rows there."""
+
+    box: LocalBox
+    key: str
+    row: int
+
+
+def joined_ranks(raw: StoredCheckpoint, config: MistralConfig, table: TensorTable) -> RankFiles:
+    """The global tensors of a checkpoint of modules' parameters, of a model with this configuration.
+
+    Raises TensorMismatchError, which names all problems, if tensors of a rank are missing, unknown, or have another
+    shape; FormatError if folders are missing or the layout cannot be told; LayoutError if the model does not fit it.
+    """
+    where = str(raw.directory)
+    args = raw.common_state.get("args")
+    _require_version(raw)
+    names = _names(raw)
+    if raw.backend == TORCH_DCP:
+        layout = ParallelLayout()
+        places = {"": layout.coordinates(0)}
+    else:
+        folders = rank_folders(raw.directory)
+        layout = _layout(folders, names, args if isinstance(args, Mapping) else {}, config, where)
+        layout.check(config)
+        places = _coordinates(folders, layout, where)
+    rows = _vocabulary_rows(raw, table, names, layout)
+    boxes: dict[str, dict[Shape, _Box]] = defaultdict(dict)
+    copies: list[Twin] = []
+    problems: list[str] = []
+    used: set[str] = set()
+    states_of = _states_of_parameters(raw, table, names)
+    for tensor, key in _held(table, layout, places, names, rows, problems):
+        stored = raw.tensors[key]
+        used.add(key)
+        if stored.global_shape != tensor.local_shape:
+            expected = f"{list(tensor.local_shape)} ({layout.text or 'one rank'})"
+            problems.append(f"shape of {key}: expected {expected}, got {list(stored.global_shape)}")
+            continue
+        if any(box.global_offset in boxes[box.mcore_key] for box in tensor.boxes):
+            copies.append(_copy(tensor, key))
+            continue
+        row = 0
+        for box in tensor.boxes:
+            boxes[box.mcore_key][box.global_offset] = _Box(box, key, row)
+            for state, name in states_of.get(key, {}).items():
+                boxes[state_key(box.mcore_key, name)][box.global_offset] = _Box(box, state, row)
+            row += box.shape[tensor.prepended_axes]
+    unknown = [key for key in raw.tensors if key not in used and why_not_of_model(raw, key) is None]
+    _refuse_grouped(unknown, where)
+    if unknown:
+        count = counted(len(unknown), "tensor is", "tensors are")
+        problems.append(f"{count} unknown to the table: {listed([_described(raw, key) for key in unknown])}")
+    if problems:
+        raise TensorMismatchError(
+            f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
+            "Check that the configuration belongs to this checkpoint."
+        )
+    return RankFiles(stored=_stored(raw, boxes), raw=raw, layout=layout, copies=tuple(copies))
+
+
+def _described(raw: StoredCheckpoint, key: str) -> str:
+    return f"{key} {list(raw.tensors[key].global_shape)}"
+
+
+def _require_version(raw: StoredCheckpoint) -> None:
+    """Raise UnsupportedFormatError for a version of the format with other rows of queries, keys and values."""
+    version = raw.common_state.get("checkpoint_version", 0)
+    if not isinstance(version, int | float) or version < _OLDEST_VERSION:
+        raise UnsupportedFormatError(
+            f"checkpoint_version for {raw.directory}: expected {_OLDEST_VERSION} or newer (rows of queries, keys and "
+            f"values are in another order before), got {version!r:.40}. Load and save it with the Megatron-LM that "
+            "wrote it or a later one."
+        )
+
+
+def why_not_of_model(raw: StoredCheckpoint, key: str) -> str | None:
+    """Why a stored tensor is no parameter of the model, or None if it may be one."""
+    if is_optimizer_state(key) or (raw.backend == TORCH_DCP and not key.startswith(MODEL_PREFIX)):
+        return why_ignored(key)
+    return why_ignored(key.removeprefix(MODEL_PREFIX) if raw.backend == TORCH_DCP else split_key(key).name)
+
+
+def _names(raw: StoredCheckpoint) -> dict[str, list[dict[str, str]]]:
+    """Folder -> for each of its model chunks, the name of every tensor -> its key. There are none in ``torch_dcp``."""
+    if raw.backend == TORCH_DCP:
+        return {"": [{key.removeprefix(MODEL_PREFIX): key for key in raw.tensors if key.startswith(MODEL_PREFIX)}]}
+    found: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for key in raw.tensors:
+        if is_optimizer_state(key):
+            continue
+        tensor = split_key(key)
+        found[tensor.folder][tensor.chunk][tensor.name] = key
+    return {folder: [chunks.get(number, {}) for number in range(1 + max(chunks))] for folder, chunks in found.items()}
+
+
+def _states_of_parameters(
+    raw: StoredCheckpoint, table: TensorTable, names: Mapping[str, list[dict[str, str]]]
+) -> dict[str, dict[str, str]]:
+    """Key of a parameter -> key of each of its states in the plain optimizer of its rank -> the state's name.
+
+    An optimizer does not name its parameters. It has those of a state dict in their order, group by group, and the
+    settings of a group tell which: weights of several axes decay, experts that are spread have groups of their own
+    (mcore optimizer/__init__.py, ``_get_param_groups``, 0.4 to 0.19). Where numbers or shapes of the two do not fit,
+    all states are left alone, with a warning.
+    """
+    by_place: dict[tuple[str, int, int], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for key in raw.tensors:
+        if is_optimizer_state(key):
+            folder, place = split_state_key_of(key)
+            by_place[folder, place.optimizer, place.group][place.parameter][key] = place.name
+    if not by_place:
+        return {}
+    common = raw.common_state["optimizer"]
+    optimizers = [*common.values()] if 0 in common else [common]
+    groups = [each.get("optimizer", each)["param_groups"] for each in optimizers]
+    apart = any(_is_of_experts(settings) for settings in chain.from_iterable(groups))
+    patterns = _expert_names(table) if apart else []
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for (folder, number, group), states in by_place.items():
+        settings = groups[number][group]
+        parameters = [
+            key
+            for name, key in chain.from_iterable(model.items() for model in names[folder])
+            if why_ignored(name) is None
+            and (len(raw.tensors[key].global_shape) == 1) == (settings.get("wd_mult", 1.0) == 0)
+            and any(pattern.fullmatch(name) for pattern in patterns) == _is_of_experts(settings)
+        ]
+        fits = [*states] == [*range(len(parameters))] and all(
+            raw.tensors[key].global_shape == raw.tensors[state].global_shape
+            for at, key in enumerate(parameters)
+            for state in states[at]
+        )
+        if not fits:
+            _LOG.warning(
+                "%s: the parameters of its optimizer cannot be told apart (group %s of %s): their state is not read",
+                *(raw.directory, group, folder),
+            )
+            return {}
+        for at, key in enumerate(parameters):
+            found[key] |= states[at]
+    return found
+
+
+def _expert_names(table: TensorTable) -> list[re.Pattern[str]]:
+    """Patterns of the names of experts' parameters."""
+    names = (re.escape(name) for rule in table.rules if rule.is_of_experts for name in rule.names)
+    return [re.compile(re.sub(r"\\{\w+\\}", r"\\d+", name)) for name in names]
+
+
+def _is_of_experts(settings: Mapping[str, Any]) -> bool:
+    """Whether a group of parameters is of experts that are spread."""
+    return bool(settings.get("is_expert_parallel") or settings.get("is_expert"))
+
+
+def _layout(
+    folders: Sequence[RankFolder],
+    names: Mapping[str, list[dict[str, str]]],
+    args: Mapping[str, Any],
+    config: MistralConfig,
+    where: str,
+) -> ParallelLayout:
+    """The layout that saved the checkpoint: sizes by its args and its folders, layers of stages by their tensors."""
+    in_args = {axis: args.get(f"{name}_model_parallel_size") for axis, name in _AXES.items()}
+    said = {axis: size for axis, size in in_args.items() if is_positive_int(size)}
+    numbers = [{folder.numbers[place] for folder in folders} for place in range(len(folders[0].numbers))]
+    axes = ["tp", *_further_axes(folders, names, said, config, where)]
+    sizes = dict.fromkeys(_AXES, 1) | {axis: len(each) for axis, each in zip(axes, numbers, strict=True)}
+    if {axis: sizes[axis] for axis in said} != said or any({*range(len(each))} != each for each in numbers):
+        by_args = ", ".join(f"{axis}={size}" for axis, size in said.items()) or "a layout"
+        raise FormatError(
+            f"folders of ranks in {where}: expected those of {by_args} (its args), got "
+            f"{listed([folder.name for folder in folders])}. Copy the checkpoint again, whole."
+        )
+    etp = args.get("expert_tensor_parallel_size")
+    return ParallelLayout(
+        tp=sizes["tp"],
+        ep=sizes["ep"],
+        etp=etp if is_positive_int(etp) and config.experts is not None else None,
+        **_pipeline(folders, names, sizes["pp"], None if "pp" not in axes else axes.index("pp"), where),
+    )
+
+
+def _further_axes(
+    folders: Sequence[RankFolder],
+    names: Mapping[str, list[dict[str, str]]],
+    sizes: Mapping[str, Any],
+    config: MistralConfig,
+    where: str,
+) -> list[str]:
+    """The axes that the second and the third number in a folder's name count.
+
+    A single number counts pipeline stages or, where there is one stage, experts: every folder then has an embedding.
+    """
+    numbers = len(folders[0].numbers) - 1
+    if numbers != 1:
+        return ["pp", "ep"][:numbers]
+    if config.experts is None or sizes.get("pp", 1) > 1:
+        return ["pp"]
+    if sizes.get("ep", 1) > 1:
+        return ["ep"]
+    with_embedding = [
+        folder.name
+        for folder in folders
+        if any(name.endswith("embedding.word_embeddings.weight") for name in names.get(folder.name, [{}])[0])
+    ]
+    if not with_embedding:
+        raise FormatError(f"no rank in {where} holds an embedding. Copy the checkpoint again, whole.")
+    return ["ep" if len(with_embedding) == len(folders) > 1 else "pp"]
+
+
+def _pipeline(
+    folders: Sequence[RankFolder],
+    names: Mapping[str, list[dict[str, str]]],
+    pp: int,
+    place: int | None,
+    where: str,
+) -> dict[str, Any]:
+    """The fields of a layout for ``pp`` stages, by the layers in each stage's model chunks.
+
+    ``place`` is that of the stage's number in the names of folders. Raises FormatError if ranks of a stage differ.
+    """
+    layers: dict[int, tuple[int, ...]] = {}
+    for folder in folders:
+        stage = 0 if place is None else folder.numbers[place]
+        counts = tuple(_num_layers(chunk) for chunk in names.get(folder.name, [{}]))
+        if layers.setdefault(stage, counts) != counts:
+            raise FormatError(
+                f"{folder.name} in {where} has {list(counts)} layers in its model chunks: expected "
+                f"{list(layers[stage])}, as another rank of its pipeline stage. Copy the checkpoint again, whole."
+            )
+    stages = [layers.get(stage, ()) for stage in range(pp)]
+    chunks = max(map(len, stages))
+    if {*map(len, stages)} != {chunks}:
+        raise FormatError(
+            f"pipeline stages in {where} have {[*map(len, stages)]} model chunks: expected the same number for each of "
+            f"{pp}. Copy the checkpoint again, whole."
+        )
+    if pp == 1:
+        if chunks != 1:
+            raise FormatError(f"{where} has {chunks} model chunks in one pipeline stage: expected one")
+        return {}
+    if chunks == 1:
+        return {"pp": pp, "pp_layers": tuple(counts[0] for counts in stages)}
+    text = "|".join("t" * counts[chunk] for chunk in range(chunks) for counts in stages)
+    return {"pp": pp, "vpp": chunks, "pipeline_model_parallel_layout": f"E{text}L"}
+
+
+def _num_layers(names: Mapping[str, str]) -> int:
+    """Number of layers that the tensors of a model chunk belong to."""
+    return len({match[1] for name in names if (match := _LAYER.search(name)) is not None})
+
+
+def _coordinates(folders: Sequence[RankFolder], layout: ParallelLayout, where: str) -> dict[str, RankCoordinates]:
+    """Folder -> the coordinates of a rank that saves into it.
+
+    Raises FormatError if folders are missing, UnsupportedFormatError if ranks with other experts save into one.
+    """
+    has = {axis: getattr(layout, axis) > 1 for axis in ("pp", "ep")}
+    by_numbers: dict[tuple[int, ...], RankCoordinates] = {}
+    for rank in range(layout.world_size):
+        at = layout.coordinates(rank)
+        numbers = (at.tp, *([at.pp] if has["pp"] else []), *([at.ep] if has["ep"] else []))
+        if by_numbers.setdefault(numbers, at).etp != at.etp:
+            raise UnsupportedFormatError(
+                f"{where} was saved at {layout.text}: ranks with different parts of an expert save into one folder. "
+                "Save it anew with --ckpt-format torch_dist."
+            )
+    width = len(folders[0].numbers)
+    present = {folder.numbers: folder.name for folder in folders}
+    # One stage may be numbered, too, as tools/checkpoint does.
+    padded = {numbers + (0,) * (width - len(numbers)): at for numbers, at in by_numbers.items()}
+    if absent := [numbers for numbers in padded if numbers not in present]:
+        called = ["_".join(["mp_rank", f"{first:02d}", *(f"{n:03d}" for n in rest)]) for first, *rest in absent]
+        raise FormatError(f"folders in {where} are missing: {listed(called)}. Copy the checkpoint again, whole.")
+    if strange := [name for numbers, name in present.items() if numbers not in padded]:
+        raise FormatError(
+            f"{where} holds {listed(strange)}, which no rank of {layout.text or 'one rank'} saves. Move them elsewhere."
+        )
+    return {present[numbers]: at for numbers, at in padded.items()}
+
+
+def _vocabulary_rows(
+    raw: StoredCheckpoint, table: TensorTable, names: Mapping[str, list[dict[str, str]]], layout: ParallelLayout
+) -> int | None:
+    """The number of rows of the padded vocabulary; None if no rank holds an embedding, which is reported later."""
+    embedding = next(rule for rule in table.rules if rule.stage is Stage.EMBEDDING)
+    keys = (chunks[0].get(name) for chunks in names.values() for name in embedding.names)
+    shape = next((raw.tensors[key].global_shape for key in keys if key is not None), ())
+    rows = shape[0] * layout.tp if shape else 0
+    if 0 < rows < embedding.shape[0]:
+        raise TensorMismatchError(
+            f"vocabulary of {raw.directory}: expected at least {embedding.shape[0]} rows (vocab_size), got {rows}. "
+            "Check that the configuration belongs to this checkpoint."
+        )
+    return rows or None
+
+
+def _held(
+    table: TensorTable,
+    layout: ParallelLayout,
+    places: Mapping[str, RankCoordinates],
+    names: Mapping[str, list[dict[str, str]]],
+    rows: int | None,
+    problems: list[str],
+) -> Iterator[tuple[LocalTensor, str]]:
+    """Yield every tensor of every rank's part of the model, with its key. Adds to ``problems`` what is missing."""
+    language = table.without_carried()
+    spec = max(LayerSpec, key=lambda spec: _num_known(language, layout, places, names, rows, spec))
+    missing = []
+    for folder, at in places.items():
+        chunks = layout.model_chunks(language.num_layers, at.pp)
+        for number, chunk in enumerate(chunks):
+            present = names[folder][number] if folder in names else {}
+            for tensor in local_tensors(layout, language, chunk, at, spec=spec, vocab_rows=rows):
+                found = [name for name in tensor.names if name in present]
+                if len(found) > 1:
+                    problems.append(f"{folder} holds one tensor twice: {' and '.join(found)}")
+                elif found:
+                    yield tensor, present[found[0]]
+                else:
+                    missing.append(key_of(RankTensor(folder, number, tensor.module_name)))
+    if missing:
+        problems.append(f"{counted(len(missing), 'tensor is', 'tensors are')} missing: {listed(missing)}")
+
+
+def _num_known(
+    table: TensorTable,
+    layout: ParallelLayout,
+    places: Mapping[str, RankCoordinates],
+    names: Mapping[str, list[dict[str, str]]],
+    rows: int | None,
+    spec: LayerSpec,
+) -> int:
+    """How many tensors of the first rank have the names of a layer spec."""
+    folder, at = next(iter(places.items()))
+    chunk = layout.model_chunks(table.num_layers, at.pp)[0]
+    present = names[folder][0] if folder in names else {}
+    tensors = local_tensors(layout, table, chunk, at, spec=spec, vocab_rows=rows)
+    return sum(tensor.module_name in present for tensor in tensors)
+
+
+def _copy(tensor: LocalTensor, key: str) -> Twin:
+    """A rank's tensor that another rank has stored before."""
+    links, row = [], 0
+    for box in tensor.boxes:
+        rest = box.shape[tensor.prepended_axes :]
+        target = (row, *(0,) * (len(rest) - 1))
+        links.append(
+            Link(source=box.mcore_key, source_offset=box.global_offset, target=key, target_offset=target, shape=rest)
+        )
+        row += rest[0]
+    is_head = bool(tensor.replica_id[0])
+    return Twin(name=key, main=links[0].source, shape=tensor.local_shape, links=tuple(links), is_head=is_head)
+
+
+def _stored(raw: StoredCheckpoint, boxes: Mapping[str, Mapping[Shape, _Box]]) -> StoredCheckpoint:
+    """The checkpoint with the global tensors for tensors; ``boxes`` maps the offsets in each to its boxes."""
+    tensors: dict[str, StoredTensor] = {}
+    columns: list[tuple[int, int, int]] = []
+    for name, parts in boxes.items():
+        stored = [raw.tensors[part.key] for part in parts.values()]
+        if len(different := {tensor.dtype for tensor in stored}) > 1:
+            raise TensorMismatchError(
+                f"dtype of {name} in {raw.directory}: expected one, got {listed(sorted(different))}, by rank"
+            )
+        chunks = [chunk for part in parts.values() for chunk in _chunks(raw, part)]
+        shape, num_chunks = next(iter(parts.values())).box.global_shape, len(chunks)
+        offsets = np.array([chunk.offset for chunk in chunks], np.int64).reshape(num_chunks, len(shape))
+        tensors[name] = StoredTensor(
+            name=name,
+            dtype=stored[0].dtype,
+            global_shape=shape,
+            stored_shape=shape,
+            offsets=offsets,
+            shapes=np.array([chunk.shape for chunk in chunks], np.int64).reshape(num_chunks, len(shape)),
+            stored_offsets=offsets,
+            archives=np.arange(len(columns), len(columns) + num_chunks),
+        )
+        columns += [chunk.place for chunk in chunks]
+    archives = Archives(*np.array(columns, np.int64).reshape(len(columns), 3).T)
+    return replace(raw, metadata=replace(raw.metadata, tensors=tensors, archives=archives))
+
+
+class _Chunk(NamedTuple):
+    """A chunk of a global tensor, in elements, and its file, first byte and number of bytes."""
+
+    offset: Shape
+    shape: Shape
+    place: tuple[int, int, int]
+
+
+def _chunks(raw: StoredCheckpoint, part: _Box) -> Iterator[_Chunk]:
+    """The chunks that a box of a global tensor consists of.
+
+    The tensor of a rank's archive is in one piece, of which the box may be some rows. Of ``torch_dcp`` every box is
+    whole, and has the chunks of its parameter.
+    """
+    stored, box = raw.tensors[part.key], part.box
+    axes = len(box.shape) - len(stored.global_shape)
+    chunks = raw.chunks(part.key)
+    places = zip(*(column.tolist() for column in chunks[2:]), strict=True)
+    if raw.backend != TORCH_DCP:
+        ((file, position, _),) = places
+        itemsize = dtypes.itemsize_bytes(stored.dtype)
+        begin = part.row * math.prod(stored.global_shape[1:]) * itemsize
+        yield _Chunk(box.global_offset, box.shape, (file, position + begin, math.prod(box.shape) * itemsize))
+        return
+    if part.row:
+        return  # the second half of gate and up: the first has yielded the chunks of both
+    for offset, shape, place in zip(chunks.offsets.tolist(), chunks.shapes.tolist(), places, strict=True):
+        yield _Chunk((*box.global_offset[:axes], *offset), (*(1,) * axes, *shape), place)
+
+
+def _refuse_grouped(unknown: Sequence[str], where: str) -> None:
+    """Raise UnsupportedFormatError for experts whose weights are stored transposed, all of a rank in one tensor."""
+    if grouped := [key for key in unknown if _GROUPED.fullmatch(key)]:
+        raise UnsupportedFormatError(
+            f"{where} holds experts of GroupedMLP, which are stored column by column: {listed(grouped)}. Load and save "
+            "it with the Megatron-LM that wrote it, with --ckpt-convert-format torch_dist and --ckpt-convert-save DIR."
+        )
