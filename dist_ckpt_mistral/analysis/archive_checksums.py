@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from operator import add
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,12 +91,21 @@ def read_records(path: Path, tensors: ArchivesByPlace) -> tuple[list[CheckedSpan
             return [], [Fault(Piece(("all of it",)), str(error))]
     ordered, parts, at = sorted(tensors), list[CheckedSpan](), 0
     for record in records:
-        names: list[str] = []
+        first = at
         while at < len(ordered) and ordered[at].position < sum(record.span):
-            names += tensors[ordered[at]].names
             at += 1
-        parts.append(record._replace(piece=Piece(tuple(dict.fromkeys(names)) or ("what is no tensor of the model",))))
+        parts.append(record._replace(piece=_around([tensors[span] for span in ordered[first:at]])))
     return parts, []
+
+
+def _around(pieces: Sequence[Piece]) -> Piece:
+    """All of ``pieces`` as one: the box around them if they are of one tensor."""
+    names = tuple(dict.fromkeys(name for piece in pieces for name in piece.names))
+    if len(names) != 1:
+        return Piece(names or ("what is no tensor of the model",))
+    low = tuple(map(min, zip(*(piece.offset for piece in pieces), strict=True)))
+    ends = zip(*(map(add, piece.offset, piece.shape) for piece in pieces), strict=True)
+    return Piece(names, low, tuple(max(end) - start for end, start in zip(ends, low, strict=True)))
 
 
 def _add(archives: ArchivesByPlace, span: Span, piece: Piece) -> None:

@@ -27,6 +27,7 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
+from dist_ckpt_mistral.mapping.source import require_equal_heads
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key, state_key
 
@@ -120,6 +121,7 @@ def _joined(stored: StoredCheckpoint, config: ChosenConfig | None, max_file_byte
     """The model of a legacy ``torch`` checkpoint, with the parts of the ranks for chunks."""
     match = matched(stored, checkpoint_config(stored, config))
     _LOG.info("configuration: %s", match.agreed.source)
+    require_equal_heads(match)
     tensors = match.stored.index(match.stored.tensors)
     files, others = _FileNumbers(max_file_bytes), _other_keys(match.found)
     chunks = (replace(chunk, other_keys=others(chunk.mcore_key)) for chunk in _chunks(tensors))

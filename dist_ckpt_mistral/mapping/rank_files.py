@@ -395,9 +395,14 @@ def _held(
                 elif found:
                     yield tensor, present[found[0]]
                 else:
-                    missing.append(key_of(RankTensor(folder, number, tensor.module_name)))
+                    missing.append(_key(folder, number, tensor.module_name))
     if missing:
         problems.append(f"{counted(len(missing), 'tensor is', 'tensors are')} missing: {listed(missing)}")
+
+
+def _key(folder: str, chunk: int, name: str) -> str:
+    """The key under which a tensor of a module would be listed. There are no folders in ``torch_dcp``."""
+    return key_of(RankTensor(folder, chunk, name)) if folder else MODEL_PREFIX + name
 
 
 def _num_known(

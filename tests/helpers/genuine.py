@@ -52,6 +52,16 @@ ZARR: Final = {
     "fsms_zarr_0153": "",
     "dpzero_zarr_0153": "",
 }
+#: Likewise, in Megatron's legacy torch format, with an archive for every rank.
+LEGACY: Final = dict.fromkeys(
+    (
+        *("legacy_tp2pp2_0192", "legacy_vpp_tied_0192", "legacy_moe_0192", "legacy_plain_0192", "legacy_distrib_0192"),
+        *("legacy_old_0080", "legacy_old_tied_0080"),
+    ),
+    "iter_0000007",
+)
+#: Likewise, in Megatron's format torch_dcp.
+TORCH_DCP: Final = {"dcp_0192": "iter_0000007"}
 
 
 def folder(case: str) -> Path:
@@ -82,7 +92,7 @@ def _place_to_unpack() -> Path:
 
 def shards(case: str) -> Path:
     """The directory of its iteration."""
-    return folder(case) / "checkpoint" / (GENUINE | ZARR)[case]
+    return folder(case) / "checkpoint" / (GENUINE | ZARR | LEGACY | TORCH_DCP)[case]
 
 
 def truth(case: str) -> dict[str, torch.Tensor]:
