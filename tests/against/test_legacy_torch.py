@@ -227,8 +227,9 @@ def results(launch_ranks: LaunchRanks, migrated: dict[str, Path]) -> list[dict[s
         }
         for case, layout in LOADS.items()
     }
-    training = {"task": "load_training", "distributed": False, "true": str(migrated["legacy_plain_0192"])}
-    return launch_ranks(4, jobs | {"training": training | jobs["legacy_plain_0192"] | training})
+    training = {name: value for name, value in jobs["legacy_plain_0192"].items() if name != "hf"}
+    training |= {"task": "load_training", "distributed": False, "true": str(migrated["legacy_plain_0192"])}
+    return launch_ranks(4, jobs | {"training": training})
 
 
 def test_megatron_loads_plain_optimizer_state(results: list[dict[str, Any]]) -> None:
