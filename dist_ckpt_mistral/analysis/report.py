@@ -244,7 +244,7 @@ def _generation(checkpoint: StoredCheckpoint) -> str:
         ranks = counted(len(rank_folders(checkpoint.directory)), "rank")
         return f"an archive for each of {ranks} (as Megatron-LM writes with --ckpt-format torch)"
     if checkpoint.backend == TORCH_DCP:
-        return "torch's distributed checkpoint of parameters (as Megatron-LM writes with FSDP2)"
+        return "torch's distributed checkpoint of parameters (as Megatron-LM writes with FSDP)"
     if (checkpoint.directory / common_state.COMMON_FILE).is_file():
         return "torch_dist with common.pt (as megatron-core 0.12 to 0.16 write)"
     if common_state.SHARDED_KEY in checkpoint.objects:

@@ -239,7 +239,7 @@ _DIRECTORIES: Final = (
         kind=Kind.CHECKPOINT,  # what of DCP it is, its content tells: formats/torch_dcp.py
         what=f"{BACKEND_FILE} is missing, so it was saved by torch.distributed.checkpoint (DCP) and not by Megatron's "
         "dist_checkpointing, or the save has not finished",
-        advice="to-hf makes a Hugging Face directory of it if it is in Megatron's format torch_dcp.",
+        advice="to-hf makes a Hugging Face directory of it if Megatron's FSDP saved it (torch_dcp, fsdp_dtensor).",
     ),
     _Row(
         marks=(("zero_to_fp32.py",), ("*_model_states.pt",)),

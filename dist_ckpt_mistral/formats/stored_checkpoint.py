@@ -41,7 +41,7 @@ _OTHER_READERS: Final = {TORCH: legacy_torch.read_stored, TORCH_DCP: torch_dcp.r
 _NOT_LOADED: Final = {
     ZARR: "is a legacy zarr checkpoint, which Megatron does not load since megatron-core 0.16",
     TORCH: "is in Megatron's legacy torch format, which Megatron loads at the parallelism that saved it alone",
-    TORCH_DCP: "is in Megatron's format torch_dcp, which Megatron loads with FSDP2 alone",
+    TORCH_DCP: "is in Megatron's format torch_dcp or fsdp_dtensor, which Megatron loads with FSDP alone",
 }
 
 

@@ -27,9 +27,9 @@ from dist_ckpt_mistral.formats.legacy_torch import (
     split_key,
     split_state_key_of,
 )
-from dist_ckpt_mistral.formats.stored_checkpoint import TORCH_DCP, StoredCheckpoint
+from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, TORCH_DCP, StoredCheckpoint
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredTensor
-from dist_ckpt_mistral.formats.torch_dcp import MODEL_PREFIX
+from dist_ckpt_mistral.formats.torch_dcp import parameter_name
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.links import Link
@@ -106,27 +106,31 @@ def joined_ranks(raw: StoredCheckpoint, config: MistralConfig, table: TensorTabl
     problems: list[str] = []
     used: set[str] = set()
     states_of = _states_of_parameters(raw, table, names)
-    for tensor, key in _held(table, layout, places, names, rows, problems):
-        stored = raw.tensors[key]
-        used.add(key)
-        if stored.global_shape != tensor.local_shape:
-            expected = f"{list(tensor.local_shape)} ({layout.text or 'one rank'})"
-            problems.append(f"shape of {key}: expected {expected}, got {list(stored.global_shape)}")
+    for tensor, keys in _held(table, layout, places, names, rows, problems):
+        used.update(keys)
+        expected = [tensor.local_shape] if len(keys) == 1 else [_local_shape(tensor, box) for box in tensor.boxes]
+        if wrong := [(key, shape) for key, shape in zip(keys, expected, strict=True) if _shape(raw, key) != shape]:
+            problems += [
+                f"shape of {key}: expected {list(shape)} ({layout.text or 'one rank'}), got {list(_shape(raw, key))}"
+                for key, shape in wrong
+            ]
             continue
         if any(box.global_offset in boxes[box.mcore_key] for box in tensor.boxes):
-            copies.append(_copy(tensor, key))
+            copies.append(_copy(tensor, keys[0]))
             continue
         row = 0
-        for box in tensor.boxes:
+        for number, box in enumerate(tensor.boxes):
+            key = keys[min(number, len(keys) - 1)]
             boxes[box.mcore_key][box.global_offset] = _Box(box, key, row)
             for state, name in states_of.get(key, {}).items():
                 boxes[state_key(box.mcore_key, name)][box.global_offset] = _Box(box, state, row)
-            row += box.shape[tensor.prepended_axes]
+            row += box.shape[tensor.prepended_axes] if len(keys) == 1 else 0
     unknown = [key for key in raw.tensors if key not in used and why_not_of_model(raw, key) is None]
     _refuse_grouped(unknown, where)
     if unknown:
         count = counted(len(unknown), "tensor is", "tensors are")
-        problems.append(f"{count} unknown to the table: {listed([_described(raw, key) for key in unknown])}")
+        described = listed([f"{key} {list(_shape(raw, key))}" for key in unknown])
+        problems.append(f"{count} unknown to the table: {described}")
     if problems:
         raise TensorMismatchError(
             f"{where} does not hold the model that its configuration describes: {'; '.join(problems)}. "
@@ -135,8 +139,13 @@ def joined_ranks(raw: StoredCheckpoint, config: MistralConfig, table: TensorTabl
     return RankFiles(stored=_stored(raw, boxes), raw=raw, layout=layout, copies=tuple(copies))
 
 
-def _described(raw: StoredCheckpoint, key: str) -> str:
-    return f"{key} {list(raw.tensors[key].global_shape)}"
+def _shape(raw: StoredCheckpoint, key: str) -> Shape:
+    return raw.tensors[key].global_shape
+
+
+def _local_shape(tensor: LocalTensor, box: LocalBox) -> Shape:
+    """The shape of a box without the axes that only the stored tensor has."""
+    return box.shape[tensor.prepended_axes :]
 
 
 def _require_version(raw: StoredCheckpoint) -> None:
@@ -152,15 +161,17 @@ def _require_version(raw: StoredCheckpoint) -> None:
 
 def why_not_of_model(raw: StoredCheckpoint, key: str) -> str | None:
     """Why a stored tensor is no parameter of the model, or None if it may be one."""
-    if is_optimizer_state(key) or (raw.backend == TORCH_DCP and not key.startswith(MODEL_PREFIX)):
+    if is_optimizer_state(key):
         return why_ignored(key)
-    return why_ignored(key.removeprefix(MODEL_PREFIX) if raw.backend == TORCH_DCP else split_key(key).name)
+    if raw.backend == TORCH_DCP:
+        return why_ignored(parameter_name(key) or key)
+    return why_ignored(split_key(key).name)
 
 
 def _names(raw: StoredCheckpoint) -> dict[str, list[dict[str, str]]]:
     """Folder -> for each of its model chunks, the name of every tensor -> its key. There are none in ``torch_dcp``."""
     if raw.backend == TORCH_DCP:
-        return {"": [{key.removeprefix(MODEL_PREFIX): key for key in raw.tensors if key.startswith(MODEL_PREFIX)}]}
+        return {"": [{name: key for key in raw.tensors if (name := parameter_name(key)) is not None}]}
     found: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for key in raw.tensors:
         if is_optimizer_state(key):
@@ -181,7 +192,7 @@ def _states_of_parameters(
     all states are left alone, with a warning.
     """
     by_place: dict[tuple[str, int, int], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    for key in raw.tensors:
+    for key in raw.tensors if raw.backend == TORCH else ():
         if is_optimizer_state(key):
             folder, place = split_state_key_of(key)
             by_place[folder, place.optimizer, place.group][place.parameter][key] = place.name
@@ -379,8 +390,11 @@ def _held(
     names: Mapping[str, list[dict[str, str]]],
     rows: int | None,
     problems: list[str],
-) -> Iterator[tuple[LocalTensor, str]]:
-    """Yield every tensor of every rank's part of the model, with its key. Adds to ``problems`` what is missing."""
+) -> Iterator[tuple[LocalTensor, tuple[str, ...]]]:
+    """Yield every tensor of every rank's part of the model, with its key, or with a key for each of its boxes.
+
+    Adds to ``problems`` what is missing.
+    """
     language = table.without_carried()
     spec = max(LayerSpec, key=lambda spec: _num_known(language, layout, places, names, rows, spec))
     missing = []
@@ -390,10 +404,13 @@ def _held(
             present = names[folder][number] if folder in names else {}
             for tensor in local_tensors(layout, language, chunk, at, spec=spec, vocab_rows=rows):
                 found = [name for name in tensor.names if name in present]
-                if len(found) > 1:
-                    problems.append(f"{folder} holds one tensor twice: {' and '.join(found)}")
+                halves = [(f"{name}_w", f"{name}_v") for name in tensor.names if f"{name}_w" in present]
+                if len(found) + len(halves) > 1:
+                    problems.append(f"{folder} holds one tensor twice: {' and '.join([*found, *chain(*halves)])}")
                 elif found:
-                    yield tensor, present[found[0]]
+                    yield tensor, (present[found[0]],)
+                elif halves and len(tensor.boxes) == len(halves[0]) and halves[0][1] in present:
+                    yield tensor, tuple(present[name] for name in halves[0])
                 else:
                     missing.append(_key(folder, number, tensor.module_name))
     if missing:
@@ -402,7 +419,7 @@ def _held(
 
 def _key(folder: str, chunk: int, name: str) -> str:
     """The key under which a tensor of a module would be listed. There are no folders in ``torch_dcp``."""
-    return key_of(RankTensor(folder, chunk, name)) if folder else MODEL_PREFIX + name
+    return key_of(RankTensor(folder, chunk, name)) if folder else f"model.{name}"
 
 
 def _num_known(
@@ -474,8 +491,8 @@ class _Chunk(NamedTuple):
 def _chunks(raw: StoredCheckpoint, part: _Box) -> Iterator[_Chunk]:
     """The chunks that a box of a global tensor consists of.
 
-    The tensor of a rank's archive is in one piece, of which the box may be some rows. Of ``torch_dcp`` every box is
-    whole, and has the chunks of its parameter.
+    The tensor of a rank's archive is in one piece, of which the box may be some rows. Of ``torch_dcp`` every box has
+    the chunks of its parameter, and is whole or half of one.
     """
     stored, box = raw.tensors[part.key], part.box
     axes = len(box.shape) - len(stored.global_shape)
@@ -489,7 +506,8 @@ def _chunks(raw: StoredCheckpoint, part: _Box) -> Iterator[_Chunk]:
         return
     if part.row:
         return  # the second half of gate and up: the first has yielded the chunks of both
-    for offset, shape, place in zip(chunks.offsets.tolist(), chunks.shapes.tolist(), places, strict=True):
+    begin = np.array(box.global_offset[axes:], np.int64)
+    for offset, shape, place in zip((chunks.offsets + begin).tolist(), chunks.shapes.tolist(), places, strict=True):
         yield _Chunk((*box.global_offset[:axes], *offset), (*(1,) * axes, *shape), place)
 
 

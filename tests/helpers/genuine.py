@@ -60,8 +60,8 @@ LEGACY: Final = dict.fromkeys(
     ),
     "iter_0000007",
 )
-#: Likewise, in Megatron's format torch_dcp.
-TORCH_DCP: Final = {"dcp_0192": "iter_0000007"}
+#: Likewise, in Megatron's formats torch_dcp and fsdp_dtensor.
+FSDP: Final = {"dcp_0192": "iter_0000007", "fsdp_0192": "iter_0000007"}
 
 
 def folder(case: str) -> Path:
@@ -92,7 +92,7 @@ def _place_to_unpack() -> Path:
 
 def shards(case: str) -> Path:
     """The directory of its iteration."""
-    return folder(case) / "checkpoint" / (GENUINE | ZARR | LEGACY | TORCH_DCP)[case]
+    return folder(case) / "checkpoint" / (GENUINE | ZARR | LEGACY | FSDP)[case]
 
 
 def truth(case: str) -> dict[str, torch.Tensor]:
