@@ -40,6 +40,7 @@ from dist_ckpt_mistral.model.config.parts import is_positive_int
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.local_tensors import LocalBox, LocalTensor, local_tensors
 from dist_ckpt_mistral.model.table.entries import is_optimizer_state, state_key, why_ignored
+from dist_ckpt_mistral.model.table.layers import EMBEDDING_KEY
 from dist_ckpt_mistral.model.table.rules import LayerSpec, Stage
 from dist_ckpt_mistral.model.table.table import TensorTable
 
@@ -289,7 +290,7 @@ def _further_axes(
     with_embedding = [
         folder.name
         for folder in folders
-        if any(name.endswith("embedding.word_embeddings.weight") for name in names.get(folder.name, [{}])[0])
+        if any(name.endswith(EMBEDDING_KEY) for name in names.get(folder.name, [{}])[0])
     ]
     if not with_embedding:
         raise FormatError(f"no rank in {where} holds an embedding. Copy the checkpoint again, whole.")
