@@ -38,9 +38,14 @@ def require(what: str, *modules: str, extra: str) -> None:
 
     The message says that ``what`` needs their packages, and gives the command that installs ``extra``.
     """
-    missing = [_PACKAGES[module] for module in modules if not _is_installed(module)]
-    if missing:
-        raise _missing(what, missing, extra)
+    packages = missing(*modules)
+    if packages:
+        raise _missing(what, packages, extra)
+
+
+def missing(*modules: str) -> list[str]:
+    """Return the packages of those of ``modules`` that are not installed."""
+    return [_PACKAGES[module] for module in modules if not _is_installed(module)]
 
 
 @contextlib.contextmanager
@@ -55,11 +60,11 @@ def needed(what: str, *modules: str, extra: str) -> Iterator[None]:
 
 
 def _missing(what: str, packages: Sequence[str], extra: str) -> MissingLibraryError:
-    command = _install_command(extra)
+    command = install_command(extra)
     return MissingLibraryError(f"{what} needs {', '.join(packages)}, not installed here. Run: {command}")
 
 
-def _install_command(extra: str) -> str:
+def install_command(extra: str) -> str:
     """Return the command that installs an extra with the same installer and from the same source as this package.
 
     The installed package records both: INSTALLER names the program, direct_url.json (PEP 610) the source unless that

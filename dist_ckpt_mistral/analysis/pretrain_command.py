@@ -16,6 +16,7 @@ from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source
 from dist_ckpt_mistral.messages import command_line
 from dist_ckpt_mistral.model.args.flags import pretrain_flags
+from dist_ckpt_mistral.model.args.hybrid import hybrid_pattern
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state
@@ -91,6 +92,14 @@ def megatron_args(
     args, groups = pretrain_flags(
         source.config, dtype=source.main_dtype, layout=layout, vocab_rows=_vocabulary_rows(source)
     )
+    pattern = hybrid_pattern(_args_inside(source))
+    if pattern is not None:
+        _LOG.warning(
+            "%s holds a HybridModel, which Megatron-LM loads only with the script that trains those, and "
+            "--hybrid-layer-pattern %r in place of --num-layers. For pretrain_gpt.py, export it with to-hf and import "
+            "that with from-hf.",
+            *(source.path, pattern),
+        )
     groups["checkpoint"] = [
         *_load_flags(Path(path), source),
         *_flags_without_training_state(source, layout),
@@ -160,8 +169,7 @@ def _flags_without_training_state(source: ModelSource, layout: ParallelLayout) -
     flat = sorted({kind for name, _ in source.ignored if (kind := flat_state(name))})
     if not flat:
         return []
-    args = stored_checkpoint.open_stored(source.path).common_state.get("args")
-    args = args if isinstance(args, Mapping) else {}
+    args = _args_inside(source)
     saved = tuple(args.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
     if saved == (layout.tp, layout.pp):
         return []
@@ -170,6 +178,12 @@ def _flags_without_training_state(source: ModelSource, layout: ParallelLayout) -
         *(*saved, layout.tp, layout.pp, FLAT_STATE_ADVICE.format(name=flat[0])),
     )
     return ["--no-load-optim"]
+
+
+def _args_inside(source: ModelSource) -> Mapping[str, Any]:
+    """Megatron-LM's args in a checkpoint; empty without any."""
+    args = stored_checkpoint.open_stored(source.path).common_state.get("args")
+    return args if isinstance(args, Mapping) else {}
 
 
 def _vocabulary_rows(source: ModelSource) -> int:

@@ -303,7 +303,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("weights", f"{counted(len(weights), 'tensor')}, {human_bytes(sum(tensor.num_bytes for tensor in weights))}"),
     ]
     if report.config is not None:
-        facts.insert(1, ("model", _model_line(report.config)))
+        facts.insert(1, ("model", model_line(report.config)))
     reasons = Counter(tensor.ignored for tensor in report.tensors if tensor.ignored is not None)
     reasons.update(reason for _, reason in report.objects)
     facts += [
@@ -312,7 +312,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return facts
 
 
-def _model_line(config: dict[str, Any]) -> str:
+def model_line(config: dict[str, Any]) -> str:
+    """The sizes of a model, from the ``config`` of a report, in one line."""
     experts, latent, window = config["experts"], config["latent_attention"], config["sliding_window"]
     kind = "" if config["model_type"] == "mistral" else config["model_type"]
     mlp = f"ffn {config['intermediate_size']}"

@@ -7,42 +7,33 @@ import filecmp
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata, resources
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral import libraries
-from dist_ckpt_mistral.analysis import compare
+from dist_ckpt_mistral.analysis import compare, damage, report
+from dist_ckpt_mistral.cli.demo_model import make_model
 from dist_ckpt_mistral.cli.processes import run_ranks
-from dist_ckpt_mistral.convert import from_hf, to_hf
+from dist_ckpt_mistral.convert import from_hf, reshard, to_hf
+from dist_ckpt_mistral.convert.conversion import Conversion, conversion_line
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
-from dist_ckpt_mistral.messages import human_bytes
+from dist_ckpt_mistral.messages import human_bytes, listed
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
-#: Modules that the demo needs beyond this package.
-_MODULES: Final = ("torch", "megatron.core", "transformers", "safetensors", "mistral_common")
-#: A small Mistral, with grouped queries and a head dimension other than hidden_size / num_attention_heads.
-_SIZES: Final = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "sliding_window": None,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+#: Modules that load the checkpoint with Megatron, and modules that compute with the export.
+_MEGATRON: Final = ("torch", "megatron.core")
+_TRANSFORMERS: Final = ("torch", "transformers")
+_EXTRA: Final = "demo"
 _LAYOUT: Final = ParallelLayout(tp=2, pp=2)
+_OTHER_TP: Final = 4
 _TEXT: Final = "Mistral models on Megatron, and back."
 #: Four processes that import Megatron start slowly on a machine with few cores and a cold disk.
 _RANKS_TIMEOUT_S: Final = 600
@@ -53,49 +44,107 @@ Say = Callable[[str], None]
 def run(keep: Path | None, say: Say) -> None:
     """Run the demo and print its steps with ``say``. The files stay in ``keep`` (new or empty), or are deleted.
 
-    Raises DistCkptMistralError if a package is missing or a check fails.
+    Megatron and transformers check its files too, where they are installed. Raises DistCkptMistralError if a check
+    fails.
     """
-    libraries.require("the demo", *_MODULES, extra="demo")
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise OutputError(f"{keep} is not an empty directory. Give --keep the name of a new one.")
-    versions = ", ".join(map(_with_version, ("megatron-core", "torch", "transformers")))
     say("A Mistral model goes from Hugging Face to Megatron and back. This needs no GPU and no network.")
-    say(f"Here: {versions}.")
+    say("Behind each $ stands the command that does the same.")
     with contextlib.ExitStack() as stack:
         folder = keep if keep is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         total_seconds = stack.enter_context(_timed())
         stack.enter_context(_quiet())
-        original, checkpoint, export = folder / "original", folder / "checkpoint", folder / "export"
+        original, checkpoint, resharded, export = (
+            folder / name for name in ("original", "checkpoint", "resharded", "export")
+        )
         _make(original, say)
         _import(original, checkpoint, say)
-        _load(original, checkpoint, say)
-        _export(checkpoint, export, say)
-        _compare(original, checkpoint, export, say)
-    say(f"\nDone in {total_seconds():.0f} s: the export equals the original, and Megatron loaded the checkpoint.")
+        _inspect(checkpoint, say)
+        _reshard(checkpoint, resharded, say)
+        _export(resharded, export, say)
+        _compare(original, export, say)
+        checked = [*_with_megatron(original, checkpoint, say), *_with_transformers(original, export, say)]
+    say(f"\nDone in {total_seconds():.1f} s: {', and '.join(['the export equals the original', *checked])}.")
+    missing = libraries.missing(*dict.fromkeys((*_MEGATRON, *_TRANSFORMERS)))
+    if missing:
+        say(f"Not checked with {listed(missing)}, not installed here. Run, and then the demo again:")
+        say(f"  {libraries.install_command(_EXTRA)}")
     say(f"The files are in {keep}." if keep is not None else "The files are deleted; --keep DIR keeps them.")
     say("Next: dist-ckpt-mistral from-hf YOUR_MODEL CKPT, then train on it, then dist-ckpt-mistral to-hf CKPT OUT.")
 
 
 def _make(original: Path, say: Say) -> None:
-    say("\n1. Make a small Mistral in Hugging Face's format: random weights in bfloat16, a real Mistral tokenizer.")
-    _make_model(original)
+    say("\n1. Make a small Mistral in Hugging Face's format: random weights in bfloat16, a tokenizer of bytes.")
+    make_model(original)
     _say_files(original, say)
 
 
 def _import(original: Path, checkpoint: Path, say: Say) -> None:
     say("\n2. Import it: from-hf writes a Megatron checkpoint. It copies bytes and does not need Megatron.")
+    say("   $ dist-ckpt-mistral from-hf original checkpoint")
     with _timed() as seconds:
         done = from_hf.from_hf(original, checkpoint)
-    say(f"   {done.num_tensors} tensors, {human_bytes(done.num_bytes)} in {seconds():.2f} s:")
+    _say_done(done, seconds(), say)
     _say_files(checkpoint, say)
 
 
-def _load(original: Path, checkpoint: Path, say: Say) -> None:
-    layout = f"tensor parallel {_LAYOUT.tp} x pipeline parallel {_LAYOUT.pp}"
-    say(f"\n3. Load it with Megatron at {layout}: in each of {_LAYOUT.world_size} processes,")
-    say("   Megatron's own dist_checkpointing.load fills the tensors of one rank. All of them are compared with their")
-    say("   rows in the original files.")
+def _inspect(checkpoint: Path, say: Say) -> None:
+    say("\n3. Look into it, and check it for damage.")
+    say("   $ dist-ckpt-mistral inspect checkpoint")
+    found = report.inspect(checkpoint)
+    if found.problems:
+        raise DistCkptMistralError(f"{checkpoint} has problems: {'; '.join(found.problems)}")
+    say(f"   {report.model_line(found.config or {})}; no problems")
+    say("   $ dist-ckpt-mistral verify checkpoint")
+    check = damage.check(checkpoint)
+    if not check.is_sound:
+        raise DistCkptMistralError(f"{checkpoint} is damaged: {check.findings}")
+    for line in check.checked:
+        say(f"   checked: {line}")
+
+
+def _reshard(checkpoint: Path, resharded: Path, say: Say) -> None:
+    say(f"\n4. Cut it for tensor parallel {_OTHER_TP}: reshard writes the chunks that its ranks read.")
+    say(f"   $ dist-ckpt-mistral reshard checkpoint resharded --tp {_OTHER_TP}")
+    with _timed() as seconds:
+        done = reshard.reshard(checkpoint, resharded, layout=ParallelLayout(tp=_OTHER_TP))
+    _say_done(done, seconds(), say)
+
+
+def _export(checkpoint: Path, export: Path, say: Say) -> None:
+    say("\n5. Export that: to-hf writes the Hugging Face files from the checkpoint.")
+    say("   $ dist-ckpt-mistral to-hf resharded export")
+    with _timed() as seconds:
+        done = to_hf.to_hf(checkpoint, export)
+    _say_done(done, seconds(), say)
+
+
+def _compare(original: Path, export: Path, say: Say) -> None:
+    say("\n6. Compare.")
+    say("   $ dist-ckpt-mistral verify original export")
+    outcome = compare.compare(original, export)
+    if not outcome.is_equal:
+        raise DistCkptMistralError(f"{export} differs from {original}: {outcome.differences}")
+    say(f"   equal: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)}, bit for bit")
+    names = sorted(path.name for path in original.iterdir())
+    equal, *_ = filecmp.cmpfiles(original, export, names, shallow=False)
+    added = {path.name for path in export.iterdir()} - {*names, CHECKSUMS_FILE}
+    if sorted(equal) != names or added:
+        differing = sorted(added | set(names) - set(equal))
+        raise DistCkptMistralError(f"files differ between {original} and {export}: {differing}")
+    say(f"   All {len(names)} files of the original are in the export, byte for byte.")
+
+
+def _with_megatron(original: Path, checkpoint: Path, say: Say) -> Iterator[str]:
+    """Load the checkpoint with Megatron if it is installed; yield what that showed."""
+    if libraries.missing(*_MEGATRON):
+        return
+    versions = ", ".join(map(_with_version, ("megatron-core", "torch")))
+    say(f"\nWith {versions}: load it at tensor parallel {_LAYOUT.tp} x pipeline parallel {_LAYOUT.pp}.")
+    say(f"   In each of {_LAYOUT.world_size} processes Megatron's own dist_checkpointing.load fills the tensors of one")
+    say("   rank. All of them are compared with their rows in the original files.")
     with _timed() as seconds:
         outcomes = _load_with_megatron(original, checkpoint / checkpoint_directory.iteration_name(None))
     for rank, outcome in enumerate(outcomes):
@@ -103,30 +152,17 @@ def _load(original: Path, checkpoint: Path, say: Say) -> None:
     load_seconds = max(outcome["load_seconds"] for outcome in outcomes)
     durations = f"load {load_seconds:.1f} s, with Megatron's start {seconds():.0f} s"
     say(f"   All {_LAYOUT.world_size} hold the right rows, bit for bit ({durations}).")
+    yield "Megatron loaded the checkpoint"
 
 
-def _export(checkpoint: Path, export: Path, say: Say) -> None:
-    say("\n4. Export it: to-hf writes the Hugging Face files from the checkpoint.")
-    with _timed() as seconds:
-        done = to_hf.to_hf(checkpoint, export)
-    say(f"   {done.num_tensors} tensors, {human_bytes(done.num_bytes)} in {seconds():.2f} s.")
-
-
-def _compare(original: Path, checkpoint: Path, export: Path, say: Say) -> None:
-    say("\n5. Compare.")
-    for copy in (checkpoint, export):
-        outcome = compare.compare(original, copy)
-        if not outcome.is_equal:
-            raise DistCkptMistralError(f"{copy} differs from {original}: {outcome.differences}")
-        say(f"   original = {copy.name}: {outcome.num_tensors} tensors, {human_bytes(outcome.num_bytes)}, bit for bit.")
-    names = sorted(path.name for path in original.iterdir())
-    equal, *_ = filecmp.cmpfiles(original, export, names, shallow=False)
-    added = {path.name for path in export.iterdir()} - {*names, CHECKSUMS_FILE}
-    if sorted(equal) != names or added:
-        differing = sorted(added | set(names) - set(equal))
-        raise DistCkptMistralError(f"files differ between {original} and {export}: {differing}")
-    say(f"   All {len(names)} files of the export equal the originals, byte for byte.")
-    _compare_logits(original, export, say)
+def _with_transformers(original: Path, export: Path, say: Say) -> Iterator[str]:
+    """Compute logits with transformers if it is installed; yield what that showed."""
+    if libraries.missing(*_TRANSFORMERS):
+        return
+    say(f"\nWith {_with_version('transformers')}: compute with the export.")
+    with libraries.quiet():
+        _compare_logits(original, export, say)
+    yield "transformers computes the same from both"
 
 
 def _with_version(package: str) -> str:
@@ -139,13 +175,12 @@ def _with_version(package: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence all notes and warnings, this package's too, and keep libraries off the network."""
+    """Silence notes and warnings, this package's too, and keep libraries off the network."""
     offline = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     logging.disable(logging.WARNING)
     try:
-        with libraries.quiet():
-            yield
+        yield
     finally:
         logging.disable(logging.NOTSET)
         os.environ.pop("HF_HUB_OFFLINE")
@@ -162,26 +197,9 @@ def _timed() -> Iterator[Callable[[], float]]:
     ended.append(time.perf_counter())
 
 
-def _make_model(directory: Path) -> None:
-    """Save a random model and a real tokenizer. Raises DistCkptMistralError if mistral-common has no tekken file."""
-    import torch
-    import transformers
-
-    data = Path(str(resources.files("mistral_common"))) / "data"
-    tokenizers = sorted(data.glob("tekken_*.json"))  # the first and oldest is Mistral Nemo's
-    if not tokenizers:
-        raise DistCkptMistralError(f"the demo needs a tekken_*.json in {data}: this mistral-common has none.")
-    vocabulary = json.loads(tokenizers[0].read_bytes())["config"]["default_vocab_size"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        config = transformers.MistralConfig(**_SIZES, vocab_size=vocabulary, tie_word_embeddings=False)
-        model = transformers.MistralForCausalLM(config).to(torch.bfloat16)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.normal_(1.0, 0.1)  # norms are initialized to ones, which would hide swapped tensors
-    model.save_pretrained(directory, max_shard_size="20MB")
-    shutil.copyfile(tokenizers[0], directory / "tekken.json")
+def _say_done(done: Conversion, seconds: float, say: Say) -> None:
+    """What the command prints, with the name of the output alone."""
+    say(f"   {conversion_line(replace(done, output=Path(done.output.name)), seconds=seconds)}")
 
 
 def _say_files(directory: Path, say: Say) -> None:

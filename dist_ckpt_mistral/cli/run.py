@@ -112,7 +112,8 @@ def add_demo(commands: options.Commands) -> None:
         _add_demo_options,
         _demo,
         "Convert a small random model to Megatron and back, and check every step.",
-        "Works offline and without a GPU. Megatron loads the checkpoint in four processes.",
+        "Works offline, without a GPU, and with nothing but this package. Where they are installed, Megatron loads the "
+        "checkpoint in four processes, and transformers computes with the export.",
     )
 
 

@@ -17,7 +17,6 @@ import pytest
 from processes import processes_about, until
 
 from dist_ckpt_mistral.cli import demo
-from dist_ckpt_mistral.cli.main import main
 from dist_ckpt_mistral.errors import DistCkptMistralError
 
 pytestmark = [pytest.mark.megatron, pytest.mark.ranks, pytest.mark.slow]
@@ -41,7 +40,8 @@ def test_the_story(told: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     for rank in range(4):
         assert f"rank {rank} (tensor {rank % 2}, pipeline {rank // 2})" in done.stdout
     assert "All 4 hold the right rows, bit for bit" in done.stdout
-    assert "original = export: 39 tensors" in done.stdout
+    assert "equal: 39 tensors, 34.0 MB, bit for bit" in done.stdout
+    assert "and Megatron loaded the checkpoint, and transformers computes the same from both" in done.stdout
     assert str(folder) in done.stdout
 
 
@@ -51,8 +51,8 @@ def test_what_is_kept(told: tuple[subprocess.CompletedProcess[str], Path]) -> No
     names = sorted(path.name for path in original.iterdir())
     assert sorted(path.name for path in export.iterdir()) == sorted([*names, "checksums.json"])
     assert filecmp.cmpfiles(original, export, names, shallow=False) == (names, [], [])
-    assert {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "tekken.json"} < set(names)
-    assert sorted(path.name for path in told[1].iterdir()) == ["checkpoint", "export", "original"]
+    assert {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"} < set(names)
+    assert sorted(path.name for path in told[1].iterdir()) == ["checkpoint", "export", "original", "resharded"]
 
 
 def test_no_rank_is_left(told: tuple[subprocess.CompletedProcess[str], Path]) -> None:
@@ -138,27 +138,3 @@ def test_a_failing_rank_fails_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path
         demo.run(None, said.append)
     assert not any("Done" in line for line in said)
     assert list(tmp_path.rglob("config.json")) == []
-
-
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without megatron and transformers the demo says in one line what to install, before it does anything."""
-
-    def find_spec(module: str) -> object:
-        if module == "megatron.core":  # as importlib does when the parent package is missing
-            raise ModuleNotFoundError(module)
-        return None if module == "transformers" else object()
-
-    monkeypatch.setattr("importlib.util.find_spec", find_spec)
-    assert main(["demo"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: the demo needs megatron-core, transformers, not installed here. Run: ")
-    assert captured.err.endswith("[demo]'\n")
-
-
-def test_keep_takes_no_directory_with_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What lies in the directory of ``--keep`` is never touched."""
-    (tmp_path / "mine").write_text("mine")
-    assert main(["demo", "--keep", str(tmp_path)]) == 1
-    assert "is not an empty directory" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

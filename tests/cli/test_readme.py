@@ -60,13 +60,15 @@ def test_what_is_not_there_yet(capsys: pytest.CaptureFixture[str]) -> None:
     assert denied & (_commands(capsys) - {"verify"}) == set()
 
 
-@pytest.mark.parametrize("name", ["demo", "test"])
+@pytest.mark.parametrize("name", ["demo", "full-demo", "test"])
 def test_set_up_commands(name: str) -> None:
-    """Each mark is followed by one line that installs an extra that exists; .ci/run takes them from there."""
+    """Each mark is followed by one line that installs the package, or an extra that exists; .ci/run runs it."""
     found = re.findall(rf"^<!-- command: {name} -->\n```sh\n(.*)\n```$", _README, re.MULTILINE)
     assert len(found) == 1
     extras = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert re.search(r"-e '\.\[(\w+)\]'", found[0])[1] in extras  # type: ignore[index]
+    extra = re.search(r"pip install -e (?:\.|'\.\[(\w+)\]') ", found[0])
+    assert extra is not None
+    assert extra[1] in (None, *extras)
     assert re.search(rf"(in_environment|from_wheel) 3\.1\d {name}$", (_ROOT / ".ci" / "run").read_text(), re.MULTILINE)
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import types
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -21,21 +21,25 @@ import torch.distributed as dist
 import yaml
 from gpt_stage import Stage
 from megatron.core import parallel_state
+from megatron.core.models.hybrid import hybrid_block
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
 )
+from megatron.core.post_training.modelopt.hybrid import model_specs
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine, initialize_rerun_state_machine
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.training import checkpointing
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron.training.config.container import ConfigContainerBase
 from megatron.training.config.yaml_utils import safe_yaml_representers
 from megatron.training.global_vars import set_args
 from megatron.training.models.gpt import GPTModelBuilder
+from megatron.training.models.hybrid import HybridModelBuilder
 from megatron_ranks import _hf_tensors, _pretend_cuda
 
 from dist_ckpt_mistral.megatron.load_weights import load_weights
@@ -83,8 +87,31 @@ class Trained(Stage):
         self.config = config
         self.vocab_rows = args.padded_vocab_size
         self.take_place()
-        model = GPTModelBuilder(gpt_config_from_args(args)).build_model(ProcessGroupCollection.use_mpu_process_groups())
+        model = self._built(args)
         self.chunks = [model.bfloat16() if args.bf16 else model]
+
+    def _built(self, args: Namespace) -> Any:  # noqa: ANN401  (megatron is untyped)
+        return GPTModelBuilder(gpt_config_from_args(args)).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+class TrainedHybrid(Trained):
+    """The same as a HybridModel: attention and MLP are layers of their own, and --hybrid-layer-pattern orders them.
+
+    Its layers are Megatron's own for ModelOpt, which need nothing of Transformer Engine but the norm.
+    """
+
+    def _built(self, args: Namespace) -> Any:  # noqa: ANN401  (megatron is untyped)
+        hybrid_block.TENorm = model_specs.Norm = WrappedTorchNorm
+        config = hybrid_config_from_args(args)
+        config.hybrid_stack_spec = model_specs.get_hybrid_stack_modelopt_spec(
+            local_core_attention=True, remap_te_layernorm=True
+        )
+        return HybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, int | None]]:
+        """Every parameter, with the name and the number of the layer that it has in a GPTModel."""
+        for name, parameter, layer in super().parameters():
+            yield name.replace(".final_norm.", ".final_layernorm."), parameter, None if layer is None else layer // 2
 
 
 def parse(*, flags: list[str], more: dict[str, Any]) -> dict[str, Any]:
@@ -123,19 +150,18 @@ def load(
     """
     args = _arguments([*flags, *(["--save", save, "--save-interval", "1"] if save else [])], more, defaults)
     args.sequence_parallel = False  # torch's norms refuse it; what weights a rank holds does not depend on it
+    is_hybrid = args.hybrid_layer_pattern is not None
     stage = _stage(args, MistralConfig.from_hf(config))
     stage.forget()
     iteration, _ = checkpointing.load_checkpoint(stage.chunks, None, None)
     if save:
         checkpointing.save_checkpoint(11, stage.chunks, None, None, 0)
-    differences = stage.differences(_hf_tensors(hf))
+    told = {"differences": stage.differences(_hf_tensors(hf)), "iteration": iteration}
+    if is_hybrid:
+        return told
     stage.forget()
     load_weights(stage.chunks, hf)
-    return {
-        "differences": differences,
-        "iteration": iteration,
-        "wrongly_filled": stage.differences(_hf_tensors(hf)),
-    }
+    return told | {"wrongly_filled": stage.differences(_hf_tensors(hf))}
 
 
 @torch.no_grad()
@@ -200,7 +226,7 @@ def _stage(args: Namespace, config: MistralConfig) -> Trained:
         args.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
     )
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-    return Trained(args, config)
+    return (Trained if args.hybrid_layer_pattern is None else TrainedHybrid)(args, config)
 
 
 def _let_local_attention_be_latent() -> None:

@@ -18,6 +18,7 @@ from dist_ckpt_mistral.model.args.fields import (
     Field,
     unmet,
 )
+from dist_ckpt_mistral.model.args.hybrid import as_gpt_args
 from dist_ckpt_mistral.model.args.layers import (
     attention_args,
     attention_of,
@@ -96,6 +97,7 @@ def from_megatron_args(args: Mapping[str, Any], where: str = "the checkpoint's a
 
     Raises UnsupportedModelError for another architecture, ConfigError when sizes are missing or do not fit.
     """
+    args = as_gpt_args(args)
     config = _parsed(args, where, vocab_size_of(args, where))
     if config.model_type == "mistral4" and config.llama_4_scaling_beta is None:
         _LOG.warning(
@@ -113,6 +115,7 @@ def args_disagreements(config: MistralConfig, args: Mapping[str, Any], where: st
     can express count. Raises UnsupportedModelError if the args are those of another architecture or Megatron cannot
     express ``config``, ConfigError if the args have values that do not fit.
     """
+    args = as_gpt_args(args)
     expected = to_megatron_args(config, dtype=config.dtype or "bfloat16", tp=1, pp=1)
     first, second = (_parsed(values, where, config.vocab_size) for values in (expected, _completed(args, expected)))
     differences = disagreements(first, second)

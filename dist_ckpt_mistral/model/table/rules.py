@@ -1,4 +1,6 @@
-"""The types of a tensor table: a ``TensorRule`` gives the keys, shape and content of a tensor. No names stand here.
+"""The types of a tensor table: a ``TensorRule`` gives the keys, shape and content of a tensor.
+
+No names stand here, but the part of a key that the keys of a HybridModel spell in their own way.
 
 A rule describes one tensor, or one tensor of every layer, or of every layer and expert. The ``index`` of a tensor is
 ``()`` outside the layers, else ``(layer,)`` or ``(layer, expert)``. It replaces ``{layer}`` and ``{expert}`` in names.
@@ -7,6 +9,7 @@ A rule describes one tensor, or one tensor of every layer, or of every layer and
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +25,9 @@ _AXES: Final = ("layer", "expert")
 #: The axes of a weight, as tensor parallelism cuts it.
 ROWS: Final = 0
 COLUMNS: Final = 1
+#: The keys of an MLP, which is a layer of its own in a HybridModel, and the two names of the final norm.
+_OF_MLP: Final = re.compile(r"decoder\.layers\.\{layer\}\.(mlp|pre_mlp_layernorm)\.")
+_FINAL_NORM, _HYBRID_FINAL_NORM = "decoder.final_layernorm.", "decoder.final_norm."
 
 
 class Stage(Enum):
@@ -41,17 +47,19 @@ class KeyStyle(Enum):
 
     STACKED has one tensor with a leading layer axis (and expert axis), PER_LAYER (``non_homogeneous_layers``) a tensor
     per layer, SINGLETON (``singleton_local_shards``) a tensor per layer and expert; it also splits ``linear_fc1`` into
-    ``weight_w`` (gate) and ``weight_v`` (up).
+    ``weight_w`` (gate) and ``weight_v`` (up). HYBRID is what a HybridModel saves (models/hybrid/hybrid_block.py, 0.16
+    to 0.19): per layer, with the attention and the MLP of layer ``i`` as its layers ``2 i`` and ``2 i + 1``.
     """
 
     STACKED = "stacked"
     PER_LAYER = "per layer"
     SINGLETON = "singleton"
+    HYBRID = "hybrid"
 
     @property
     def spelled_axes(self) -> int:
         """Number of index axes that the keys spell out; the others are axes of the stored tensor."""
-        return {"stacked": 0, "per layer": 1, "singleton": 2}[self.value]
+        return {"stacked": 0, "per layer": 1, "singleton": 2, "hybrid": 1}[self.value]
 
 
 class LayerSpec(Enum):
@@ -209,6 +217,9 @@ def axes_in(name: str) -> int:
 
 def spell_key(key: str, index: Index, style: KeyStyle) -> str:
     """The key as a checkpoint of ``style`` spells it, with the index axes that the style spells out."""
+    if style is KeyStyle.HYBRID:
+        layer = tuple(2 * number + (_OF_MLP.match(key) is not None) for number in index[:1])
+        key, index = key.replace(_FINAL_NORM, _HYBRID_FINAL_NORM), (*layer, *index[1:])
     for axis in _AXES[style.spelled_axes :]:
         key = key.replace(f"{{{axis}}}.", "")
     return spell(key, index)

@@ -102,7 +102,7 @@ def test_what_a_library_needs_in_turn() -> None:
         raise KeyError
 
 
-@pytest.mark.parametrize("command", [["generate", "x", "--prompt", "a"], ["verify", "a", "b", "--logits"], ["demo"]])
+@pytest.mark.parametrize("command", [["generate", "x", "--prompt", "a"], ["verify", "a", "b", "--logits"]])
 def test_the_command_line(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands say all that is missing at once, before they look at anything else."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

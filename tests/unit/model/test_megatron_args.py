@@ -140,6 +140,12 @@ def test_names_of_megatron_0_16_and_newer() -> None:
         ({"multi_latent_attention": True}, "multi_latent_attention=True"),
         ({"mtp_num_layers": 1}, "mtp_num_layers=1"),
         ({"hybrid_layer_pattern": "M*M*"}, "hybrid_layer_pattern='M.M.'"),
+        ({"hybrid_layer_pattern": "**--"}, "hybrid_layer_pattern='..--'"),
+        ({"hybrid_layer_pattern": "*-*E"}, "hybrid_layer_pattern='.-.E'"),
+        ({"hybrid_layer_pattern": "+-+-"}, "hybrid_layer_pattern="),
+        ({"hybrid_layer_pattern": "*E*E"}, "hybrid_layer_pattern="),
+        ({"hybrid_layer_pattern": "*-*-/*-"}, "hybrid_layer_pattern="),
+        ({"hybrid_override_pattern": 7}, "hybrid_override_pattern=7"),
         ({"heterogeneous_layers_config_path": "there"}, "heterogeneous_layers_config_path='there'"),
         ({"window_size": (4, 4)}, r"window_size \(4, 4\)"),
     ],
@@ -148,6 +154,16 @@ def test_other_architectures_are_refused(changes: dict[str, Any], complaint: str
     """Whatever would make another model of the same tensors is named."""
     with pytest.raises(UnsupportedModelError, match=complaint):
         from_megatron_args(args_of(**changes))
+
+
+@pytest.mark.parametrize("skip", [None, 4, [1, 0, 0, 0, 1, 1, 0, 0]])
+def test_a_hybrid_model_is_read_as_layers_of_attention_and_mlp(skip: object) -> None:
+    """It has two layers for each of transformers', and windows count its own: Megatron's function says which slide."""
+    hybrid = {"num_layers": 8, "hybrid_layer_pattern": "*-*-|*-*-", "is_hybrid_model": True, "num_experts": 4}
+    config = from_megatron_args(args_of(**hybrid, window_size=(4, 0), window_attn_skip_freq=skip))
+    assert (config.num_hidden_layers, config.experts) == (4, None)
+    theirs = pytest.importorskip("megatron.core.transformer.utils").is_layer_window_attention
+    assert list(config.window_layers) == [theirs((4, 0), skip, number) for number in (1, 3, 5, 7)]
 
 
 @pytest.mark.parametrize(
