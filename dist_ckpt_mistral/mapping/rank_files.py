@@ -507,8 +507,8 @@ def _chunks(raw: StoredCheckpoint, part: _Box) -> Iterator[_Chunk]:
         return
     if part.row:
         return  # the second half of gate and up: the first has yielded the chunks of both
-    begin = np.array(box.global_offset[axes:], np.int64)
-    for offset, shape, place in zip((chunks.offsets + begin).tolist(), chunks.shapes.tolist(), places, strict=True):
+    first = np.array(box.global_offset[axes:], np.int64)
+    for offset, shape, place in zip((chunks.offsets + first).tolist(), chunks.shapes.tolist(), places, strict=True):
         yield _Chunk((*box.global_offset[:axes], *offset), (*(1,) * axes, *shape), place)
 
 

@@ -346,7 +346,7 @@ WRONG: Final[dict[str, tuple[Edit, type[Exception], str]]] = {
         r"checkpoint_version for .*: expected 2\.0 or newer",
     ),
     "other layout": (
-        lambda c: vars(c["args"]).update(tensor_model_parallel_size=4),
+        lambda c: c["args"].__dict__.update(tensor_model_parallel_size=4),
         FormatError,
         "expected those of tp=4, pp=2",
     ),
