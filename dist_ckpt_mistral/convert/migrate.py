@@ -90,7 +90,7 @@ def _migrated(stored: StoredCheckpoint, config: GivenConfig | None, max_file_byt
         return _joined(stored, chosen_config(config), max_file_bytes)
     if stored.backend != ZARR:
         raise FormatError(
-            f"{stored.directory} is a {stored.backend} checkpoint: expected a legacy zarr or torch one. "
+            f"{stored.directory} is a {stored.backend} checkpoint: expected one in zarr, torch or an FSDP format. "
             "To cut new chunks, use reshard."
         )
     return _unchanged(stored, max_file_bytes)
