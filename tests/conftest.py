@@ -26,7 +26,7 @@ settings.load_profile("patient")
 #: What only some tests use. The others run with a plain install and the extra ``test-core``.
 LIBRARIES: Final = (
     *("torch", "megatron", "transformers", "tokenizers", "mistral_common"),
-    *("matplotlib", "safetensors", "tensorstore"),
+    *("matplotlib", "peft", "safetensors", "tensorstore"),
 )
 _ABSENT: Final = frozenset(name for name in LIBRARIES if find_spec(name) is None)
 _HELPERS = Path(__file__).with_name("helpers")

@@ -176,16 +176,16 @@ def open_pair(a: Path, b: Path, *, config: ChosenConfig | None = None) -> tuple[
     A checkpoint of the language model alone is opened as the language model of the other one, if that is multimodal.
     """
     if config is not None:
-        return open_source(a, config=config), open_source(b, config=config)
+        return open_source(a, config=config, adapters=True), open_source(b, config=config, adapters=True)
     try:
-        source_a = open_source(a)
+        source_a = open_source(a, adapters=True)
     except ConfigError:
-        source_b = open_source(b)
-        return open_source(a, config=_config_of(source_b)), source_b
+        source_b = open_source(b, adapters=True)
+        return open_source(a, config=_config_of(source_b), adapters=True), source_b
     try:
-        source_b = open_source(b)
+        source_b = open_source(b, adapters=True)
     except ConfigError:
-        return source_a, open_source(b, config=_config_of(source_a))
+        return source_a, open_source(b, config=_config_of(source_a), adapters=True)
     return _as_part_of(source_b, source_a), _as_part_of(source_a, source_b)
 
 

@@ -29,7 +29,7 @@ from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.mapping.checkpoint_map import Twin
 from dist_ckpt_mistral.mapping.configuration import Matched, checkpoint_config, matched
-from dist_ckpt_mistral.mapping.source import open_hf, twin_differences
+from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter, open_hf, twin_differences
 from dist_ckpt_mistral.messages import counted, listed, printable
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key
@@ -112,14 +112,15 @@ def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort
         >>> dist_ckpt_mistral.check("ckpt").is_sound  # doctest: +SKIP
         True
     """
-    place, chosen = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT, Kind.BROKEN), chosen_config(config)
+    wanted = (Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT, Kind.ADAPTER, Kind.BROKEN)
+    place, chosen = locate(path, *wanted), chosen_config(config)
     results = _Results(directory=place.path)
     if place.kind is Kind.BROKEN:
         results.findings.append(Finding(what=place.what))
     elif place.kind is Kind.CHECKPOINT:
         _check_megatron(results, chosen, effort)
     else:
-        _check_hf(results, chosen, effort)
+        _check_hf(results, chosen, effort, is_adapter=place.kind is Kind.ADAPTER)
     return Check(
         directory=results.directory,
         checked=tuple(results.checked),
@@ -210,12 +211,13 @@ def _expected(results: _Results) -> _Expected:
     )
 
 
-def _check_hf(results: _Results, config: ChosenConfig | None, effort: Effort) -> None:
+def _check_hf(results: _Results, config: ChosenConfig | None, effort: Effort, *, is_adapter: bool) -> None:
     directory, contents = results.directory, _Contents()
     expected = _expected(results)
-    file_set = results.attempt(lambda: hf_directory.read_directory(directory))
+    read, opened = (adapter_file_set, open_adapter) if is_adapter else (hf_directory.read_directory, open_hf)
+    file_set = results.attempt(lambda: read(directory))
     if file_set is not None:
-        source = results.attempt(lambda: open_hf(directory, config=config))
+        source = results.attempt(lambda: opened(directory, config=config))
         if source is not None:
             results.checked.append(f"that all {len(source.tensors)} tensors of the model are there")
             _compare_twins(results, source.index, source.twins, effort)

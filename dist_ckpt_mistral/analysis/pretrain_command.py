@@ -13,7 +13,7 @@ from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.mapping.configuration import directory_config
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
-from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source
+from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source, require_model
 from dist_ckpt_mistral.messages import command_line
 from dist_ckpt_mistral.model.args.flags import pretrain_flags
 from dist_ckpt_mistral.model.args.hybrid import hybrid_pattern
@@ -88,7 +88,7 @@ def megatron_args(
     chosen = chosen_config(config)
     if place.kind is not Kind.CHECKPOINT:
         return _for_hf(path, place, chosen, layout)
-    source = open_megatron(place.path, config=chosen)
+    source = require_model(open_megatron(place.path, config=chosen))
     args, groups = pretrain_flags(
         source.config, dtype=source.main_dtype, layout=layout, vocab_rows=_vocabulary_rows(source)
     )

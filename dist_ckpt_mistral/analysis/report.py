@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from dist_ckpt_mistral.analysis.sheet import sheet
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError
-from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
+from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.legacy_torch import rank_folders
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.formats.safetensors import FileTensor
@@ -24,15 +25,24 @@ from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.messages import counted, grouped, human_bytes
 from dist_ckpt_mistral.model.config.mistral_config import SLIDING, ChosenConfig, GivenConfig, chosen_config
-from dist_ckpt_mistral.model.table.entries import model_prefix, why_ignored
+from dist_ckpt_mistral.model.config.parts import is_positive_int
+from dist_ckpt_mistral.model.table.entries import is_optimizer_state, kind_of, model_prefix, why_ignored
 from dist_ckpt_mistral.model.table.table import TensorTable, tensor_table
-from dist_ckpt_mistral.storage import documents
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
+#: The kind of what is not a tensor of the model.
+OTHER: Final = "other"
 #: Version of the JSON that ``inspect --json`` prints; fields are only ever added under one version.
 JSON_VERSION: Final = 1
+#: Axis of a layout -> the name of its size in Megatron-LM's args.
+_AXES: Final = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+}
 #: The table shows more tensors than this in groups: one row for a kind of tensor in all layers and experts.
 _MOST_SINGLE: Final = 100
 #: The table does not group more tensors than this; no model has so many.
@@ -53,6 +63,9 @@ class TensorReport:
         num_bytes: Size of its data in bytes.
         hf_names: Names of the Hugging Face tensors with rows in it.
         ignored: Reason why it is not a weight, or None.
+        kind: Its kind: embedding, attention, MLP, experts, norms, output layer, vision, optimizer state, or other.
+        cut: Number of pieces along each axis of its shape, as it was saved.
+        files: Names of the data files with its chunks.
     """
 
     name: str
@@ -62,6 +75,9 @@ class TensorReport:
     num_bytes: int
     hf_names: tuple[str, ...]
     ignored: str | None = None
+    kind: str = "other"
+    cut: tuple[int, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +94,9 @@ class Report:
         objects: Name of each stored entry that is not a tensor, and the reason why it is no weight.
         files: Name and size in bytes of each data file; None if the file is missing.
         problems: Error messages; empty if nothing is wrong.
+        iterations: Names of the iterations in the root of a Megatron checkpoint, this one among them.
+        saved_at: The layout of the ranks that saved it, as Megatron's args tell it: name of an axis such as ``tp`` ->
+            its size; None if nothing tells it.
     """
 
     path: str
@@ -89,6 +108,8 @@ class Report:
     objects: tuple[tuple[str, str], ...]
     files: dict[str, int | None]
     problems: tuple[str, ...]
+    iterations: tuple[str, ...] = ()
+    saved_at: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``inspect --json``, in JSON types."""
@@ -115,8 +136,36 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
         >>> dist_ckpt_mistral.inspect("ckpt").problems  # doctest: +SKIP
         ()
     """
-    place, chosen = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT), chosen_config(config)
+    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT, Kind.ADAPTER)
+    chosen = chosen_config(config)
+    if place.kind is Kind.ADAPTER:
+        return _inspect_adapter(place, chosen)
     return _inspect_megatron(place.path, chosen) if place.kind is Kind.CHECKPOINT else _inspect_hf(place, chosen)
+
+
+def _inspect_adapter(place: Place, config: ChosenConfig | None) -> Report:
+    """The report on a directory of PEFT."""
+    from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter  # noqa: PLC0415  (others do without)
+
+    file_set = adapter_file_set(place.path)
+    problems: list[str] = []
+    agreed, names, ignored = None, {tensor.name: tensor.name for tensor in file_set.tensors()}, dict[str, str]()
+    try:
+        source = open_adapter(place.path, config=config)
+        agreed, ignored = source.agreed, dict(source.ignored)
+    except DistCkptMistralError as error:
+        problems.append(str(error))
+    return Report(
+        path=str(place.path),
+        kind=place.kind.value,
+        format="safetensors",
+        config_from=agreed.source if agreed else None,
+        config=_config_values(agreed),
+        tensors=tuple(_hf_tensor_report(tensor, names, ignored) for tensor in file_set.tensors()),
+        objects=(),
+        files={name: file.num_bytes for name, file in file_set.files.items()},
+        problems=tuple(problems),
+    )
 
 
 def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
@@ -127,9 +176,11 @@ def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
     problems: list[str] = []
     ignored: dict[str, str] = {}
     quantized, agreed = Quantized(), None
+    kinds: dict[str, str] = {}
     try:
         agreed = directory_config(path, config, file_set.names())
         table = tensor_table(agreed.config)
+        kinds = {name: kind_of(tensor.rule) for name, tensor in table.hf_tensors().items()}
         if is_consolidated:
             hf_names = _hf_names_of_consolidated(table, file_set, location)
         else:
@@ -144,7 +195,11 @@ def _inspect_hf(place: Place, config: ChosenConfig | None) -> Report:
         format=f"safetensors, {quantized}" if quantized.weights else "safetensors",
         config_from=agreed.source if agreed else None,
         config=_config_values(agreed),
-        tensors=tuple(_hf_tensor_report(tensor, hf_names, ignored) for tensor in file_set.tensors()),
+        tensors=tuple(
+            _hf_tensor_report(tensor, file, hf_names, ignored, kinds)
+            for file, header in file_set.files.items()
+            for tensor in header.tensors
+        ),
         objects=(),
         files={name: file.num_bytes for name, file in file_set.files.items()},
         problems=tuple(problems),
@@ -167,7 +222,9 @@ def _ignored_in_hf(
     return {by_name[name].name: reason for name, reason in ignored.items()}
 
 
-def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: Mapping[str, str]) -> TensorReport:
+def _hf_tensor_report(
+    tensor: FileTensor, file: str, hf_names: Mapping[str, str], ignored: Mapping[str, str], kinds: Mapping[str, str]
+) -> TensorReport:
     is_weight = tensor.name in hf_names and tensor.name not in ignored
     return TensorReport(
         name=tensor.name,
@@ -177,6 +234,9 @@ def _hf_tensor_report(tensor: FileTensor, hf_names: Mapping[str, str], ignored: 
         num_bytes=tensor.end - tensor.begin,
         hf_names=(hf_names[tensor.name],) if is_weight else (),
         ignored=ignored.get(tensor.name),
+        kind=kinds.get(hf_names.get(tensor.name, ""), OTHER) if is_weight else OTHER,
+        cut=(1,) * len(tensor.shape),
+        files=(file,),
     )
 
 
@@ -191,6 +251,7 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
     except DistCkptMistralError as error:
         problems.append(str(error))
     prefix = model_prefix(checkpoint.tensors)
+    is_adapter = checkpoint_map is not None and bool(checkpoint_map.table.adapters)
     files = _file_sizes(checkpoint)
     try:
         checkpoint.require_whole(files)
@@ -198,7 +259,7 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
         problems.append(str(error))
     return Report(
         path=str(checkpoint.directory),
-        kind=f"Megatron {checkpoint.backend} checkpoint",
+        kind=f"Megatron {checkpoint.backend} checkpoint" + (" of an adapter" if is_adapter else ""),
         format=_generation(checkpoint),
         config_from=agreed.source if agreed else None,
         config=_config_values(agreed),
@@ -206,13 +267,39 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
         objects=tuple((name, why_ignored(name, prefix) or "not a tensor") for name in checkpoint.objects),
         files=files,
         problems=tuple(problems),
+        iterations=_iterations(checkpoint.directory),
+        saved_at=_saved_at(checkpoint),
     )
 
 
+def _iterations(directory: Path) -> tuple[str, ...]:
+    """The names of the iterations beside the directory of one, in order; itself alone outside a root."""
+    root = checkpoint_directory.root_of(directory)
+    names = {directory.resolve().name}
+    if root is not None:
+        names |= {
+            path.name
+            for path in root.iterdir()
+            if checkpoint_directory.is_iteration_name(path.name) and path.is_dir() and not path.is_symlink()
+        }
+    return tuple(sorted(names))
+
+
+def _saved_at(checkpoint: StoredCheckpoint) -> dict[str, int] | None:
+    """The layout in the args of a training; None where they do not tell it."""
+    args = checkpoint.common_state.get("args")
+    if not isinstance(args, Mapping) or "world_size" not in args:  # which an import's do not tell
+        return None
+    sizes = {axis: args.get(name) for axis, name in _AXES.items()}
+    return {axis: size for axis, size in sizes.items() if is_positive_int(size)} or None
+
+
 def _tensor_reports(checkpoint: StoredCheckpoint, checkpoint_map: CheckpointMap | None) -> tuple[TensorReport, ...]:
-    prefix = model_prefix(checkpoint.tensors)
+    prefix, files = model_prefix(checkpoint.tensors), tuple(checkpoint.file_bytes)
     hf_names: dict[str, list[str]] = {}
+    kinds: dict[str, str] = {}
     if checkpoint_map is not None:
+        kinds = {name: kind_of(rule) for name, rule, _ in checkpoint_map.tensors()}
         for tensor in checkpoint_map.table.hf_tensors().values():
             for name in () if tensor.is_alias else checkpoint_map.sources(tensor):
                 hf_names.setdefault(name, []).append(tensor.hf_name)
@@ -225,9 +312,17 @@ def _tensor_reports(checkpoint: StoredCheckpoint, checkpoint_map: CheckpointMap 
             num_bytes=stored.num_bytes,
             hf_names=tuple(hf_names.get(stored.name, ())),
             ignored=why_ignored(stored.name, prefix),
+            kind=_kind(stored.name, kinds),
+            cut=tuple(len(np.unique(starts)) for starts in stored.offsets.T),
+            files=tuple(files[number] for number in np.unique(checkpoint.metadata.archives.files[stored.archives])),
         )
         for stored in checkpoint.tensors.values()
     )
+
+
+def _kind(name: str, kinds: Mapping[str, str]) -> str:
+    """The kind of a stored tensor; ``kinds`` has those of the weights."""
+    return kinds.get(name) or ("optimizer state" if is_optimizer_state(name) else OTHER)
 
 
 def _file_sizes(checkpoint: StoredCheckpoint) -> dict[str, int | None]:
@@ -265,7 +360,7 @@ def render(report: Report) -> RenderableType:
         cells.append((f"... and {len(rows) - _MOST_ROWS} more rows",))
     return sheet(
         report.path,
-        _facts(report),
+        facts(report),
         [(name, "left") for name in ("tensor", "dtype", "shape", "chunks", "size", "Hugging Face names")],
         cells,
         notes=[f"problem: {problem}" for problem in report.problems],
@@ -275,7 +370,7 @@ def render(report: Report) -> RenderableType:
 
 def _cells(tensor: TensorReport) -> tuple[str, ...]:
     shape, size = " x ".join(map(str, tensor.shape)), human_bytes(tensor.num_bytes)
-    return tensor.name, tensor.dtype, shape, str(tensor.num_chunks), size, _summary(tensor.hf_names)
+    return tensor.name, tensor.dtype, shape, str(tensor.num_chunks), size, shortened(tensor.hf_names)
 
 
 def _grouped(tensors: list[TensorReport]) -> Iterator[TensorReport]:
@@ -294,22 +389,36 @@ def _grouped(tensors: list[TensorReport]) -> Iterator[TensorReport]:
             )
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
+def facts(report: Report) -> list[tuple[str, str]]:
+    """What the report says beside its tables: (subject, value), in words."""
     weights = [tensor for tensor in report.tensors if tensor.ignored is None]
-    facts = [
+    found = [
         ("kind", f"{report.kind}, {report.format}"),
         ("configuration", report.config_from or "none"),
-        ("files", f"{len(report.files)}, {human_bytes(sum(size or 0 for size in report.files.values()))}"),
-        ("weights", f"{counted(len(weights), 'tensor')}, {human_bytes(sum(tensor.num_bytes for tensor in weights))}"),
+        ("files", _amount(len(report.files), "file", (size or 0 for size in report.files.values()))),
+        ("weights", _amount(len(weights), "tensor", (tensor.num_bytes for tensor in weights))),
     ]
+    state = [tensor.num_bytes for tensor in report.tensors if is_optimizer_state(tensor.name)]
+    if state:
+        found.append(("optimizer", _amount(len(state), "tensor", state)))
     if report.config is not None:
-        facts.insert(1, ("model", model_line(report.config)))
+        found.insert(1, ("model", model_line(report.config)))
+    if report.saved_at is not None:
+        axes = " x ".join(f"{axis} {size}" for axis, size in report.saved_at.items())
+        found.insert(-1, ("saved at", axes))
+    if len(report.iterations) > 1:
+        name = Path(report.path).resolve().name
+        found.append(("iterations", f"{', '.join(report.iterations)}; this is {name}"))
     reasons = Counter(tensor.ignored for tensor in report.tensors if tensor.ignored is not None)
     reasons.update(reason for _, reason in report.objects)
-    facts += [
+    found += [
         ("ignored", f"{counted(count, 'entry', 'entries')}: {reason}") for reason, count in sorted(reasons.items())
     ]
-    return facts
+    return found
+
+
+def _amount(count: int, noun: str, sizes: Iterable[int]) -> str:
+    return f"{counted(count, noun)}, {human_bytes(sum(sizes))}"
 
 
 def model_line(config: dict[str, Any]) -> str:
@@ -335,17 +444,8 @@ def model_line(config: dict[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _summary(hf_names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
     """The first name, and the number of the others."""
-    if not hf_names:
+    if not names:
         return ""
-    return hf_names[0] + (f" and {len(hf_names) - 1} more" if len(hf_names) > 1 else "")
-
-
-def save_html(report: Report, path: Path) -> None:
-    """Write the report as one self-contained HTML page, or replace an old one. Raises OutputError."""
-    from rich.console import Console  # noqa: PLC0415  (only tables need rich)
-
-    console: Console = Console(record=True, width=180, file=io.StringIO(), markup=False, emoji=False)
-    console.print(render(report))
-    documents.write_whole(path, console.export_html().encode())
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

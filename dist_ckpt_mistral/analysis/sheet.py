@@ -39,7 +39,7 @@ def sheet(
         grid.add_row(shown(name, "bold"), shown(value))
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name, justify in columns:
-        table.add_column(shown(name), justify=justify)
+        table.add_column(shown(name), justify=justify, overflow="fold")  # a name is never cut
     for row in rows:
         table.add_row(*map(shown, row))
     if total:

@@ -46,6 +46,11 @@ def _add_from_hf_options(command: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)
     help_text = "store the weights as iteration N (default: as a release, Megatron's name for weights to start from)"
     command.add_argument("--iteration", type=options.not_negative, metavar="N", help=help_text)
+    help_text = (
+        "for a PEFT directory of a LoRA adapter: its model, as a config.json, a Hugging Face directory or a hub id "
+        "(default: the model that adapter_config.json names)"
+    )
+    command.add_argument("--base", type=options.name, metavar="DIR_OR_JSON", help=help_text)
     options.add_dtype(command)
     options.add_allow_lossy(command)
     options.add_output(command)
@@ -64,6 +69,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         allow_lossy=arguments.allow_lossy,
         iteration=arguments.iteration,
+        base=arguments.base,
     )
     return _write(arguments, convert)
 
@@ -93,7 +99,28 @@ def _add_to_hf_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--weights", choices=("model", "master"), default="model", help=help_text)
     options.add_dtype(command)
     options.add_allow_lossy(command)
+    _add_adapter_options(command)
     options.add_output(command, has_file_size=True)
+
+
+def _add_adapter_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "adapter",
+        "A checkpoint of a LoRA adapter (Megatron-Bridge, ms-swift) becomes a directory that PEFT loads: "
+        "adapter_model.safetensors and adapter_config.json.",
+    )
+    help_text = (
+        "export the model with the adapter merged: each adapted weight W becomes W + alpha/rank * B A, computed in "
+        "float32 by numpy and rounded once to the dtype that is written"
+    )
+    group.add_argument("--merge-adapter", action="store_true", help=help_text)
+    help_text = (
+        "the model that the adapter belongs to: a Hugging Face directory, a hub id or a Megatron checkpoint. Needed to "
+        "merge an adapter that was saved without it"
+    )
+    group.add_argument("--base", type=options.name, metavar="HF_OR_CKPT", help=help_text)
+    help_text = "alpha of the adapter, if nothing in the checkpoint says it"
+    group.add_argument("--lora-alpha", type=options.positive_number, metavar="X", help=help_text)
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
@@ -107,6 +134,9 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         dtype=arguments.dtype,
         allow_lossy=arguments.allow_lossy,
+        merge_adapter=arguments.merge_adapter,
+        base=arguments.base,
+        lora_alpha=arguments.lora_alpha,
     )
     return _write(arguments, convert)
 

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 
 from dist_ckpt_mistral.formats import hf_directory, places
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.table.table import tensor_table
+from dist_ckpt_mistral.storage import documents
 
 _BEGIN, _END, _UNKNOWN = "<s>", "</s>", "<unk>"
 #: As transformers writes it: grouped queries, and a head dimension other than hidden_size / num_attention_heads.
@@ -47,24 +47,28 @@ _SEED: Final = 2
 
 def make_model(directory: Path) -> None:
     """Write a Hugging Face directory: config.json, two files of bfloat16 weights and their index, and a tokenizer."""
+    import ml_dtypes
+
     directory.mkdir()
-    (directory / places.CONFIG_FILE).write_text(json.dumps(_CONFIG, indent=2) + "\n")
+    documents.write_bytes(directory / places.CONFIG_FILE, _json(_CONFIG))
     tensors = tensor_table(MistralConfig.from_hf(_CONFIG)).hf_tensors()
     described = [(name, _CONFIG["dtype"], tensor.shape) for name, tensor in tensors.items()]
     files = hf_directory.plan_files(described, max_file_bytes=_MAX_FILE_BYTES)
     random = np.random.default_rng(_SEED)
     for name, file in files.files.items():
-        with (directory / name).open("wb") as output:
-            output.write(file.head)
-            for tensor in sorted(file.tensors, key=lambda tensor: tensor.begin):
-                values = random.standard_normal(tensor.shape, dtype=np.float32)
-                values = 1 + 0.1 * values if len(tensor.shape) == 1 else 0.02 * values  # norms are about 1
-                output.write(values.astype(ml_dtypes.bfloat16).tobytes())
-    index = files.index_json()
-    if index is not None:
-        (directory / places.INDEX_FILE).write_bytes(index)
-    for file_name, content in _tokenizer().items():
-        (directory / file_name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        content = [file.head]
+        for tensor in sorted(file.tensors, key=lambda tensor: tensor.begin):
+            values = random.standard_normal(tensor.shape, dtype=np.float32)
+            values = 1 + 0.1 * values if len(tensor.shape) == 1 else 0.02 * values  # norms are about 1
+            content.append(values.astype(ml_dtypes.bfloat16).tobytes())
+        documents.write_bytes(directory / name, b"".join(content))
+    documents.write_bytes(directory / places.INDEX_FILE, files.index_json() or b"")
+    for name, described_as in _tokenizer().items():
+        documents.write_bytes(directory / name, _json(described_as))
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _tokenizer() -> dict[str, Any]:

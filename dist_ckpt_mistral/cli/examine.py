@@ -42,11 +42,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     content = report.inspect(arguments.path, config=options.given_config(arguments))
     if arguments.html is not None:
-        report.save_html(content, arguments.html)
-        output.say(f"wrote {arguments.html}")
-    elif arguments.json:
+        from dist_ckpt_mistral.analysis import page
+        from dist_ckpt_mistral.cli import notes
+
+        page.save_html(content, arguments.html)
+        (notes if arguments.json else output).say(f"wrote {arguments.html}")
+    if arguments.json:
         output.say_json(content.to_json())
-    else:
+    elif arguments.html is None:
         output.show(report.render(content))
     return options.EXIT_DATA if content.problems else options.EXIT_DONE
 

@@ -21,8 +21,8 @@ from dist_ckpt_mistral.messages import escaped, printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-#: Width of tables if standard output is not a terminal.
-_PAGE_COLUMNS: Final = 160
+#: Width of tables if standard output is not a terminal: wider than any table, so that no line is broken.
+_PAGE_COLUMNS: Final = 10_000
 #: Unicode's categories of control characters and surrogates.
 _CONTROL_CATEGORIES: Final = ("Cc", "Cs")
 #: Characters that an error quotes of a text that could not be printed.
@@ -69,7 +69,7 @@ def say_json(content: object, *, letters: bool = False) -> None:
 
 
 def show(content: RenderableType) -> None:
-    """Print a table as wide as the terminal, or 160 columns wide if there is none. Raises OutputError."""
+    """Print a table as wide as the terminal; if there is none, as wide as its content. Raises OutputError."""
     from rich.console import Console
 
     is_terminal, rendered = sys.stdout.isatty(), io.StringIO()

@@ -15,7 +15,7 @@ from dist_ckpt_mistral.convert.joined_ranks import empty_extra_states, left_behi
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.convert.rewrite import Rewriting, chunk_boxes, new_objects, rewrite
-from dist_ckpt_mistral.errors import TensorMismatchError
+from dist_ckpt_mistral.errors import LayoutError, TensorMismatchError
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
@@ -28,6 +28,7 @@ from dist_ckpt_mistral.mapping.source import require_equal_heads
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state, model_prefix, split_state_key
+from dist_ckpt_mistral.model.table.rules import KeyStyle, spell_key
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def _resharded(
     _LOG.info("configuration: %s", match.agreed.source)
     require_equal_heads(match)
     layout.check(match.agreed.config)
+    _require_row_order(match.found, layout, directory)
     names = [*match.stored.tensors, *stored.objects]
     if weights_only:
         ignored = {name: "optimizer state, which was not asked for" for name in names if is_optimizer_state(name)}
@@ -142,6 +144,18 @@ def _chunks(stored: StoredCheckpoint, tensors: TensorIndex, boxes: Mapping[str, 
                 shape=shape,
                 file=file,
                 as_block=as_block,
+            )
+
+
+def _require_row_order(found: CheckpointMap, layout: ParallelLayout, directory: str) -> None:
+    """Raise LayoutError if the order of an adapter's stored rows is that of another tensor parallelism."""
+    for adapter in found.table.adapters:
+        if adapter.is_in_rank_order and adapter.row_order_tp != layout.tp:
+            key = spell_key(adapter.b.mcore_key, (), KeyStyle.STACKED)
+            raise LayoutError(
+                f"{key} in {directory} cannot be resharded to tp={layout.tp}: {adapter.form.value} stores its rows in "
+                f"an order that only tp={adapter.row_order_tp} loads rightly. Export the adapter with to-hf, and "
+                f"import it with from-hf --tp {layout.tp}."
             )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.convert.adapter_directory import adapter_files, adapter_of, adapter_texts, imported_small_files
 from dist_ckpt_mistral.convert.conversion import Conversion, Loss, LossPolicy
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import (
@@ -19,16 +21,24 @@ from dist_ckpt_mistral.convert.output import (
     write_output,
 )
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
-from dist_ckpt_mistral.errors import ConfigError
+from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats import hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE
+from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, locate
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.plan import BytePlan
-from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_megatron, require_equal_twins
-from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
+from dist_ckpt_mistral.mapping.merge import adapter_part, base_part, merged, without_zeros
+from dist_ckpt_mistral.mapping.source import (
+    ModelSource,
+    completed,
+    open_megatron,
+    open_source,
+    require_equal_twins,
+)
+from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
+from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.config.quantization import described_method
 from dist_ckpt_mistral.model.table.rules import ParamState
 from dist_ckpt_mistral.storage.local import Sources, Writable
@@ -46,13 +56,17 @@ def to_hf(
     weights: str = "model",
     dtype: str | None = None,
     allow_lossy: bool = False,
+    merge_adapter: bool = False,
+    base: str | Path | None = None,
+    lora_alpha: float | None = None,
     output: Output = DEFAULT_OUTPUT,
     effort: Effort = DEFAULT_EFFORT,
     ranks: Ranks = ALONE,
 ) -> Conversion:
     """Export a Megatron checkpoint to a Hugging Face directory that ``from_pretrained`` loads.
 
-    A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte.
+    A checkpoint that ``from_hf`` wrote gives back the original files, byte for byte. A LoRA adapter becomes a directory
+    that PEFT loads.
 
     Args:
         checkpoint: Root of a Megatron checkpoint, or one ``iter_*`` or ``release`` directory in it.
@@ -63,6 +77,11 @@ def to_hf(
         weights: ``"model"``, or ``"master"`` for the optimizer's float32 copy of the weights.
         dtype: Converts all weights to ``"bfloat16"``, ``"float16"`` or ``"float32"``; None keeps the dtype of each.
         allow_lossy: Accept that ``dtype`` makes values infinite or zero, and count them in a warning.
+        merge_adapter: Export the model with its LoRA adapter merged: each adapted W becomes W + scale * B A, computed
+            by numpy in float32 and rounded once.
+        base: The model that an adapter belongs to, in any format that is read. Needed to merge an adapter that was
+            saved without its model.
+        lora_alpha: The alpha of an adapter whose checkpoint does not say it.
         output: How to write the directory.
         effort: Threads and memory to use.
         ranks: The processes that share the work; by default this one alone.
@@ -93,19 +112,74 @@ def to_hf(
         with Sources() as inputs:
             folders = [*([config_directory] if config_directory else ()), *small_files.hf_folders(directory)]
             inputs.look_at([*directory.rglob("*"), *(path for folder in folders for path in folder.iterdir())])
-            opened = open_megatron(directory, config=chosen_config(config), state=_STATES[weights])
+            model = _opened_base(base, inputs) if base is not None and merge_adapter else None
+            chosen = _chosen(config, base, model)
+            opened = open_megatron(directory, config=chosen, state=_STATES[weights])
             require_equal_twins(opened)
-            source = completed(opened, config_directory)
+            if opened.table.adapters or merge_adapter or lora_alpha is not None:
+                adapter = adapter_of(opened, lora_alpha, None if base is None else str(base))
+                source = _merged(opened, model, adapter, dtype) if merge_adapter else _alone(opened, adapter)
+            else:
+                source = opened
+            source = completed(source, config_directory)
             file_set = hf_files(source, dtype, output.max_file_bytes)
             plan = source.plan_into(file_set.tensor_index(target, source.table.usual_name))
         return inputs, source, file_set, plan
 
     directory = ranks.on_first(find)  # once for all ranks: training may save another iteration meanwhile
     inputs, source, file_set, plan = ranks.each(prepare)
-    options = {"command": "to-hf", "--weights": weights, "--dtype": dtype, "--max-file-size": output.max_file_bytes}
+    options: dict[str, object] = {"command": "to-hf", "--weights": weights, "--dtype": dtype}
+    options["--max-file-size"] = output.max_file_bytes
+    if merge_adapter:
+        options |= {"--merge-adapter": True, "--base": None if base is None else str(base), "--lora-alpha": lora_alpha}
     losses = LossPolicy(allowed=allow_lossy)
     new = new_directory(source, file_set, plan, inputs, given_directory(config), options=options, losses=losses)
     return conversion(target, source, new, write_output(target, new, output=output, effort=effort, ranks=ranks))
+
+
+def _opened_base(base: str | Path, inputs: Sources) -> ModelSource:
+    """The model to merge an adapter into. Its files join ``inputs`` before they are opened."""
+    place = locate(base, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT)
+    inputs.look_at(place.path.rglob("*"))
+    model = open_source(place.path)
+    if model.table.adapters:
+        raise TensorMismatchError(f"{place.path} is itself an adapter: give the model that it belongs to with --base.")
+    require_equal_twins(model)
+    return model
+
+
+def _chosen(config: GivenConfig | None, base: str | Path | None, model: ModelSource | None) -> ChosenConfig | None:
+    """The caller's configuration, or else that of the model that the adapter belongs to."""
+    if config is None and model is not None:
+        return ChosenConfig(config=model.config, source=f"{model.config_from} of {model.path}")
+    return chosen_config(base if config is None else config)
+
+
+def _alone(opened: ModelSource, adapter: AdapterConfig) -> ModelSource:
+    """The adapter in ``opened``, for a directory of PEFT."""
+    _LOG.info("adapter: alpha %s from %s", adapter.alpha, adapter.source)
+    source = adapter_part(opened)
+    if len(source.tensors) < len(opened.tensors):
+        _LOG.warning(
+            "%s also holds the model that the adapter belongs to: it stays behind. --merge-adapter exports the model "
+            "with the adapter merged.",
+            opened.path,
+        )
+    return replace(without_zeros(source), adapter_configs=(adapter,))
+
+
+def _merged(opened: ModelSource, model: ModelSource | None, adapter: AdapterConfig, dtype: str | None) -> ModelSource:
+    """The model in ``opened``, or else ``model``, with the adapter in ``opened`` merged into it."""
+    if model is None:
+        model = base_part(opened)
+        if not model.tensors:
+            named = "" if adapter.base_model is None else f" ({adapter.source} calls it {adapter.base_model})"
+            raise TensorMismatchError(
+                f"{opened.path} holds an adapter alone: to merge it, its model is needed{named}. Give that with "
+                "--base: a Hugging Face directory, a hub id or a Megatron checkpoint."
+            )
+    _LOG.info("adapter: alpha %s from %s, merged in float32", adapter.alpha, adapter.source)
+    return merged(model, without_zeros(adapter_part(opened)), adapter, dtype)
 
 
 def new_directory(
@@ -125,9 +199,13 @@ def new_directory(
     _LOG.info("configuration: %s", source.config_from)
     if source.carried_from is not None:
         _LOG.info("vision tower and projector: unchanged from %s", source.carried_from)
-    places = [*([config_directory] if config_directory else ()), *source.assets]
-    copied_files = small_files.gathered(places, source.named_tokenizer)
-    texts = _texts(source, file_set, copied_files)
+    if source.table.adapters:
+        (adapter,) = source.adapter_configs
+        copied_files, texts = imported_small_files(source, adapter), adapter_texts(source, adapter)
+    else:
+        places = [*([config_directory] if config_directory else ()), *source.assets]
+        copied_files = small_files.gathered(places, source.named_tokenizer)
+        texts = _texts(source, file_set, copied_files)
     inputs.look_at(copied_files.values())
 
     def complete(staging: Path, targets: Mapping[int, Writable], _: Checksums) -> None:
@@ -162,6 +240,8 @@ def conversion(target: Path, source: ModelSource, new: NewFiles, losses: tuple[L
 
 def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
     """The files to write: the original ones if the tensors still fit them, else files as of ``save_pretrained``."""
+    if source.table.adapters:
+        return adapter_files(source, dtype)
     hf_tensors = source.table.hf_tensors()
 
     def described(names: Iterable[str]) -> dict[str, tuple[str, Shape]]:

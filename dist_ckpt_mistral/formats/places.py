@@ -52,6 +52,7 @@ class Kind(Enum):
     HF = "Hugging Face directory"
     CONSOLIDATED = "directory of Mistral AI's own files"
     CHECKPOINT = "Megatron checkpoint"
+    ADAPTER = "PEFT directory of an adapter"
     #: A checkpoint or model whose save has not finished, or that is damaged.
     BROKEN = "unfinished checkpoint"
     #: There may be a configuration, but no weights in a format that is read.
@@ -156,6 +157,20 @@ _FILES: Final = (
 
 #: Rows for directories. The first that matches counts.
 _DIRECTORIES: Final = (
+    # ms-swift leaves both in one directory (swift/megatron/trainers/base.py, 4.6).
+    _Row(
+        marks=[("adapter_config.json", mark) for mark in TRACKERS],
+        what="it holds an adapter of PEFT and a checkpoint ({files})",
+        advice="Give the directory of one iteration; the PEFT files are the adapter for Hugging Face already.",
+    ),
+    _Row(
+        marks=(("adapter_config.json", "adapter_model.safetensors"),),
+        without=(CONFIG_FILE, SINGLE_FILE, INDEX_FILE, CONSOLIDATED_FILE, CONSOLIDATED_INDEX_FILE, BACKEND_FILE),
+        kind=Kind.ADAPTER,
+        what="it holds an adapter of PEFT, such as LoRA ({files})",
+        advice="from-hf makes a Megatron checkpoint of it, if it is a LoRA. Where a whole model is wanted, merge it "
+        "into its model first (merge_and_unload and save_pretrained of PEFT) and give that directory.",
+    ),
     # transformers 5 loads the adapter too where the directory holds the model it belongs to (integrations/peft.py,
     # maybe_load_adapters).
     _Row(

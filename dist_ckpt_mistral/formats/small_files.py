@@ -150,14 +150,17 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) if "*" in pattern else name == pattern
 
 
-def small_files(directory: Path) -> dict[str, Path]:
+def small_files(directory: Path, *, of_adapter: bool = False) -> dict[str, Path]:
     """The files in ``directory`` that are copied with the model: relative name -> path, sorted by name.
 
-    Names may begin with the folder of chat templates. Warnings name the files that stay behind.
+    Names may begin with the folder of chat templates. Warnings name the files that stay behind, except the files of an
+    adapter where that is what is copied.
     """
     files = {}
     for path in _entries(directory):
         why = why_left_behind(path.name)
+        if why == _ADAPTER and of_adapter:
+            continue
         if why is None:
             why = _why_left_by_content(path, directory)
         if why is None:

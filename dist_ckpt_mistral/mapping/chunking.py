@@ -9,7 +9,7 @@ from typing import Final
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.local_tensors import LocalBox, LocalTensor, local_tensors
+from dist_ckpt_mistral.model.layout.local_tensors import LocalBox, LocalTensor, local_tensors, require_divisible
 from dist_ckpt_mistral.model.table.rules import LayerSpec
 
 #: The layer spec whose ranks the chunks are cut for: training uses Transformer Engine.
@@ -33,6 +33,7 @@ def cut_chunks(found: CheckpointMap, shapes: Mapping[str, Shape], layout: Parall
     ``shapes`` maps stored names to stored shapes, in elements. The vocabulary keeps its number of rows, whatever the
     layout would pad it to: the last chunk ends where the stored rows end. The layout must have passed ``check``.
     """
+    require_divisible(layout, found.table)
     for rank in range(layout.world_size):
         at = layout.coordinates(rank)
         if at.dp_cp and at.edp:

@@ -24,6 +24,7 @@ from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
 from dist_ckpt_mistral.formats.small_files import NamedTokenizer
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
+from dist_ckpt_mistral.mapping.adapters import holds_adapter, holds_base, match_adapter
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.matching import match_checkpoint
 from dist_ckpt_mistral.mapping.rank_files import RankFiles, joined_ranks
@@ -335,9 +336,10 @@ def checkpoint_config(
 def _table_names(checkpoint: StoredCheckpoint) -> Collection[str] | None:
     """The names that tell whether embeddings are tied; None where they do not.
 
-    Of parameters of modules only the args do: the last stage of a tied model has a head all the same.
+    An adapter alone does not show it. Of parameters of modules only the args do: the last stage of a tied model has a
+    head all the same.
     """
-    return None if checkpoint.is_of_modules else checkpoint.tensors
+    return None if checkpoint.is_of_modules or not holds_base(checkpoint.tensors) else checkpoint.tensors
 
 
 def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Iterator[Description]:
@@ -396,9 +398,9 @@ def _described_in(folder: Path) -> Iterator[Description]:
 class Matched:
     """A Megatron checkpoint matched with the tensor table of its configuration.
 
-    ``table`` describes the whole model, ``found.table`` the part of it that the checkpoint holds. ``stored`` is the
-    checkpoint with the tensors that ``found`` names. Where parameters of modules were stored, ``ranks`` tells how they
-    make these up.
+    ``table`` describes the whole model, ``found.table`` the part of it that the checkpoint holds, and the adapter.
+    ``stored`` is the checkpoint with the tensors that ``found`` names. Where parameters of modules were stored,
+    ``ranks`` tells how they make these up.
     """
 
     agreed: Agreed
@@ -417,8 +419,13 @@ def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = Par
     table = tensor_table(known.config)
     ranks = joined_ranks(checkpoint, known.config, table) if checkpoint.is_of_modules else None
     stored = checkpoint if ranks is None else ranks.stored
-    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
-    found = match_checkpoint(table, shapes, stored.objects, str(stored.directory), state)
+    if holds_adapter(stored.tensors):
+        found = match_adapter(table, stored, state)
+        has_base = state is ParamState.WEIGHTS and holds_base(stored.tensors)
+        table = (table.with_adapters if has_base else table.of_adapters)(found.table.adapters)
+    else:
+        shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
+        found = match_checkpoint(table, shapes, stored.objects, str(stored.directory), state)
     if not known.overrides:
         _require_padding(stored, known, found)
     return Matched(agreed=known, table=table, found=found, stored=stored, ranks=ranks)

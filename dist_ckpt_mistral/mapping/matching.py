@@ -52,10 +52,21 @@ def match_checkpoint(
         UnsupportedModelError: The tensors are those of an adapter.
     """
     objects = tuple(objects)
-    _refuse_adapter(tensors, where)
-    states = {} if state is ParamState.WEIGHTS else _states(state, tensors, objects, where)
+    refuse_adapter(tensors, where)
+    states = {} if state is ParamState.WEIGHTS else names_of_states(state, tensors, objects, where)
     by_key = {key: tensors[name] for key, name in states.items()} or tensors
     found = _spelled(table, by_key, state, states)
+    return require_complete(found, tensors, objects, where, kind=kind)
+
+
+def require_complete(
+    found: CheckpointMap, tensors: Mapping[str, Shape], objects: Iterable[str], where: str, *, kind: str = "checkpoint"
+) -> CheckpointMap:
+    """``found``, with the entries that it ignores; its table may lack the vision tensors if none is stored.
+
+    The arguments, and the error for missing, misshapen and unknown tensors, are those of ``match_checkpoint``.
+    """
+    table = found.table
     if not any(found.stored_name(rule.mcore_key) in tensors for rule in table.carried):
         found = replace(found, table=table.without_carried())
     missing = [name for name in found.names() if name not in tensors]
@@ -103,7 +114,7 @@ def _again(found: CheckpointMap) -> Iterator[str]:
     return (twin.name for _, _, twin in found.other_tensors())
 
 
-def _states(state: ParamState, tensors: Iterable[str], objects: Iterable[str], where: str) -> dict[str, str]:
+def names_of_states(state: ParamState, tensors: Iterable[str], objects: Iterable[str], where: str) -> dict[str, str]:
     """Key of a parameter -> stored name of its state. Raises TensorMismatchError for none, or two of one key."""
     names: dict[str, str] = {}
     for name in tensors:
@@ -156,11 +167,11 @@ def _spelled(
 ) -> CheckpointMap:
     """How the parameter keys ``names`` spell the tensors of the table."""
     prefix = model_prefix(names)
-    style, keys = _spelling(table, {name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+    style, keys = spelling(table, {name.removeprefix(prefix) for name in names if name.startswith(prefix)})
     return CheckpointMap(table=table, prefix=prefix, style=style, keys=keys, state=state, states=states)
 
 
-def _spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[str, str]]:
+def spelling(table: TensorTable, present: set[str]) -> tuple[KeyStyle, dict[str, str]]:
     """The key style, and the key for the ``mcore_key`` of every rule, that match the most of ``present``."""
 
     def count(rule: TensorRule, style: KeyStyle, key: str) -> int:
@@ -198,7 +209,7 @@ def _fits(shape: Shape, expected: Shape, rule: TensorRule) -> bool:
     return shape == expected
 
 
-def _refuse_adapter(names: Iterable[str], where: str) -> None:
+def refuse_adapter(names: Iterable[str], where: str) -> None:
     """Raise UnsupportedModelError if a name belongs to an adapter, or to a layer that an adapter wraps."""
     found = [name for name in names if is_of_adapter(name)]
     if found:
@@ -209,20 +220,23 @@ def _refuse_adapter(names: Iterable[str], where: str) -> None:
         )
 
 
-def match_hf(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> tuple[FileSpelling, Ignored]:
-    """Match the tensors of a Hugging Face model (name -> shape in elements) with the table.
+def match_hf(
+    table: TensorTable, tensors: Mapping[str, Shape], where: str, *, adapter: bool = False
+) -> tuple[FileSpelling, Ignored]:
+    """Match the tensors of a Hugging Face model, or of an ``adapter`` (name -> shape in elements), with the table.
 
     Returns how the files spell the tensors, and the ignored ones. Raises TensorMismatchError that lists every missing,
     unknown and misshapen tensor, and UnsupportedModelError for an adapter.
     """
-    _refuse_adapter(tensors, where)
+    if not adapter:
+        refuse_adapter(tensors, where)
     known = table.hf_tensors()
     ignored = tuple((name, reason) for name in tensors if name not in known and (reason := why_hf_ignored(name)))
     dropped = {name for name, _ in ignored}
     kept = {name: shape for name, shape in tensors.items() if name not in dropped}
-    spelling = table.spelling(kept)
-    _require_all({name: tensor.shape for name, tensor in known.items()}, kept, where, missing=spelling.missing)
-    return spelling, ignored
+    found = table.spelling(kept)
+    _require_all({name: tensor.shape for name, tensor in known.items()}, kept, where, missing=found.missing)
+    return found, ignored
 
 
 def match_consolidated(table: TensorTable, tensors: Mapping[str, Shape], where: str) -> list[HfTensor]:
@@ -233,7 +247,7 @@ def match_consolidated(table: TensorTable, tensors: Mapping[str, Shape], where: 
     """
     found = [tensor for tensor in table.hf_tensors().values() if not tensor.is_alias]
     expected = {name: shape for tensor in found for name, shape in consolidated_shapes(tensor).items()}
-    _refuse_adapter(tensors, where)
+    refuse_adapter(tensors, where)
     _require_all(expected, tensors, where, missing=[name for name in expected if name not in tensors])
     return found
 

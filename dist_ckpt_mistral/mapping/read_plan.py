@@ -30,7 +30,7 @@ from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.chunking import SPEC
 from dist_ckpt_mistral.messages import command_line
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
-from dist_ckpt_mistral.model.layout.local_tensors import local_tensors
+from dist_ckpt_mistral.model.layout.local_tensors import local_tensors, require_divisible
 from dist_ckpt_mistral.model.table.entries import kind_of
 
 #: Version of the JSON that ``plan --json`` prints; fields are only ever added under one version.
@@ -345,6 +345,7 @@ def plan_reads(
     ``maps`` map the weights and, after them, the states of the optimizer. Other tensors of ``index`` are not read. The
     other arguments are fields of the plan. The layout must have passed ``check``.
     """
+    require_divisible(layout, maps[0].table)
     maps = [replace(each, table=each.table.without_carried()) for each in maps]  # Megatron's part
     kinds = {name: kind_of(rule, each.state) for each in maps for name, rule, _ in each.tensors()}
     weights = set(maps[0].names())

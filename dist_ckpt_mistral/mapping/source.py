@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_ckpt_mistral.errors import DistCkptMistralError, TensorMismatchError
+from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.hf_directory import FileSet
 from dist_ckpt_mistral.formats.pickles.reader import paused_collector
@@ -19,15 +19,23 @@ from dist_ckpt_mistral.gather.compare import compare_bits
 from dist_ckpt_mistral.gather.dequantize import dequantized
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.gather.links import Link, whole
+from dist_ckpt_mistral.gather.links import Link
+from dist_ckpt_mistral.gather.links import whole as whole_link
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_segments
 from dist_ckpt_mistral.mapping import configuration
+from dist_ckpt_mistral.mapping.adapter_description import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    adapter_descriptions,
+)
+from dist_ckpt_mistral.mapping.adapters import adapters_in_files
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, CheckpointMap, Ignored, Twin, hf_links
 from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched
 from dist_ckpt_mistral.mapping.consolidated import consolidated_links, indexed_shapes
 from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
 from dist_ckpt_mistral.messages import listed
+from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
 from dist_ckpt_mistral.model.config.mistral_config import (
     ChosenConfig,
     MistralConfig,
@@ -35,7 +43,7 @@ from dist_ckpt_mistral.model.config.mistral_config import (
 )
 from dist_ckpt_mistral.model.table.rules import ParamState, Stage
 from dist_ckpt_mistral.model.table.table import HfTensor, TensorTable, tensor_table
-from dist_ckpt_mistral.storage import paths
+from dist_ckpt_mistral.storage import documents, paths
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,6 +67,7 @@ class ModelSource:
         carried_from: Directory of the vision tower and projector, which Megatron's model does not have; None without.
         quantized: The FP8 weights and their scales.
         twins: Stored tensors that repeat the values of others.
+        adapter_configs: What describes the LoRA adapter among the tensors, if there is one.
     """
 
     path: Path
@@ -75,6 +84,7 @@ class ModelSource:
     quantized: Quantized = field(default_factory=Quantized)
     twins: tuple[Twin, ...] = ()
     named_tokenizer: NamedTokenizer | None = None
+    adapter_configs: tuple[AdapterConfig, ...] = ()
 
     @property
     def config(self) -> MistralConfig:
@@ -102,8 +112,9 @@ class ModelSource:
 
     @property
     def main_dtype(self) -> str:
-        """The torch dtype name of the embedding, which stands for the model's dtype."""
-        return next(self.dtype_of(tensor) for tensor in self.tensors if tensor.rule.stage is Stage.EMBEDDING)
+        """The torch dtype name of the embedding, which stands for the model's dtype; of an adapter, its own."""
+        of_embedding = (tensor for tensor in self.tensors if tensor.rule.stage is Stage.EMBEDDING)
+        return self.dtype_of(next(of_embedding, self.tensors[0]))
 
     def plan_into(self, target: TensorIndex) -> BytePlan:
         """The byte plan that fills ``target``, whose tensors have Hugging Face names."""
@@ -115,15 +126,82 @@ class ModelSource:
         return plan_segments(self.index, targets, dtype)
 
 
-def open_source(path: str | Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
+def open_source(
+    path: str | Path, *, config: ChosenConfig | None = None, dtype: str | None = None, adapters: bool = False
+) -> ModelSource:
     """Open a model of any format, or a hub id. ``config`` takes precedence over the model's own configurations.
 
-    ``dtype`` (a torch name) is the dtype of dequantized FP8 weights; see ``open_hf`` for the default.
+    ``dtype`` (a torch name) is the dtype of dequantized FP8 weights; see ``open_hf`` for the default. With
+    ``adapters``, it may be a LoRA adapter, alone or beside its model. Without it, that raises UnsupportedModelError.
     """
-    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT)
+    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT, *([Kind.ADAPTER] if adapters else []))
+    if place.kind is Kind.ADAPTER:
+        return open_adapter(place.path, config=config)
     if place.kind is Kind.CHECKPOINT:
-        return open_megatron(place.path, config=config)
+        source = open_megatron(place.path, config=config)
+        return source if adapters else require_model(source)
     return open_hf(place.path, config=config, dtype=dtype)
+
+
+def require_model(source: ModelSource) -> ModelSource:
+    """``source``, if it is a model without adapter; else raise UnsupportedModelError."""
+    if source.table.adapters:
+        raise UnsupportedModelError(
+            f"{source.path} holds a LoRA adapter, alone or beside its model: expected a model. to-hf --merge-adapter "
+            "makes a model of both."
+        )
+    return source
+
+
+def open_adapter(path: Path, *, config: ChosenConfig | None = None) -> ModelSource:
+    """Open the LoRA adapter in a directory of PEFT. ``config`` is that of its model.
+
+    By default it is the configuration of the model that adapter_config.json names. Raises ConfigError without one.
+    """
+    where = path / ADAPTER_CONFIG_FILE
+    adapter = AdapterConfig.from_peft(documents.read_json(where), str(where))
+    agreed = directory_config(path, config) if config is not None else _config_of_base(adapter)
+    files = adapter_file_set(path)
+    whole = tensor_table(agreed.config)
+    tensors = {tensor.name: tensor for tensor in files.tensors(whole.of_adapters(()).usual_name)}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    table = whole.of_adapters(adapters_in_files(whole.rules, shapes))
+    spelling, ignored = match_hf(table, shapes, str(path), adapter=True)
+    return ModelSource(
+        path=path,
+        kind=Kind.ADAPTER.value,
+        agreed=agreed,
+        table=table,
+        index=files.tensor_index(path, table.usual_name),
+        tensors=spelling.tensors,
+        links={name: [whole_link(name, tensor.shape)] for name, tensor in table.hf_tensors().items()},
+        ignored=ignored,
+        hf_files=files,
+        assets=(path,),
+        carried_from=None,
+        adapter_configs=(adapter,),
+    )
+
+
+def adapter_file_set(path: Path) -> FileSet:
+    """The file with the tensors of an adapter in a directory of PEFT."""
+    return FileSet(files={ADAPTER_FILE: read_header(path / ADAPTER_FILE)})
+
+
+def _config_of_base(adapter: AdapterConfig) -> Agreed:
+    """The configuration of the model that an adapter is for, by its name. Raises ConfigError if it is not found."""
+    advice = "Give the model's config.json, its directory or its hub id with --base (--config for other commands)."
+    if adapter.base_model is None:
+        raise ConfigError(
+            f"base_model_name_or_path in {adapter.source}: expected the adapter's model, got none. {advice}"
+        )
+    try:
+        place = locate(adapter.base_model, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS, weights=False)
+        return directory_config(place.path)
+    except DistCkptMistralError as error:
+        raise ConfigError(
+            f"{adapter.source} is for the model {adapter.base_model}, whose configuration is needed: {error}. {advice}"
+        ) from error
 
 
 def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None = None) -> ModelSource:
@@ -157,7 +235,7 @@ def open_hf(path: Path, *, config: ChosenConfig | None = None, dtype: str | None
         table=table,
         index=index,
         tensors=spelling.tensors,
-        links=links | {name: [whole(name, tensor.shape)] for name, tensor in again.items()},
+        links=links | {name: [whole_link(name, tensor.shape)] for name, tensor in again.items()},
         ignored=(*quantized.ignored, *ignored),
         hf_files=None if ignored or quantized.weights else files,
         assets=(path,),
@@ -217,7 +295,7 @@ def open_megatron(
         index, twins = index.joined(known.ranks.raw.index(names), names), (*twins, *heads)
     return ModelSource(
         path=checkpoint.directory,
-        kind=f"Megatron {checkpoint.backend} checkpoint",
+        kind=f"Megatron {checkpoint.backend} checkpoint" + (" of an adapter" if table.adapters else ""),
         agreed=known.agreed,
         table=table,
         index=index,
@@ -229,6 +307,7 @@ def open_megatron(
         named_tokenizer=configuration.named_tokenizer(checkpoint),
         carried_from=checkpoint.directory if found.table.carried else None,
         twins=twins,
+        adapter_configs=adapter_descriptions(checkpoint) if table.adapters else (),
     )
 
 
@@ -345,7 +424,7 @@ def _open_vision(place: Path, table: TensorTable, carried: Sequence[str]) -> _Vi
     return _Vision(
         tensors=tuple(hf_tensors[name] for name in carried),
         index=files.tensor_index(place.parent),
-        links={name: [whole(name, expected[name])] for name in carried},
+        links={name: [whole_link(name, expected[name])] for name in carried},
     )
 
 
@@ -379,7 +458,7 @@ def twin_differences(
         if len(set(dtypes := (index.tensors[twin.name].dtype, only_dtype(index, twin.links)))) > 1
     }
     same = {twin.name: twin for twin in apart if twin.name not in found}
-    own = plan_segments(index, {name: (twin.shape, [whole(name, twin.shape)]) for name, twin in same.items()})
+    own = plan_segments(index, {name: (twin.shape, [whole_link(name, twin.shape)]) for name, twin in same.items()})
     others = plan_segments(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
     found |= dict(compare_bits(own, others, [*same], effort))
     for twin in apart:

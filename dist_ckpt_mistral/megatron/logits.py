@@ -12,7 +12,7 @@ import torch
 from dist_ckpt_mistral.analysis.compare import open_pair
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.places import Kind, what_is
-from dist_ckpt_mistral.mapping.source import ModelSource, completed
+from dist_ckpt_mistral.mapping.source import ModelSource, completed, require_model
 from dist_ckpt_mistral.megatron.generate import forward, require_tokens
 from dist_ckpt_mistral.megatron.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
 from dist_ckpt_mistral.megatron.load_model import load_source
@@ -85,7 +85,7 @@ def compare_logits(
     Megatron runs the other model. Without ``prompts`` the prompts are random tokens drawn with ``seed``. Raises
     DistCkptMistralError if a model cannot be read or run, or if the vocabularies differ.
     """
-    source_a, source_b = open_pair(Path(a), Path(b), config=chosen_config(config))
+    source_a, source_b = map(require_model, open_pair(Path(a), Path(b), config=chosen_config(config)))
     if source_a.config.vocab_size != source_b.config.vocab_size:
         sizes = f"{source_a.config.vocab_size} in {a}, {source_b.config.vocab_size} in {b}"
         raise TensorMismatchError(f"the vocabularies differ: {sizes}. Their logits cannot be compared.")

@@ -158,6 +158,7 @@ def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> L
             q = checkpoint["model.layers.0.self_attn.q_proj.weight"]
     """
     with Sources() as inputs:
-        source, directory = open_source(path, config=chosen_config(config)), given_directory(config, vision=True)
+        source = open_source(path, config=chosen_config(config), adapters=True)
+        directory = given_directory(config, vision=True)
         require_equal_twins(source, only_hidden=True)
         return LazyCheckpoint(source if directory is None else completed(source, directory), inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -23,9 +24,11 @@ from genuine import folder, shards, truth
 from hf_models import random_model, saved
 from pages import Page
 from plain_models import contents
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
+from dist_ckpt_mistral.analysis.report import inspect, render
 from dist_ckpt_mistral.convert import migrate
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.errors import FormatError
@@ -179,12 +182,14 @@ def test_inspection_of_a_checkpoint_as_json() -> None:
         "objects",
         "files",
         "problems",
+        "iterations",
+        "saved_at",
     ]
     assert (told["json_version"], told["kind"], told["problems"]) == (1, "Megatron torch_dist checkpoint", [])
     assert "megatron-core 0.17 and newer" in told["format"]
     assert (told["config"]["vocab_size"], told["config"]["sliding_window"]) == (250, None)
     stored = read_metadata(shards("td_0192")).state_dict_metadata
-    keys = {"name", "dtype", "shape", "num_chunks", "num_bytes", "hf_names", "ignored"}
+    keys = {"name", "dtype", "shape", "num_chunks", "num_bytes", "hf_names", "ignored", "kind", "cut", "files"}
     assert all(set(tensor) == keys for tensor in told["tensors"])
     for tensor in told["tensors"]:
         described_as = stored[tensor["name"]]
@@ -249,6 +254,19 @@ def test_tables_of_many_tensors_stay_short(tmp_path: Path) -> None:
     assert row[4] == "11"
     assert float(row[5]) == round(sum(tensor["num_bytes"] for tensor in down) / 1000, 1)
     assert row[6:] == ["kB", down[0]["name"], "and", "10", "more"]
+
+
+def test_names_are_never_cut() -> None:
+    """In a narrow terminal long names are folded, and what goes into a file or a pipe has each on one line."""
+    case = folder("opt_fr_0192")
+    names = [tensor.name for tensor in inspect(case / "checkpoint", config=case).tensors if tensor.ignored is None]
+    lines = run("inspect", case / "checkpoint", "--config", case).out
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in names)
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(render(inspect(case / "checkpoint", config=case)))
+    narrow = console.file.getvalue()  # type: ignore[attr-defined]  # it is a StringIO
+    assert "\N{HORIZONTAL ELLIPSIS}" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 80
 
 
 def test_inspection_as_a_page(tmp_path: Path) -> None:

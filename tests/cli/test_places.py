@@ -53,8 +53,12 @@ def refused(around: Path, path: object, command: tuple[str, ...]) -> str:
 #: Files of a directory -> what it is, and what to do.
 MISTAKEN = {
     "adapter": (
-        {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.safetensors": ""},
+        {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.bin": ""},
         ("it holds an adapter of PEFT, such as LoRA", "merge_and_unload"),
+    ),
+    "adapter and checkpoint of ms-swift": (
+        {"adapter_config.json": "{}", "adapter_model.safetensors": "", "latest_checkpointed_iteration.txt": "5"},
+        ("it holds an adapter of PEFT and a checkpoint", "Give the directory of one iteration"),
     ),
     "adapter within its model": (
         {"adapter_config.json": "{}", "config.json": "{}", "model.safetensors": ""},

@@ -62,6 +62,13 @@ LEGACY: Final = dict.fromkeys(
 )
 #: Likewise, in Megatron's formats torch_dcp and fsdp_dtensor.
 FSDP: Final = {"dcp_0192": "iter_0000007", "fsdp_0192": "iter_0000007"}
+#: Adapters on a model like bridge_0062, of Megatron-Bridge and of ms-swift. Their truth has the names of PEFT.
+ADAPTERS: Final = {
+    "lora_0062": "iter_0000005",
+    "canonical_0062": "iter_0000005",
+    "both_0062": "iter_0000005",
+    "swift_0192": "iter_0000005",
+}
 
 
 def folder(case: str) -> Path:
@@ -93,6 +100,11 @@ def _place_to_unpack() -> Path:
 def shards(case: str) -> Path:
     """The directory of its iteration."""
     return folder(case) / "checkpoint" / (GENUINE | ZARR | LEGACY | FSDP)[case]
+
+
+def shards_of_adapter(case: str) -> Path:
+    """The iteration of one of ADAPTERS."""
+    return folder(case) / "checkpoint" / ADAPTERS[case]
 
 
 def truth(case: str) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
 from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
 from dist_ckpt_mistral.model.table.layers import LEGACY_TIED_HEAD
 from dist_ckpt_mistral.model.table.rules import (
+    ROWS,
     Index,
     KeyStyle,
     LayerSpec,
@@ -105,6 +106,24 @@ class LocalObject:
     global_shape: tuple[int, ...]
     global_offset: tuple[int, ...]
     replica_id: tuple[int, int, int]
+
+
+def require_divisible(layout: ParallelLayout, table: TensorTable) -> None:
+    """Raise LayoutError if tensor parallelism does not cut the tensors of adapters in ``table`` into equal parts.
+
+    ``layout.check`` does the same for the sizes of a model.
+    """
+    for rule in (rule for adapter in table.adapters for rule in adapter.rules):
+        axis = rule.te.tp_axis
+        if axis is None or rule.padded_vocabulary:
+            continue
+        parts = layout.tp * (rule.glu_halves if axis == ROWS else 1)
+        if rule.shape[axis] % parts:
+            key = spell_key(rule.mcore_key, (), KeyStyle.STACKED)
+            raise LayoutError(
+                f"tp={layout.tp} cannot cut {key} {list(rule.shape)} of the adapter: expected a multiple of {parts}, "
+                f"got {rule.shape[axis]}. Choose a tp that divides it."
+            )
 
 
 def local_tensors(

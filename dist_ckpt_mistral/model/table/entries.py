@@ -19,11 +19,13 @@ _KINDS: Final = (
 
 
 def kind_of(rule: TensorRule, state: ParamState = ParamState.WEIGHTS) -> str:
-    """The kind of a tensor in reports: embedding, attention, MLP, experts, norms, output layer or optimizer state."""
+    """The kind of a tensor in reports, such as attention, experts, output layer or optimizer state."""
     if state is not ParamState.WEIGHTS:
         return "optimizer state"
     if rule.stage is Stage.EMBEDDING:
         return "embedding"
+    if rule.stage is Stage.CARRIED:
+        return "vision"
     return next((kind for pattern, kind in _KINDS if pattern.match(rule.mcore_key)), "output layer")
 
 
@@ -55,6 +57,9 @@ _NOT_WEIGHTS: Final = (
 #: Parts of names that only tensors of an adapter have, or of a model that an adapter wraps: peft 0.17 in adapter files
 #: and whole state dicts; Megatron-Bridge 0.6 (peft/lora.py, canonical_lora.py, dora.py) and NeMo in checkpoints.
 _OF_ADAPTER: Final = re.compile(r"base_model\.model\.|(.*\.)?(adapter|lora|to_wrap\.|base_layer\.|modules_to_save\.)")
+#: The words that a model's own tensors have more where an adapter wraps their module: those of Megatron-Bridge (peft/
+#: adapter_wrapper.py) and of PEFT.
+_WRAPPED: Final = re.compile(r"\b(to_wrap|base_layer)\.")
 _HF_NOT_WEIGHTS: Final = ((re.compile(r"(.*\.)?rotary_emb\.inv_freq$"), "recomputed from rope_theta by every reader"),)
 
 
@@ -97,6 +102,11 @@ def why_ignored(mcore_key: str, prefix: str = "") -> str | None:
 def is_of_adapter(name: str) -> bool:
     """Whether the key or Hugging Face name is that of an adapter's tensor or of a model wrapped in an adapter."""
     return _OF_ADAPTER.match(name) is not None
+
+
+def unwrapped(name: str) -> str:
+    """The name that a tensor of a model has where no adapter wraps its module."""
+    return _WRAPPED.sub("", name)
 
 
 def why_hf_ignored(hf_name: str) -> str | None:

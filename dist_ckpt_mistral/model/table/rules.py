@@ -95,17 +95,25 @@ class RowBlocks:
     rows count up without gaps: block ``i`` is its rows ``[i * length, (i + 1) * length)``. Identity, the gate and up
     halves of ``linear_fc1``, the query, key and value rows of ``linear_qkv`` and packed experts are all of this form.
     All numbers are rows (axis 0 of one layer's tensor).
+
+    With several ``pieces``, a Hugging Face block consists of as many pieces of ``length`` rows, and Megatron rows hold
+    the first pieces of all blocks, then the second ones: piece ``j`` begins ``j * piece_stride`` rows later.
     """
 
     count: int
     stride: int
     offset: int
     length: int
+    pieces: int = 1
+    piece_stride: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a map that is not one-to-one: blocks must be in order and must not overlap."""
-        well_formed = self.count >= 0 and self.length >= 0 and self.offset >= 0
-        if not well_formed or (self.count > 1 and self.stride < self.length):
+        well_formed = self.count >= 0 and self.length >= 0 and self.offset >= 0 and self.pieces >= 1
+        overlap = self.count > 1 and self.stride < self.length
+        if self.pieces > 1 and self.piece_stride < (self.count - 1) * self.stride + self.length:
+            overlap = True
+        if not well_formed or overlap:
             raise PlanError(f"row blocks overlap or are negative: {self}")
 
     @classmethod
@@ -116,12 +124,13 @@ class RowBlocks:
     @property
     def hf_rows(self) -> int:
         """Number of rows of the Hugging Face tensor."""
-        return self.count * self.length
+        return self.count * self.pieces * self.length
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """Yield ``(hf_row, mcore_row, length)`` of every block."""
-        for block in range(self.count):
-            yield block * self.length, block * self.stride + self.offset, self.length
+        """Yield ``(hf_row, mcore_row, length)`` of every block, or of every piece of every block."""
+        for number in range(self.count * self.pieces):
+            block, piece = divmod(number, self.pieces)
+            yield number * self.length, block * self.stride + piece * self.piece_stride + self.offset, self.length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

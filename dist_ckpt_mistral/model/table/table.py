@@ -14,6 +14,7 @@ from typing import Final
 
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
+from dist_ckpt_mistral.model.table.adapters import OTHER_PEFT_NAMES, Adapter
 from dist_ckpt_mistral.model.table.layers import OTHER_EXPERT_NAMES, OTHER_TEXT_NAMES, language_rules
 from dist_ckpt_mistral.model.table.rules import (
     Index,
@@ -98,11 +99,30 @@ class TensorTable:
     """All tensors of one model. Rules have the order of the state dict in transformers.
 
     ``renamed`` pairs a pattern for an unusual part of Hugging Face names with the part that this table has instead.
+    ``adapters`` are those whose tensors are among ``rules``.
     """
 
     num_layers: int
     rules: tuple[TensorRule, ...]
     renamed: tuple[tuple[re.Pattern[str], str], ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+
+    def of_adapters(self, adapters: Iterable[Adapter]) -> TensorTable:
+        """The table of the tensors of ``adapters`` alone; their names are those of PEFT."""
+        adapters = tuple(adapters)
+        rules = tuple(rule for adapter in adapters for rule in adapter.rules)
+        return replace(self, rules=rules, renamed=OTHER_PEFT_NAMES, adapters=adapters)
+
+    def with_adapters(self, adapters: Iterable[Adapter]) -> TensorTable:
+        """This table and the tensors of ``adapters``."""
+        of_adapters = self.of_adapters(adapters)
+        return replace(self, rules=(*self.rules, *of_adapters.rules), adapters=of_adapters.adapters)
+
+    def without_adapters(self) -> TensorTable:
+        """This table without the tensors of adapters."""
+        of_adapters = {rule.mcore_key for adapter in self.adapters for rule in adapter.rules}
+        rules = tuple(rule for rule in self.rules if rule.mcore_key not in of_adapters)
+        return replace(self, rules=rules, adapters=())
 
     @property
     def carried(self) -> tuple[TensorRule, ...]:
@@ -130,6 +150,15 @@ class TensorTable:
             key=lambda tensor: (tensor.is_alias, _STAGES.index(tensor.rule.stage), tensor.index[:1]),
         )
         return {tensor.hf_name: tensor for tensor in by_layer}
+
+    def sources_of_rows(self) -> Iterator[HfTensor]:
+        """Yield Hugging Face tensors that together have every Megatron row once: of those with the same, the first."""
+        seen = set[tuple[str, Index, RowBlocks]]()
+        for tensor in self.hf_tensors().values():
+            rows = (tensor.rule.mcore_key, tensor.index, tensor.rows)
+            if not tensor.is_alias and rows not in seen:
+                seen.add(rows)
+                yield tensor
 
     def spelling(self, hf_names: Collection[str]) -> FileSpelling:
         """Which tensors of the model files with these tensor names hold."""

@@ -32,6 +32,19 @@ OTHER_NAMES: Final = (
     (re.compile(r"^(model\.){1,2}(?=vision_tower\.|multi_modal_projector\.)"), ""),
 )
 
+#: The names of the model in memory, for those in files: what ``OTHER_NAMES`` reads, the other way round.
+_NAMES_IN_MEMORY: Final = (
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^language_model\.(?=lm_head\.)"), ""),
+)
+
+
+def in_memory(hf_name: str) -> str:
+    """The name in transformers' model of a tensor that files call ``hf_name``."""
+    for pattern, name in _NAMES_IN_MEMORY:
+        hf_name = pattern.sub(name, hf_name, count=1)
+    return hf_name
+
 
 def is_carried(mcore_key: str) -> bool:
     """Whether a key is that of a vision tower or projector."""

@@ -225,9 +225,6 @@ def test_only_the_output_layer_of_a_tied_model(tmp_path: Path) -> None:
 
 
 ADAPTERS: Final = (
-    "decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight",
-    "decoder.layers.self_attention.linear_qkv.to_wrap.weight",
-    "decoder.layers.mlp.linear_fc1.adapter.adapter_gate.linear_out.weight",
     "decoder.layers.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight",
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
     "model.layers.0.self_attn.q_proj.lora_B.default.weight",

@@ -14,7 +14,7 @@ from consolidated_models import save_consolidated
 from fake_hub import FakeHub
 from hf_models import random_model, saved
 from plain_models import contents
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dist_ckpt_mistral.storage import hub as hub_module
 
@@ -34,7 +34,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     for name in ("adapter", "gguf"):
         (folder / name).mkdir()
     (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / "adapter" / "adapter_model.safetensors")
+    torch.save({"lora_A.weight": torch.zeros(2, 2)}, folder / "adapter" / "adapter_model.bin")
     (folder / "gguf" / "config.json").write_text("{}")
     (folder / "gguf" / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     repositories = {name: {"main": folder / name} for name in ("both", "own", "adapter", "gguf")}

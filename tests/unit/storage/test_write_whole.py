@@ -14,6 +14,7 @@ import pytest
 from genuine import folder, shards
 
 from dist_ckpt_mistral.analysis import report
+from dist_ckpt_mistral.analysis.page import save_html
 from dist_ckpt_mistral.analysis.picture.picture import save_svg
 from dist_ckpt_mistral.analysis.read_planner import plan_reading
 from dist_ckpt_mistral.errors import OutputError
@@ -23,7 +24,7 @@ from dist_ckpt_mistral.storage.documents import write_whole
 
 def save_page(path: Path) -> None:
     """Write a page about a checkpoint."""
-    report.save_html(report.inspect(shards("td_0161")), path)
+    save_html(report.inspect(shards("td_0161")), path)
 
 
 def save_picture(path: Path) -> None:
