@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from operator import add
 from pathlib import Path
 from typing import NamedTuple
 
 from dist_ckpt_mistral.errors import FormatError, PlanError
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
-from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
+from dist_ckpt_mistral.formats.legacy_torch import RANK_FILE
+from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader, TensorLocator
 from dist_ckpt_mistral.gather import dtypes
@@ -70,11 +72,40 @@ def archives_by_file(checkpoint: StoredCheckpoint) -> tuple[dict[str, ArchivesBy
         except (FormatError, PlanError) as error:
             faults.append(Fault(Piece((name,)), str(error)))
     for name, entry in checkpoint.objects.items():
+        if checkpoint.backend == TORCH and Path(entry.file).name == RANK_FILE:
+            continue  # the archive of its rank, which has the tensors too
         _add(archives[entry.file], Span(entry.offset, entry.num_bytes), Piece((name,)))
     common = checkpoint.directory / common_state.COMMON_FILE
     if common.is_file():
         _add(archives[common.name], Span(0, common.stat().st_size), Piece(("the common state",)))
     return archives, faults
+
+
+def read_records(path: Path, tensors: ArchivesByPlace) -> tuple[list[CheckedSpan], list[Fault]]:
+    """The records of a file that is one archive, in ascending order; ``tensors`` are the spans of tensors in it."""
+    with SourceFiles([path]) as files:
+        span = Span(0, files.size_bytes(0))
+        try:
+            records = sorted(_records(files, span, Piece(())), key=lambda part: part.span)
+        except FormatError as error:
+            return [], [Fault(Piece(("all of it",)), str(error))]
+    ordered, parts, at = sorted(tensors), list[CheckedSpan](), 0
+    for record in records:
+        first = at
+        while at < len(ordered) and ordered[at].position < sum(record.span):
+            at += 1
+        parts.append(record._replace(piece=_around([tensors[span] for span in ordered[first:at]])))
+    return parts, []
+
+
+def _around(pieces: Sequence[Piece]) -> Piece:
+    """All of ``pieces`` as one: the box around them if they are of one tensor."""
+    names = tuple(dict.fromkeys(name for piece in pieces for name in piece.names))
+    if len(names) != 1:
+        return Piece(names or ("what is no tensor of the model",))
+    low = tuple(map(min, zip(*(piece.offset for piece in pieces), strict=True)))
+    ends = zip(*(map(add, piece.offset, piece.shape) for piece in pieces), strict=True)
+    return Piece(names, low, tuple(max(end) - start for end, start in zip(ends, low, strict=True)))
 
 
 def _add(archives: ArchivesByPlace, span: Span, piece: Piece) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dist_ckpt_mistral.errors import ConfigError
+from dist_ckpt_mistral.errors import ConfigError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
@@ -255,6 +255,11 @@ def _not_compared(a: ModelSource, b: ModelSource) -> tuple[str, ...]:
 def _stored_side(path: Path) -> tuple[frozenset[str], _Side]:
     """The keys of the tensors of a checkpoint, and everything that it stores, by Megatron key."""
     stored = stored_checkpoint.open_stored(path, with_common_state=False)
+    if stored.is_of_modules:
+        raise UnsupportedFormatError(
+            f"{stored.directory} is in Megatron's format {stored.backend}, whose tensors are parameters of modules and "
+            "have no keys to compare. Compare the models: verify without --stored."
+        )
     index = stored.index(stored.tensors)
     files, tensors, pickles = [*index.files], dict(index.tensors), dict[str, str]()
     for key, entry in _objects(stored):

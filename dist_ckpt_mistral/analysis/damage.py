@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from dist_ckpt_mistral.analysis import archive_checksums
-from dist_ckpt_mistral.analysis.archive_checksums import CheckedSpan, Fault, Piece
+from dist_ckpt_mistral.analysis.archive_checksums import ArchivesByPlace, CheckedSpan, Fault, Piece
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, FormatError, SourceError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileSum, read_checksums
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, files_in, read_manifest
+from dist_ckpt_mistral.formats.legacy_torch import RANK_FILE
 from dist_ckpt_mistral.formats.ocdbt import MANIFEST_FILE as INDEX_FILE
 from dist_ckpt_mistral.formats.places import Kind, locate
-from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
-from dist_ckpt_mistral.formats.torch_dist import common_state
+from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, SHARDED_KEY
 from dist_ckpt_mistral.gather.digest import Digest, digest
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, run_all
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
-from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, Twin
-from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
+from dist_ckpt_mistral.mapping.checkpoint_map import Twin
+from dist_ckpt_mistral.mapping.configuration import Matched, checkpoint_config, matched
 from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter, open_hf, twin_differences
 from dist_ckpt_mistral.messages import counted, listed, printable
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
@@ -261,19 +262,19 @@ def _check_megatron(results: _Results, config: ChosenConfig | None, effort: Effo
     expected = _expected(results)
     stored = results.attempt(lambda: stored_checkpoint.open_stored(directory, with_common_state=False))
     if stored is not None:
-        if not (directory / COMMON_FILE).exists() and SHARDED_KEY not in stored.objects:  # as torch's own DCP saves
+        has_state = stored.is_of_modules or (directory / COMMON_FILE).exists() or SHARDED_KEY in stored.objects
+        if not has_state:  # as torch's own DCP saves
             results.not_checked.append(
                 f"the common state: there is no {COMMON_FILE}, and Megatron loads nothing without"
             )
-        model = results.attempt(lambda: _match(stored, config))
+        match = results.attempt(partial(_match, stored, config))
         links: list[list[Link]] = []
-        if model is not None:
+        if match is not None:
+            model, stored = match.found, match.stored
             results.checked.append(f"that all {len(model.names())} tensors of the model are there")
-            twins = model.twins(stored.tensors)
-            names = sorted({name for twin in twins for name in (twin.name, twin.main)})
-            index = results.attempt(lambda: stored.index(names))
-            if index is not None:
-                _compare_twins(results, index, twins, effort)
+            found = results.attempt(partial(_twins, match))
+            if found is not None:
+                _compare_twins(results, *found, effort)
             links = [model.links(tensor) for tensor in model.table.hf_tensors().values() if not tensor.is_alias]
         archives, faults = archive_checksums.archives_by_file(stored)
         results.checked.append(
@@ -281,10 +282,10 @@ def _check_megatron(results: _Results, config: ChosenConfig | None, effort: Effo
         )
         contents = _Contents(
             files=archives,
-            parts_of=lambda name: archive_checksums.read_parts(directory / name, archives.get(name, {})),
+            parts_of=_parts_reader(stored, archives),
             hf_names=_hf_names_of_pieces(links),
             sums_in="its archive",
-            named_in="its directory" if stored.backend == ZARR else METADATA_FILE,
+            named_in="its directory" if stored.is_bare else METADATA_FILE,
         )
         results.findings.extend(contents.findings(METADATA_FILE, faults))
         if (directory / INDEX_FILE).is_file():
@@ -294,10 +295,34 @@ def _check_megatron(results: _Results, config: ChosenConfig | None, effort: Effo
     _check_files(results, contents, expected, effort)
 
 
-def _match(stored: StoredCheckpoint, config: ChosenConfig | None) -> CheckpointMap:
-    state = common_state.read(stored.directory, stored.objects.get(common_state.SHARDED_KEY))
-    stored = replace(stored, common_state=state)
-    return matched(stored, checkpoint_config(stored, config)).found
+def _parts_reader(
+    stored: StoredCheckpoint, archives: Mapping[str, ArchivesByPlace]
+) -> Callable[[str], tuple[list[CheckedSpan], list[Fault]]]:
+    """The function that finds the parts of a data file: records of many archives, or of the one that a rank saved."""
+
+    def parts_of(name: str) -> tuple[list[CheckedSpan], list[Fault]]:
+        is_rank = stored.backend == TORCH and Path(name).name == RANK_FILE
+        read = archive_checksums.read_records if is_rank else archive_checksums.read_parts
+        return read(stored.directory / name, archives.get(name, {}))
+
+    return parts_of
+
+
+def _match(stored: StoredCheckpoint, config: ChosenConfig | None) -> Matched:
+    stored = stored_checkpoint.with_state(stored)
+    return matched(stored, checkpoint_config(stored, config))
+
+
+def _twins(match: Matched) -> tuple[TensorIndex, tuple[Twin, ...]]:
+    """All tensors that are stored twice, and an index that has them and what they repeat."""
+    twins = match.found.twins(match.stored.tensors)
+    copies = () if match.ranks is None else match.ranks.copies
+    mains = {link.source for twin in copies for link in twin.links}
+    index = match.stored.index(sorted({name for twin in twins for name in (twin.name, twin.main)} | mains))
+    if match.ranks is not None:
+        names = [twin.name for twin in copies]
+        index = index.joined(match.ranks.raw.index(names), names)
+    return index, (*twins, *copies)
 
 
 def _compare_twins(results: _Results, index: TensorIndex, twins: Sequence[Twin], effort: Effort) -> None:

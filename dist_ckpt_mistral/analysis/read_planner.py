@@ -64,9 +64,9 @@ def plan_reading(
         2.0
     """
     stored = _open(as_path(checkpoint), has_config=config is not None)
+    stored_checkpoint.require_loadable(stored.directory)
     match = matched(stored, checkpoint_config(stored, chosen_config(config)))
     layout.check(match.agreed.config)
-    stored_checkpoint.require_loadable(stored.directory)
     states, left_out = ((ParamState.WEIGHTS,), None) if weights_only else _states(stored)
     shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
     optimizer = [

@@ -13,9 +13,10 @@ import numpy as np
 from dist_ckpt_mistral.analysis.sheet import sheet
 from dist_ckpt_mistral.errors import DistCkptMistralError, SourceError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, stored_checkpoint
+from dist_ckpt_mistral.formats.legacy_torch import rank_folders
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.formats.safetensors import FileTensor
-from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
+from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, TORCH_DCP, ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched
@@ -251,7 +252,8 @@ def _inspect_megatron(path: Path, config: ChosenConfig | None) -> Report:
     agreed, checkpoint_map = None, None
     try:
         agreed = checkpoint_config(checkpoint, config)
-        checkpoint_map = matched(checkpoint, agreed).found
+        match = matched(checkpoint, agreed)
+        checkpoint, checkpoint_map = match.stored, match.found
     except DistCkptMistralError as error:
         problems.append(str(error))
     prefix = model_prefix(checkpoint.tensors)
@@ -339,6 +341,11 @@ def _file_sizes(checkpoint: StoredCheckpoint) -> dict[str, int | None]:
 def _generation(checkpoint: StoredCheckpoint) -> str:
     if checkpoint.backend == ZARR:
         return "legacy zarr (as megatron-core until 0.15 writes)"
+    if checkpoint.backend == TORCH:
+        ranks = counted(len(rank_folders(checkpoint.directory)), "rank")
+        return f"an archive for each of {ranks} (as Megatron-LM writes with --ckpt-format torch)"
+    if checkpoint.backend == TORCH_DCP:
+        return "torch's distributed checkpoint of parameters (as Megatron-LM writes with FSDP)"
     if (checkpoint.directory / common_state.COMMON_FILE).is_file():
         return "torch_dist with common.pt (as megatron-core 0.12 to 0.16 write)"
     if common_state.SHARDED_KEY in checkpoint.objects:

@@ -184,23 +184,26 @@ def add_migrate(commands: options.Commands) -> None:
         "migrate",
         _add_migrate_options,
         _migrate,
-        "Convert a legacy zarr checkpoint to torch_dist, the format of every later Megatron.",
-        "Works for every model that Megatron saved. All tensors, optimizer state included, keep their keys, shapes, "
-        "chunks and bits.",
+        "Convert a checkpoint in one of Megatron's other formats (zarr, torch, torch_dcp) to torch_dist.",
+        "A zarr checkpoint may be of any model that Megatron saved: all tensors, optimizer state included, keep their "
+        "keys, shapes, chunks and bits. Of torch (mp_rank_*) and torch_dcp, the weights become a model of the Mistral "
+        "family; optimizer and generator states stay behind.",
     )
 
 
 def _add_migrate_options(command: argparse.ArgumentParser) -> None:
-    help_text = "zarr checkpoint: its root directory, or one iter_* directory in it"
+    help_text = "checkpoint in such a format: its root directory, or one iter_* or release directory in it"
     command.add_argument("checkpoint", metavar="OLD", type=options.path, help=help_text)
     command.add_argument("output", metavar="CKPT", type=options.path, help="checkpoint to create")
+    options.add_config(command, "Not needed for zarr.")
     options.add_output(command, has_file_size=True)
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.convert.migrate import migrate
 
-    return _write(arguments, partial(migrate, arguments.checkpoint, arguments.output))
+    config = options.given_config(arguments)
+    return _write(arguments, partial(migrate, arguments.checkpoint, arguments.output, config=config))
 
 
 def add_describe(commands: options.Commands) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 from collections import defaultdict
@@ -14,6 +13,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.convert.adapter_import import in_megatron, run_config_section
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.describe import asset_texts, description_texts
+from dist_ckpt_mistral.convert.joined_ranks import empty_extra_states
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
@@ -21,10 +21,9 @@ from dist_ckpt_mistral.errors import ConfigError, LayoutError, OutputError, for_
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE
 from dist_ckpt_mistral.formats.places import Kind, Place, locate, require_not_swapped
-from dist_ckpt_mistral.formats.stored_metadata import object_key
 from dist_ckpt_mistral.formats.torch_dist import writer
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
-from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk, NewObject
+from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
@@ -42,8 +41,7 @@ from dist_ckpt_mistral.model.args.bridge import to_run_config
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.table.rules import KeyStyle
-from dist_ckpt_mistral.model.table.table import OLD_EXTRA_STATES, TensorTable
+from dist_ckpt_mistral.model.table.table import TensorTable
 from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import Sources
 from dist_ckpt_mistral.storage.remote_path import as_path
@@ -209,7 +207,7 @@ def _plan_import(
         if (link := compose(from_source, into_checkpoint)) is not None
     ]
     chunks = [*_chunks(source, new, links, layout, dtype)]
-    objects = [] if table.adapters else [NewObject.empty(_extra_states(table))]
+    objects = [] if table.adapters else [empty_extra_states(table)]
     checkpoint_layout = writer.lay_out(chunks, objects, num_files=1 + max(chunk.file for chunk in chunks))
     index = checkpoint_layout.index(step)
     return checkpoint_layout, plan_gather(source.index, index, links), index
@@ -251,16 +249,6 @@ def _chunks(
             file=file_of[chunk.rank],
             other_keys=other_keys.get(chunk.name, ()),
         )
-
-
-def _extra_states(table: TensorTable) -> list[str]:
-    """The keys of extra states that models of any layer spec and version of Megatron load."""
-    shapes = dict.fromkeys(OLD_EXTRA_STATES, (table.num_layers,)) | table.extra_states(KeyStyle.STACKED)
-    return [
-        object_key(key, index, shape)
-        for key, shape in shapes.items()
-        for index in itertools.product(*map(range, shape))
-    ]
 
 
 def _write_other_files(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dist_ckpt_mistral.convert.conversion import Conversion
+from dist_ckpt_mistral.convert.joined_ranks import empty_extra_states, left_behind, new_common_file
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output
 from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.convert.rewrite import Rewriting, chunk_boxes, new_objects, rewrite
@@ -23,6 +24,7 @@ from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.chunking import ChunkBox, cut_chunks
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
+from dist_ckpt_mistral.mapping.source import require_equal_heads
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state, model_prefix, split_state_key
@@ -90,14 +92,17 @@ def _resharded(
     directory = str(stored.directory)
     match = matched(stored, checkpoint_config(stored, config))
     _LOG.info("configuration: %s", match.agreed.source)
+    require_equal_heads(match)
     layout.check(match.agreed.config)
     _require_row_order(match.found, layout, directory)
-    names = [*stored.tensors, *stored.objects]
+    names = [*match.stored.tensors, *stored.objects]
     if weights_only:
         ignored = {name: "optimizer state, which was not asked for" for name in names if is_optimizer_state(name)}
     else:
         ignored = {}
         _require_no_flat_state(names, directory)
+    ignored |= left_behind(stored)
+    stored = match.stored
     shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items() if name not in ignored}
     tensors = stored.index(shapes)
     boxes = _chunk_boxes(match.found, shapes, layout, directory)
@@ -114,6 +119,8 @@ def _resharded(
             "--weights-only": weights_only,
             "configuration": match.agreed.config.to_hf(),
         },
+        new_objects=[empty_extra_states(match.table)] if match.ranks else [],
+        new_files=new_common_file(match) if match.ranks else {},
     )
 
 

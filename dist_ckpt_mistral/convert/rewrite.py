@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,6 +55,8 @@ class Rewriting:
         tensors: The tensors to write.
         chunks: The new chunks of these tensors.
         objects: The objects to write, by the position of their archives in the old checkpoint.
+        new_objects: Objects to write that the old checkpoint does not have.
+        new_files: Content of the small files in the iteration's directory that the old checkpoint does not have.
         ignored: Names of the entries that are left out, and the reasons.
         options: Everything else that determines the output, in JSON types.
     """
@@ -66,6 +68,8 @@ class Rewriting:
     objects: Mapping[Entry, NewObject]
     ignored: Ignored
     options: Mapping[str, Any]
+    new_objects: Sequence[NewObject] = ()
+    new_files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def step(self) -> Path:
@@ -85,7 +89,7 @@ class Rewriting:
 
     def layout(self) -> CheckpointLayout:
         """The positions of all data in the new files."""
-        objects = self.objects.values()
+        objects = [*self.objects.values(), *self.new_objects]
         files = {*(chunk.file for chunk in self.chunks), *(new_object.file for new_object in objects)}
         return writer.lay_out(self.chunks, objects, num_files=1 + max(files, default=0))
 
@@ -124,6 +128,8 @@ def rewrite(
 
     def complete(staging: Path) -> None:
         small_files.copy_files(copied_files, staging / new.step)
+        for name, content in new.new_files.items():
+            documents.write_bytes(staging / new.step / name, content)
         if new.stored.backend != TORCH_DIST:
             documents.write_bytes(staging / new.step / BACKEND_FILE, writer.BACKEND_JSON)
         documents.write_bytes(staging / new.step / METADATA_FILE, layout.metadata())

@@ -225,12 +225,17 @@ _DIRECTORIES: Final = (
         kind=Kind.ROOT,
         what="it is the root of a checkpoint ({files})",
     ),
-    # Megatron's --ckpt-format torch (training/checkpointing.py, _get_checkpoint_format, 0.19); NeMo 1 has tp_rank_*
+    # Megatron's --ckpt-format torch (training/checkpointing.py, _get_checkpoint_format, 0.19)
     _Row(
-        marks=(("mp_rank_*/",), ("tp_rank_*/",)),
-        what="it is in Megatron's legacy torch format, with one pickle a rank ({files})",
-        advice="Convert it with the Megatron-LM that can load it: its pretrain script, with --ckpt-convert-format "
-        "torch_dist and --ckpt-convert-save DIR.",
+        marks=(("mp_rank_*/",),),
+        kind=Kind.CHECKPOINT,
+        what="it is a checkpoint in Megatron's legacy torch format, with a folder for every rank",
+        advice="to-hf makes a Hugging Face directory of it, migrate a torch_dist checkpoint.",
+    ),
+    _Row(
+        marks=(("tp_rank_*/",),),
+        what="it is a checkpoint of NeMo 1, with one pickle a rank ({files})",
+        advice="Convert it with the NeMo that can load it to NeMo 2, whose checkpoints are torch_dist ones.",
     ),
     # torch_dist writes metadata.json last (mcore dist_checkpointing/serialization.py, save)
     _Row(
@@ -254,9 +259,10 @@ _DIRECTORIES: Final = (
     ),
     _Row(
         marks=((METADATA_FILE,),),
+        kind=Kind.CHECKPOINT,  # what of DCP it is, its content tells: formats/torch_dcp.py
         what=f"{BACKEND_FILE} is missing, so it was saved by torch.distributed.checkpoint (DCP) and not by Megatron's "
-        "dist_checkpointing (so are Megatron's formats torch_dcp and fsdp_dtensor), or the save has not finished",
-        advice="Save it with --ckpt-format torch_dist; where it was saved so, copy it again.",
+        "dist_checkpointing, or the save has not finished",
+        advice="to-hf makes a Hugging Face directory of it if Megatron's FSDP saved it (torch_dcp, fsdp_dtensor).",
     ),
     _Row(
         marks=(("zero_to_fp32.py",), ("*_model_states.pt",)),

@@ -1,9 +1,9 @@
-"""An opened Megatron checkpoint of either backend: which tensors and objects it stores, and in which bytes."""
+"""An opened Megatron checkpoint of any backend: which tensors and objects it stores, and in which bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
-from dist_ckpt_mistral.formats import legacy_zarr
+from dist_ckpt_mistral.formats import legacy_torch, legacy_zarr, torch_dcp
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
 from dist_ckpt_mistral.formats.places import resolve_directory
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
@@ -28,10 +28,21 @@ from dist_ckpt_mistral.storage.local import SourceFiles
 
 #: The backends. ``torch_dist`` stores every chunk and every object as a ``torch.save`` archive, many to a file; objects
 #: are lists of length 1. ``zarr`` has a file for each: the bare bytes of a chunk, or the archive of the object itself.
+#: ``torch`` has an archive for each rank, in which every tensor is that rank's part of one (legacy_torch.py).
+#: ``torch_dcp`` stores as ``torch_dist`` does, but the parameters of modules, and objects as they are (torch_dcp.py).
 TORCH_DIST: Final = "torch_dist"
 ZARR: Final = "zarr"
+TORCH: Final = "torch"
+TORCH_DCP: Final = "torch_dcp"
 #: Backend name in metadata.json (mcore dist_checkpointing/core.py; ``zarr`` until 0.15) -> reader of its metadata.
 _READERS: Final = {TORCH_DIST: metadata.read_stored, ZARR: legacy_zarr.read_stored}
+_OTHER_READERS: Final = {TORCH: legacy_torch.read_stored, TORCH_DCP: torch_dcp.read_stored}
+#: Legacy backend -> what it is, and what Megatron makes of it today.
+_NOT_LOADED: Final = {
+    ZARR: "is a legacy zarr checkpoint, which Megatron does not load since megatron-core 0.16",
+    TORCH: "is in Megatron's legacy torch format, which Megatron loads at the parallelism that saved it alone",
+    TORCH_DCP: "is in Megatron's format torch_dcp or fsdp_dtensor, which Megatron loads with FSDP alone",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,6 +53,16 @@ class StoredCheckpoint:
     backend: str
     metadata: StoredMetadata
     common_state: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the places in the metadata are those of the data themselves, and not of archives around them."""
+        return self.backend in {ZARR, TORCH}
+
+    @property
+    def is_of_modules(self) -> bool:
+        """Whether tensors have the names of modules' parameters, and not Megatron's keys: ``matched`` joins them."""
+        return self.backend in {TORCH, TORCH_DCP}
 
     @property
     def file_bytes(self) -> Mapping[str, int]:
@@ -92,7 +113,7 @@ class StoredCheckpoint:
         paths = {name: self.directory / name for name in files}
         sizes = {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
         absent = [name for name, size in sizes.items() if size is None]
-        least = "at least " if self.backend == TORCH_DIST else ""
+        least = "" if self.backend == ZARR else "at least "
         present = [
             (f"{name} (expected {least}{self.file_bytes[name]} bytes, got {size})", size - self.file_bytes[name])
             for name, size in sizes.items()
@@ -110,7 +131,7 @@ class StoredCheckpoint:
     def _locate(self, tensor: StoredTensor, chunks: Chunks, locator: TensorLocator) -> IndexedTensor:
         """The tensor with the position of every chunk's data."""
         dtype = dtypes.require_known(tensor.dtype, repr(tensor.name))
-        positions = chunks.positions if self.backend == ZARR else _data_positions(tensor.name, dtype, chunks, locator)
+        positions = chunks.positions if self.is_bare else _data_positions(tensor.name, dtype, chunks, locator)
         located = IndexedTensor(
             name=tensor.name,
             dtype=dtype,
@@ -143,23 +164,36 @@ def open_stored(path: Path, *, with_common_state: bool = True) -> StoredCheckpoi
     """
     directory = resolve_directory(path)
     backend = _backend(directory)
-    metadata = _READERS[backend](directory)
-    state = common_state.read(directory, metadata.objects.get(common_state.SHARDED_KEY)) if with_common_state else {}
-    return StoredCheckpoint(directory=directory, backend=backend, metadata=metadata, common_state=state)
+    stored = (_READERS | _OTHER_READERS)[backend](directory)
+    checkpoint = StoredCheckpoint(directory=directory, backend=backend, metadata=stored, common_state={})
+    return with_state(checkpoint) if with_common_state else checkpoint
+
+
+def with_state(checkpoint: StoredCheckpoint) -> StoredCheckpoint:
+    """A checkpoint with its common state. Raises as ``open_stored``."""
+    if checkpoint.backend == TORCH:
+        state = legacy_torch.read_common_state(checkpoint.directory)
+    elif checkpoint.backend == TORCH_DCP:
+        state = torch_dcp.read_common_state(checkpoint.directory, checkpoint.metadata)
+    else:
+        state = common_state.read(checkpoint.directory, checkpoint.objects.get(common_state.SHARDED_KEY))
+    return replace(checkpoint, common_state=state)
 
 
 def require_loadable(directory: Path) -> None:
-    """Raise UnsupportedFormatError for an iteration's directory that Megatron's present versions do not load."""
-    if _backend(directory) == ZARR:
-        raise UnsupportedFormatError(
-            f"{directory} is a legacy zarr checkpoint, which Megatron does not load since megatron-core 0.16. "
-            "Make a torch_dist checkpoint of it first, with migrate."
-        )
+    """Raise UnsupportedFormatError for an iteration's directory that Megatron does not load at any layout."""
+    if why := _NOT_LOADED.get(_backend(directory)):
+        raise UnsupportedFormatError(f"{directory} {why}. Make a torch_dist checkpoint of it first, with migrate.")
 
 
 def _backend(directory: Path) -> str:
-    """The backend that metadata.json in an iteration's directory names."""
+    """The backend that metadata.json in an iteration's directory names, or that files without it are of."""
     path = directory / BACKEND_FILE
+    if not path.exists():
+        if legacy_torch.rank_folders(directory):
+            return TORCH
+        if (directory / METADATA_FILE).exists():
+            return TORCH_DCP
     backend = documents.read_json(path).get("sharded_backend")
     if not isinstance(backend, str) or backend not in _READERS:
         expected = " or ".join(map(repr, _READERS))

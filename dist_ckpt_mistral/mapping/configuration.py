@@ -27,6 +27,7 @@ from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping.adapters import holds_adapter, holds_base, match_adapter
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.matching import match_checkpoint
+from dist_ckpt_mistral.mapping.rank_files import RankFiles, joined_ranks
 from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, hf_config_of, model_fields
 from dist_ckpt_mistral.model.args.megatron_args import args_disagreements, from_megatron_args, is_padding
 from dist_ckpt_mistral.model.config.agreement import Disagreement, disagreements, listed_disagreements
@@ -329,8 +330,16 @@ def checkpoint_config(
             f"{RUN_CONFIG_FILE}. Give the model's config.json with --config, or leave it in the checkpoint root for "
             "all iterations with describe."
         )
-    names = checkpoint.tensors if holds_base(checkpoint.tensors) else None  # an adapter alone does not show a tie
-    return agreed(str(checkpoint.directory), chosen, described, names, way_out=way_out)
+    return agreed(str(checkpoint.directory), chosen, described, _table_names(checkpoint), way_out=way_out)
+
+
+def _table_names(checkpoint: StoredCheckpoint) -> Collection[str] | None:
+    """The names that tell whether embeddings are tied; None where they do not.
+
+    An adapter alone does not show it. Of parameters of modules only the args do: the last stage of a tied model has a
+    head all the same.
+    """
+    return None if checkpoint.is_of_modules or not holds_base(checkpoint.tensors) else checkpoint.tensors
 
 
 def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Iterator[Description]:
@@ -400,11 +409,15 @@ class Matched:
     """A Megatron checkpoint matched with the tensor table of its configuration.
 
     ``table`` describes the whole model, ``found.table`` the part of it that the checkpoint holds, and the adapter.
+    ``stored`` is the checkpoint with the tensors that ``found`` names. Where parameters of modules were stored,
+    ``ranks`` tells how they make these up.
     """
 
     agreed: Agreed
     table: TensorTable
     found: CheckpointMap
+    stored: StoredCheckpoint
+    ranks: RankFiles | None = None
 
 
 def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = ParamState.WEIGHTS) -> Matched:
@@ -414,16 +427,18 @@ def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = Par
     unknown or of another shape, or if the vocabulary has more rows than padding explains.
     """
     table = tensor_table(known.config)
-    if holds_adapter(checkpoint.tensors):
-        found = match_adapter(table, checkpoint, state)
-        has_base = state is ParamState.WEIGHTS and holds_base(checkpoint.tensors)
+    ranks = joined_ranks(checkpoint, known.config, table) if checkpoint.is_of_modules else None
+    stored = checkpoint if ranks is None else ranks.stored
+    if holds_adapter(stored.tensors):
+        found = match_adapter(table, stored, state)
+        has_base = state is ParamState.WEIGHTS and holds_base(stored.tensors)
         table = (table.with_adapters if has_base else table.of_adapters)(found.table.adapters)
     else:
-        shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
-        found = match_checkpoint(table, shapes, checkpoint.objects, str(checkpoint.directory), state)
+        shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
+        found = match_checkpoint(table, shapes, stored.objects, str(stored.directory), state)
     if not known.overrides:
-        _require_padding(checkpoint, known, found)
-    return Matched(agreed=known, table=table, found=found)
+        _require_padding(stored, known, found)
+    return Matched(agreed=known, table=table, found=found, stored=stored, ranks=ranks)
 
 
 def _require_padding(checkpoint: StoredCheckpoint, known: Agreed, found: CheckpointMap) -> None:

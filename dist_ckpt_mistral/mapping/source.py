@@ -283,18 +283,22 @@ def open_megatron(
     """
     checkpoint = stored_checkpoint.open_stored(path)
     known = matched(checkpoint, checkpoint_config(checkpoint, config), state)
-    table, found = known.table, known.found
+    table, found, stored = known.table, known.found, known.stored
     hf_files = configuration.original_files(checkpoint)
-    shapes = {name: tensor.global_shape for name, tensor in checkpoint.tensors.items()}
-    twins = found.twins(checkpoint.tensors)
+    shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
+    twins = found.twins(stored.tensors)
     with paused_collector():  # none of a hundred thousand new links is garbage
         links = {tensor.hf_name: found.links(tensor) for tensor in found.table.hf_tensors().values()}
+    index = stored.index([*found.names(), *(twin.name for twin in twins)])
+    if known.ranks is not None and state is ParamState.WEIGHTS and (heads := known.ranks.heads):
+        names = [twin.name for twin in heads]
+        index, twins = index.joined(known.ranks.raw.index(names), names), (*twins, *heads)
     return ModelSource(
         path=checkpoint.directory,
         kind=f"Megatron {checkpoint.backend} checkpoint" + (" of an adapter" if table.adapters else ""),
         agreed=known.agreed,
         table=table,
-        index=checkpoint.index([*found.names(), *(twin.name for twin in twins)]),
+        index=index,
         tensors=_described(found.table, hf_files),
         links=links,
         ignored=(*found.ignored, *_padding(table, found, shapes)),
@@ -481,10 +485,22 @@ def require_equal_twins(source: ModelSource, *, only_hidden: bool = False) -> No
 
     ``only_hidden`` skips the twins that have a Hugging Face name of their own in ``source``.
     """
-    differences = [*twin_differences(source.index, source.hidden_twins if only_hidden else source.twins)]
+    _require_equal(str(source.path), source.index, source.hidden_twins if only_hidden else source.twins)
+
+
+def require_equal_heads(match: configuration.Matched) -> None:
+    """Raise TensorMismatchError if the last stage's copy of a tied model's embeddings has other values than they."""
+    if match.ranks is not None and (heads := match.ranks.heads):
+        names = [twin.name for twin in heads]
+        index = match.stored.index({twin.main for twin in heads})
+        _require_equal(str(match.stored.directory), index.joined(match.ranks.raw.index(names), names), heads)
+
+
+def _require_equal(where: str, index: TensorIndex, twins: Sequence[Twin]) -> None:
+    differences = [*twin_differences(index, twins)]
     if differences:
         contradictions = "; ".join(f"{twin.name!r} {what}" for twin, what in differences)
         remove = "remove the tensor that is not meant"
         tied = f"The configuration ties them. Set tie_word_embeddings to false in config.json, or {remove}"
         advice = tied if any(twin.is_head for twin, _ in differences) else remove.capitalize()
-        raise TensorMismatchError(f"{source.path} contradicts itself: {contradictions}. {advice}.")
+        raise TensorMismatchError(f"{where} contradicts itself: {contradictions}. {advice}.")

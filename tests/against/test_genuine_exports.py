@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from genuine import GENUINE, ZARR, described_file, folder, true_bytes
+from genuine import FSDP, GENUINE, LEGACY, ZARR, described_file, folder, true_bytes
 
 import dist_ckpt_mistral as dcm
 
 
-@pytest.mark.parametrize("case", [*GENUINE, *ZARR])
+@pytest.mark.parametrize("case", [*GENUINE, *ZARR, *LEGACY, *FSDP])
 def test_export_equals_the_live_model(case: str, tmp_path: Path) -> None:
     """Every genuine checkpoint exports to the tensors of the live model: names, dtypes, shapes and bits."""
     dcm.to_hf(folder(case) / "checkpoint", tmp_path / "hf", config=folder(case) / "config.json")

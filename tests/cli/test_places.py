@@ -77,13 +77,9 @@ MISTAKEN = {
         ("in a format that is not read (pytorch_model.bin)", "Get the model's safetensors"),
     ),
     "gguf": ({"model-Q4_K_M.gguf": ""}, ("GGUF files, of quantized weights", "Give the directory of the original")),
-    "legacy": (
-        {"mp_rank_00/model_optim_rng.pt": "", "mp_rank_01/model_optim_rng.pt": ""},
-        ("legacy torch format, with one pickle a rank (mp_rank_00/, mp_rank_01/)", "--ckpt-convert-format torch_dist"),
-    ),
-    "legacy root": (
-        {TRACKER: "5", "iter_0000005/mp_rank_00_000/model_optim_rng.pt": ""},
-        ("iter_0000005 is not", "legacy torch format", "--ckpt-convert-format torch_dist"),
+    "nemo 1": (
+        {"tp_rank_00_pp_rank_000/model_weights.ckpt": "", "model_config.yaml": ""},
+        ("it is a checkpoint of NeMo 1", "(tp_rank_00_pp_rank_000/)", "Convert it with the NeMo that can load it"),
     ),
     "deepspeed": ({"zero_to_fp32.py": "", "latest": "global_step5"}, ("it is a DeepSpeed checkpoint", "zero_to_fp32")),
     "two renderings": (

@@ -55,6 +55,16 @@ ZARR: Final = {
     "fsms_zarr_0153": "",
     "dpzero_zarr_0153": "",
 }
+#: Likewise, in Megatron's legacy torch format, with an archive for every rank.
+LEGACY: Final = dict.fromkeys(
+    (
+        *("legacy_tp2pp2_0192", "legacy_vpp_tied_0192", "legacy_moe_0192", "legacy_plain_0192", "legacy_distrib_0192"),
+        *("legacy_old_0080", "legacy_old_tied_0080"),
+    ),
+    "iter_0000007",
+)
+#: Likewise, in Megatron's formats torch_dcp and fsdp_dtensor.
+FSDP: Final = {"dcp_0192": "iter_0000007", "fsdp_0192": "iter_0000007"}
 #: Adapters on a model like bridge_0062, of Megatron-Bridge and of ms-swift. Their truth has the names of PEFT.
 ADAPTERS: Final = {
     "lora_0062": "iter_0000005",
@@ -92,7 +102,7 @@ def _place_to_unpack() -> Path:
 
 def shards(case: str) -> Path:
     """The directory of its iteration."""
-    return folder(case) / "checkpoint" / (GENUINE | ZARR | BRIDGE)[case]
+    return folder(case) / "checkpoint" / (GENUINE | ZARR | LEGACY | FSDP | BRIDGE)[case]
 
 
 def shards_of_adapter(case: str) -> Path:

@@ -107,11 +107,12 @@ def _config(arguments: argparse.Namespace) -> dcm.MistralConfig:
 
 
 def _broadcast(num_bytes: int) -> None:
-    """Every rank broadcasts an equal share of ``num_bytes``, in messages of 64 MiB, into new memory as exports do."""
+    """Every rank broadcasts an equal share of ``num_bytes``, in messages of at most 64 MiB, into new memory as exports do."""
     world, message_bytes = dist.get_world_size(), 64 << 20
     for sender in range(world):
-        for _ in range(num_bytes // world // message_bytes or 1):
-            dist.broadcast(torch.empty(message_bytes, dtype=torch.uint8), src=sender)
+        for start in range(0, num_bytes // world, message_bytes):
+            size = min(message_bytes, num_bytes // world - start)
+            dist.broadcast(torch.empty(size, dtype=torch.uint8), src=sender)
 
 
 def _timed(way: Callable[[], object]) -> tuple[float, int]:

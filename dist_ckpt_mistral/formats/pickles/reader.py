@@ -100,6 +100,11 @@ class _Function:
         raise _RefusedError(f"a change of a function ({short(state)})")
 
 
+def is_function(value: object) -> bool:
+    """Whether an unpickled value is what stands in for a function."""
+    return isinstance(value, _Function)
+
+
 def _few(args: tuple[object, ...]) -> tuple[object, ...]:
     """``args``, unless there are more than ``_MAX_ARGUMENTS``."""
     if len(args) > _MAX_ARGUMENTS:

@@ -107,7 +107,9 @@ class TensorLocator:
     def _head(self, file: int, position: int, num_bytes: int, dtype: str, shape: Shape) -> bytes:
         """The bytes before the data of an archive. Raises FormatError unless it holds the given dtype and shape."""
         stored = ArchiveReader(self._files, file, position, num_bytes, "the archive").tensor()
-        if (stored.dtype, stored.shape) != (dtype, shape):
+        # A tensor that is stacked with others here may be stored alone (torch_dcp), without the axes of the stack.
+        axes = len(shape) - len(stored.shape)
+        if (stored.dtype, (*(1,) * axes, *stored.shape)) != (dtype, shape):
             raise FormatError(
                 f"it does not match the metadata: expected {dtype} {list(shape)}, "
                 f"got {stored.dtype} {list(stored.shape)}"

@@ -90,10 +90,10 @@ def read(directory: Path, sharded: Entry | None) -> dict[str, Any]:
         begin, num_bytes = (0, file_bytes) if sharded is None else (sharded.offset, sharded.num_bytes)
         if file_bytes < begin + num_bytes:
             raise FormatError(f"{path} is truncated: the common state should end at byte {begin + num_bytes}")
-        return _state(ArchiveReader(files, 0, begin, num_bytes, where).object(allowlist()), where)
+        return checked(ArchiveReader(files, 0, begin, num_bytes, where).object(allowlist()), where)
 
 
-def _state(value: object, where: str) -> dict[str, Any]:
+def checked(value: object, where: str) -> dict[str, Any]:
     """The unpickled ``value`` as a common state. Raises FormatError unless it is a dict of bounded size."""
     if isinstance(value, list) and len(value) == 1:  # an object in a data file is a list of length 1
         value = value[0]

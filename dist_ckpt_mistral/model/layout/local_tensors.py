@@ -12,6 +12,7 @@ from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
 from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
+from dist_ckpt_mistral.model.table.layers import LEGACY_TIED_HEAD
 from dist_ckpt_mistral.model.table.rules import (
     ROWS,
     Index,
@@ -51,8 +52,11 @@ class LocalTensor:
 
     Args:
         index: The tensor's place in the model: (), (layer,) or (layer, expert).
+        local_index: The same in the local module, whose layers and experts count from 0.
         mcore_key: The key of the stored tensor, with ``{layer}`` and ``{expert}`` not filled in.
         module_name: Its name in the state dict of the local module.
+        open_names: All its names there, also in models of other layer specs and of older releases, with ``{layer}`` and
+            ``{expert}`` not filled in.
         local_shape: Its shape in elements.
         prepended_axes: Number of leading axes that only the stored tensor has.
         boxes: The boxes of stored tensors that hold its rows, in order: one box, or gate and up of ``linear_fc1``.
@@ -63,8 +67,10 @@ class LocalTensor:
     """
 
     index: Index
+    local_index: Index
     mcore_key: str
     module_name: str
+    open_names: tuple[str, ...]
     local_shape: tuple[int, ...]
     prepended_axes: int
     boxes: tuple[LocalBox, ...]
@@ -76,6 +82,11 @@ class LocalTensor:
     def layer(self) -> int | None:
         """The number of its layer in the whole model; None for a tensor outside the layers."""
         return self.index[0] if self.index else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """``open_names``, filled in; the first is ``module_name``."""
+        return tuple(dict.fromkeys((self.module_name, *(spell(name, self.local_index) for name in self.open_names))))
 
     @property
     def is_main_replica(self) -> bool:
@@ -133,13 +144,15 @@ def local_tensors(
     for rule in table.rules:
         rows, module = _rows(rule, layout.tp, vocab_rows), rule.module(spec)
         part, copy = _share(layout, rule, module, at)
+        names = rule.names
         for index, local in _local_indices(layout, rule, chunk, at):
-            name = spell(module.name, local)
-            yield _local_tensor(table, rule, module, rows, index, name, part, style, (0, *copy))
+            both = (spell(module.name, local), names)
+            yield _local_tensor(table, rule, module, rows, (index, local), both, part, style, (0, *copy))
         if rule.stage is Stage.EMBEDDING and chunk.is_last and not chunk.is_first:
             for name in rule.other_keys:
                 # Tied embeddings: the last stage describes its copy of them as a head (language_module.py, 0.12+).
-                yield _local_tensor(table, rule, module, rows, (), name, part, style, (1, *copy))
+                both = (name, (LEGACY_TIED_HEAD,))
+                yield _local_tensor(table, rule, module, rows, ((), ()), both, part, style, (1, *copy))
 
 
 def local_objects(
@@ -212,13 +225,17 @@ def _local_tensor(
     rule: TensorRule,
     module: ModuleTensor,
     rows: int,
-    index: Index,
-    name: str,
+    indices: tuple[Index, Index],
+    names: tuple[str, tuple[str, ...]],
     part: tuple[int, int],
     style: KeyStyle,
     replica_id: tuple[int, int, int],
 ) -> LocalTensor:
-    """One local tensor; ``part`` is (part, number of parts) of tensor parallelism."""
+    """One local tensor; ``part`` is (part, number of parts) of tensor parallelism.
+
+    ``indices`` are its index in the model and in the local module, ``names`` its ``module_name`` and ``open_names``.
+    """
+    index, local_index = indices
     shape = [rows, *rule.shape[1:]]
     if module.tp_axis is not None:
         shape[module.tp_axis] //= part[1]
@@ -233,8 +250,10 @@ def _local_tensor(
     live_rows = rule.shape[0] - boxes[0].global_offset[-len(shape)] if rule.padded_vocabulary else shape[0]
     return LocalTensor(
         index=index,
+        local_index=local_index,
         mcore_key=module.mcore_key,
-        module_name=name,
+        module_name=names[0],
+        open_names=names[1],
         local_shape=tuple(shape),
         prepended_axes=len(boxes[0].global_shape) - len(shape),
         boxes=boxes,

@@ -40,6 +40,7 @@ _FLAT_STATES: Final = (
         re.compile(r"(chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state($|/)"),
         "dp_zero_gather_scatter",
     ),
+    (re.compile(r"optimizer\.distributed\.mp_rank_\w+/distrib_optim\.pt$"), "distrib_optim.pt"),
 )
 
 _EXTRA_STATE: Final = re.compile(r"(.*[./])?_extra_state($|/|\d)")

@@ -38,6 +38,9 @@ OTHER_EXPERT_NAMES: Final = (
     (re.compile(r"\.block_sparse_moe\.(?=experts\.(gate_up_proj|down_proj)$)"), ".mlp."),
 )
 
+#: The name of the embeddings' copy in the last pipeline stage of a tied model, in models before megatron-core's.
+LEGACY_TIED_HEAD: Final = "word_embeddings_for_head.weight"
+
 
 def language_rules(config: MistralConfig) -> tuple[TensorRule, ...]:
     """The tensors of the language model, in the order of transformers: embedding, layers, final norm, head."""
@@ -70,6 +73,7 @@ def _embedding(config: MistralConfig) -> TensorRule:
         ("language_model.model.embed_tokens.weight", "tok_embeddings.weight"),
         other_hf=("language_model.lm_head.weight", "tok_embeddings.weight") if tied else (),
         other_keys=("output_layer.weight",) if tied else (),
+        legacy_names=("language_model.embedding.word_embeddings.weight",),
         shape=(config.vocab_size, config.hidden_size),
         padded_vocabulary=True,
         tp_axis=ROWS,
@@ -93,6 +97,7 @@ def _grouped_query_attention(config: MistralConfig) -> Iterator[TensorRule]:
         ),
         rotated_rows=(head_dim, head_dim, 0),
         extra_state="decoder.layers.{layer}.self_attention.linear_qkv._extra_state",
+        legacy_names=("language_model.encoder.layers.{layer}.self_attention.query_key_value.weight",),
         shape=(config.num_hidden_layers, groups * group_rows, config.hidden_size),
         tp_axis=ROWS,
     )
@@ -171,6 +176,7 @@ def _attention_output(config: MistralConfig) -> TensorRule:
         "decoder.layers.{layer}.self_attention.linear_proj.weight",
         ("language_model.model.layers.{layer}.self_attn.o_proj.weight", "layers.{layer}.attention.wo.weight"),
         extra_state="decoder.layers.{layer}.self_attention.linear_proj._extra_state",
+        legacy_names=("language_model.encoder.layers.{layer}.self_attention.dense.weight",),
         shape=(config.num_hidden_layers, config.hidden_size, config.num_attention_heads * head_dim),
         tp_axis=COLUMNS,
     )
@@ -184,6 +190,7 @@ def _mlp(config: MistralConfig) -> Iterator[TensorRule]:
         ("language_model.model.layers.{layer}.mlp.gate_proj.weight", "layers.{layer}.feed_forward.w1.weight"),
         ("language_model.model.layers.{layer}.mlp.up_proj.weight", "layers.{layer}.feed_forward.w3.weight"),
         extra_state="decoder.layers.{layer}.mlp.linear_fc1._extra_state",
+        legacy_names=("language_model.encoder.layers.{layer}.mlp.dense_h_to_4h.weight",),
         shape=(layers, 2 * intermediate_size, hidden_size),
         glu_halves=2,
         tp_axis=ROWS,
@@ -192,6 +199,7 @@ def _mlp(config: MistralConfig) -> Iterator[TensorRule]:
         "decoder.layers.{layer}.mlp.linear_fc2.weight",
         ("language_model.model.layers.{layer}.mlp.down_proj.weight", "layers.{layer}.feed_forward.w2.weight"),
         extra_state="decoder.layers.{layer}.mlp.linear_fc2._extra_state",
+        legacy_names=("language_model.encoder.layers.{layer}.mlp.dense_4h_to_h.weight",),
         shape=(layers, hidden_size, intermediate_size),
         tp_axis=COLUMNS,
     )
@@ -297,6 +305,10 @@ def _layer_norms(config: MistralConfig) -> Iterator[TensorRule]:
             before_attention,
             local_name="decoder.layers.{layer}.input_layernorm.weight",
             other_keys=("decoder.layers.{layer}.input_layernorm.weight",),
+            legacy_names=(
+                "language_model.encoder.layers.{layer}.input_norm.weight",
+                "language_model.encoder.layers.{layer}.input_layernorm.weight",
+            ),
             shape=shape,
         )
     else:
@@ -316,6 +328,10 @@ def _layer_norms(config: MistralConfig) -> Iterator[TensorRule]:
             before_mlp,
             local_name="decoder.layers.{layer}.pre_mlp_layernorm.weight",
             other_keys=("decoder.layers.{layer}.pre_mlp_layernorm.weight",),
+            legacy_names=(
+                "language_model.encoder.layers.{layer}.post_attention_norm.weight",
+                "language_model.encoder.layers.{layer}.post_attention_layernorm.weight",
+            ),
             shape=shape,
         )
     else:
@@ -337,6 +353,7 @@ def _output(config: MistralConfig) -> Iterator[TensorRule]:
         "decoder.final_layernorm.weight",
         ("language_model.model.norm.weight", "norm.weight"),
         te_extra_state="decoder.final_layernorm._extra_state",
+        legacy_names=("language_model.encoder.final_norm.weight", "language_model.encoder.final_layernorm.weight"),
         shape=(config.hidden_size,),
         stage=Stage.OUTPUT,
     )
@@ -344,6 +361,7 @@ def _output(config: MistralConfig) -> Iterator[TensorRule]:
         yield tensor_row(
             "output_layer.weight",
             ("language_model.lm_head.weight", "output.weight"),
+            legacy_names=("language_model.output_layer.weight",),
             shape=(config.vocab_size, config.hidden_size),
             padded_vocabulary=True,
             tp_axis=ROWS,

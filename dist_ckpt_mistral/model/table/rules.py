@@ -170,7 +170,7 @@ class TensorRule:
 
     ``shape`` is in elements, without vocabulary padding and without the axes of the index; ``lead`` are their extents.
     ``other_parts`` are Hugging Face tensors that some files have instead of ``parts`` or beside them; each has all
-    rows. ``tensor_row`` explains the other fields.
+    rows. ``legacy_names`` and the other fields are explained by ``tensor_row``.
     """
 
     local: ModuleTensor
@@ -183,6 +183,7 @@ class TensorRule:
     padded_vocabulary: bool = False
     other_keys: tuple[str, ...] = ()
     other_parts: tuple[HfPart, ...] = ()
+    legacy_names: tuple[str, ...] = ()
 
     def module(self, spec: LayerSpec) -> ModuleTensor:
         """The names and the cut in models of a layer spec."""
@@ -197,6 +198,11 @@ class TensorRule:
     def written_keys(self) -> tuple[str, ...]:
         """The keys under which this package writes the tensor, so that models of every layer spec find it."""
         return tuple(dict.fromkeys((self.te.mcore_key, self.local.mcore_key)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the parameter in the state dict of a rank's model, with the places of layer and expert open."""
+        return tuple(dict.fromkeys((self.te.name, self.local.name, *self.legacy_names)))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -245,6 +251,7 @@ def tensor_row(
     local_key: str = "",
     te_name: str = "",
     local_name: str = "",
+    legacy_names: tuple[str, ...] = (),
     tp_axis: int | None = None,
     local_tp_axis: int | None = None,
     extra_state: str = "",
@@ -270,6 +277,8 @@ def tensor_row(
         local_key: The key in a checkpoint of a model with the local layer spec, if it differs.
         te_name: The parameter's name in a GPTModel with Transformer Engine's spec, if it differs from the key.
         local_name: The parameter's name in a GPTModel with the local spec, if it differs from the key.
+        legacy_names: Its names in the models that Megatron-LM had before megatron-core's (megatron/legacy/model to
+            0.11, megatron/model before), which cut the parameter alike. State dicts in its ``torch`` format have them.
         tp_axis: The axis of the parameter that tensor parallelism cuts: ``ROWS``, ``COLUMNS``, or None for no axis.
         local_tp_axis: The same for the local spec, if only the local spec cuts the parameter.
         extra_state: The key of the object that the module saves beside the parameter.
@@ -304,6 +313,7 @@ def tensor_row(
         padded_vocabulary=padded_vocabulary,
         other_keys=other_keys,
         other_parts=(_hf_part(other_hf, RowBlocks.share(shape[axes])),) if other_hf else (),
+        legacy_names=legacy_names,
     )
 
 

@@ -541,10 +541,10 @@ def test_links_of_the_hub_cache_are_followed(migrated: dict[str, Path], tmp_path
     assert tree(tmp_path / "new") == tree(migrated["optzarr_0123"].parent)
 
 
-def test_only_zarr_is_migrated(tmp_path: Path) -> None:
+def test_what_is_torch_dist_is_not_migrated(tmp_path: Path) -> None:
     """Another format is refused with the command that is meant; so is an output inside the input, which stays."""
     line = refusal(tmp_path, "migrate", shards("td_0192"), tmp_path / "new")
-    assert re.search(r"td_0192/checkpoint is a torch_dist checkpoint: expected a legacy zarr one\. .* reshard\.", line)
+    assert re.search(r"is a torch_dist checkpoint: expected one in zarr, torch or an FSDP format\. .* reshard\.", line)
     old = copied(DENSE, tmp_path / "old")
     for output in (old / "new", old, tmp_path):
         assert "must lie apart" in refusal(tmp_path, "migrate", old, output, "--overwrite")
