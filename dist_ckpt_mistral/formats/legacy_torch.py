@@ -10,7 +10,6 @@ rows of which tensor of the model these are, the names do not tell: mapping/rank
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,7 +71,8 @@ def rank_folders(directory: Path) -> list[RankFolder]:
 
     Raises FormatError for names that are like those of such folders and are none, and for two of one rank.
     """
-    names = [entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name.startswith("mp_rank_")]
+    tops = (name.removesuffix("/") for name in paths.names_in(directory) if name.endswith("/"))
+    names = [name for name in tops if name.startswith("mp_rank_")]
     matches = {name: _FOLDER.fullmatch(name) for name in sorted(names)}
     strange = [name for name, match in matches.items() if match is None]
     if strange:
