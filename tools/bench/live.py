@@ -107,7 +107,7 @@ def _config(arguments: argparse.Namespace) -> dcm.MistralConfig:
 
 
 def _broadcast(num_bytes: int) -> None:
-    """Every rank broadcasts an equal share of ``num_bytes``, in at most 64 MiB at once, into new memory as exports do."""
+    """Every rank broadcasts an equal share of ``num_bytes``, 64 MiB at once, into new memory, as exports do."""
     world, message_bytes = dist.get_world_size(), 64 << 20
     for sender in range(world):
         for start in range(0, num_bytes // world, message_bytes):
