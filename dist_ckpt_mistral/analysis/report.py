@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from dist_ckpt_mistral.analysis.sheet import sheet
 from dist_ckpt_mistral.errors import DistCkptMistralError, SourceError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, stored_checkpoint
@@ -302,6 +300,7 @@ def _saved_at(checkpoint: StoredCheckpoint) -> dict[str, int] | None:
 
 def _tensor_reports(checkpoint: StoredCheckpoint, checkpoint_map: CheckpointMap | None) -> tuple[TensorReport, ...]:
     prefix, files = model_prefix(checkpoint.tensors), tuple(checkpoint.file_bytes)
+    file_of = checkpoint.metadata.archives.files
     hf_names: dict[str, list[str]] = {}
     kinds: dict[str, str] = {}
     if checkpoint_map is not None:
@@ -319,8 +318,8 @@ def _tensor_reports(checkpoint: StoredCheckpoint, checkpoint_map: CheckpointMap 
             hf_names=tuple(hf_names.get(stored.name, ())),
             ignored=why_ignored(stored.name, prefix),
             kind=_kind(stored.name, kinds),
-            cut=tuple(len(np.unique(starts)) for starts in stored.offsets.T),
-            files=tuple(files[number] for number in np.unique(checkpoint.metadata.archives.files[stored.archives])),
+            cut=tuple(len(set(starts)) for starts in stored.offsets.T.tolist()),
+            files=tuple(files[number] for number in sorted({*file_of[stored.archives].tolist()})),
         )
         for stored in checkpoint.tensors.values()
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dist_ckpt_mistral.errors import ConfigError, FormatError, SourceError, TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
@@ -27,7 +27,6 @@ from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping.adapters import holds_adapter, holds_base, match_adapter
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.matching import match_checkpoint
-from dist_ckpt_mistral.mapping.rank_files import RankFiles, joined_ranks
 from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, hf_config_of, model_fields
 from dist_ckpt_mistral.model.args.megatron_args import args_disagreements, from_megatron_args, is_padding
 from dist_ckpt_mistral.model.config.agreement import Disagreement, disagreements, listed_disagreements
@@ -35,6 +34,9 @@ from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralC
 from dist_ckpt_mistral.model.table.rules import ParamState
 from dist_ckpt_mistral.model.table.table import TensorTable, config_as_stored, tensor_table
 from dist_ckpt_mistral.storage import documents, paths
+
+if TYPE_CHECKING:
+    from dist_ckpt_mistral.mapping.rank_files import RankFiles
 
 #: The key in ``content_metadata``.
 KEY: Final = "dist_ckpt_mistral"
@@ -427,7 +429,11 @@ def matched(checkpoint: StoredCheckpoint, known: Agreed, state: ParamState = Par
     unknown or of another shape, or if the vocabulary has more rows than padding explains.
     """
     table = tensor_table(known.config)
-    ranks = joined_ranks(checkpoint, known.config, table) if checkpoint.is_of_modules else None
+    ranks = None
+    if checkpoint.is_of_modules:
+        from dist_ckpt_mistral.mapping.rank_files import joined_ranks  # noqa: PLC0415  (most checkpoints are not)
+
+        ranks = joined_ranks(checkpoint, known.config, table)
     stored = checkpoint if ranks is None else ranks.stored
     if holds_adapter(stored.tensors):
         found = match_adapter(table, stored, state)

@@ -63,8 +63,11 @@ def write_link(path: Path, sibling: str) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file atomically: under a temporary name in the same directory, then renamed over an old one.
 
-    A pipe or device is written in place. Raises OutputError.
+    A pipe or device is written in place, and an object of a store appears whole anyway. Raises OutputError.
     """
+    if isinstance(path, RemotePath):
+        path.snapshot.store.write(path.key, data)
+        return
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(data)
@@ -82,6 +85,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, if it is there. Raises OutputError."""
+    if isinstance(path, RemotePath):
+        path.snapshot.store.delete([path.key])
+        return
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

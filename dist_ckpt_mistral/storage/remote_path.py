@@ -21,7 +21,6 @@ from pathlib import Path, PosixPath
 from typing import Final, Self
 
 from dist_ckpt_mistral.errors import SourceError
-from dist_ckpt_mistral.storage.memory import MemoryStore
 from dist_ckpt_mistral.storage.store import Info, Listing, Range, Store, read_many
 
 #: The schemes of stores. ``hf://`` and huggingface.co are hub ids, which ``hub`` downloads.
@@ -42,6 +41,8 @@ _DIRECTORY: Final = stat.S_IFDIR | 0o555
 def _open_store(base: str, process: int) -> Store:  # noqa: ARG001  (clients do not survive a fork)
     scheme = base.partition("://")[0]
     if scheme == "memory":
+        from dist_ckpt_mistral.storage.memory import MemoryStore  # noqa: PLC0415  (only tests and programs use it)
+
         return MemoryStore(base)
     from dist_ckpt_mistral.storage.buckets import BucketStore, WebStore  # noqa: PLC0415  (local paths need neither)
 

@@ -28,6 +28,7 @@ from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, require
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.remote_path import as_path
 
 #: The version of index.ocdbt.json.
 _VERSION: Final = 1
@@ -98,7 +99,7 @@ def write_index(
     for name, content in written.items():
         documents.write_whole(directory / name, content)
     if kerchunk is not None:
-        documents.write_whole(Path(kerchunk), _references(entries, files))
+        documents.write_whole(as_path(kerchunk), _references(entries, files))
     return WeightIndex(
         directory=directory.absolute(),  # as URLs have it
         names=tuple(grids),
