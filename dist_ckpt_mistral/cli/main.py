@@ -16,7 +16,7 @@ from typing import Final
 
 from dist_ckpt_mistral._version import __version__
 from dist_ckpt_mistral.cli import convert, examine, output, run
-from dist_ckpt_mistral.cli.options import EXIT_DATA, EXIT_DONE, Parser, is_first_rank
+from dist_ckpt_mistral.cli.options import EXIT_CODES, EXIT_DATA, EXIT_DONE, Parser, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
 from dist_ckpt_mistral.libraries import import_numpy
 
@@ -36,6 +36,8 @@ _COMMANDS: Final = {
     "demo": run.add_demo,
 }
 _EXIT_INTERRUPTED: Final = 130
+#: Options of all commands, which may stand before the command too.
+_ANYWHERE: Final = ("-q", "--quiet", "--debug", "--no-progress")
 #: More objects than imports make. With Python's default of 700, the cyclic collector would walk them many times.
 _COLLECT_AFTER_OBJECTS: Final = 100_000
 
@@ -44,9 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: ``sys.argv``) and return its exit code."""
     gc.set_threshold(_COLLECT_AFTER_OBJECTS)
     output.open_standard_streams()
-    arguments = argparse.Namespace(words=tuple(sys.argv[1:] if argv is None else argv), debug=False)
+    arguments = argparse.Namespace(words=_command_first(sys.argv[1:] if argv is None else argv), debug=False)
     try:
-        _parser(arguments.words).parse_args(arguments.words, arguments)
+        _, unknown = _parser(arguments.words).parse_known_args(arguments.words, arguments)
+        if unknown:
+            arguments.wrong_usage(f"unrecognized arguments: {' '.join(unknown)}")
         return _run(arguments)
     except KeyboardInterrupt as error:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -55,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_INTERRUPTED
     except (DistCkptMistralError, ImportError, OSError, MemoryError) as error:
         return _fail(error, arguments)
+
+
+def _command_first(words: Sequence[str]) -> tuple[str, ...]:
+    """``words`` with the options that every command has behind the command, where they stand before it."""
+    count = next((number for number, word in enumerate(words) if word not in _ANYWHERE), len(words))
+    return (*words[count : count + 1], *words[:count], *words[count + 1 :])
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -107,11 +117,10 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = Parser(
         prog="dist-ckpt-mistral",
         description="Convert, inspect and verify checkpoints of Mistral models, between Megatron and Hugging Face.",
-        epilog="Every command has its own --help. Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, "
-        "3 verify found a difference or damage, 130 interrupted.",
+        epilog=f"Every command has its own --help. {EXIT_CODES}",
     )
     version = f"%(prog)s {__version__}"
-    parser.add_argument("--version", action="version", version=version, help="show the version and exit")
+    parser.add_argument("-V", "--version", action="version", version=version, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     asked_for = [declare for name, declare in _COMMANDS.items() if name == "".join(words[:1])]
     for declare in asked_for or _COMMANDS.values():

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 EXIT_DONE: Final = 0
 EXIT_DATA: Final = 1
 EXIT_DIFFERENT: Final = 3
+EXIT_CODES: Final = (
+    "Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, 3 verify found a difference or damage, "
+    "130 interrupted."
+)
 #: Help texts of arguments that several commands take.
 CKPT: Final = "Megatron checkpoint: its root directory, or one iter_* or release directory in it"
 HF: Final = "Hugging Face directory, or hub id (org/name[@revision])"
@@ -44,6 +48,10 @@ Commands: TypeAlias = Any
 AddOptions: TypeAlias = Callable[[argparse.ArgumentParser], None]
 
 
+#: The beginning of argparse's message about options that no parser knows.
+_UNRECOGNIZED: Final = "unrecognized arguments: "
+
+
 class Parser(argparse.ArgumentParser):
     """Escapes its messages for the terminal, and works on streams that are closed or full.
 
@@ -61,8 +69,19 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and message, and exit with 2."""
-        super().error(printable(message))
+        """Print usage, message and what was probably meant, and exit with 2."""
+        super().error(printable(f"{message}{self._hint(message)}"))
+
+    def _hint(self, message: str) -> str:
+        """The known words most like the unknown ones in a message of argparse, as a question; empty without any."""
+        import difflib
+
+        known = [word for action in self._actions for word in (*action.option_strings, *(action.choices or ()))]
+        unknown = re.findall(r"invalid choice: '([^']*)'", message)
+        if message.startswith(_UNRECOGNIZED):
+            unknown = [word.partition("=")[0] for word in message.removeprefix(_UNRECOGNIZED).split()]
+        meant = [word for each in unknown for word in difflib.get_close_matches(each, map(str, known), n=1)]
+        return f". Did you mean {', '.join(meant)}?" if meant else ""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Print ``message``, write out all streams and exit."""
@@ -91,7 +110,7 @@ def declare(
     of every node) or ``on_all_ranks``. ``with_numpy`` imports numpy first, without threads for linear algebra.
     ``arguments.wrong_usage(message)`` prints usage and message, and exits with 2.
     """
-    command: Parser = commands.add_parser(name, help=summary, description=f"{summary} {details}")
+    command: Parser = commands.add_parser(name, help=summary, description=f"{summary} {details}", epilog=EXIT_CODES)
 
     def add_all(command: argparse.ArgumentParser) -> None:
         from dist_ckpt_mistral.convert.ranks import works_here
@@ -312,6 +331,8 @@ def size(text: str) -> int:
         num_bytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
     if num_bytes < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, got {text!r}")
+    if match and not match[2] and not text.upper().endswith("B"):
+        raise argparse.ArgumentTypeError(f"expected a size with its unit, such as {text}GB or {text}B, got {text!r}")
     return num_bytes
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
 from dist_ckpt_mistral.analysis.report import inspect, render
+from dist_ckpt_mistral.cli.main import main
 from dist_ckpt_mistral.convert import migrate
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.errors import FormatError
@@ -256,6 +257,37 @@ def test_tables_of_many_tensors_stay_short(tmp_path: Path) -> None:
     assert row[6:] == ["kB", down[0]["name"], "and", "10", "more"]
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (("tohf", "a", "b"), "Did you mean to-hf?"),
+        (("to-hf", "a", "b", "--memroy=3"), "unrecognized arguments: --memroy=3. Did you mean --memory?"),
+        (("to-hf", "a", "b", "--foo"), "unrecognized arguments: --foo"),
+        (("to-hf", "a", "b", "--dtype", "bfloat61"), "Did you mean bfloat16?"),
+        (("to-hf", "a", "b", "--max-file-size", "5"), "expected a size with its unit, such as 5GB or 5B, got '5'"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(
+    words: tuple[str, ...], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unknown commands, options and values get the nearest one there is, and the usage of their command."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    usage, *_, last = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, last[-len(answer) :]) == (2, answer)
+    assert ("to-hf" in usage) == (words[0] == "to-hf")
+
+
+def test_common_options_may_stand_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--debug`` and ``-q`` work before the command as behind it, and -V shows the version."""
+    for words in (("--debug", "-q", "inspect", "nowhere"), ("inspect", "nowhere", "-q", "--debug")):
+        with pytest.raises(FormatError, match="there is no such directory"):
+            main(words)
+    with pytest.raises(SystemExit):
+        main(["-V"])
+    assert capsys.readouterr().out.startswith("dist-ckpt-mistral ")
+
+
 def test_names_are_never_cut() -> None:
     """In a narrow terminal long names are folded, and what goes into a file or a pipe has each on one line."""
     case = folder("opt_fr_0192")
@@ -316,7 +348,6 @@ def test_a_dry_run_writes_nothing_and_tells_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "num_bytes"),
     [
-        ("4000", 4000),
         ("4000B", 4000),
         ("4kB", 4000),
         ("4KiB", 4096),

@@ -56,9 +56,9 @@ def arguments(command: str, work: Path, output: Path, *, old: bool = False) -> l
     """A command on the sources in ``work``, and all options that it gets."""
     source, options = {
         "from-hf": ("hf", []),
-        "to-hf": ("ckpt", ["--max-file-size", "4000"]),
+        "to-hf": ("ckpt", ["--max-file-size", "4000B"]),
         "reshard": ("ckpt", ["--tp", "1"]),
-        "migrate": ("zarr", ["--max-file-size", "10000"]),
+        "migrate": ("zarr", ["--max-file-size", "10000B"]),
     }[command]
     return [command, str(work / source), str(output), *options, *(["--overwrite"] if old else [])]
 
