@@ -6,7 +6,6 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dist_ckpt_mistral.errors import FormatError
@@ -14,6 +13,8 @@ from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.storage.store import MOST_BYTES_OF_A_READ, Info, Range, pool, read_many, split_range
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from dist_ckpt_mistral.storage.local import SourceFiles
 
 #: Two ranges of a file with less between them are one request: it takes a request longer to begin.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from dist_ckpt_mistral.errors import OutputError, SourceError
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 #: Requests in flight at once, of the whole process. From 8 on they hide the latency of a request, and servers slow
 #: down a client that sends many more.
@@ -125,6 +127,8 @@ def pool() -> ThreadPoolExecutor:
     """The threads that wait for answers, ``REQUESTS_IN_FLIGHT`` of them; a forked process gets its own."""
     process = os.getpid()
     if process not in _POOLS:
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  (local files need no requests)
+
         _POOLS[process] = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="requests")
     return _POOLS[process]
 

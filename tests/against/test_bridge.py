@@ -144,7 +144,7 @@ def test_the_link_for_bridge_is_made_anew_by_a_resumed_run(
 ) -> None:
     """A run that fails when all is written but the checksums leaves the link, and the next one goes on."""
     with monkeypatch.context() as patch:
-        patch.setattr("dist_ckpt_mistral.convert.output._write_checksums", lambda *_, **__: 1 / 0)
+        patch.setattr("dist_ckpt_mistral.convert.output.write_checksums", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             from_hf(hf, tmp_path / "root")
     from_hf(hf, tmp_path / "root", output=dcm.Output(resume=True))

@@ -105,7 +105,7 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         ({"latest_checkpointed_iteration.txt": "12"}, "names iter_0000012, which is absent"),
         ({"latest_checkpointed_iteration.txt": "../../etc"}, "should hold an iteration or 'release', got '../../etc'"),
         ({"latest_checkpointed_iteration.txt": ""}, "should hold an iteration or 'release', got ''"),
-        ({".metadata": "x"}, "metadata.json is missing"),
+        ({".metadata": "x"}, ".metadata is not a readable pickle"),
         ({"metadata.json": '{"sharded_backend": []}'}, "says sharded_backend []: expected 'torch_dist'"),
         ({"metadata.json": "{}"}, "says sharded_backend None: expected 'torch_dist'"),
         (

@@ -142,7 +142,8 @@ def test_verify_and_inspect_read_both(case: str, migrated: dict[str, Path]) -> N
         ("Megatron zarr checkpoint", ()),
         ("Megatron torch_dist checkpoint", ()),
     ]
-    assert reports[0]["tensors"] == reports[1]["tensors"]
+    tensors = [[each | {"files": ()} for each in report["tensors"]] for report in reports]
+    assert tensors[0] == tensors[1]
     assert sorted(each["name"] for each in reports[0]["objects"]) == sorted(
         each["name"] for each in reports[1]["objects"]
     )
