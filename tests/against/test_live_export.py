@@ -109,7 +109,7 @@ def test_memory_is_bounded_by_the_bucket(results: list[dict[str, Any]]) -> None:
     measured = [rank["measured"] for rank in results]
     model = sum(each["model"] for each in measured)
     for each in measured:
-        assert each["small"] < 2 * SMALL_BUCKET + (16 << 20) < model // 3  # 16 MB: a tensor, Python, and gloo's own
+        assert each["small"] < 2 * SMALL_BUCKET + (32 << 20) < model // 2  # 32 MB: a tensor, Python, and gloo's own
         assert each["large"] > model
 
 
