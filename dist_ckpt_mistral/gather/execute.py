@@ -21,7 +21,8 @@ from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.bands import PAGE_BYTES, BandReader, Stopped, band_bytes_within
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
-from dist_ckpt_mistral.gather.progress import NO_PROGRESS, Progress
+from dist_ckpt_mistral.gather.progress import DEFAULT_PROGRESS, NO_PROGRESS, Progress
+from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 _MAX_WORKERS: Final = 4096
@@ -106,7 +107,8 @@ class Effort:
         workers: Number of copying threads, at most 4096; 0 means one per core, at most 8.
         memory_bytes: Total size of copy buffers in bytes; 0 means 32 MiB, or 256 MiB if a store (a URL) is read or
             written, where parts of 8 MiB are on their way.
-        progress: Receives the phases of the work and the bytes that are done; by default nothing does.
+        progress: Receives the phases of the work and the bytes that are done: a ``ProgressBar`` shows them. By
+            default a bar is shown in notebooks alone; ``Progress()`` shows none there either.
 
     Raises:
         ConfigError: ``workers`` is negative or larger than 4096.
@@ -117,7 +119,9 @@ class Effort:
 
     workers: int = 0
     memory_bytes: int = 0
-    progress: Progress = NO_PROGRESS
+    progress: Progress = DEFAULT_PROGRESS
+
+    __repr__ = concise_repr
 
     def __post_init__(self) -> None:
         """Check the number of workers, before anything is started."""
