@@ -130,7 +130,7 @@ class Parser(argparse.ArgumentParser):
             for action in self._actions
             if action.required
         ]
-        return " ".join(("usage:", self.prog, *needed, "[OPTIONS]", f"(all of them: {self.prog} --help)"))
+        return " ".join(("usage:", self.prog, *needed, "[OPTIONS] (see --help)"))
 
     def _hint(self, message: str) -> str:
         """The known words most like the unknown ones in a message of argparse, as a question; empty without any."""
