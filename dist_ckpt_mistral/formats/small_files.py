@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -265,6 +264,8 @@ def local_copy(directory: Path) -> Iterator[Path]:
     if not isinstance(directory, RemotePath):
         yield directory
         return
+    import tempfile  # noqa: PLC0415  (slow; only this needs it)
+
     with tempfile.TemporaryDirectory(prefix="dist-ckpt-mistral-") as folder:
         copy_files(small_files(directory), Path(folder))
         yield Path(folder)

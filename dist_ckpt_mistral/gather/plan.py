@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dist_ckpt_mistral.errors import PlanError, TensorMismatchError, for_all
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
+from dist_ckpt_mistral.gather.boxes import IntArray, distinct, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.casts import widened, widest
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, JoinedTensors, TensorIndex
@@ -230,7 +230,8 @@ def _segments(
     ends = np.bincount(chunks, minlength=num_chunks).cumsum().tolist()
     starts = [0, *ends[:-1]]
     sources: list[list[str]] = [[] for _ in range(num_chunks)]
-    for chunk, number in np.unique(np.column_stack([chunks, numbers]), axis=0).tolist():
+    for chunk_and_number in distinct(chunks * len(pairs) + numbers).tolist():
+        chunk, number = divmod(chunk_and_number, len(pairs))
         sources[chunk].append(pairs[number].source.name)
     filled = np.zeros(num_chunks, dtype=np.int64)
     np.add.at(filled, chunks, copies["rows"] * copies["row_bytes"])
