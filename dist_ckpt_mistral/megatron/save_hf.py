@@ -78,7 +78,7 @@ def save_hf(
         chosen = chosen_config(config)
         if chosen is None:
             raise ConfigError("config: expected a configuration, got None")
-        return chosen, given_directory(config, vision=True)
+        return chosen, given_directory(config)
 
     def arguments() -> dict[str, object]:
         options = {"bucket_bytes": bucket_bytes, "dtype": dtype_name(dtype), "allow_lossy": allow_lossy}

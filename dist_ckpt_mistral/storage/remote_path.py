@@ -24,7 +24,7 @@ from typing import Final, Self
 from dist_ckpt_mistral.errors import SourceError
 from dist_ckpt_mistral.storage.store import Info, Listing, Range, Store, read_many
 
-#: The schemes of stores. ``hf://`` and huggingface.co are hub ids, which ``hub`` downloads.
+#: The schemes of stores. ``hf://`` and huggingface.co are hub ids, whose commits ``hub`` finds.
 SCHEMES: Final = ("s3", "gs", "az", "abfs", "msc", "http", "https", "memory")
 _WEB: Final = ("http", "https")
 _MSC: Final = "dist_ckpt_mistral.storage.msc"
@@ -50,6 +50,10 @@ def _open_store(base: str, process: int) -> Store:  # noqa: ARG001  (clients do 
         from dist_ckpt_mistral.storage import msc  # noqa: PLC0415  (as the next ones)
 
         return msc.open_store(base)
+    if scheme == "hf":
+        from dist_ckpt_mistral.storage.hub_store import HubStore  # noqa: PLC0415
+
+        return HubStore(base)
     from dist_ckpt_mistral.storage.buckets import BucketStore, WebStore  # noqa: PLC0415  (local paths need neither)
 
     return WebStore(base) if scheme in _WEB else BucketStore(base)
