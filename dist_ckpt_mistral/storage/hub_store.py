@@ -173,7 +173,7 @@ def _cached(repository: Repository, file: str) -> Path | None:
 def _get_range(address: str, start: int, stop: int) -> tuple[int, memoryview]:
     """Status and body for a range of an address. The token goes to the hub alone."""
     from huggingface_hub import constants  # noqa: PLC0415  (slow; only hub ids need it)
-    from huggingface_hub.utils import build_hf_headers, get_session  # noqa: PLC0415
+    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]  # noqa: PLC0415
 
     is_hub = urlsplit(address).netloc == urlsplit(constants.ENDPOINT).netloc
     headers: dict[str, str] = build_hf_headers(token=None if is_hub else False)
