@@ -142,9 +142,9 @@ def _require_writable_url(target: RemotePath, *, overwrite: bool) -> None:
     """
     if target.base.startswith(("http:", "https:")):
         raise OutputError(f"the output {target} is on a web server, which is only read. Give a bucket or a path.")
-    if not target.key:
-        raise OutputError(f"the output {target} is a whole bucket. Give a name in it, such as {target}/NAME.")
     fresh = target.refreshed()
+    if target.key.count("/") < fresh.snapshot.store.bucket_parts or not target.key:
+        raise OutputError(f"the output {target} is a whole bucket. Give a name in it, such as {target}/NAME.")
     present = {key.removeprefix(f"{target.key}/") for key in fresh.snapshot.store.below(target.key)}
     if present and RUN_FILE not in present and not overwrite:
         raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
