@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_sparse_checkpoint(
             checkpoint, config_of_size(_BYTES), _SAVED_AT, style=dcm.KeyStyle.STACKED, with_optimizer=False
         )
-        picture.save_svg(dcm.plan_reading(checkpoint, _LOADED_AT), file)
+        picture.save_picture(dcm.plan_reading(checkpoint, _LOADED_AT), file)
 
 
 if __name__ == "__main__":

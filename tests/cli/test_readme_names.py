@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import re
 import shlex
 import tomllib
@@ -18,7 +17,6 @@ from command_line import run
 from readme_pages import LANGUAGES, ROOT, Block, all_blocks, blocks, modules_of_names, pages
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.cli.demo_model import make_model
 
 _README: Final = ROOT / "README.md"
 _CLI: Final = ROOT / "dist_ckpt_mistral" / "cli" / "README.md"
@@ -190,17 +188,6 @@ def test_every_command_has_its_section() -> None:
     """The page of the commands has a section for each."""
     sections = set(re.findall(r"^## ([a-z][a-z-]*)$", _CLI.read_text(), re.MULTILINE))
     assert sections >= _commands()
-
-
-def test_json_fields(tmp_path: Path) -> None:
-    """The table of ``inspect --json`` has the fields that there are."""
-    make_model(tmp_path / "hf_dir")
-    found = json.loads("\n".join(run("inspect", "--json", tmp_path / "hf_dir").out))
-    table = _CLI.read_text().partition("### inspect --json\n")[2].partition("\n### ")[0]
-    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", table, re.MULTILINE)
-    described = {name: text for names, text in rows for name in re.findall(r"`(\w+)`", names)}
-    assert described.keys() == found.keys()
-    assert set(found["tensors"][0]) == set(re.findall(r"`(\w+)`", described["tensors"]))
 
 
 def test_modules_of_the_views() -> None:

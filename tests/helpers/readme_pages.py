@@ -25,7 +25,7 @@ LANGUAGES: Final = ("sh", "console", "python")
 _COMMENT: Final = re.compile(r"<!-- (given|needs|ranks|run by|not run|command): (.+) -->")
 _SIGN: Final = "$ "
 #: Times, rates, and what else differs from run to run, in a line that a command prints.
-_VARYING: Final = re.compile(r"\d+(?:\.\d+)? (?:ms|s|min|[kMG]?B/s)\b")
+_VARYING: Final = re.compile(r"\d+(?:\.\d+)? (?:ms|s|min|[kMG]?B/s)\b|(?<=\"seconds\": )\d+(?:\.\d+)?")
 #: A line that stands for any number of lines.
 _AND_SO_ON: Final = "..."
 
