@@ -27,6 +27,7 @@ from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.messages import human_bytes, listed
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.storage.paths import as_given, is_url
 
 #: Modules that load the checkpoint with Megatron, and modules that compute with the export.
 _MEGATRON: Final = ("torch", "megatron.core")
@@ -47,6 +48,10 @@ def run(keep: Path | None, say: Say) -> None:
     Megatron and transformers check its files too, where they are installed. Raises DistCkptMistralError if a check
     fails.
     """
+    if keep is not None and is_url(keep):
+        raise OutputError(
+            f"--keep {as_given(keep)} is a URL: the demo works on this machine. Give it a local directory."
+        )
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise OutputError(f"{keep} is not an empty directory. Give --keep the name of a new one.")
     say("A Mistral model goes from Hugging Face to Megatron and back. This needs no GPU and no network.")
