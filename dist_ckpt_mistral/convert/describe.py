@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, NewFiles, Output, write_output
@@ -51,6 +51,11 @@ class Described:
     folder: Path
     files: Mapping[str, int]
     compared: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``describe --json`` that does not change from run to run, in JSON types."""
+        compared = None if self.compared is None else str(self.compared)
+        return {"output": str(self.folder), "files": dict(self.files), "compared": compared}
 
 
 def describe(

@@ -247,6 +247,7 @@ def conversion(target: Path, source: ModelSource, new: NewFiles, losses: tuple[L
         num_bytes=new.plan.num_bytes,
         files=new.file_bytes,
         ignored=source.ignored,
+        is_adapter=bool(source.table.adapters),
         losses=losses,
     )
 
