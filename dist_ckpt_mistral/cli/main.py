@@ -35,7 +35,7 @@ _COMMANDS: Final = {
     "megatron-args": examine.add_megatron_args,
     "demo": run.add_demo,
 }
-_EXIT_INTERRUPTED: Final = 130
+EXIT_INTERRUPTED: Final = 130
 #: Options of all commands, which may stand before the command too.
 _ANYWHERE: Final = ("-q", "--quiet", "--debug", "--no-progress")
 #: More objects than imports make. With Python's default of 700, the cyclic collector would walk them many times.
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         output.say_on_stderr(f"interrupted: {_notes(error) or 'Nothing was published.'}")
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except (DistCkptMistralError, ImportError, OSError, MemoryError) as error:
         return _fail(error, arguments)
 

@@ -87,6 +87,8 @@ class BandReader:
             sources, end = ahead, start + len(band)
             ahead = self._held(copies, end, min(high, end + len(buffer)))  # it comes while this band is copied
             fill(band, start, copies, scratch, sources)
+            if self._stopped:  # while an answer was waited for
+                raise Stopped
             yield band.data
 
     def _held(self, copies: list[_Copy], low: int, high: int) -> Readable:
