@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.megatron, pytest.mark.filterwarnings("ignore")]
 
 _OUT = "memory://bucket/out"
 
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """Nothing is in the store at first."""
