@@ -4,7 +4,7 @@
 
 obstore retries server errors, resets and stalls itself. It does not notice an answer that is shorter than asked and
 consistent in itself, so every length is checked here. It publishes no truncated object: if a stream of parts fails, it
-aborts the upload (shared/prototypes/storage measured both; s3fs, msc.open and s3torchconnector publish what they have).
+aborts the upload (measured; s3fs, msc.open and s3torchconnector publish what they have).
 """
 
 from __future__ import annotations
