@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral.cli import options, output, usage, values
@@ -110,8 +111,18 @@ def _add_plan_options(command: argparse.ArgumentParser) -> None:
     options.add_layout(command, "that would load the checkpoint")
     options.add_config(command)
     command.add_argument("--weights-only", action="store_true", help="leave out optimizer state")
-    help_text = "also draw an SVG picture of which chunk goes to which rank (needs matplotlib)"
-    command.add_argument("--svg", type=values.path, metavar="FILE", help=help_text)
+    help_text = "also draw which chunk goes to which rank, as SVG, or as PNG if FILE ends in .png (needs matplotlib)"
+    command.add_argument("--svg", type=_picture_path, metavar="FILE", help=help_text)
+
+
+def _picture_path(text: str) -> Path:
+    """Parse the path of a picture, whose ending says the format."""
+    from dist_ckpt_mistral.analysis.picture import picture
+
+    path = values.path(text)
+    if path.suffix.lower() not in picture.FORMATS:
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .svg or .png, got {text!r:.500}")
+    return path
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -128,7 +139,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         weights_only=arguments.weights_only,
     )
     if arguments.svg is not None:
-        picture.save_svg(plan, arguments.svg)
+        picture.save_picture(plan, arguments.svg)
         notes.say(f"wrote {arguments.svg}")
     if arguments.json:
         output.say_json(plan.to_json())

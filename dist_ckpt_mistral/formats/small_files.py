@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -107,7 +106,7 @@ def tokenizer_directories(tokenizer: str | Path | None, *others: Path | None) ->
     """
     if tokenizer is None:
         return [directory for directory in others if directory is not None]
-    directory = hub.local_directory(str(tokenizer), weights=False)
+    directory = hub.model_directory(str(tokenizer))
     if not directory.is_dir():
         raise ConfigError(f"the tokenizer {tokenizer} is not a directory. Give the one that holds its files.")
     return [directory]
@@ -289,6 +288,8 @@ def local_copy(directory: Path) -> Iterator[Path]:
     if not isinstance(directory, RemotePath):
         yield directory
         return
+    import tempfile  # noqa: PLC0415  (slow; only this needs it)
+
     with tempfile.TemporaryDirectory(prefix="dist-ckpt-mistral-") as folder:
         copy_files(small_files(directory), Path(folder))
         yield Path(folder)
