@@ -27,6 +27,7 @@ from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.messages import human_bytes, listed
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.storage.paths import as_given, is_url
 
 #: Modules that load the checkpoint with Megatron, and modules that compute with the export.
 _MEGATRON: Final = ("torch", "megatron.core")
@@ -72,6 +73,10 @@ def run(keep: Path | None, say: Say) -> Outcome:
     Megatron and transformers check its files too, where they are installed. Raises DistCkptMistralError if a check
     fails.
     """
+    if keep is not None and is_url(keep):
+        raise OutputError(
+            f"--keep {as_given(keep)} is a URL: the demo works on this machine. Give it a local directory."
+        )
     commands: list[str] = []
 
     def say_and_note(line: str) -> None:

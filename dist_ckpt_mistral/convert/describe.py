@@ -178,16 +178,9 @@ def _is_new(root: Path) -> bool:
 
 
 def _opened(hf: str | Path) -> tuple[Path, MistralConfig, ModelSource | None]:
-    """The directory and configuration of a model, and the model itself if its weights are there.
-
-    The weights of a hub id are downloaded if they include a vision tower.
-    """
-    kinds = (Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS)
-    place = locate(hf, *kinds, weights=False)
-    is_here = as_path(hf).exists()
-    if not is_here and directory_config(place.path).config.vision is not None:
-        place, is_here = locate(hf, *kinds), True
-    if is_here and place.kind is not Kind.WEIGHTLESS:
+    """The directory and configuration of a model, and the model itself if its weights are there."""
+    place = locate(hf, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS)
+    if place.kind is not Kind.WEIGHTLESS:
         source = open_hf(place.path)
         return place.path, source.config, source
     config = directory_config(place.path).config

@@ -109,7 +109,7 @@ def to_hf(
         return source_directory(checkpoint, target, output)
 
     def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
-        config_directory = given_directory(config, vision=True)
+        config_directory = given_directory(config)
         with Sources() as inputs:
             folders = [*([config_directory] if config_directory else ()), *small_files.hf_folders(directory)]
             inputs.look_at([*directory.rglob("*"), *(path for folder in folders for path in folder.iterdir())])

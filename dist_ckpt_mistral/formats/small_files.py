@@ -106,7 +106,7 @@ def tokenizer_directories(tokenizer: str | Path | None, *others: Path | None) ->
     """
     if tokenizer is None:
         return [directory for directory in others if directory is not None]
-    directory = hub.local_directory(str(tokenizer), weights=False)
+    directory = hub.model_directory(str(tokenizer))
     if not directory.is_dir():
         raise ConfigError(f"the tokenizer {tokenizer} is not a directory. Give the one that holds its files.")
     return [directory]

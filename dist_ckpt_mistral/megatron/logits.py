@@ -100,7 +100,7 @@ def compare_logits(
         tokens = [_tokens(loaded_tokenizer(prompt)["input_ids"], source_a.config) for prompt in prompts]
     else:
         tokens = _random_tokens(hf_side.config, seed)
-    hf_side = completed(hf_side, given_directory(config, vision=True))
+    hf_side = completed(hf_side, given_directory(config))
     expected, actual = _in_transformers(hf_side, tokens), _in_megatron(megatron_side, tokens)
     names: Sequence[str | None] = list(prompts) or [None] * len(tokens)
     return LogitsComparison(

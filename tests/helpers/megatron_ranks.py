@@ -1,4 +1,4 @@
-"""What one rank does in multi-rank tests: ``python megatron_ranks.py FOLDER WORLD_SIZE``, which forks the ranks.
+"""What one rank does in multi-rank tests: ``python megatron_ranks.py``, from which ``RankServer`` forks the ranks.
 
 FOLDER/jobs.json names the jobs and FOLDER/rankN.json gets their results; the fixture ``launch_ranks`` provides both.
 The oracle is always a real GPTModel of the installed megatron-core, filled by ``gpt_stage``.
@@ -411,4 +411,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    forked_ranks.run(main)
+    forked_ranks.serve(main)
