@@ -37,7 +37,7 @@ _SMALL: Final[dict[str, Any]] = {
     "textcoords": "offset points",
     "va": "top",
 }
-#: Smaller differences are drawn at this value of the logarithmic axis.
+#: Smaller differences are drawn at this value of the logarithmic axis, whose label says so.
 _NOTHING: Final = 1e-5
 
 
@@ -51,7 +51,7 @@ def draw(stories: Sequence[Story], file: Path) -> None:
     axes[0, 0].set_ylabel("loss (nats)")
     axes[1, 0].set_ylabel("difference from the training\nthat never stopped (nats)")
     axes[1, 0].set_yticks([_NOTHING, *(10.0**power for power in range(-4, 0))])
-    axes[1, 0].set_yticklabels(["below", *(f"$10^{{{power}}}$" for power in range(-4, 0))])
+    axes[1, 0].set_yticklabels(["up to $10^{-5}$", *(f"$10^{{{power}}}$" for power in range(-4, 0))])
     labels = [plot.get_legend_handles_labels() for plot in axes[:, 0]]
     figure.legend(*map(sum, zip(*labels, strict=True), ([], [])), loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(f"Training stopped at {BEGUN_AT} and resumed at other layouts")
@@ -71,7 +71,7 @@ def _draw_losses(story: Story, axes: Axes) -> None:
     for part, dashes in zip(PARTS, _DASHES, strict=True):
         losses = story.losses[resumed_without(part)]
         axes.plot(list(losses), list(losses.values()), color=_FAINT, linestyle=dashes, label=resumed_without(part))
-    axes.annotate("checkpoint", (SAVED_AFTER + 0.5, 1), xycoords=("data", "axes fraction"), rotation=90, **_SMALL)
+    axes.annotate("checkpoint", (SAVED_AFTER + 0.5, 0.97), xycoords=("data", "axes fraction"), rotation=90, **_SMALL)
     _mark_checkpoint(axes)
 
 
@@ -86,7 +86,7 @@ def _draw_differences(story: Story, axes: Axes) -> None:
     for part, dashes in zip(PARTS, _DASHES, strict=True):
         _draw_difference(story, resumed_without(part), axes, color=_FAINT, linestyle=dashes)
     axes.axhline(TOLERANCE, color="#D55E00", linewidth=1)
-    axes.annotate("tolerance", (1, TOLERANCE), **_SMALL | {"va": "bottom", "color": "#D55E00"})
+    axes.annotate(f"tolerance {TOLERANCE}", (1, TOLERANCE), **_SMALL | {"va": "bottom", "color": "#D55E00"})
     axes.set_xlabel("step")
     _mark_checkpoint(axes)
 

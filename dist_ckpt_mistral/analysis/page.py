@@ -35,15 +35,17 @@ def save_html(report: Report, path: Path) -> None:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)
     text = environment.get_template(_TEMPLATE).render(
-        name=printable(Path(report.path).name),
+        name=printable(_name(report.path)),
         path=printable(report.path),
         problems=[printable(problem) for problem in report.problems],
         facts=[(what, printable(value)) for what, value in facts(report)],
         map=_size_map(report),
         columns=_COLUMNS,
         numbers=_NUMBERS,
-        rows=[[printable(cell) for cell in _cells(tensor)] for tensor in report.tensors],
+        files_column=_COLUMNS.index("Files") + 1,
+        rows=[[printable(cell) for cell in _cells(tensor, report.files)] for tensor in report.tensors],
         keys=[_sort_keys(tensor) for tensor in report.tensors],
+        lost_rows={number for number, tensor in enumerate(report.tensors) if _missing(tensor, report.files)},
         more=[printable(" ".join(tensor.hf_names[1:])) for tensor in report.tensors],
         shown=_SHOWN,
         files=[(printable(name), _size(size)) for name, size in report.files.items()],
@@ -57,7 +59,18 @@ def _size(num_bytes: int | None) -> str:
     return "missing" if num_bytes is None else human_bytes(num_bytes)
 
 
-def _cells(tensor: TensorReport) -> tuple[str, ...]:
+def _name(path: str) -> str:
+    """What tells a directory from others: an iteration stands with its root."""
+    return "/".join((path if "://" in path else str(Path(path).absolute())).rstrip("/").split("/")[-2:])
+
+
+def _missing(tensor: TensorReport, files: Mapping[str, int | None]) -> list[str]:
+    """The files with data of a tensor that are not there."""
+    return [file for file in tensor.files if files.get(file, 0) is None]
+
+
+def _cells(tensor: TensorReport, files: Mapping[str, int | None]) -> tuple[str, ...]:
+    missing = _missing(tensor, files)
     return (
         tensor.name,
         tensor.kind if tensor.ignored is None or tensor.kind != _OTHER else tensor.ignored,
@@ -66,7 +79,7 @@ def _cells(tensor: TensorReport) -> tuple[str, ...]:
         " x ".join(map(str, tensor.cut)) if any(parts > 1 for parts in tensor.cut) else "one piece",
         str(tensor.num_chunks),
         human_bytes(tensor.num_bytes),
-        shortened(tensor.files),
+        shortened(tensor.files) + (f", missing: {shortened(missing)}" if missing else ""),
         shortened(tensor.hf_names),
     )
 

@@ -39,7 +39,7 @@ def render(plan: ReadingPlan) -> RenderableType:
         [("ranks", "left"), ("layers", "left"), *((name, "right") for name in numbers)],
         [(spans(row.ranks), spans(row.layers), *_sizes(row.parts), *_counts(row.amounts)) for row in rows(plan)],
         total=("all together", "", *_sizes([plan.total_of(part) for part in parts]), *_counts([plan.total])),
-        notes=(plan.verdict(), *_notes(plan)),
+        notes=(plan.verdict(), *notes(plan)),
         command=plan.remedy or "",
     )
 
@@ -81,14 +81,14 @@ def _counts(amounts: Sequence[Amount]) -> list[str]:
     return [f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts) for counts in (chunks, files)]
 
 
-def _notes(plan: ReadingPlan) -> list[str]:
+def notes(plan: ReadingPlan) -> list[str]:
     """Notes on what the plan leaves out, and on ranks that read the same."""
     copies = max(len(group.ranks) for group in plan.groups)
-    notes = [f"Not in the plan: {plan.left_out}"] if plan.left_out else []
+    said = [f"Not in the plan: {plan.left_out}"] if plan.left_out else []
     if copies > 1:
         shared = "with Megatron's --ckpt-fully-parallel-load they would share the work"
-        notes.append(f"Up to {copies} ranks read the same; {shared}.")
-    return notes
+        said.append(f"Up to {copies} ranks read the same; {shared}.")
+    return said
 
 
 def _facts(plan: ReadingPlan) -> list[tuple[str, str]]:

@@ -23,13 +23,15 @@ from typing import Any, Final
 from dist_ckpt_mistral.convert.conversion import Loss
 from dist_ckpt_mistral.convert.job_progress import begin_phase
 from dist_ckpt_mistral.convert.journal import Fingerprint, differences
-from dist_ckpt_mistral.convert.output import NewFiles, Output, write_checksums
+from dist_ckpt_mistral.convert.output import Copy, NewFiles, Output, write_checksums
 from dist_ckpt_mistral.convert.ranks import Ranks
+from dist_ckpt_mistral.convert.streamed_files import StreamedFile
 from dist_ckpt_mistral.convert.uploads import Uploaded, UploadJob, files_of_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError, OutputError
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest
+from dist_ckpt_mistral.gather.bands import Stopped
 from dist_ckpt_mistral.gather.digest import digest
-from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort
 from dist_ckpt_mistral.gather.parts import PART_BYTES
 from dist_ckpt_mistral.storage import documents, local
 from dist_ckpt_mistral.storage.paths import RUN_FILE
@@ -44,11 +46,11 @@ _RECORD: Final = f"{_FOLDER}/done-{{file}}.json"
 
 
 def write_to_store(
-    target: RemotePath, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks
+    target: RemotePath, new: NewFiles, *, output: Output, effort: Effort, ranks: Ranks, copy: Copy | None = None
 ) -> tuple[Loss, ...]:
     """Write ``new`` below ``target``: every rank uploads its share of the files, and the first rank commits them.
 
-    Returns and raises as ``output.write_output``.
+    With ``copy``, which all ranks call, the first rank uploads all. Returns and raises as ``output.write_output``.
     """
     run = _Run(target, new, output)
     with _concluded(run, ranks), new.recipe.inputs:
@@ -56,10 +58,10 @@ def write_to_store(
         if output.dry_run:
             return ()
         sizes = [*new.file_bytes.values()]
-        mine = files_of_rank(sizes, ranks.rank, ranks.world_size)
+        mine = files_of_rank(sizes, ranks.rank, ranks.world_size if copy is None else 1)
         begin_phase("copy", sum(sizes[file] for file in mine), effort.progress, ranks)
         uploaded: dict[int, Uploaded] = {}
-        for share in ranks.together(lambda: run.upload(mine, kept, effort)):
+        for share in ranks.together(lambda: run.upload(mine, kept, effort) if copy is None else run.stream(mine, copy)):
             uploaded |= share
         copied = {number: each for file in uploaded.values() for number, each in file.copied.items()}
         losses = ranks.on_first(lambda: new.losses.accept(new.plan, copied))
@@ -201,6 +203,33 @@ class _Run:
         )
         job.run([file for file in files if file not in kept], effort)
         return done
+
+    def stream(self, files: Sequence[int], copy: Copy) -> dict[int, Uploaded]:
+        """Upload ``files`` as ``copy`` writes them. Nothing of it can be kept for another run."""
+        new, names = self._new, self._names
+        targets = {
+            file: StreamedFile(
+                self._store,
+                self.target.key,
+                names[file],
+                new.file_bytes[names[file]],
+                [*new.around(file)],
+                sha256=self._output.sha256,
+            )
+            for file in files
+        }
+        numbers = [number for number, segment in enumerate(new.plan.segments) if segment.file in targets]
+        try:
+            copied = copy(numbers, targets)
+            of_file: dict[int, dict[int, Copied]] = {file: {} for file in files}
+            for number, each in copied.items():
+                of_file[new.plan.segments[number].file][number] = each
+            return {file: target.finish(of_file[file]) for file, target in targets.items()}
+        except BaseException as error:
+            failures = [failure for target in targets.values() if (failure := target.stop()) is not None]
+            if failures and isinstance(error, Stopped):
+                raise failures[0] from None
+            raise
 
     def commit(self, uploaded: Mapping[int, Uploaded]) -> None:
         """Write the small files, and last those that readers open first. Then nothing of the run is left."""

@@ -62,7 +62,8 @@ def distinct(values: IntArray) -> IntArray:
     ordered = np.sort(values)
     is_first = np.ones(len(ordered), dtype=bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
-    return ordered[is_first]
+    firsts: IntArray = ordered[is_first]
+    return firsts
 
 
 def intersect(lows: IntArray, highs: IntArray, chunk_lows: IntArray, chunk_highs: IntArray) -> Overlaps:

@@ -63,6 +63,11 @@ class Segment:
         """Size of the segment in its file, in bytes of ``dtype``."""
         return self.num_bytes // dtypes.itemsize_bytes(self.source_dtype) * dtypes.itemsize_bytes(self.dtype)
 
+    @property
+    def shares_rows(self) -> npt.NDArray[np.bool_]:
+        """Which copies read rows with gaps between them: pieces of rows that other files want, too."""
+        return (self.copies["rows"] > 1) & (self.copies["source_stride"] > self.copies["row_bytes"])
+
     def stored(self, low: int, high: int) -> tuple[int, int]:
         """Return (position in the file, number of bytes there) of the bytes ``[low, high)`` in ``source_dtype``."""
         first, end = (self.stored_bytes * at // self.num_bytes for at in (low, high))

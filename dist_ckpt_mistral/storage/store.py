@@ -61,6 +61,8 @@ class Store(Protocol):
 
     #: What comes before keys in a URL, for errors: ``s3://bucket``.
     base: str
+    #: How many first parts of a key name a bucket.
+    bucket_parts: int
 
     def children(self, folder: str) -> Listing:
         """List what lies directly in a folder; nothing if it does not exist."""

@@ -53,6 +53,23 @@ def test_problems_come_first(tmp_path: Path) -> None:
     assert text.index("Give the model&#39;s config.json") < text.index("What it is") < text.index("Sizes by layer")
 
 
+def test_tensors_in_missing_files_are_marked(tmp_path: Path) -> None:
+    """A tensor with data in a file that is not there says so, in its row and for the search; no other does."""
+    case, path = tmp_path / "td_0161", tmp_path / "page.html"
+    shutil.copytree(folder("td_0161"), case)
+    found = json.loads("\n".join(run("inspect", case / "checkpoint", "--config", case, "--json").out))
+    hit = {tensor["name"] for tensor in found["tensors"] if "__3_0.distcp" in tensor["files"]}
+    assert 0 < len(hit) < len(found["tensors"])
+    (file,) = case.rglob("__3_0.distcp")
+    file.unlink()
+    assert run("inspect", case / "checkpoint", "--config", case, "--html", path).code == 1
+    text = path.read_text()
+    marked = re.findall(r'<tr class="bad"><td class="name">(.*?)</td>.*?missing: __3_0.distcp</td>', text)
+    assert set(marked) == hit
+    assert "<title>td_0161/checkpoint: 1 problem</title>" in text
+    assert len(re.findall('<tr class="bad">', text)) == text.count(", missing: __3_0.distcp</td>") == len(hit)
+
+
 def test_sizes_add_up(page: Path) -> None:
     """The layers, and what comes before and after them, have all bytes of the tensors, optimizer state included."""
     case = folder("opt_fr_0192")

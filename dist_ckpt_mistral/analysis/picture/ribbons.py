@@ -13,14 +13,15 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from dist_ckpt_mistral.analysis.picture import style
+from dist_ckpt_mistral.analysis.picture.svg import Tooltips
 from dist_ckpt_mistral.mapping.read_plan import RankReads, ReadingPlan, factor
-from dist_ckpt_mistral.messages import counted, human_bytes, spans
+from dist_ckpt_mistral.messages import counted, human_bytes, printable, spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import FigureBase
 
-_TOP, _BOTTOM = 0.85, 0.095
+_TOP, _BOTTOM = 0.955, 0.11
 #: Left and right edges of the blocks, in fractions of the width of the picture.
 _LEFT: Final = (0.165, 0.19)
 _RIGHT: Final = (0.655, 0.68)
@@ -124,8 +125,8 @@ def _divided(within: Extent, heights: Sequence[float]) -> list[Extent]:
     return extents
 
 
-def draw(figure: Figure, plan: ReadingPlan, ribbons: Sequence[Flow]) -> None:
-    """Draw blocks, ribbons and legends."""
+def draw(figure: FigureBase, plan: ReadingPlan, ribbons: Sequence[Flow]) -> Tooltips:
+    """Draw blocks, ribbons and legends, and return the tooltips of the marks."""
     axes = figure.add_axes((0.0, _BOTTOM, 1.0, _TOP - _BOTTOM))
     axes.set(xlim=(0, 1), ylim=(1, 0))
     axes.axis("off")
@@ -138,6 +139,31 @@ def draw(figure: Figure, plan: ReadingPlan, ribbons: Sequence[Flow]) -> None:
     whole = style.patch(style.WHOLE, "chunk needed whole", alpha=0.6)
     part = style.patch(style.PART, "only part of the chunk needed", alpha=0.6)
     style.legend(figure, "Reads (bar beside a rank: share that it needs)", [whole, part], right=True)
+    return _tooltips(plan, ribbons)
+
+
+def _tooltips(plan: ReadingPlan, ribbons: Sequence[Flow]) -> Tooltips:
+    """The tooltips of chunks, ribbons and ranks."""
+    files, sizes, tensors = plan.chunks.files.tolist(), plan.chunks.num_bytes.tolist(), plan.chunks.tensors.tolist()
+    chunks = {
+        f"chunk-{number}": f"{plan.chunks.names[tensor]}: a chunk of {human_bytes(size)} in {plan.files[file]}"
+        for number, (file, size, tensor) in enumerate(zip(files, sizes, tensors, strict=True))
+    }
+    reads = {f"ribbon-{number}": _read_text(plan, flow) for number, flow in enumerate(ribbons)}
+    ranks = {
+        f"ranks-{group.ranks[0]}": f"{_ranks_text(plan, group)}: {_amount_text(plan, number)}"
+        for number, group in enumerate(plan.groups)
+    }
+    return {name: printable(text) for name, text in {**chunks, **reads, **ranks}.items()}
+
+
+def _read_text(plan: ReadingPlan, flow: Flow) -> str:
+    """The tooltip of a ribbon."""
+    first, last = flow.chunks
+    what = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in flow.kinds)
+    whose = _ranks_text(plan, plan.groups[flow.group])
+    needed = "needed whole" if flow.is_whole else "only part of each needed"
+    return f"{plan.files[flow.file]} to {whose}: {counted(last - first + 1, 'chunk')}, {needed}: {what}"
 
 
 def _draw_files(axes: Axes, plan: ReadingPlan) -> list[Extent]:
@@ -152,7 +178,9 @@ def _draw_files(axes: Axes, plan: ReadingPlan) -> list[Extent]:
             _block(axes, _LEFT, extent, style.KINDS[plan.kinds[int(plan.chunks.tensors[chunk])]], f"chunk-{chunk}")
             extents.append(extent)
         size = human_bytes(sum(sizes[chunk] for chunk in chunks))
-        _label(axes, _LEFT[0] - 0.008, label, name, f"{size}, {counted(len(chunks), 'chunk')}", align="right")
+        _label(
+            axes, _LEFT[0] - 0.008, label, style.short(name), f"{size}, {counted(len(chunks), 'chunk')}", align="right"
+        )
     return extents
 
 
@@ -163,11 +191,11 @@ def _draw_ranks(axes: Axes, plan: ReadingPlan, ribbons: Sequence[Flow], chunks: 
     alpha = 0.42 / max(1.0, ribbons_per_chunk) ** 0.6
     labels = apart([(block.top + block.bottom) / 2 for block in blocks])
     for number, (group, amount, block) in enumerate(zip(plan.groups, plan.amounts, blocks, strict=True)):
-        group_flows = [flow for flow in ribbons if flow.group == number]
-        ends = _divided(block, [flow.read_bytes for flow in group_flows])
-        for flow, end in zip(group_flows, ends, strict=True):
+        group_flows = [(place, flow) for place, flow in enumerate(ribbons) if flow.group == number]
+        ends = _divided(block, [flow.read_bytes for _, flow in group_flows])
+        for (place, flow), end in zip(group_flows, ends, strict=True):
             begin = Extent(chunks[flow.chunks[0]].top, chunks[flow.chunks[1]].bottom)
-            _ribbon(axes, begin, end, style.WHOLE if flow.is_whole else style.PART, alpha=alpha)
+            _ribbon(axes, begin, end, style.WHOLE if flow.is_whole else style.PART, f"ribbon-{place}", alpha=alpha)
             for (kind, _), part in zip(flow.kinds, _divided(end, [size for _, size in flow.kinds]), strict=True):
                 _block(axes, _RIGHT, part, style.KINDS[kind])
         _block(axes, _NEED, block, style.PART)
@@ -200,11 +228,13 @@ def _block(axes: Axes, columns: tuple[float, float], rows: Extent, colour: str, 
     width, height = columns[1] - columns[0], rows.bottom - rows.top
     edge = 0.4 if height > _LEAST_EDGED else 0
     axes.add_patch(
-        Rectangle((columns[0], rows.top), width, height, facecolor=colour, edgecolor="white", linewidth=edge, gid=name)
+        Rectangle(
+            (columns[0], rows.top), width, height, facecolor=colour, edgecolor=style.PAPER, linewidth=edge, gid=name
+        )
     )
 
 
-def _ribbon(axes: Axes, begin: Extent, end: Extent, colour: str, *, alpha: float) -> None:
+def _ribbon(axes: Axes, begin: Extent, end: Extent, colour: str, name: str, *, alpha: float) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -214,7 +244,7 @@ def _ribbon(axes: Axes, begin: Extent, end: Extent, colour: str, *, alpha: float
     points += [(right, end.bottom), (middle, end.bottom), (middle, begin.bottom), (left, begin.bottom)]
     codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3]
     shape = Path(points, codes)
-    axes.add_patch(PathPatch(shape, facecolor=colour, alpha=alpha, linewidth=0))
+    axes.add_patch(PathPatch(shape, facecolor=colour, alpha=alpha, linewidth=0, gid=name))
     if min(begin.bottom - begin.top, end.bottom - end.top) > _LEAST_EDGED:
         axes.add_patch(PathPatch(shape, facecolor="none", edgecolor=colour, alpha=0.7, linewidth=0.5))
 

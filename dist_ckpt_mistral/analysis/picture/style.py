@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
+    from matplotlib.figure import FigureBase
     from matplotlib.patches import Patch
 
 WHOLE: Final = "#2a9d8f"
 PART: Final = "#ee8a33"
 INK: Final = "#22303c"
 FAINT: Final = "#6b7885"
+PAPER: Final = "#ffffff"
+#: Of a chart: lines at its ticks, its frame, the lines that part pipeline stages, and bars of files.
+GRID: Final = "#edf0f3"
+FRAME: Final = "#c9d1d8"
+PARTING: Final = "#9aa6b1"
+FILES: Final = "#7d93ad"
 #: Colours of the kinds of tensors, all different from those of whole and partial reads.
 KINDS: Final[Mapping[str, str]] = {
     "embedding": "#27408b",
@@ -24,11 +30,25 @@ KINDS: Final[Mapping[str, str]] = {
     "output layer": "#5e3c84",
     "optimizer state": "#d7b5c9",
 }
+#: Colours that become others on a dark background. Those that are not here do on both.
+DARK: Final[Mapping[str, str]] = {
+    INK: "#e6e9ee",
+    FAINT: "#9aa5b4",
+    PAPER: "#14171c",
+    GRID: "#242a32",
+    FRAME: "#3c454f",
+    PARTING: "#75818d",
+    KINDS["embedding"]: "#4263d0",
+    KINDS["output layer"]: "#8a5fc0",
+}
+#: Letters of a file's name that fit beside a picture.
+_MOST_LETTERS: Final = 23
 #: matplotlib's settings, in place of the user's: text stays text in the SVG, ``$`` does not begin a formula, and
 #: identifiers are not random.
 SETTINGS: Final[Mapping[str, Any]] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "font.monospace": ["DejaVu Sans Mono", "Menlo", "Consolas"],
     "font.size": 10,
     "text.color": INK,
     "text.parse_math": False,
@@ -40,6 +60,11 @@ SETTINGS: Final[Mapping[str, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dist-ckpt-mistral",
 }
+
+
+def short(name: str) -> str:
+    """A name that fits beside the picture: the end of a long one."""
+    return name if len(name) <= _MOST_LETTERS else f"…{name[-_MOST_LETTERS:]}"
 
 
 def needed_colours() -> Colormap:
@@ -56,7 +81,7 @@ def patch(colour: str, label: str, *, alpha: float = 1.0) -> Patch:
     return Patch(facecolor=colour, alpha=alpha, label=label)
 
 
-def legend(figure: Figure, title: str, patches: Iterable[Patch], *, right: bool = False) -> None:
+def legend(figure: FigureBase, title: str, patches: Iterable[Patch], *, right: bool = False) -> None:
     """Draw a legend in the lower left corner of the picture, or in the lower right one."""
     shown = list(patches)
     figure.legend(

@@ -42,7 +42,7 @@ def read():
         return [checkpoint[name] for name in checkpoint]
 
 def draw():
-    picture.save_svg(dcm.plan_reading(case / "checkpoint", dcm.ParallelLayout(), **ckpt), Path("plan.svg"))
+    picture.save_picture(dcm.plan_reading(case / "checkpoint", dcm.ParallelLayout(), **ckpt), Path("plan.svg"))
 
 uses = {name: lambda name=name: getattr(dcm, name) for name in dcm.__all__} | {"tensors": read, "picture": draw}
 found = {}

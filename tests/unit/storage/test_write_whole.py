@@ -15,7 +15,7 @@ from genuine import folder, shards
 
 from dist_ckpt_mistral.analysis import report
 from dist_ckpt_mistral.analysis.page import save_html
-from dist_ckpt_mistral.analysis.picture.picture import save_svg
+from dist_ckpt_mistral.analysis.picture.picture import save_picture
 from dist_ckpt_mistral.analysis.read_planner import plan_reading
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
@@ -27,10 +27,10 @@ def save_page(path: Path) -> None:
     save_html(report.inspect(shards("td_0161")), path)
 
 
-def save_picture(path: Path) -> None:
+def draw_plan(path: Path) -> None:
     """Draw what ranks read of a checkpoint."""
     pytest.importorskip("matplotlib")
-    save_svg(plan_reading(shards("td_0161"), ParallelLayout(), config=folder("td_0161")), path)
+    save_picture(plan_reading(shards("td_0161"), ParallelLayout(), config=folder("td_0161")), path)
 
 
 def half(path: Path, data: bytes) -> None:
@@ -44,7 +44,7 @@ def refuse(*_: Path) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("save", [save_page, save_picture, lambda path: write_whole(path, b"new")])
+@pytest.mark.parametrize("save", [save_page, draw_plan, lambda path: write_whole(path, b"new")])
 def test_an_old_file_stays_until_the_new_one_is_whole(
     save: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
