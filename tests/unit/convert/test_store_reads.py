@@ -52,7 +52,10 @@ def models() -> ModuleType:
 
 
 def test_an_export_leaves_optimizer_state_where_it_is(models: ModuleType, tmp_path: Path, fetched: list[int]) -> None:
-    """Of a checkpoint that is seven times as large as its weights, at most 1.02 times the weights are fetched."""
+    """Of a checkpoint that is seven times as large as its weights, at most 1.02 times the weights are fetched.
+
+    Besides, the first page of each file, which outweighs nothing in a large checkpoint.
+    """
     hf = save_model(tmp_path / "hf", **_SIZES, **_HEADS)
     config, folder = dcm.MistralConfig.from_hf(hf), tmp_path / "ckpt"
     layout = dcm.ParallelLayout(tp=2)
@@ -61,7 +64,7 @@ def test_an_export_leaves_optimizer_state_where_it_is(models: ModuleType, tmp_pa
     url = put_folder(folder, "memory://bucket/ckpt")
     assert sum(path.stat().st_size for path in folder.iterdir()) > 6 * weights
     dcm.to_hf(url, "memory://bucket/out", config=hf)
-    assert weights <= sum(fetched) <= 1.02 * weights
+    assert weights <= sum(fetched) <= 1.02 * weights + len([*folder.iterdir()]) * (128 << 10)
 
 
 def test_rows_that_eight_ranks_cut_are_fetched_once(tmp_path: Path, fetched: list[int]) -> None:
