@@ -113,8 +113,9 @@ class UploadJob:
 
         gatherers = ThreadPoolExecutor(threads, thread_name_prefix="gather")
         uploaders = ThreadPoolExecutor(len(uploads), thread_name_prefix="upload")
-        running = [uploaders.submit(upload.run) for upload in uploads]
+        running: list[Future[Uploaded]] = []
         try:
+            running.extend(uploaders.submit(upload.run) for upload in uploads)
             with contextlib.suppress(Stopped):  # one of the uploads says why
                 for number, upload in _by_turns(uploads):
                     upload.wait_for_room()
