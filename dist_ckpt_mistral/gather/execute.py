@@ -10,7 +10,7 @@ import os
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Final, NamedTuple, Protocol, TypeVar
@@ -396,13 +396,14 @@ def run_all(
     if workers <= 1 and patience_s is None:
         return [work(number) for number in numbers]
     pool = ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="gather")
-    futures = [pool.submit(work, number) for number in numbers]
+    futures: list[Future[T]] = []
     try:
+        futures.extend(pool.submit(work, number) for number in numbers)
         wait(futures, return_when=FIRST_EXCEPTION)
     except BaseException:  # an interrupt
         stop()
-        pool.shutdown(wait=False, cancel_futures=True)
-        wait(futures, timeout=patience_s)
+        pool.shutdown(wait=patience_s is None, cancel_futures=True)
+        wait([future for future in futures if not future.cancelled()], timeout=patience_s)
         raise
     stop()
     pool.shutdown(wait=True, cancel_futures=True)
