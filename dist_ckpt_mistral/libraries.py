@@ -26,6 +26,8 @@ _PACKAGES: Final = {
     "matplotlib": "matplotlib",
     "obstore": "obstore",
     "boto3": "boto3",
+    "multistorageclient": "multi-storage-client",
+    "azure.identity": "azure-identity",
     "tensorstore": "tensorstore",
     "zarr": "zarr",
     "fsspec": "fsspec",

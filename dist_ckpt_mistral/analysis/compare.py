@@ -106,7 +106,7 @@ def compare(
         True
     """
     source_a, source_b = open_pair(as_path(a), as_path(b), config=chosen_config(config))
-    directory = given_directory(config, vision=True)
+    directory = given_directory(config)
     if directory is not None:
         source_a, source_b = completed(source_a, directory), completed(source_b, directory)
     return compare_sources(source_a, source_b, effort)

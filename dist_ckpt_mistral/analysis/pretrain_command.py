@@ -20,6 +20,7 @@ from dist_ckpt_mistral.model.args.hybrid import hybrid_pattern
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state
+from dist_ckpt_mistral.storage import hub
 from dist_ckpt_mistral.storage.remote_path import as_path
 
 _LOG = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def megatron_args(
         >>> dist_ckpt_mistral.megatron_args("ckpt", layout=ParallelLayout(tp=2)).flags[:2]  # doctest: +SKIP
         ['--num-layers', '32']
     """
-    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS, Kind.CHECKPOINT, weights=False)
+    place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS, Kind.CHECKPOINT)
     chosen = chosen_config(config)
     if place.kind is not Kind.CHECKPOINT:
         return _for_hf(path, place, chosen, layout)
@@ -111,7 +112,7 @@ def megatron_args(
 
 
 def _for_hf(name: str | Path, place: Place, chosen: ChosenConfig | None, layout: ParallelLayout) -> PretrainCommand:
-    """The flags for a directory. The weights of a hub id ``name`` are downloaded only if they are needed."""
+    """The flags for a directory or hub id. Weights are read only if they are needed."""
     path, agreed = place.path, directory_config(place.path, chosen)
     config = agreed.config
     if config.dtype is None or (config.left_open and place.kind is not Kind.WEIGHTLESS):
@@ -140,7 +141,7 @@ def _tokenizer_flags(assets: Sequence[Path]) -> list[str]:
     if directory is None:
         _LOG.warning("no tokenizer is stored with the model: add --tokenizer-type and the flags that it needs")
         return []
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(directory)]
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", hub.name_for_libraries(directory)]
 
 
 def _load_flags(path: Path, source: ModelSource) -> list[str]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 from dist_ckpt_mistral.analysis.sheet import sheet
 from dist_ckpt_mistral.errors import DistCkptMistralError, SourceError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, stored_checkpoint
-from dist_ckpt_mistral.formats.legacy_torch import rank_folders
 from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, TORCH_DCP, ZARR, StoredCheckpoint
@@ -341,6 +340,8 @@ def _generation(checkpoint: StoredCheckpoint) -> str:
     if checkpoint.backend == ZARR:
         return "legacy zarr (as megatron-core until 0.15 writes)"
     if checkpoint.backend == TORCH:
+        from dist_ckpt_mistral.formats.legacy_torch import rank_folders  # noqa: PLC0415  (others do without)
+
         ranks = counted(len(rank_folders(checkpoint.directory)), "rank")
         return f"an archive for each of {ranks} (as Megatron-LM writes with --ckpt-format torch)"
     if checkpoint.backend == TORCH_DCP:

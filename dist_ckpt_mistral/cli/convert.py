@@ -1,28 +1,40 @@
-"""The commands that write an output: from-hf, to-hf, reshard, migrate, describe, index."""
+"""The commands that write a model: from-hf, to-hf, reshard, migrate."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from dist_ckpt_mistral.cli import options, output
+from dist_ckpt_mistral.cli import options, usage, values
 from dist_ckpt_mistral.messages import command_line, human_bytes
 
 if TYPE_CHECKING:
+    from dist_ckpt_mistral.cli.after import After
     from dist_ckpt_mistral.convert.conversion import Conversion
     from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
 
 #: Options of from-hf that are not for the next run, and the abbreviations that argparse accepts.
 _ONCE: Final = re.compile("--(dr|dry|dry-|dry-r|dry-ru|dry-run|r|re|res|resu|resum|resume)")
+#: What comes after a conversion.
+WhatFollows: TypeAlias = "Callable[[Conversion], After]"
+_FIELDS: Final = {
+    **usage.OUTPUT_FIELDS,
+    "config_from": "source of the model configuration, in words",
+    "num_tensors": "number of tensors in the output",
+    "num_bytes": "size of their data",
+    "ignored": "list of name and reason: stored entries that are not in the output",
+    "losses": "list of hf_names, dtype, num_values, overflowed, vanished: values that --dtype destroyed",
+    "advice": "what a load would read more than it needs, and the command that avoids it; or null",
+}
 #: The end of every description.
 _UNDER_TORCHRUN = "Needs neither torch nor Megatron nor a GPU. Under torchrun the ranks share the work."
 
 
-def add_from_hf(commands: options.Commands) -> None:
+def add_from_hf(commands: usage.Commands) -> None:
     """Declare ``from-hf``."""
     _declare(
         commands,
@@ -32,31 +44,37 @@ def add_from_hf(commands: options.Commands) -> None:
         "Import a Hugging Face model into a new Megatron checkpoint.",
         "The checkpoint has the format torch_dist, and Megatron loads it at any parallel layout. The Hugging Face "
         "configuration and tokenizer are stored in it, for to-hf.",
+        examples=(
+            "from-hf mistralai/Mistral-7B-v0.3 ckpt",
+            "from-hf hf_dir ckpt --tp 8 --pp 2",
+            "from-hf hf_dir ckpt --dtype bfloat16 --dry-run",
+        ),
     )
 
 
 def _add_from_hf_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("hf", type=options.name, metavar="HF", help=options.HF)
-    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help="checkpoint root directory to create")
+    command.add_argument("hf", type=values.name, metavar="HF", help=options.HF)
+    command.add_argument("checkpoint", metavar="CKPT", type=values.path, help="checkpoint root directory to create")
     group = command.add_argument_group(
         "layout", "The parallel layout to cut the stored chunks for. The checkpoint loads at any other layout, too."
     )
     for axis, parallelism in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
         help_text = f"{parallelism}-parallel size (default 1)"
-        group.add_argument(f"--{axis}", type=options.positive, default=1, metavar="N", help=help_text)
+        group.add_argument(f"--{axis}", type=values.positive, default=1, metavar="N", help=help_text)
     help_text = "store the weights as iteration N (default: as a release, Megatron's name for weights to start from)"
-    command.add_argument("--iteration", type=options.not_negative, metavar="N", help=help_text)
+    command.add_argument("--iteration", type=values.not_negative, metavar="N", help=help_text)
     help_text = (
         "for a PEFT directory of a LoRA adapter: its model, as a config.json, a Hugging Face directory or a hub id "
         "(default: the model that adapter_config.json names)"
     )
-    command.add_argument("--base", type=options.name, metavar="DIR_OR_JSON", help=help_text)
+    command.add_argument("--base", type=values.name, metavar="DIR_OR_JSON", help=help_text)
     options.add_dtype(command)
     options.add_allow_lossy(command)
     options.add_output(command)
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
+    from dist_ckpt_mistral.cli import after
     from dist_ckpt_mistral.convert.from_hf import from_hf
 
     convert = partial(
@@ -71,10 +89,10 @@ def _from_hf(arguments: argparse.Namespace) -> int:
         iteration=arguments.iteration,
         base=arguments.base,
     )
-    return _write(arguments, convert)
+    return _write(arguments, convert, partial(after.imported, arguments.checkpoint, arguments.iteration))
 
 
-def add_to_hf(commands: options.Commands) -> None:
+def add_to_hf(commands: usage.Commands) -> None:
     """Declare ``to-hf``."""
     _declare(
         commands,
@@ -84,12 +102,17 @@ def add_to_hf(commands: options.Commands) -> None:
         "Export a Megatron checkpoint to a new Hugging Face directory.",
         "transformers' from_pretrained loads the directory. A checkpoint that from-hf wrote gives back the original "
         "files byte for byte.",
+        examples=(
+            "to-hf ckpt out",
+            "to-hf ckpt/iter_0000500 out --config hf_dir",
+            "to-hf adapter_ckpt merged --merge-adapter --base hf_dir",
+        ),
     )
 
 
 def _add_to_hf_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
-    command.add_argument("hf", metavar="HF", type=options.path, help="Hugging Face directory to create")
+    command.add_argument("checkpoint", metavar="CKPT", type=values.path, help=options.CKPT)
+    command.add_argument("hf", metavar="HF", type=values.path, help="Hugging Face directory to create")
     options.add_config(
         command,
         "A directory or hub id also supplies the tokenizer and other small files, and the vision tower and projector "
@@ -118,12 +141,13 @@ def _add_adapter_options(command: argparse.ArgumentParser) -> None:
         "the model that the adapter belongs to: a Hugging Face directory, a hub id or a Megatron checkpoint. Needed to "
         "merge an adapter that was saved without it"
     )
-    group.add_argument("--base", type=options.name, metavar="HF_OR_CKPT", help=help_text)
+    group.add_argument("--base", type=values.name, metavar="HF_OR_CKPT", help=help_text)
     help_text = "alpha of the adapter, if nothing in the checkpoint says it"
-    group.add_argument("--lora-alpha", type=options.positive_number, metavar="X", help=help_text)
+    group.add_argument("--lora-alpha", type=values.positive_number, metavar="X", help=help_text)
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
+    from dist_ckpt_mistral.cli import after
     from dist_ckpt_mistral.convert.to_hf import to_hf
 
     convert = partial(
@@ -138,10 +162,10 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         lora_alpha=arguments.lora_alpha,
     )
-    return _write(arguments, convert)
+    return _write(arguments, convert, partial(after.exported, arguments.checkpoint))
 
 
-def add_reshard(commands: options.Commands) -> None:
+def add_reshard(commands: usage.Commands) -> None:
     """Declare ``reshard``."""
     _declare(
         commands,
@@ -151,12 +175,16 @@ def add_reshard(commands: options.Commands) -> None:
         "Rewrite a Megatron checkpoint so that every rank of a layout reads only whole chunks.",
         "Weights and optimizer state keep their keys, shapes and bits. The common state, all objects and the small "
         "files are copied byte for byte.",
+        examples=(
+            "reshard ckpt ckpt_tp4 --tp 4",
+            "reshard ckpt/iter_0000500 weights --pp 2 --weights-only",
+        ),
     )
 
 
 def _add_reshard_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
-    command.add_argument("output", metavar="OUT", type=options.path, help="checkpoint to create")
+    command.add_argument("checkpoint", metavar="CKPT", type=values.path, help=options.CKPT)
+    command.add_argument("output", metavar="OUT", type=values.path, help="checkpoint to create")
     options.add_layout(command, "to cut the stored chunks for")
     options.add_config(command)
     command.add_argument("--weights-only", action="store_true", help="leave out all optimizer state")
@@ -164,20 +192,22 @@ def _add_reshard_options(command: argparse.ArgumentParser) -> None:
 
 
 def _reshard(arguments: argparse.Namespace) -> int:
+    from dist_ckpt_mistral.cli import after
     from dist_ckpt_mistral.convert.reshard import reshard
 
+    layout = options.given_layout(arguments)
     convert = partial(
         reshard,
         arguments.checkpoint,
         arguments.output,
-        options.given_layout(arguments),
+        layout,
         config=options.given_config(arguments),
         weights_only=arguments.weights_only,
     )
-    return _write(arguments, convert)
+    return _write(arguments, convert, partial(after.resharded, layout))
 
 
-def add_migrate(commands: options.Commands) -> None:
+def add_migrate(commands: usage.Commands) -> None:
     """Declare ``migrate``."""
     _declare(
         commands,
@@ -188,125 +218,60 @@ def add_migrate(commands: options.Commands) -> None:
         "A zarr checkpoint may be of any model that Megatron saved: all tensors, optimizer state included, keep their "
         "keys, shapes, chunks and bits. Of torch (mp_rank_*) and torch_dcp, the weights become a model of the Mistral "
         "family; optimizer and generator states stay behind.",
+        examples=(
+            "migrate old_zarr ckpt",
+            "migrate old_torch ckpt --config hf_dir",
+        ),
     )
 
 
 def _add_migrate_options(command: argparse.ArgumentParser) -> None:
     help_text = "checkpoint in such a format: its root directory, or one iter_* or release directory in it"
-    command.add_argument("checkpoint", metavar="OLD", type=options.path, help=help_text)
-    command.add_argument("output", metavar="CKPT", type=options.path, help="checkpoint to create")
+    command.add_argument("checkpoint", metavar="OLD", type=values.path, help=help_text)
+    command.add_argument("output", metavar="CKPT", type=values.path, help="checkpoint to create")
     options.add_config(command, "Not needed for zarr.")
     options.add_output(command, has_file_size=True)
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
+    from dist_ckpt_mistral.cli import after
     from dist_ckpt_mistral.convert.migrate import migrate
 
     config = options.given_config(arguments)
-    return _write(arguments, partial(migrate, arguments.checkpoint, arguments.output, config=config))
-
-
-def add_describe(commands: options.Commands) -> None:
-    """Declare ``describe``."""
-    options.declare(
-        commands,
-        "describe",
-        _add_describe_options,
-        _describe,
-        "Leave configuration and tokenizer of a model in a checkpoint root, for every iteration saved there.",
-        "The folder ROOT/hf then has config.json, tokenizer, chat templates, generation config, the layout of the "
-        "original files, and the vision tower that training drops from a multimodal model, so that to-hf needs no "
-        "--config. Nothing is written if the model contradicts the latest iteration. Needs neither torch nor Megatron "
-        "nor a GPU.",
-        with_numpy=True,
-    )
-
-
-def _add_describe_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("hf", type=options.name, metavar="HF", help=options.HF)
-    help_text = "checkpoint root directory, or an empty directory that training will save into"
-    command.add_argument("root", metavar="ROOT", type=options.path, help=help_text)
-    options.add_output(command)
-
-
-def _describe(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral.convert.describe import describe
-    from dist_ckpt_mistral.convert.ranks import ALONE
-    from dist_ckpt_mistral.messages import counted
-
-    with options.effort(arguments, ALONE) as effort:
-        done = describe(arguments.hf, arguments.root, output=options.given_output(arguments), effort=effort)
-    verb = "would write" if arguments.dry_run else "wrote"
-    agrees = "" if done.compared is None else f"; the model agrees with {done.compared.name}"
-    output.say(f"{verb} {counted(len(done.files), 'file')} to {done.folder}{agrees}")
-    if arguments.dry_run:
-        for name, num_bytes in done.files.items():
-            output.say(f"  {name}  {num_bytes} bytes")
-    return options.EXIT_DONE
-
-
-def add_index(commands: options.Commands) -> None:
-    """Declare ``index``."""
-    options.declare(
-        commands,
-        "index",
-        _add_index_options,
-        _index,
-        "Write a small index beside the shards of a checkpoint, so that TensorStore opens every weight lazily.",
-        "Nothing is converted: the index refers to byte ranges of the shards. TensorStore then opens "
-        "file://ITERATION/|ocdbt:hf/NAME/|zarr3: by Hugging Face name and megatron/KEY by Megatron's key. The index "
-        "holds for as long as the shards stay as they are. Needs neither torch nor Megatron nor TensorStore.",
-        with_numpy=True,
-    )
-
-
-def _add_index_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
-    options.add_config(command)
-    help_text = "write nothing: exit with 3 if the index that is there is out of date, and say why"
-    command.add_argument("--check", action="store_true", help=help_text)
-    help_text = "also write the index as references of kerchunk to FILE, for fsspec"
-    command.add_argument("--kerchunk", type=options.path, metavar="FILE", help=help_text)
-
-
-def _index(arguments: argparse.Namespace) -> int:
-    from dist_ckpt_mistral.cli import notes
-    from dist_ckpt_mistral.messages import counted, printable
-    from dist_ckpt_mistral.views.tensorstore_index import index_problems, write_index
-
-    if arguments.check:
-        problems = index_problems(arguments.checkpoint)
-        for problem in problems:
-            output.say(printable(problem))
-        output.say(f"the index is {'out of date: run index again' if problems else 'up to date, or there is none'}")
-        return options.EXIT_DIFFERENT if problems else options.EXIT_DONE
-    done = write_index(arguments.checkpoint, config=options.given_config(arguments), kerchunk=arguments.kerchunk)
-    if done.was_stale:
-        notes.say(f"the index that was there was out of date: {'; '.join(done.was_stale)}")
-    for name, why in done.left_out.items():
-        notes.say(f"left out: {name}: {why}")
-    output.say(
-        f"wrote an index of {counted(len(done.names), 'array')} ({human_bytes(done.num_bytes)}) to {done.directory}"
-    )
-    return options.EXIT_DONE
+    return _write(arguments, partial(migrate, arguments.checkpoint, arguments.output, config=config), after.migrated)
 
 
 def _declare(
-    commands: options.Commands,
+    commands: usage.Commands,
     name: str,
-    add_options: options.AddOptions,
+    add_options: usage.AddOptions,
     run: Callable[[argparse.Namespace], int],
     summary: str,
     details: str,
+    *,
+    examples: Sequence[str],
 ) -> None:
     """Declare a command that runs on all ranks and needs numpy."""
-    details = f"{details} {_UNDER_TORCHRUN}"
-    options.declare(commands, name, add_options, run, summary, details, on_each_node=True, with_numpy=True)
+    usage.declare(
+        commands,
+        name,
+        add_options,
+        run,
+        summary,
+        f"{details} {_UNDER_TORCHRUN}",
+        examples=examples,
+        json_fields=_FIELDS,
+        on_each_node=True,
+        with_numpy=True,
+    )
 
 
-def _write(arguments: argparse.Namespace, convert: Callable[..., Conversion]) -> int:
-    """Call ``convert`` with ``output``, ``effort`` and ``ranks``, and print a summary on the first rank."""
-    from dist_ckpt_mistral.cli import notes
+def _write(arguments: argparse.Namespace, convert: Callable[..., Conversion], follows: WhatFollows) -> int:
+    """Call ``convert`` with ``output``, ``effort`` and ``ranks``, and print on the first rank what it did.
+
+    ``follows`` gives, for the result, where what lies and what to do next.
+    """
+    from dist_ckpt_mistral.cli import after, notes
     from dist_ckpt_mistral.convert.conversion import conversion_line
     from dist_ckpt_mistral.convert.ranks import of_nodes
 
@@ -314,14 +279,15 @@ def _write(arguments: argparse.Namespace, convert: Callable[..., Conversion]) ->
     begun_s = time.perf_counter()
     with options.effort(arguments, ranks) as effort:
         done = convert(output=options.given_output(arguments), effort=effort, ranks=ranks)
+    seconds = None if arguments.dry_run else time.perf_counter() - begun_s
+    advice = None if done.costly_load is None else _advice(arguments, done.costly_load)
     if ranks.is_first:
-        output.say(conversion_line(done, seconds=None if arguments.dry_run else time.perf_counter() - begun_s))
-    if ranks.is_first and arguments.dry_run:
-        for name, num_bytes in done.files.items():
-            output.say(f"  {name}  {num_bytes} bytes")
-    if done.costly_load is not None:
-        notes.say(_advice(arguments, done.costly_load))
-    return options.EXIT_DONE
+        line = conversion_line(done, seconds=seconds)
+        content = {**done.to_json(), "advice": advice}
+        after.answer(arguments, line, content, done.files, follows(done), seconds=seconds)
+    if advice is not None:
+        notes.say(advice)
+    return usage.EXIT_DONE
 
 
 def _advice(arguments: argparse.Namespace, load: ReadingPlan) -> str:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +27,7 @@ from dist_ckpt_mistral.formats import checkpoint_directory
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.messages import human_bytes, listed
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.storage.paths import as_given, is_url
 
 #: Modules that load the checkpoint with Megatron, and modules that compute with the export.
 _MEGATRON: Final = ("torch", "megatron.core")
@@ -37,16 +38,52 @@ _OTHER_TP: Final = 4
 _TEXT: Final = "Mistral models on Megatron, and back."
 #: Four processes that import Megatron start slowly on a machine with few cores and a cold disk.
 _RANKS_TIMEOUT_S: Final = 600
+#: Begins the lines that show a command.
+_PROMPT: Final = "   $ "
 
 Say = Callable[[str], None]
 
 
-def run(keep: Path | None, say: Say) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What the demo did.
+
+    Args:
+        output: The directory of its files; None if they are deleted.
+        commands: The commands that do the same, in that directory.
+        checked: What was found, in words.
+        missing: Packages that would check more.
+        seconds: How long it took.
+    """
+
+    output: Path | None
+    commands: tuple[str, ...]
+    checked: tuple[str, ...]
+    missing: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``demo --json``, in JSON types."""
+        return asdict(self) | {"output": None if self.output is None else str(self.output)}
+
+
+def run(keep: Path | None, say: Say) -> Outcome:
     """Run the demo and print its steps with ``say``. The files stay in ``keep`` (new or empty), or are deleted.
 
     Megatron and transformers check its files too, where they are installed. Raises DistCkptMistralError if a check
     fails.
     """
+    if keep is not None and is_url(keep):
+        raise OutputError(
+            f"--keep {as_given(keep)} is a URL: the demo works on this machine. Give it a local directory."
+        )
+    commands: list[str] = []
+
+    def say_and_note(line: str) -> None:
+        commands.extend([line.removeprefix(_PROMPT)] * line.startswith(_PROMPT))
+        tell(line)
+
+    tell, say = say, say_and_note
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise OutputError(f"{keep} is not an empty directory. Give --keep the name of a new one.")
     say("A Mistral model goes from Hugging Face to Megatron and back. This needs no GPU and no network.")
@@ -65,14 +102,22 @@ def run(keep: Path | None, say: Say) -> None:
         _reshard(checkpoint, resharded, say)
         _export(resharded, export, say)
         _compare(original, export, say)
-        checked = [*_with_megatron(original, checkpoint, say), *_with_transformers(original, export, say)]
-    say(f"\nDone in {total_seconds():.1f} s: {', and '.join(['the export equals the original', *checked])}.")
+        checked = ["the export equals the original"]
+        checked += [*_with_megatron(original, checkpoint, say), *_with_transformers(original, export, say)]
+    say(f"\nDone in {total_seconds():.1f} s: {', and '.join(checked)}.")
     missing = libraries.missing(*dict.fromkeys((*_MEGATRON, *_TRANSFORMERS)))
     if missing:
         say(f"Not checked with {listed(missing)}, not installed here. Run, and then the demo again:")
         say(f"  {libraries.install_command(_EXTRA)}")
     say(f"The files are in {keep}." if keep is not None else "The files are deleted; --keep DIR keeps them.")
     say("Next: dist-ckpt-mistral from-hf YOUR_MODEL CKPT, then train on it, then dist-ckpt-mistral to-hf CKPT OUT.")
+    return Outcome(
+        output=keep,
+        commands=tuple(commands),
+        checked=tuple(checked),
+        missing=tuple(missing),
+        seconds=total_seconds(),
+    )
 
 
 def _make(original: Path, say: Say) -> None:

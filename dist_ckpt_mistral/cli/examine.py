@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_ckpt_mistral.cli import options, output
+from dist_ckpt_mistral.cli import options, output, usage, values
 from dist_ckpt_mistral.libraries import needed, quiet
 from dist_ckpt_mistral.messages import counted, human_bytes
 
@@ -17,25 +17,43 @@ if TYPE_CHECKING:
     from dist_ckpt_mistral.megatron.logits import LogitsComparison
 
 
-def add_inspect(commands: options.Commands) -> None:
+def add_inspect(commands: usage.Commands) -> None:
     """Declare ``inspect``."""
-    options.declare(
+    usage.declare(
         commands,
         "inspect",
         _add_inspect_options,
         _inspect,
         "Show the tensors, the configuration and the problems of a checkpoint or a Hugging Face directory.",
         "Reads no tensor data. Exits with 1 if there is a problem, such as a missing file or tensor.",
+        examples=(
+            "inspect ckpt",
+            "inspect hf_dir --html report.html",
+            "inspect ckpt --json | jq .problems",
+        ),
+        json_fields={
+            "path": "what was looked at",
+            "kind": "what that is, in words",
+            "format": "its format and version, in words",
+            "config_from": "source of the model configuration, in words; null if none was found",
+            "config": "the configuration, in Hugging Face's names; or null",
+            "tensors": "list of name, dtype, shape, num_chunks, num_bytes, hf_names (what it holds), ignored (why it "
+            "is no weight, or null), kind, cut (pieces along each axis), files",
+            "objects": "list of name, ignored: stored entries that are no tensors",
+            "files": "name of each file -> size, null if the file is missing",
+            "problems": "list of messages; if there are any the exit code is 1",
+            "iterations": "the iterations in the root",
+            "saved_at": "the layout that saved it (tp, pp, ...), or null",
+        },
         with_numpy=True,
     )
 
 
 def _add_inspect_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
+    command.add_argument("path", metavar="CKPT_OR_HF", type=values.path, help=options.CKPT_OR_HF)
     options.add_config(command)
-    command.add_argument("--json", action="store_true", help="print JSON")
     help_text = "write the report to FILE, as one HTML page, instead of printing it"
-    command.add_argument("--html", type=options.path, metavar="FILE", help=help_text)
+    command.add_argument("--html", type=values.path, metavar="FILE", help=help_text)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -52,12 +70,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
         output.say_json(content.to_json())
     elif arguments.html is None:
         output.show(report.render(content))
-    return options.EXIT_DATA if content.problems else options.EXIT_DONE
+    return usage.EXIT_DATA if content.problems else usage.EXIT_DONE
 
 
-def add_plan(commands: options.Commands) -> None:
+def add_plan(commands: usage.Commands) -> None:
     """Declare ``plan``."""
-    options.declare(
+    usage.declare(
         commands,
         "plan",
         _add_plan_options,
@@ -65,16 +83,34 @@ def add_plan(commands: options.Commands) -> None:
         "Show what every rank of a parallel layout would read from a checkpoint.",
         "Tensors are stored in chunks. Megatron reads a chunk whole, even where a rank needs only a part of it. The "
         "table compares the bytes that ranks need with those they read. Only the checkpoint's metadata is used.",
+        examples=(
+            "plan ckpt --tp 8",
+            "plan ckpt --tp 4 --pp 2 --svg reads.svg",
+            "plan ckpt --tp 2 --ep 8 --weights-only --json",
+        ),
+        json_fields={
+            "path": "what was planned",
+            "config_from": "source of the model configuration, in words",
+            "layout": "the layout: tp, pp, cp, ep, ...",
+            "verdict": "the result in a sentence",
+            "remedy": "the reshard command that helps, if the ranks read at least 1.5 times what they need; or null",
+            "left_out": "why stored optimizer state is not planned, or null",
+            "stored_bytes": "size of the planned tensors",
+            "total": "amount of all ranks: needed_bytes, read_bytes, amplification (null if nothing is needed), "
+            "num_reads, num_chunks, files (name -> bytes read), and the same under weights and optimizer (null if "
+            "there is none)",
+            "ranks": "list of every rank: rank, pipeline_stage, layers, reads_like (the first rank with the same "
+            "boxes), and its amount",
+        },
         with_numpy=True,
     )
 
 
 def _add_plan_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", metavar="CKPT", type=options.path, help=options.CKPT)
+    command.add_argument("checkpoint", metavar="CKPT", type=values.path, help=options.CKPT)
     options.add_layout(command, "that would load the checkpoint")
     options.add_config(command)
     command.add_argument("--weights-only", action="store_true", help="leave out optimizer state")
-    command.add_argument("--json", action="store_true", help="print JSON, with the reads of every rank")
     help_text = "also draw which chunk goes to which rank, as SVG, or as PNG if FILE ends in .png (needs matplotlib)"
     command.add_argument("--svg", type=_picture_path, metavar="FILE", help=help_text)
 
@@ -83,7 +119,7 @@ def _picture_path(text: str) -> Path:
     """Parse the path of a picture, whose ending says the format."""
     from dist_ckpt_mistral.analysis.picture import picture
 
-    path = options.path(text)
+    path = values.path(text)
     if path.suffix.lower() not in picture.FORMATS:
         raise argparse.ArgumentTypeError(f"expected a name that ends in .svg or .png, got {text!r:.500}")
     return path
@@ -109,12 +145,12 @@ def _plan(arguments: argparse.Namespace) -> int:
         output.say_json(plan.to_json())
     else:
         output.show(read_table.render(plan))
-    return options.EXIT_DONE
+    return usage.EXIT_DONE
 
 
-def add_verify(commands: options.Commands) -> None:
+def add_verify(commands: usage.Commands) -> None:
     """Declare ``verify``."""
-    options.declare(
+    usage.declare(
         commands,
         "verify",
         _add_verify_options,
@@ -123,19 +159,39 @@ def add_verify(commands: options.Commands) -> None:
         "With A and B, compares shapes, dtypes and bits of all tensors, by Hugging Face name. With A alone, "
         "compares its files with their checksums and checks that all tensors of the model are there. Exits with 3 if "
         "it finds a difference or damage.",
+        examples=(
+            "verify ckpt",
+            "verify hf_dir ckpt",
+            "verify ckpt resharded --stored",
+            "verify hf_dir ckpt --logits --prompt 'The sky is'",
+        ),
+        json_fields={
+            "sound": "of A alone: whether no damage was found",
+            "directory, checked, not_checked": "of A alone: what was checked and what was not, in sentences",
+            "findings": "of A alone: list of file, tensor, hf_names, what",
+            "equal": "of A and B: whether they are the same model",
+            "num_tensors, num_bytes": "of A and B: what was compared bit for bit",
+            "differences": "of A and B: list of hf_name (with --stored: mcore_key), what",
+            "configurations": "of A and B: list of name, first, second, of_weights (whether the value decides how "
+            "stored rows are read)",
+            "not_compared": "of A and B: what only one of two checkpoints holds, in sentences",
+            "agree": "with --logits: whether no logits differ by more than the tolerance",
+            "largest_difference, tolerance": "with --logits: of two logits",
+            "in_transformers, in_megatron": "with --logits: what ran where",
+            "prompts": "with --logits: list of prompt, num_tokens, largest_difference, largest_logit, same_tokens",
+        },
         on_all_ranks=True,
         with_numpy=True,
     )
 
 
 def _add_verify_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("a", metavar="A", type=options.path, help=options.CKPT_OR_HF)
+    command.add_argument("a", metavar="A", type=values.path, help=options.CKPT_OR_HF)
     help_text = "the same, to compare with A; without B, A is checked against its own checksums and those beside it"
-    command.add_argument("b", metavar="B", type=options.path, nargs="?", help=help_text)
+    command.add_argument("b", metavar="B", type=values.path, nargs="?", help=help_text)
     options.add_config(
         command, "A directory or hub id also supplies the vision tower and projector if only one side has them."
     )
-    command.add_argument("--json", action="store_true", help="print JSON")
     help_text = (
         "compare everything that two Megatron checkpoints of any model store, by Megatron key: weights, optimizer "
         "state, objects and common state"
@@ -147,11 +203,11 @@ def _add_verify_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--logits", action="store_true", help=help_text)
     help_text = "text to compute logits of; may be repeated (default: two random prompts)"
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=help_text)
-    group.add_argument("--tokenizer", type=options.name, metavar="DIR", help=options.TOKENIZER)
+    group.add_argument("--tokenizer", type=values.name, metavar="DIR", help=options.TOKENIZER)
     help_text = "seed of the random prompts (default 0)"
-    group.add_argument("--seed", type=options.seed, default=0, metavar="N", help=help_text)
+    group.add_argument("--seed", type=values.seed, default=0, metavar="N", help=help_text)
     help_text = "largest difference of two logits to accept (default 1e-4)"
-    group.add_argument("--tolerance", type=options.positive_number, default=1e-4, metavar="X", help=help_text)
+    group.add_argument("--tolerance", type=values.positive_number, default=1e-4, metavar="X", help=help_text)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -164,8 +220,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         return _compare_logits(arguments)
     if arguments.prompt or arguments.tokenizer:
         arguments.wrong_usage("--prompt and --tokenizer need --logits")
-    if not options.is_first_rank():
-        return options.EXIT_DONE
+    if not usage.is_first_rank():
+        return usage.EXIT_DONE
     return _check(arguments) if arguments.b is None else _compare_bits(arguments)
 
 
@@ -215,6 +271,8 @@ def _comparison_lines(outcome: Comparison, things: tuple[str, str]) -> Iterator[
 
 def _compare_logits(arguments: argparse.Namespace) -> int:
     modules = ("torch", "megatron.core", "transformers")
+    with needed("verify --logits", *modules, extra="inference"):
+        _require_models(arguments)
     with needed("verify --logits", *modules, extra="inference"), quiet():
         from dist_ckpt_mistral.megatron.logits import compare_logits
 
@@ -227,9 +285,23 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             tolerance=arguments.tolerance,
         )
-    if not options.is_first_rank():
-        return options.EXIT_DONE if outcome.agree else options.EXIT_DIFFERENT
+    if not usage.is_first_rank():
+        return usage.EXIT_DONE if outcome.agree else usage.EXIT_DIFFERENT
     return _answer(arguments, outcome.to_json(), _logits_lines(outcome), is_good=outcome.agree, letters=True)
+
+
+def _require_models(arguments: argparse.Namespace) -> None:
+    """Raise DistCkptMistralError for what can be seen without torch, whose import takes long, such as no model."""
+    from dist_ckpt_mistral.analysis.compare import open_pair
+    from dist_ckpt_mistral.formats import small_files
+    from dist_ckpt_mistral.mapping.source import require_model
+    from dist_ckpt_mistral.model.config.mistral_config import chosen_config
+
+    given = options.given_config(arguments)
+    pair = [*map(require_model, open_pair(arguments.a, arguments.b, config=chosen_config(given)))]
+    if arguments.prompt:
+        places = [place for source in pair for place in source.tokenizer_places]
+        small_files.tokenizer_directory(small_files.tokenizer_directories(arguments.tokenizer, *places))
 
 
 def _logits_lines(outcome: LogitsComparison) -> Iterator[str]:
@@ -249,7 +321,12 @@ def _logits_lines(outcome: LogitsComparison) -> Iterator[str]:
 
 
 def _answer(
-    arguments: argparse.Namespace, content: object, lines: Iterable[str], *, is_good: bool, letters: bool = False
+    arguments: argparse.Namespace,
+    content: Mapping[str, object],
+    lines: Iterable[str],
+    *,
+    is_good: bool,
+    letters: bool = False,
 ) -> int:
     """Print ``content`` as JSON or the ``lines``, as ``--json`` asks, and return the exit code of ``verify``."""
     if arguments.json:
@@ -257,28 +334,36 @@ def _answer(
     else:
         for line in lines:
             output.say(line)
-    return options.EXIT_DONE if is_good else options.EXIT_DIFFERENT
+    return usage.EXIT_DONE if is_good else usage.EXIT_DIFFERENT
 
 
-def add_megatron_args(commands: options.Commands) -> None:
+def add_megatron_args(commands: usage.Commands) -> None:
     """Declare ``megatron-args``."""
-    options.declare(
+    usage.declare(
         commands,
         "megatron-args",
         _add_megatron_args_options,
         _megatron_args,
         "Print the flags with which Megatron-LM's pretrain_gpt.py trains a model.",
         "Paste them into a shell after pretrain_gpt.py. For a checkpoint, the flags also load it.",
+        examples=(
+            "megatron-args ckpt",
+            "megatron-args ckpt --tp 4 --pp 2",
+            "megatron-args mistralai/Mistral-7B-v0.3 --tp 8",
+        ),
+        json_fields={
+            "config_from": "source of the model configuration, in words",
+            "args": "the values of Megatron-LM's args that the flags set",
+            "flags": "list of the flags and their values, as arguments of a program",
+        },
         with_numpy=True,
     )
 
 
 def _add_megatron_args_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", metavar="CKPT_OR_HF", type=options.path, help=options.CKPT_OR_HF)
+    command.add_argument("path", metavar="CKPT_OR_HF", type=values.path, help=options.CKPT_OR_HF)
     options.add_config(command)
     options.add_layout(command, "to train with")
-    help_text = "print JSON: the flags as a list, and the values of Megatron-LM's args that they set"
-    command.add_argument("--json", action="store_true", help=help_text)
 
 
 def _megatron_args(arguments: argparse.Namespace) -> int:
@@ -293,4 +378,4 @@ def _megatron_args(arguments: argparse.Namespace) -> int:
         output.say_json(command.to_json())
     else:
         output.say_text(command.text)
-    return options.EXIT_DONE
+    return usage.EXIT_DONE

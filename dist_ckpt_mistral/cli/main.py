@@ -15,8 +15,8 @@ from types import FrameType
 from typing import Final
 
 from dist_ckpt_mistral._version import __version__
-from dist_ckpt_mistral.cli import convert, examine, output, run
-from dist_ckpt_mistral.cli.options import EXIT_CODES, EXIT_DATA, EXIT_DONE, Parser, is_first_rank
+from dist_ckpt_mistral.cli import beside, convert, examine, output, run
+from dist_ckpt_mistral.cli.usage import EXIT_DATA, EXIT_DONE, PROGRAM, Parser, PrintCompletion, is_first_rank
 from dist_ckpt_mistral.errors import DistCkptMistralError, LostRankError
 from dist_ckpt_mistral.libraries import import_numpy
 
@@ -24,20 +24,26 @@ from dist_ckpt_mistral.libraries import import_numpy
 _COMMANDS: Final = {
     "from-hf": convert.add_from_hf,
     "to-hf": convert.add_to_hf,
-    "describe": convert.add_describe,
+    "describe": beside.add_describe,
     "plan": examine.add_plan,
     "reshard": convert.add_reshard,
     "migrate": convert.add_migrate,
-    "index": convert.add_index,
+    "index": beside.add_index,
     "inspect": examine.add_inspect,
     "verify": examine.add_verify,
     "generate": run.add_generate,
     "megatron-args": examine.add_megatron_args,
     "demo": run.add_demo,
 }
-_EXIT_INTERRUPTED: Final = 130
+_EXAMPLES: Final = (
+    f"{PROGRAM} from-hf mistralai/Mistral-7B-v0.3 ckpt",
+    f"{PROGRAM} to-hf ckpt out",
+    f'eval "$({PROGRAM} --print-completion bash)"',
+)
+EXIT_INTERRUPTED: Final = 130
 #: Options of all commands, which may stand before the command too.
-_ANYWHERE: Final = ("-q", "--quiet", "--debug", "--no-progress")
+_ANYWHERE: Final = ("-q", "--quiet", "--debug", "--no-progress", "--json")
+_SHELLS: Final = ("bash", "zsh", "tcsh")
 #: More objects than imports make. With Python's default of 700, the cyclic collector would walk them many times.
 _COLLECT_AFTER_OBJECTS: Final = 100_000
 
@@ -46,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: ``sys.argv``) and return its exit code."""
     gc.set_threshold(_COLLECT_AFTER_OBJECTS)
     output.open_standard_streams()
-    arguments = argparse.Namespace(words=_command_first(sys.argv[1:] if argv is None else argv), debug=False)
+    words = _command_first(sys.argv[1:] if argv is None else argv)
+    arguments = argparse.Namespace(words=words, debug=False)
     try:
         _, unknown = _parser(arguments.words).parse_known_args(arguments.words, arguments)
         if unknown:
@@ -56,15 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         output.say_on_stderr(f"interrupted: {_notes(error) or 'Nothing was published.'}")
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except (DistCkptMistralError, ImportError, OSError, MemoryError) as error:
         return _fail(error, arguments)
 
 
 def _command_first(words: Sequence[str]) -> tuple[str, ...]:
-    """``words`` with the options that every command has behind the command, where they stand before it."""
+    """``words`` with the options that every command has behind the command, where they stand before it.
+
+    ``help`` and ``help COMMAND`` become ``--help`` and ``COMMAND --help``.
+    """
     count = next((number for number, word in enumerate(words) if word not in _ANYWHERE), len(words))
-    return (*words[count : count + 1], *words[:count], *words[count + 1 :])
+    command, before, behind = words[count : count + 1], words[:count], words[count + 1 :]
+    if [*command] == ["help"]:
+        return (*behind[:1], "--help")
+    return (*command, *before, *behind)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -115,12 +128,15 @@ def _notes(error: BaseException) -> str:
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of a command line: with the command that its first word names, or with all of them."""
     parser = Parser(
-        prog="dist-ckpt-mistral",
+        prog=PROGRAM,
         description="Convert, inspect and verify checkpoints of Mistral models, between Megatron and Hugging Face.",
-        epilog=f"Every command has its own --help. {EXIT_CODES}",
+        epilog="Every command has its own --help, with examples.",
     )
+    parser.examples = _EXAMPLES
     version = f"%(prog)s {__version__}"
     parser.add_argument("-V", "--version", action="version", version=version, help="show the version and exit")
+    help_text = "print the script that completes commands, options and paths in this shell, and exit"
+    parser.add_argument("--print-completion", action=PrintCompletion, choices=_SHELLS, help=help_text)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     asked_for = [declare for name, declare in _COMMANDS.items() if name == "".join(words[:1])]
     for declare in asked_for or _COMMANDS.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from dist_ckpt_mistral.cli import output
 
@@ -13,14 +14,23 @@ class _NoteHandler(logging.Handler):
     def __init__(self) -> None:
         """Start without printed notes."""
         super().__init__()
-        self._printed: set[str] = set()
+        self.printed: dict[str, int] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one note, unless it was printed before."""
         line = self.format(record)
-        if line not in self._printed:
-            self._printed.add(line)
+        if line not in self.printed:
+            self.printed[line] = record.levelno
             output.say_on_stderr(line)
+
+
+#: The handler of the running command.
+_SHOWING: Final[list[_NoteHandler]] = []
+
+
+def warnings() -> list[str]:
+    """The warnings that the running command has printed."""
+    return [line for each in _SHOWING for line, level in each.printed.items() if level == logging.WARNING]
 
 
 def say(line: str) -> None:
@@ -34,5 +44,6 @@ def show(*, only_errors: bool, quiet: bool) -> None:
     Notes of other libraries are not shown.
     """
     level = logging.ERROR if only_errors else logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(format="%(message)s", handlers=[_NoteHandler()], level=max(level, logging.WARNING))
+    _SHOWING[:] = [_NoteHandler()]
+    logging.basicConfig(format="%(message)s", handlers=_SHOWING, level=max(level, logging.WARNING))
     logging.getLogger("dist_ckpt_mistral").setLevel(level)

@@ -12,6 +12,7 @@ import os
 import sys
 import textwrap
 import unicodedata
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, TextIO
 
 from dist_ckpt_mistral.cli import bar
@@ -21,6 +22,8 @@ from dist_ckpt_mistral.messages import escaped, printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+#: Under the same number, fields are only ever added to what ``--json`` prints.
+JSON_VERSION: Final = 1
 #: Width of tables if standard output is not a terminal: wider than any table, so that no line is broken.
 _PAGE_COLUMNS: Final = 10_000
 #: Unicode's categories of control characters and surrogates.
@@ -61,10 +64,21 @@ def _is_no_control(character: str) -> bool:
     return character in "\n\t" or unicodedata.category(character) not in _CONTROL_CATEGORIES
 
 
-def say_json(content: object, *, letters: bool = False) -> None:
-    """Print JSON in ASCII, or with ``letters`` in UTF-8 if standard output has that encoding. Raises OutputError."""
+def say_piece(text: str) -> None:
+    """Print a piece of a text at once, without an end of line; otherwise as ``say_text``. Raises OutputError."""
+    _print(escaped(text, is_harmless=_is_no_control) if sys.stdout.isatty() else text, end="")
+
+
+def say_json(content: Mapping[str, object], *, letters: bool = False) -> None:
+    """Print the object of ``--json``: the version of its fields, ``content``, and the warnings so far.
+
+    It is in ASCII, or with ``letters`` in UTF-8 if standard output has that encoding. Raises OutputError.
+    """
+    from dist_ckpt_mistral.cli import notes
+
     has_letters = letters and (sys.stdout.encoding or "utf-8").lower() == "utf-8"
-    text = json.dumps(content, indent=2, ensure_ascii=not has_letters)
+    answer = {"json_version": JSON_VERSION, **content, "warnings": notes.warnings()}
+    text = json.dumps(answer, indent=2, ensure_ascii=not has_letters)
     _print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text) if has_letters else text)
 
 

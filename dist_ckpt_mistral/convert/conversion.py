@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost
@@ -48,6 +48,11 @@ class Loss:
     def destroys(self) -> bool:
         """Whether a value overflowed, or more than one in 10,000 vanished."""
         return self.overflowed > 0 or self.vanished * _HARMLESS > self.num_values
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields in JSON types, with the tensors as ``hf_names``."""
+        counts = {name: getattr(self, name) for name in ("dtype", "num_values", "overflowed", "vanished")}
+        return {"hf_names": list(self.tensors), **counts}
 
     def __str__(self) -> str:
         """``name: 3 become infinite, 5 become zero``."""
@@ -132,6 +137,7 @@ class Conversion:
         losses: Values that a conversion of dtypes destroyed.
         costly_load: The reads at a usual tensor parallelism, if they would be much more than needed, as a large
             model was imported without a layout; else None.
+        is_adapter: Whether the output is a LoRA adapter, alone or beside its model.
     """
 
     output: Path
@@ -142,6 +148,19 @@ class Conversion:
     ignored: Ignored
     losses: tuple[Loss, ...] = ()
     costly_load: ReadingPlan | None = None
+    is_adapter: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``--json`` prints of it, in JSON types."""
+        return {
+            "output": str(self.output),
+            "config_from": self.config_from,
+            "num_tensors": self.num_tensors,
+            "num_bytes": self.num_bytes,
+            "files": dict(self.files),
+            "ignored": [{"name": name, "reason": reason} for name, reason in self.ignored],
+            "losses": [loss.to_json() for loss in self.losses],
+        }
 
 
 def conversion_line(done: Conversion, *, seconds: float | None) -> str:

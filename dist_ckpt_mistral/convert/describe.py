@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, NewFiles, Output, write_output
@@ -51,6 +51,11 @@ class Described:
     folder: Path
     files: Mapping[str, int]
     compared: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``describe --json`` that does not change from run to run, in JSON types."""
+        compared = None if self.compared is None else str(self.compared)
+        return {"output": str(self.folder), "files": dict(self.files), "compared": compared}
 
 
 def describe(
@@ -173,16 +178,9 @@ def _is_new(root: Path) -> bool:
 
 
 def _opened(hf: str | Path) -> tuple[Path, MistralConfig, ModelSource | None]:
-    """The directory and configuration of a model, and the model itself if its weights are there.
-
-    The weights of a hub id are downloaded if they include a vision tower.
-    """
-    kinds = (Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS)
-    place = locate(hf, *kinds, weights=False)
-    is_here = as_path(hf).exists()
-    if not is_here and directory_config(place.path).config.vision is not None:
-        place, is_here = locate(hf, *kinds), True
-    if is_here and place.kind is not Kind.WEIGHTLESS:
+    """The directory and configuration of a model, and the model itself if its weights are there."""
+    place = locate(hf, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS)
+    if place.kind is not Kind.WEIGHTLESS:
         source = open_hf(place.path)
         return place.path, source.config, source
     config = directory_config(place.path).config

@@ -161,6 +161,7 @@ def from_hf(
         num_bytes=plan.num_bytes,
         files=sizes,
         ignored=source.ignored,
+        is_adapter=bool(table.adapters),
         losses=losses,
         costly_load=_costly_load(source, table, chunks, target / step) if layout == ParallelLayout() else None,
     )

@@ -16,7 +16,6 @@ from dist_ckpt_mistral.gather.dtypes import TorchDtype
 from dist_ckpt_mistral.mapping import configuration
 from dist_ckpt_mistral.mapping.checkpoint_map import Ignored
 from dist_ckpt_mistral.mapping.configuration import Matched
-from dist_ckpt_mistral.mapping.rank_files import why_not_of_model
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
 from dist_ckpt_mistral.model.table.entries import why_ignored
@@ -34,6 +33,8 @@ def left_behind(stored: StoredCheckpoint) -> Ignored:
     """The entries of a legacy ``torch`` checkpoint that stay behind: optimizer and generator states, other files."""
     if not stored.is_of_modules:
         return ()
+    from dist_ckpt_mistral.mapping.rank_files import why_not_of_model  # noqa: PLC0415  (most are not: slow imports)
+
     tensors = {key: why for key in stored.tensors if (why := why_not_of_model(stored, key)) is not None}
     return (*tensors.items(), *((key, why_ignored(key) or "no part of the model") for key in stored.objects))
 

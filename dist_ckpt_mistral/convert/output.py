@@ -21,7 +21,7 @@ from dist_ckpt_mistral.formats.hf_directory import TensorSpans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
 from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
 from dist_ckpt_mistral.gather.digest import SummedSpan, crc32_of_file, digest
-from dist_ckpt_mistral.gather.execute import Copied, Effort, execute, run_all
+from dist_ckpt_mistral.gather.execute import Copied, Effort, Target, execute, run_all
 from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.gather.progress import NO_PROGRESS
@@ -73,8 +73,9 @@ class Output:
             raise ConfigError(f"max_file_bytes: expected at least 1, got {self.max_file_bytes}")
 
 
-#: Copies the segments with these numbers into the open files, by number, as ``execute`` does.
-Copy: TypeAlias = Callable[[Sequence[int], Mapping[int, TargetFile]], dict[int, Copied]]
+#: Copies the segments with these numbers into the open files, by number, as ``execute`` does. Into a store, each file
+#: is written from its first byte to its last.
+Copy: TypeAlias = Callable[[Sequence[int], Mapping[int, Target]], dict[int, Copied]]
 #: A new output with checksums, published when it is on the disk.
 DEFAULT_OUTPUT: Final = Output()
 
@@ -135,9 +136,7 @@ def write_output(
         return _write_to_directory(target, new, output=output, effort=effort, ranks=ranks, copy=copy)
     from dist_ckpt_mistral.convert.store_output import write_to_store  # noqa: PLC0415  (only URLs need it)
 
-    if copy is not None:
-        raise OutputError(f"a live model cannot be written to {target} yet. Write it to a local directory.")
-    return write_to_store(target, new, output=output, effort=effort, ranks=ranks)
+    return write_to_store(target, new, output=output, effort=effort, ranks=ranks, copy=copy)
 
 
 def _write_to_directory(

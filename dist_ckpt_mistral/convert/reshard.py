@@ -121,6 +121,7 @@ def _resharded(
         },
         new_objects=[empty_extra_states(match.table)] if match.ranks else [],
         new_files=new_common_file(match) if match.ranks else {},
+        is_adapter=bool(match.table.adapters),
     )
 
 

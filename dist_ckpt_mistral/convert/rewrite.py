@@ -57,6 +57,7 @@ class Rewriting:
         objects: The objects to write, by the position of their archives in the old checkpoint.
         new_objects: Objects to write that the old checkpoint does not have.
         new_files: Content of the small files in the iteration's directory that the old checkpoint does not have.
+        is_adapter: Whether it holds a LoRA adapter.
         ignored: Names of the entries that are left out, and the reasons.
         options: Everything else that determines the output, in JSON types.
     """
@@ -70,6 +71,7 @@ class Rewriting:
     options: Mapping[str, Any]
     new_objects: Sequence[NewObject] = ()
     new_files: Mapping[str, bytes] = field(default_factory=dict)
+    is_adapter: bool = False
 
     @property
     def step(self) -> Path:
@@ -160,6 +162,7 @@ def rewrite(
         num_bytes=plan.num_bytes,
         files=sizes,
         ignored=new.ignored,
+        is_adapter=new.is_adapter,
     )
 
 

@@ -109,7 +109,7 @@ def to_hf(
         return source_directory(checkpoint, target, output)
 
     def prepare() -> tuple[Sources, ModelSource, FileSet, BytePlan]:
-        config_directory = given_directory(config, vision=True)
+        config_directory = given_directory(config)
         with Sources() as inputs:
             folders = [*([config_directory] if config_directory else ()), *small_files.hf_folders(directory)]
             inputs.look_at([*directory.rglob("*"), *(path for folder in folders for path in folder.iterdir())])
@@ -247,6 +247,7 @@ def conversion(target: Path, source: ModelSource, new: NewFiles, losses: tuple[L
         num_bytes=new.plan.num_bytes,
         files=new.file_bytes,
         ignored=source.ignored,
+        is_adapter=bool(source.table.adapters),
         losses=losses,
     )
 

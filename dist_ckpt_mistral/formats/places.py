@@ -336,19 +336,16 @@ _DIRECTORIES: Final = (
 )
 
 
-def locate(name: str | Path, *wanted: Kind, weights: bool = True) -> Place:
+def locate(name: str | Path, *wanted: Kind) -> Place:
     """The place that a user means by ``name``: a path, or, where ``wanted`` has ``Kind.HF``, also a hub id or URL.
 
-    A model on the hub is downloaded if its files are of a kind in ``wanted``; without ``weights``, only its small
-    files. Raises FormatError, which says what ``name`` is and what to do, unless it is of a kind in ``wanted``.
+    Raises FormatError, which says what ``name`` is and what to do, unless it is of a kind in ``wanted``.
     """
     given = as_path(name)
     if Kind.HF not in wanted or isinstance(given, RemotePath):
         return _require(what_is(given), wanted)
     try:
-        path = hub.local_directory(
-            str(name), weights=weights, check=lambda names: _require(_recognised(given, names), wanted)
-        )
+        path = hub.model_directory(str(name))
     except SourceError as error:
         if near := _near(given):
             error.add_note(near)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
+from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats.checkpoint_directory import iteration_name, root_of
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, PARAMS_FILE
-from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage import documents, hub, paths
 from dist_ckpt_mistral.storage.remote_path import RemotePath
 
 _LOG = logging.getLogger(__name__)
@@ -97,6 +97,29 @@ def is_tokenizer_file(name: str) -> bool:
 def has_tokenizer(directory: Path) -> bool:
     """Whether ``directory`` itself holds a file of a tokenizer."""
     return any(is_tokenizer_file(path.name) and path.is_file() for path in directory.iterdir())
+
+
+def tokenizer_directories(tokenizer: str | Path | None, *others: Path | None) -> list[Path]:
+    """The directories to search for a tokenizer: only ``tokenizer`` if given, else ``others`` in this order.
+
+    Raises ConfigError if ``tokenizer`` is given and is not a directory.
+    """
+    if tokenizer is None:
+        return [directory for directory in others if directory is not None]
+    directory = hub.model_directory(str(tokenizer))
+    if not directory.is_dir():
+        raise ConfigError(f"the tokenizer {tokenizer} is not a directory. Give the one that holds its files.")
+    return [directory]
+
+
+def tokenizer_directory(places: Iterable[Path]) -> Path:
+    """The first of the directories ``places`` that has a tokenizer. Raises ConfigError if none has."""
+    searched = list(places)
+    for directory in searched:
+        if has_tokenizer(directory):
+            return directory
+    where = ", ".join(map(str, searched)) or "the checkpoint"
+    raise ConfigError(f"no tokenizer in {where}. Give the Hugging Face directory that has it with --tokenizer.")
 
 
 def hf_folders(directory: Path) -> tuple[Path, ...]:
@@ -265,6 +288,8 @@ def local_copy(directory: Path) -> Iterator[Path]:
     if not isinstance(directory, RemotePath):
         yield directory
         return
+    import tempfile  # noqa: PLC0415  (slow; only this needs it)
+
     with tempfile.TemporaryDirectory(prefix="dist-ckpt-mistral-") as folder:
         copy_files(small_files(directory), Path(folder))
         yield Path(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Final
 import numpy as np
 
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
-from dist_ckpt_mistral.formats import legacy_torch, legacy_zarr, torch_dcp
 from dist_ckpt_mistral.formats.checkpoint_directory import BACKEND_FILE, METADATA_FILE
 from dist_ckpt_mistral.formats.places import resolve_directory
 from dist_ckpt_mistral.formats.stored_metadata import Chunks, StoredMetadata, StoredTensor
@@ -34,9 +33,8 @@ TORCH_DIST: Final = "torch_dist"
 ZARR: Final = "zarr"
 TORCH: Final = "torch"
 TORCH_DCP: Final = "torch_dcp"
-#: Backend name in metadata.json (mcore dist_checkpointing/core.py; ``zarr`` until 0.15) -> reader of its metadata.
-_READERS: Final = {TORCH_DIST: metadata.read_stored, ZARR: legacy_zarr.read_stored}
-_OTHER_READERS: Final = {TORCH: legacy_torch.read_stored, TORCH_DCP: torch_dcp.read_stored}
+#: The backends that metadata.json may name (mcore dist_checkpointing/core.py; ``zarr`` until 0.15).
+_NAMED: Final = (TORCH_DIST, ZARR)
 #: Legacy backend -> what it is, and what Megatron makes of it today.
 _NOT_LOADED: Final = {
     ZARR: "is a legacy zarr checkpoint, which Megatron does not load since megatron-core 0.16",
@@ -164,16 +162,37 @@ def open_stored(path: Path, *, with_common_state: bool = True) -> StoredCheckpoi
     """
     directory = resolve_directory(path)
     backend = _backend(directory)
-    stored = (_READERS | _OTHER_READERS)[backend](directory)
+    stored = _reader_of(backend)(directory)
     checkpoint = StoredCheckpoint(directory=directory, backend=backend, metadata=stored, common_state={})
     return with_state(checkpoint) if with_common_state else checkpoint
+
+
+def _reader_of(backend: str) -> Callable[[Path], StoredMetadata]:
+    """What reads the metadata of a backend. Most checkpoints are ``torch_dist``: the others are imported where met."""
+    if backend == ZARR:
+        from dist_ckpt_mistral.formats import legacy_zarr  # noqa: PLC0415
+
+        return legacy_zarr.read_stored
+    if backend == TORCH:
+        from dist_ckpt_mistral.formats import legacy_torch  # noqa: PLC0415
+
+        return legacy_torch.read_stored
+    if backend == TORCH_DCP:
+        from dist_ckpt_mistral.formats import torch_dcp  # noqa: PLC0415
+
+        return torch_dcp.read_stored
+    return metadata.read_stored
 
 
 def with_state(checkpoint: StoredCheckpoint) -> StoredCheckpoint:
     """A checkpoint with its common state. Raises as ``open_stored``."""
     if checkpoint.backend == TORCH:
+        from dist_ckpt_mistral.formats import legacy_torch  # noqa: PLC0415  (as in _reader_of)
+
         state = legacy_torch.read_common_state(checkpoint.directory)
     elif checkpoint.backend == TORCH_DCP:
+        from dist_ckpt_mistral.formats import torch_dcp  # noqa: PLC0415  (as in _reader_of)
+
         state = torch_dcp.read_common_state(checkpoint.directory, checkpoint.metadata)
     else:
         state = common_state.read(checkpoint.directory, checkpoint.objects.get(common_state.SHARDED_KEY))
@@ -190,12 +209,14 @@ def _backend(directory: Path) -> str:
     """The backend that metadata.json in an iteration's directory names, or that files without it are of."""
     path = directory / BACKEND_FILE
     if not path.exists():
+        from dist_ckpt_mistral.formats import legacy_torch  # noqa: PLC0415  (as in _reader_of)
+
         if legacy_torch.rank_folders(directory):
             return TORCH
         if (directory / METADATA_FILE).exists():
             return TORCH_DCP
     backend = documents.read_json(path).get("sharded_backend")
-    if not isinstance(backend, str) or backend not in _READERS:
-        expected = " or ".join(map(repr, _READERS))
+    if not isinstance(backend, str) or backend not in _NAMED:
+        expected = " or ".join(map(repr, _NAMED))
         raise FormatError(f"{path} says sharded_backend {short(backend)}: expected {expected}")
     return backend

@@ -20,6 +20,7 @@ from dist_ckpt_mistral.gather.plan import CopyArray, Segment
 from dist_ckpt_mistral.storage.local import Readable, SourceFiles
 from dist_ckpt_mistral.storage.processor import l2_cache_bytes
 from dist_ckpt_mistral.storage.remote_reads import Wanted
+from dist_ckpt_mistral.storage.shared_rows import SharedRows
 
 #: Limits of a band's size. Shorter ones cost more calls than copying; longer ones were no faster on any processor.
 LEAST_BAND_BYTES: Final = 64 << 10
@@ -30,6 +31,8 @@ _USUAL_L2_BYTES: Final = 512 << 10
 REMOTE_BAND_BYTES: Final = 4 << 20
 #: A thread has a band, and a buffer of a quarter of its size for rows that are read with the gaps between them.
 _BANDS_IN_SCRATCH: Final = 4
+#: The two together take no more than this.
+MOST_SCRATCH_BYTES: Final = _MOST_BAND_BYTES + _MOST_BAND_BYTES // _BANDS_IN_SCRATCH
 #: Buffers are page-aligned: the kernel copies into them up to three times faster (measured, AMD). Writes begin at
 #: multiples of their length, where the page cache has each in one piece: 10 % less time (Linux 6.18, ext4).
 PAGE_BYTES: Final = 4096
@@ -79,19 +82,26 @@ class BandReader:
         """Yield bytes ``[low, high)`` of a segment in bands of full length and a shorter last one."""
         copies = overlapping(segment.copies, low, high)
         buffer, scratch = self._thread_buffers()
-        ahead = self._held(copies, low, min(high, low + len(buffer)))
+        is_remote = self._sources.is_remote
+        holds = is_remote or any(has_gaps(copy) for _, _, copy in copies)
+        ahead = self._held(copies, low, min(high, low + len(buffer))) if is_remote else self._sources
         for start in range(low, high, len(buffer)):
             if self._stopped:
                 raise Stopped
             band = buffer[: high - start]
             sources, end = ahead, start + len(band)
-            ahead = self._held(copies, end, min(high, end + len(buffer)))  # it comes while this band is copied
+            if is_remote:
+                ahead = self._held(copies, end, min(high, end + len(buffer)))  # it comes while this band is copied
+            elif holds:
+                sources = self._held(copies, start, end)
             fill(band, start, copies, scratch, sources)
+            if self._stopped:  # while an answer was waited for
+                raise Stopped
             yield band.data
 
     def _held(self, copies: list[_Copy], low: int, high: int) -> Readable:
         """What to read bytes ``[low, high)`` of a segment from."""
-        return self._sources.hold(wanted(copies, low, high)) if self._sources.is_remote else self._sources
+        return self._sources.hold(wanted(copies, low, high))
 
     def _thread_buffers(self) -> tuple[ByteArray, ByteArray]:
         """Return the band and the scratch buffer of this thread."""
@@ -133,6 +143,12 @@ def aligned_buffer(num_bytes: int) -> ByteArray:
 _Copy: TypeAlias = tuple[int, int, tuple[int, ...]]
 
 
+def has_gaps(copy: tuple[int, ...]) -> bool:
+    """Whether something lies between the rows of a copy in the source, which other files want."""
+    _, _, source_stride, _, _, rows, row_bytes = copy
+    return rows > 1 and source_stride > row_bytes
+
+
 def overlapping(copies: CopyArray, low: int, high: int) -> list[_Copy]:
     """Return the copies that write into bytes ``[low, high)`` of a segment."""
     begins = copies["target_offset"]
@@ -150,9 +166,10 @@ def fill(buffer: ByteArray, low: int, copies: list[_Copy], scratch: ByteArray, s
 
 def wanted(copies: Iterable[_Copy], low: int, high: int) -> Iterator[Wanted]:
     """Yield what bytes ``[low, high)`` of a segment are read from. Gaps between rows that are read along are in it."""
-    for begin, end, (file, position, source_stride, offset, target_stride, rows, row_bytes) in copies:
+    for begin, end, copy in copies:
         if begin >= high or end <= low:
             continue
+        file, position, source_stride, offset, target_stride, rows, row_bytes = copy
         first = max(0, (low - offset - row_bytes) // target_stride + 1)  # the rows [first, last) have such bytes
         last = min(rows, -((offset - high) // target_stride))
         if first >= last:
@@ -161,7 +178,7 @@ def wanted(copies: Iterable[_Copy], low: int, high: int) -> Iterator[Wanted]:
         rest = max(0, offset + (last - 1) * target_stride + row_bytes - high)
         starts = position + first * source_stride, position + (last - 1) * source_stride
         if source_stride - row_bytes <= _LONG_GAP_BYTES:
-            is_shared = rows > 1 and source_stride > row_bytes
+            is_shared = has_gaps(copy)
             yield Wanted(file, starts[0] + skip, starts[1] + row_bytes - rest, is_shared)
             continue
         for start in range(starts[0], starts[1] + 1, source_stride):
@@ -204,6 +221,11 @@ def _gather_rows(
     if source_stride == row_bytes and row_bytes >= _LONG_ROW_BYTES:
         sources.read_into(file, position, *[row.data for row in target])
         return
+    if isinstance(sources, SharedRows):
+        block = sources.view(file, position, (rows - 1) * source_stride + row_bytes)
+        if block is not None:
+            np.copyto(target, np.ndarray((rows, row_bytes), np.uint8, block, 0, (source_stride, 1)))
+            return
     if source_stride - row_bytes > _LONG_GAP_BYTES or source_stride > len(scratch):
         for row in range(rows):
             sources.read_into(file, position + row * source_stride, target[row].data)

@@ -57,6 +57,15 @@ def equal_rows(rows: IntArray) -> list[IntArray]:
     return np.split(order, np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1) if len(rows) else []
 
 
+def distinct(values: IntArray) -> IntArray:
+    """Return the distinct values ``[n]`` in ascending order. ``np.unique`` would import ``numpy.ma``, which is slow."""
+    ordered = np.sort(values)
+    is_first = np.ones(len(ordered), dtype=bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    firsts: IntArray = ordered[is_first]
+    return firsts
+
+
 def intersect(lows: IntArray, highs: IntArray, chunk_lows: IntArray, chunk_highs: IntArray) -> Overlaps:
     """Return the overlaps of the boxes ``[lows, highs)`` with chunks in any arrangement."""
     empty = np.empty(0, dtype=np.int64)
@@ -109,7 +118,7 @@ def grid_cuts(offsets: IntArray, shapes: IntArray, global_shape: Shape) -> tuple
     cell = np.zeros(len(offsets), dtype=np.int64)
     cuts: list[IntArray] = []
     for axis, extent in enumerate(global_shape):
-        starts = np.unique(offsets[:, axis])
+        starts = distinct(offsets[:, axis])
         index = np.searchsorted(starts, offsets[:, axis])
         axis_cuts = np.append(starts, extent)
         if not starts.size or starts[0] != 0 or not np.array_equal(ends[:, axis], axis_cuts[index + 1]):
@@ -117,7 +126,7 @@ def grid_cuts(offsets: IntArray, shapes: IntArray, global_shape: Shape) -> tuple
         cell = cell * starts.size + index
         cuts.append(axis_cuts)
     num_cells = math.prod(len(axis_cuts) - 1 for axis_cuts in cuts)
-    return tuple(cuts) if num_cells == len(offsets) == np.unique(cell).size else None
+    return tuple(cuts) if num_cells == len(offsets) == distinct(cell).size else None
 
 
 def grid_overlaps(lows: IntArray, highs: IntArray, cuts: Sequence[IntArray]) -> Overlaps:

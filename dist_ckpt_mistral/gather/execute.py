@@ -12,13 +12,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.errors import ConfigError
-from dist_ckpt_mistral.gather.bands import PAGE_BYTES, BandReader, Stopped, band_bytes_within
+from dist_ckpt_mistral.gather.bands import MOST_SCRATCH_BYTES, PAGE_BYTES, BandReader, Stopped, band_bytes_within
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
 from dist_ckpt_mistral.gather.progress import NO_PROGRESS, Progress
@@ -37,8 +37,12 @@ _REMOTE_THREADS: Final = 8
 #: What a thread copies of objects in a store before it may turn to another file: files that share rows are in step.
 _REMOTE_STRETCH_BYTES: Final = 8 << 20
 _MOST_IN_STEP: Final = 16
-#: Of the memory, one part in so many is for what files share.
+#: Of the memory for what a store sends, one part in so many is for what files share.
 _SHARE_OF_SHARED: Final = 4
+#: Rows of a local file that a thread reads for several files at once: they stay in the last level of the cache.
+_SHARED_ROWS_BYTES: Final = 4 << 20
+#: After an interrupt, threads that wait for a store's answer are waited for no longer: a user waits for the prompt.
+INTERRUPTED_WAIT_S: Final = 1.0
 #: Bytes written before writeback to the disk is started.
 _WRITEBACK_BYTES: Final = 16 << 20
 
@@ -133,6 +137,13 @@ class Effort:
         """Total size of the buffers in bytes."""
         return self.memory_bytes or (_REMOTE_MEMORY_BYTES if is_remote else _LOCAL_MEMORY_BYTES)
 
+    def shared_bytes(self, *, is_remote: bool) -> int:
+        """What rows that files share may take: of objects in all, of local files in each thread."""
+        if is_remote:
+            return self.memory_for(is_remote=True) // _SHARE_OF_SHARED
+        each = self.memory_for(is_remote=False) // self.threads
+        return max(0, min(_SHARED_ROWS_BYTES, (each - MOST_SCRATCH_BYTES) // PAGE_BYTES * PAGE_BYTES))
+
     def band_bytes(self, readers: int = 1) -> int:
         """Size of a band of local files in bytes if each thread uses this many ``BandReader``: whole pages."""
         each = self.memory_for(is_remote=False) // self.threads
@@ -173,9 +184,8 @@ def execute(
     (undefined without ``checksums``) and its lost values.
     """
     with SourceFiles(plan.source_files, plan.derived_files) as sources:
-        sources.share(effort.memory_for(is_remote=True) // _SHARE_OF_SHARED)
-        length = _REMOTE_STRETCH_BYTES if sources.is_remote else _STRETCH_BYTES
-        turns = _Turns(plan, _stretches(plan, numbers, length), is_remote=sources.is_remote)
+        sources.share(effort.shared_bytes(is_remote=sources.is_remote))
+        turns = _Turns(plan, numbers, effort, is_remote=sources.is_remote)
         (reader,) = band_readers(effort, sources)
 
         def work(part: Part) -> Copied:
@@ -200,7 +210,11 @@ def execute(
                 return [(part, work(part)) for part in stretch]
 
         done = run_all(
-            take_turn, range(turns.count), workers=turns.workers(threads_for(effort, sources)), stop=reader.stop
+            take_turn,
+            range(turns.count),
+            workers=turns.workers(threads_for(effort, sources)),
+            stop=reader.stop,
+            patience_s=INTERRUPTED_WAIT_S if sources.is_remote else None,
         )
     result = dict.fromkeys(numbers, Copied(0, NOTHING))
     for part, copied in sorted(chain.from_iterable(done)):
@@ -230,47 +244,69 @@ def copy_part(
     return Copied(crc32, lost)
 
 
-#: Consecutive parts in one file, which a thread copies one after the other.
+#: Parts that a thread copies one after the other.
 _Stretch = list[Part]
 
 
-def _stretches(plan: BytePlan, numbers: Sequence[int], length: int) -> dict[int, deque[_Stretch]]:
-    """Split the segments ``numbers`` of each file into stretches of about ``length`` bytes, in their order."""
-    stretches: dict[int, deque[_Stretch]] = defaultdict(deque)
+def _stretches(
+    plan: BytePlan, numbers: Iterable[int], length: int, shared_bytes: int
+) -> dict[int, list[tuple[bool, _Stretch]]]:
+    """Split the segments ``numbers`` of each file into stretches of about ``length`` bytes, in their order.
+
+    Segments that share rows with other files get stretches of their own, marked True, whose rows have at most
+    ``shared_bytes`` bytes in the source; none do if that is 0.
+    """
+    stretches: dict[int, list[tuple[bool, _Stretch]]] = defaultdict(list)
     room: dict[int, int] = defaultdict(int)  # in the last stretch of each file, in bytes
     for number in numbers:
-        file, end, low = plan.segments[number].file, plan.segments[number].num_bytes, 0
+        segment = plan.segments[number]
+        file, end, low = segment.file, segment.num_bytes, 0
+        most = shared_bytes and _piece_of_rows(segment, shared_bytes)
         while low < end:
-            if room[file] <= 0:
-                stretches[file].append([])
-                room[file] = length
-            high = min(end, low + length)
-            stretches[file][-1].append(Part(number, low, high))
+            high = min(end, low + (most or length))
+            if most or room[file] <= 0:
+                stretches[file].append((bool(most), []))
+                room[file] = 0 if most else length
+            stretches[file][-1][1].append(Part(number, low, high))
             room[file] -= high - low
             low = high
     return stretches
 
 
-def in_step(plan: BytePlan, files: Iterable[int], most: int) -> list[list[int]]:
-    """Group target files, at most ``most`` in a group, so that those which want pieces of the same rows are together.
+def _piece_of_rows(segment: Segment, num_bytes: int) -> int:
+    """How many bytes a segment has of rows of ``num_bytes`` bytes in all that it shares; 0 if it shares none."""
+    copies = segment.copies[segment.shares_rows]
+    if not len(copies):
+        return 0
+    piece_bytes = int((num_bytes * copies["row_bytes"] // copies["source_stride"]).min())
+    return max(PAGE_BYTES, piece_bytes // PAGE_BYTES * PAGE_BYTES)
 
-    The rows of a weight that tensor parallelism cuts along its last axis have a piece for every rank. Where the files
-    of a group are written in step, each such row is fetched once.
+
+def sharing(plan: BytePlan, files: Iterable[int]) -> list[list[int]]:
+    """Group target files: those which want pieces of the same rows are together.
+
+    The rows of a weight that tensor parallelism cuts along its last axis have a piece for every rank.
     """
     groups: dict[int, list[int]] = {file: [file] for file in files}
     file_of: dict[str, int] = {}
     for segment in plan.segments:
-        copies = segment.copies
-        has_gaps = (copies["rows"] > 1) & (copies["source_stride"] > copies["row_bytes"])
-        if segment.file not in groups or not has_gaps.any():
+        if segment.file not in groups or not segment.shares_rows.any():
             continue
         for source in segment.sources:
             first, other = groups[file_of.setdefault(source, segment.file)], groups[segment.file]
             if first is not other:
                 first += other
                 groups |= dict.fromkeys(other, first)
+    return [*{id(group): sorted(group) for group in groups.values()}.values()]
+
+
+def in_step(plan: BytePlan, files: Iterable[int], most: int) -> list[list[int]]:
+    """Group target files as ``sharing`` does, with at least one and at most ``most`` in a group.
+
+    Where the files of a group are written in step, each row that they share is fetched once.
+    """
     found: list[list[int]] = []
-    for group in {id(group): sorted(group) for group in groups.values()}.values():
+    for group in sharing(plan, files):
         for start in range(0, len(group), most):
             some = group[start : start + most]
             if found and len(found[-1]) + len(some) <= most:
@@ -281,26 +317,28 @@ def in_step(plan: BytePlan, files: Iterable[int], most: int) -> list[list[int]]:
 
 
 class _Turns:
-    """Gives each thread a stretch of the file that the fewest others write at that time.
+    """Gives each thread something to copy, in turns.
 
-    If sources are objects in a store, files are written in step (``in_step``).
+    The files of a group, which share rows, are written in step. Of local files a thread takes the shared rows for all
+    files of a group in one turn, and turns go to the group whose files the fewest others write at that time.
     """
 
-    def __init__(self, plan: BytePlan, waiting: dict[int, deque[_Stretch]], *, is_remote: bool) -> None:
-        """Begin with the stretches of all files ``waiting``."""
-        self.count = sum(map(len, waiting.values()))
-        self._waiting = waiting
-        self._num_writers = dict.fromkeys(waiting, 0)
-        groups = in_step(plan, sorted(waiting), _MOST_IN_STEP) if is_remote else []
-        self._group_of = {file: number for number, group in enumerate(groups) for file in group}
-        self._num_taken = dict.fromkeys(waiting, 0)
+    def __init__(self, plan: BytePlan, numbers: Sequence[int], effort: Effort, *, is_remote: bool) -> None:
+        """Begin with all segments ``numbers``."""
+        length = _REMOTE_STRETCH_BYTES if is_remote else _STRETCH_BYTES
+        shared_bytes = 0 if is_remote else effort.shared_bytes(is_remote=False)
+        stretches = _stretches(plan, numbers, length, shared_bytes)
+        self._groups = in_step(plan, sorted(stretches), _MOST_IN_STEP) if is_remote else sharing(plan, stretches)
+        self._waiting = {
+            number: deque(_in_turn([stretches[file] for file in group])) for number, group in enumerate(self._groups)
+        }
+        self.count = sum(map(len, self._waiting.values()))
+        self._num_writers = dict.fromkeys(self._waiting, 0)
         self._lock = threading.Lock()
-        numbers = {part.number for stretches in waiting.values() for stretch in stretches for part in stretch}
         segments = (plan.segments[number] for number in numbers)
-        is_copy = not (is_remote or plan.derived_files) and all(
-            segment.source_dtype == segment.dtype for segment in segments
-        )
-        self._most_workers = max(1, _WRITERS_OF_A_FILE * len(waiting)) if is_copy and not is_remote else self.count
+        is_copy = not plan.derived_files and all(segment.source_dtype == segment.dtype for segment in segments)
+        self._is_remote = is_remote
+        self._most_workers = max(1, _WRITERS_OF_A_FILE * len(stretches)) if is_copy and not is_remote else self.count
 
     def workers(self, threads: int) -> int:
         """How many of ``threads`` have something to do at the same time. Conversions of values need no lock."""
@@ -308,45 +346,63 @@ class _Turns:
 
     @contextlib.contextmanager
     def next(self) -> Iterator[_Stretch]:
-        """Take the next stretch of the file with the fewest writers, of those the one with the most left."""
+        """Take the next turn of a group."""
         with self._lock:
-            file = min(self._waiting, key=self._rank)
-            self._num_taken[file] += 1
-            stretch = self._waiting[file].popleft()
-            self._num_writers[file] += 1
-            if not self._waiting[file]:
-                del self._waiting[file]
+            group = min(self._waiting, key=self._rank)
+            stretch = self._waiting[group].popleft()
+            self._num_writers[group] += 1
+            if not self._waiting[group]:
+                del self._waiting[group]
         try:
             yield stretch
         finally:
             with self._lock:
-                self._num_writers[file] -= 1
+                self._num_writers[group] -= 1
 
-    def _rank(self, file: int) -> tuple[int, int]:
-        """What the next file has the least of."""
-        if self._group_of:
-            return self._group_of[file], self._num_taken[file]
-        return self._num_writers[file], -len(self._waiting[file])
+    def _rank(self, group: int) -> tuple[float, int]:
+        """What the next group has the least of: in a store, its number; else writers, then turns that are done."""
+        if self._is_remote:
+            return group, 0
+        return self._num_writers[group] / len(self._groups[group]), -len(self._waiting[group])
+
+
+def _in_turn(files: Sequence[Sequence[tuple[bool, _Stretch]]]) -> Iterator[_Stretch]:
+    """Yield the stretches of some files in step; those of the same shared rows together, for one thread."""
+    for step in zip_longest(*files, fillvalue=(False, [])):
+        together = [part for is_shared, stretch in step if is_shared for part in stretch]
+        if together:
+            yield together
+        yield from (stretch for is_shared, stretch in step if stretch and not is_shared)
 
 
 def run_all(
-    work: Callable[[int], T], numbers: Sequence[int], *, workers: int, stop: Callable[[], None] = lambda: None
+    work: Callable[[int], T],
+    numbers: Sequence[int],
+    *,
+    workers: int,
+    stop: Callable[[], None] = lambda: None,
+    patience_s: float | None = None,
 ) -> list[T]:
     """Call ``work`` on every number in ``workers`` threads and return the results in order.
 
     After the first exception, pending calls are cancelled and ``stop`` is called, which may make running calls raise
-    ``Stopped``. The exception is raised when all threads have ended.
+    ``Stopped``. The exception is raised when all threads have ended, that of an interrupt after ``patience_s`` seconds
+    at the latest.
     """
-    if workers <= 1:
+    if workers <= 1 and patience_s is None:
         return [work(number) for number in numbers]
-    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="gather") as pool:
-        futures = [pool.submit(work, number) for number in numbers]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # also if the wait itself is interrupted
-            stop()
-            pool.shutdown(wait=True, cancel_futures=True)
-        failed = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
-        if failed:
-            raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
-        return [future.result() for future in futures]
+    pool = ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="gather")
+    futures = [pool.submit(work, number) for number in numbers]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    except BaseException:  # an interrupt
+        stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(futures, timeout=patience_s)
+        raise
+    stop()
+    pool.shutdown(wait=True, cancel_futures=True)
+    failed = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
+    if failed:
+        raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
+    return [future.result() for future in futures]

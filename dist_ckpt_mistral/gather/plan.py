@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dist_ckpt_mistral.errors import PlanError, TensorMismatchError, for_all
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.gather.boxes import IntArray, require_tiling, row_major_strides, shared_runs
+from dist_ckpt_mistral.gather.boxes import IntArray, distinct, require_tiling, row_major_strides, shared_runs
 from dist_ckpt_mistral.gather.casts import widened, widest
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, JoinedTensors, TensorIndex
@@ -62,6 +62,11 @@ class Segment:
     def stored_bytes(self) -> int:
         """Size of the segment in its file, in bytes of ``dtype``."""
         return self.num_bytes // dtypes.itemsize_bytes(self.source_dtype) * dtypes.itemsize_bytes(self.dtype)
+
+    @property
+    def shares_rows(self) -> npt.NDArray[np.bool_]:
+        """Which copies read rows with gaps between them: pieces of rows that other files want, too."""
+        return (self.copies["rows"] > 1) & (self.copies["source_stride"] > self.copies["row_bytes"])
 
     def stored(self, low: int, high: int) -> tuple[int, int]:
         """Return (position in the file, number of bytes there) of the bytes ``[low, high)`` in ``source_dtype``."""
@@ -230,7 +235,8 @@ def _segments(
     ends = np.bincount(chunks, minlength=num_chunks).cumsum().tolist()
     starts = [0, *ends[:-1]]
     sources: list[list[str]] = [[] for _ in range(num_chunks)]
-    for chunk, number in np.unique(np.column_stack([chunks, numbers]), axis=0).tolist():
+    for chunk_and_number in distinct(chunks * len(pairs) + numbers).tolist():
+        chunk, number = divmod(chunk_and_number, len(pairs))
         sources[chunk].append(pairs[number].source.name)
     filled = np.zeros(num_chunks, dtype=np.int64)
     np.add.at(filled, chunks, copies["rows"] * copies["row_bytes"])

@@ -196,7 +196,7 @@ def _config_of_base(adapter: AdapterConfig) -> Agreed:
             f"base_model_name_or_path in {adapter.source}: expected the adapter's model, got none. {advice}"
         )
     try:
-        place = locate(adapter.base_model, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS, weights=False)
+        place = locate(adapter.base_model, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS)
         return directory_config(place.path)
     except DistCkptMistralError as error:
         raise ConfigError(

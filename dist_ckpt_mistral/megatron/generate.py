@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.errors import ConfigError, LayoutError
+from dist_ckpt_mistral.formats.small_files import tokenizer_directories
 from dist_ckpt_mistral.mapping.source import ModelSource, open_source
 from dist_ckpt_mistral.megatron.build_model import Model, as_chunks
-from dist_ckpt_mistral.megatron.hf_inference import Sampling, load_tokenizer, stop_tokens, tokenizer_directories
+from dist_ckpt_mistral.megatron.hf_inference import Sampling, load_tokenizer, stop_tokens
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config, given_directory
@@ -27,6 +28,8 @@ from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
+#: What decoders write for bytes that are no whole character.
+_NOT_WHOLE: Final = "\N{REPLACEMENT CHARACTER}"
 #: Chooses the next token: (previous tokens ``[tokens]``, float32 logits of the next token ``[vocab_size]``) -> its id.
 Choose: TypeAlias = Callable[[torch.Tensor, torch.Tensor], int]
 
@@ -61,6 +64,7 @@ def complete(
     config: GivenConfig | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
+    stream: Callable[[str], None] | None = None,
 ) -> Iterator[Completion]:
     """Yield the completion of each prompt. Every rank of ``layout`` makes the same call and gets the same texts.
 
@@ -75,6 +79,8 @@ def complete(
         config: Configuration of a checkpoint that has none.
         tokenizer: Directory or hub id of the tokenizer; by default the directory ``config``, else the model's own.
         dtype: Torch name of the dtype to convert the weights to. Destroyed values are only a warning.
+        stream: Gets each text piece by piece, as its tokens are generated: the prompt first, and the whole of it
+            before its completion is yielded.
 
     Raises:
         DistCkptMistralError: The model cannot be read or run, or it has no tokenizer. Raised on all ranks.
@@ -94,24 +100,56 @@ def complete(
     model = load_source(source, layout, dtype=dtype, device=device, allow_lossy=True)
     for prompt in prompts:
         tokens = tuple(loaded_tokenizer(prompt)["input_ids"])
-        new = tuple(
-            generate(
-                model,
-                tokens,
-                vocab_size=source.config.vocab_size,
-                max_new_tokens=max_new_tokens,
-                stop_tokens=stop,
-                choose=greedy if sampling is None else sampling.chooser(),
-            )
-        )
+        pieces = _Pieces(partial(loaded_tokenizer.decode, skip_special_tokens=True), stream)
+        pieces.show([*tokens])
+        new: list[int] = []
+        for token in generate(
+            model,
+            tokens,
+            vocab_size=source.config.vocab_size,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=stop,
+            choose=greedy if sampling is None else sampling.chooser(),
+        ):
+            new.append(token)
+            pieces.show([*tokens, *new])
         yield Completion(
             prompt=prompt,
-            text=loaded_tokenizer.decode([*tokens, *new], skip_special_tokens=True),
-            continuation=loaded_tokenizer.decode(list(new), skip_special_tokens=True),
+            text=pieces.end([*tokens, *new]),
+            continuation=loaded_tokenizer.decode(new, skip_special_tokens=True),
             prompt_tokens=tokens,
-            new_tokens=new,
+            new_tokens=tuple(new),
             ended=bool(new) and new[-1] in stop,
         )
+
+
+class _Pieces:
+    """Passes a growing text on in pieces, of which none is taken back."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stream: Callable[[str], None] | None) -> None:
+        """Decode tokens with ``decode``; without ``stream`` only at the end."""
+        self._decode, self._stream, self._shown = decode, stream, ""
+
+    def show(self, tokens: list[int]) -> None:
+        """Pass on what ``tokens`` add, unless the last character is not whole yet."""
+        if self._stream is not None:
+            text = self._decode(tokens)
+            if text.startswith(self._shown) and not text.endswith(_NOT_WHOLE):
+                self._pass_on(text)
+
+    def end(self, tokens: list[int]) -> str:
+        """Pass on the rest, and return the whole text. If it has become another one, it is passed on again."""
+        text = self._decode(tokens)
+        if not text.startswith(self._shown) and self._stream is not None:
+            self._stream("\n")
+            self._shown = ""
+        self._pass_on(text)
+        return text
+
+    def _pass_on(self, text: str) -> None:
+        if self._stream is not None and len(text) > len(self._shown):
+            self._stream(text[len(self._shown) :])
+            self._shown = text
 
 
 def greedy(tokens: torch.Tensor, logits: torch.Tensor) -> int:  # noqa: ARG001  (the signature of Choose)

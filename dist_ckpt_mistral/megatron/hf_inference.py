@@ -18,7 +18,7 @@ from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.places import Kind, what_is
 from dist_ckpt_mistral.mapping.source import ModelSource
-from dist_ckpt_mistral.storage import documents, hub
+from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.views.lazy import LazyCheckpoint
 
@@ -66,32 +66,15 @@ class Sampling:
         return draw
 
 
-def tokenizer_directories(tokenizer: str | Path | None, *others: Path | None) -> list[Path]:
-    """The directories to search for a tokenizer: only ``tokenizer`` if given, else ``others`` in this order.
-
-    Raises ConfigError if ``tokenizer`` is given and is not a directory.
-    """
-    if tokenizer is None:
-        return [directory for directory in others if directory is not None]
-    directory = hub.local_directory(str(tokenizer), weights=False)
-    if not directory.is_dir():
-        raise ConfigError(f"the tokenizer {tokenizer} is not a directory. Give the one that holds its files.")
-    return [directory]
-
-
 def load_tokenizer(directories: Iterable[Path]) -> Any:  # noqa: ANN401  (transformers is untyped)
     """The tokenizer in the first of ``directories`` that has one. Raises ConfigError if none has, or it is damaged."""
-    searched = list(directories)
-    for directory in searched:
-        if small_files.has_tokenizer(directory):
-            try:
-                with small_files.local_copy(directory) as local:
-                    return transformers.AutoTokenizer.from_pretrained(local, local_files_only=True)
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise ConfigError(f"transformers cannot read the tokenizer in {directory}: {reason}") from error
-    places = ", ".join(map(str, searched)) or "the checkpoint"
-    raise ConfigError(f"no tokenizer in {places}. Give the Hugging Face directory that has it with --tokenizer.")
+    directory = small_files.tokenizer_directory(directories)
+    try:
+        with small_files.local_copy(directory) as local:
+            return transformers.AutoTokenizer.from_pretrained(local, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"transformers cannot read the tokenizer in {directory}: {reason}") from error
 
 
 def stop_tokens(

@@ -12,9 +12,10 @@ import torch
 from dist_ckpt_mistral.analysis.compare import open_pair
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.formats.places import Kind, what_is
+from dist_ckpt_mistral.formats.small_files import tokenizer_directories
 from dist_ckpt_mistral.mapping.source import ModelSource, completed, require_model
 from dist_ckpt_mistral.megatron.generate import forward, require_tokens
-from dist_ckpt_mistral.megatron.hf_inference import load_hf_model, load_tokenizer, tokenizer_directories
+from dist_ckpt_mistral.megatron.hf_inference import load_hf_model, load_tokenizer
 from dist_ckpt_mistral.megatron.load_model import load_source
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
@@ -99,7 +100,7 @@ def compare_logits(
         tokens = [_tokens(loaded_tokenizer(prompt)["input_ids"], source_a.config) for prompt in prompts]
     else:
         tokens = _random_tokens(hf_side.config, seed)
-    hf_side = completed(hf_side, given_directory(config, vision=True))
+    hf_side = completed(hf_side, given_directory(config))
     expected, actual = _in_transformers(hf_side, tokens), _in_megatron(megatron_side, tokens)
     names: Sequence[str | None] = list(prompts) or [None] * len(tokens)
     return LogitsComparison(

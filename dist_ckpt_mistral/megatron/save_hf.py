@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output, write_output
 from dist_ckpt_mistral.convert.to_hf import conversion, hf_files, new_directory
 from dist_ckpt_mistral.errors import ConfigError, LostRankError
-from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort, copy_part, execute
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort, Target, copy_part, execute
 from dist_ckpt_mistral.gather.plan import Part, Segment
 from dist_ckpt_mistral.mapping.source import completed
 from dist_ckpt_mistral.megatron.export_weights import TIMEOUT
@@ -23,7 +24,8 @@ from dist_ckpt_mistral.megatron.live_model import AnyModel
 from dist_ckpt_mistral.megatron.live_ranks import LiveRanks
 from dist_ckpt_mistral.megatron.sharded_state_dict import dtype_name
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
-from dist_ckpt_mistral.storage.local import Sources, TargetFile
+from dist_ckpt_mistral.storage.local import Sources
+from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path
 
 
 def save_hf(
@@ -50,13 +52,14 @@ def save_hf(
             chunks. Nothing is changed.
         config: The configuration of the model: a ``MistralConfig``, a config.json, or a directory or hub id with one,
             which also supplies the tokenizer, and the vision tower and projector of a multimodal model.
-        hf: Directory to create.
+        hf: Directory to create, or its URL in a store.
         dtype: Converts all weights, as a torch dtype or its name: to bfloat16, float16 or float32. None keeps the
             dtype of each.
         allow_lossy: Accept that ``dtype`` makes values infinite or zero, and count them in a warning.
         bucket_bytes: Size of a buffer, as for ``export_weights``.
         timeout: How long a rank waits for the others, and for the first one to write the tensors of a bucket.
-        output: How to write the directory; ``resume`` begins anew.
+        output: How to write the directory; ``resume`` begins anew. Into a store the parts go as tensors come,
+            and a run that fails leaves nothing there.
         effort: Memory to use for copying; one thread of the first rank writes.
 
     Returns:
@@ -71,14 +74,14 @@ def save_hf(
         LayoutError: Ranks were given different arguments.
         LostRankError: A rank did not come within ``timeout``, or ended.
     """
-    target, live = Path(hf), LiveRanks(timeout)
+    target, live = as_path(hf), LiveRanks(timeout)
     ranks = live.ranks
 
     def prepare() -> tuple[ChosenConfig, Path | None]:
         chosen = chosen_config(config)
         if chosen is None:
             raise ConfigError("config: expected a configuration, got None")
-        return chosen, given_directory(config, vision=True)
+        return chosen, given_directory(config)
 
     def arguments() -> dict[str, object]:
         options = {"bucket_bytes": bucket_bytes, "dtype": dtype_name(dtype), "allow_lossy": allow_lossy}
@@ -89,8 +92,8 @@ def save_hf(
     source = ranks.each(lambda: completed(language_model, config_directory))
     file_set = hf_files(source, dtype_name(dtype), output.max_file_bytes)
     plan = source.plan_into(file_set.tensor_index(target, source.table.usual_name))
-    carried = [n for n, each in enumerate(plan.segments) if each.copies["source_file"].max() >= live.world_size]
-    gathered = {number: each for number, each in enumerate(plan.segments) if number not in {*carried}}
+    carried = {n for n, each in enumerate(plan.segments) if each.copies["source_file"].max() >= live.world_size}
+    gathered = {number: each for number, each in enumerate(plan.segments) if number not in carried}
     gather = plan_live_gather(
         # in the dtypes of the source: values are converted where they are written, and losses counted
         replace(plan, segments=tuple(replace(each, dtype=each.source_dtype) for each in gathered.values())),
@@ -115,15 +118,22 @@ def save_hf(
             )
         )
 
-    def copy(numbers: Sequence[int], targets: Mapping[int, TargetFile]) -> dict[int, Copied]:
+    def copy(numbers: Sequence[int], targets: Mapping[int, Target]) -> dict[int, Copied]:
+        copied: dict[int, Copied] = {}
+        in_order = replace(effort, workers=1) if isinstance(target, RemotePath) else effort
+        written = _written(gather, gathered, targets, effort)
         try:
-            copied = _written(gather, gathered, targets, effort)
+            for is_carried, group in itertools.groupby(range(len(plan.segments)), carried.__contains__):
+                if not is_carried:
+                    copied.update(itertools.islice(written, len([*group])))
+                elif numbers:
+                    copied |= execute(plan, targets, effort=in_order, numbers=[*group], checksums=True)
         except LostRankError:
             if numbers:
                 raise
             return {}  # the first rank has stopped, and will say why
-        if numbers and carried:
-            copied |= execute(plan, targets, effort=effort, numbers=carried, checksums=True)
+        finally:
+            written.close()
         return copied
 
     losses = write_output(target, new, output=output, effort=effort, ranks=ranks, copy=copy)
@@ -131,16 +141,14 @@ def save_hf(
 
 
 def _written(
-    gather: LiveGather, segments: Mapping[int, Segment], targets: Mapping[int, TargetFile], effort: Effort
-) -> dict[int, Copied]:
-    """Gather the tensors of ``segments``, and write them on the rank that gets them."""
-    copied = {}
+    gather: LiveGather, segments: Mapping[int, Segment], targets: Mapping[int, Target], effort: Effort
+) -> Generator[tuple[int, Copied], None, None]:
+    """Gather the tensors of ``segments``, and write them on the rank that gets them. Yields the result of each."""
     with contextlib.closing(gather.tensors()) as tensors:
         for (number, segment), (_, tensor) in zip(segments.items(), tensors, strict=False):
             bands = _InMemory(tensor.view(-1).view(torch.uint8).cpu().numpy().data, effort.band_bytes())
             whole = Part(number, 0, segment.num_bytes)
-            copied[number] = copy_part(segment, whole, targets[segment.file], bands, effort, checksum=True)
-    return copied
+            yield number, copy_part(segment, whole, targets[segment.file], bands, effort, checksum=True)
 
 
 @dataclass(frozen=True, slots=True)

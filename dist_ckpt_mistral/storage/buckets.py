@@ -1,14 +1,18 @@
 """Object stores over obstore: ``s3://``, ``gs://``, ``az://``, and web servers with ranges for reading.
 
+``msc`` opens the same stores where a profile says.
+
 obstore retries server errors, resets and stalls itself. It does not notice an answer that is shorter than asked and
 consistent in itself, so every length is checked here. It publishes no truncated object: if a stream of parts fails, it
-aborts the upload (shared/prototypes/storage measured both; s3fs, msc.open and s3torchconnector publish what they have).
+aborts the upload (measured; s3fs, msc.open and s3torchconnector publish what they have).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
 from typing import Any, Final, TypeVar
@@ -16,12 +20,14 @@ from typing import Any, Final, TypeVar
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.errors import OutputError, SourceError
 from dist_ckpt_mistral.storage.retries import attempts, may_pass, reason, retry_seconds
-from dist_ckpt_mistral.storage.store import Info, Listing, ObjectExistsError, changed_object, pool
+from dist_ckpt_mistral.storage.store import Info, Listing, ObjectExistsError, answer_of, changed_object, pool
 
 T = TypeVar("T")
 
-#: A request whose answer does not go on for this long is made again.
-_TIMEOUT: Final = timedelta(seconds=30)
+#: A request whose answer does not begin, or does not go on, for this long is made again.
+_READ_TIMEOUT: Final = timedelta(seconds=30)
+#: A request that is not done by then is made again: on a slow line 4 MiB beside fifteen others take minutes.
+_TIMEOUT: Final = timedelta(minutes=10)
 _CONNECT_TIMEOUT: Final = timedelta(seconds=5)
 #: Variables with which obstore itself finds credentials for S3; without any of them boto3 is asked.
 _OWN_CREDENTIALS: Final = (
@@ -42,11 +48,25 @@ WEB_NAMES: Final = (
 )
 
 
-class BucketStore:
-    """A bucket or container. See ``Store`` for the methods."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Where a store's objects are, and how they are asked for: a URL of obstore's, and options of its constructors."""
 
-    def __init__(self, base: str) -> None:
-        """Connect to nothing yet. Raises MissingLibraryError without obstore, SourceError for a bad name."""
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    client_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BucketStore:
+    """A bucket or container, or a folder in one. See ``Store`` for the methods."""
+
+    bucket_parts = 0
+
+    def __init__(self, base: str, where: Where | None = None) -> None:
+        """Connect to nothing yet. Raises MissingLibraryError without obstore, SourceError for a bad name.
+
+        ``where`` counts in the place of ``base``, which is then only a name for errors.
+        """
         self.base = base
         with libraries.needed(f"a URL such as {base}", "obstore", extra="s3"):
             import obstore.exceptions  # noqa: PLC0415  (optional, and only URLs need it)
@@ -54,11 +74,13 @@ class BucketStore:
 
         self._exceptions: Any = obstore.exceptions
         options: Any = {"timeout": _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT, "allow_http": True}
+        options["read_timeout"] = _READ_TIMEOUT
         retry: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_seconds())}
         retry["backoff"] = {"max_backoff": timedelta(seconds=5)}
-        more: Any = _credentials() if base.startswith("s3://") else {}
         try:
-            self._store: Any = from_url(base, client_options=options, retry_config=retry, **more)
+            place = where if where is not None else Where(url=base, options=_found_options(base))
+            options |= place.client_options
+            self._store: Any = from_url(place.url, client_options=options, retry_config=retry, **place.options)
         except (ValueError, self._exceptions.BaseError) as error:
             raise SourceError(f"cannot open {base}: {reason(error)}") from error
 
@@ -70,11 +92,12 @@ class BucketStore:
 
     def _tried(self, call: Callable[[], T]) -> T:
         """Call until it goes well, or the time for retries is over: obstore does not retry answers that break off."""
+        end = time.monotonic() + retry_seconds()
         for is_last in attempts():
             try:
-                return call()
+                return answer_of(call)
             except self._exceptions.GenericError as error:
-                if is_last or not may_pass(error):
+                if is_last or not may_pass(error) or time.monotonic() > end:  # the client has retries of its own
                     raise
         raise AssertionError  # the last attempt returns or raises
 
@@ -184,7 +207,7 @@ class BucketStore:
         listed = [*keys]
         try:
             if listed:
-                self._store.delete(listed)
+                answer_of(lambda: self._store.delete(listed))
         except FileNotFoundError:
             for key in listed:
                 self._delete_one(key)
@@ -193,7 +216,7 @@ class BucketStore:
 
     def _delete_one(self, key: str) -> None:
         try:
-            self._store.delete(key)
+            answer_of(lambda: self._store.delete(key))
         except FileNotFoundError:
             pass
         except self._errors as error:
@@ -264,19 +287,37 @@ def _version(meta: Any) -> str | None:  # noqa: ANN401  (obstore's ObjectMeta or
     return version.strip('"') if version is not None and not version.startswith("W/") else version
 
 
-def _credentials() -> dict[str, Any]:
-    """Let boto3 find the credentials (AWS_PROFILE, SSO, roles) if the environment has none that obstore takes."""
-    if any(os.environ.get(name) for name in _OWN_CREDENTIALS):
+def _found_options(base: str) -> dict[str, Any]:
+    """What the environment says of a store that obstore does not see itself."""
+    scheme = base.partition("://")[0]
+    if scheme == "s3":
+        return s3_credentials()
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")  # the variable of Google's own clients
+    return gcs_emulator(emulator) if scheme == "gs" and emulator else {}
+
+
+def gcs_emulator(address: str) -> dict[str, Any]:
+    """The options for an emulator of GCS, which takes any token."""
+    url = address if "://" in address else f"http://{address}"
+    return {"base_url": url.rstrip("/"), "credential_provider": lambda: {"token": "emulator", "expires_at": None}}
+
+
+def s3_credentials(profile: str | None = None) -> dict[str, Any]:
+    """Let boto3 find the credentials (AWS_PROFILE, SSO, roles) if the environment has none that obstore takes.
+
+    With the name of a ``profile`` of the user's AWS files, they are those of the profile.
+    """
+    if profile is None and any(os.environ.get(name) for name in _OWN_CREDENTIALS):
         return {}
     try:
         import boto3  # noqa: PLC0415  (optional, slow, and only S3 needs it)
         from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415
     except ImportError:
-        if os.environ.get("AWS_PROFILE"):
+        if profile is not None or os.environ.get("AWS_PROFILE"):
             libraries.require("AWS_PROFILE", "boto3", extra="s3")
         return {}
     try:
-        session = boto3.Session()
+        session = boto3.Session(profile_name=profile)
         provider = Boto3CredentialProvider(session)
     except Exception as error:  # botocore's errors have no base class of their own in its public names
         raise SourceError(f"cannot find credentials for S3: {reason(error)}. Set AWS_PROFILE or the keys.") from error

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError, OutputError, SourceError
 from dist_ckpt_mistral.storage.local import SourceFiles, Sources, Stamp, changed, open_to_read
+from dist_ckpt_mistral.storage.paths import require_writable_scheme
 from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.storage.store import Store
 
@@ -68,6 +69,7 @@ def write_whole(path: Path, data: bytes) -> None:
     if isinstance(path, RemotePath):
         path.snapshot.store.write(path.key, data)
         return
+    require_writable_scheme(path)
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(data)

@@ -19,6 +19,8 @@ from dist_ckpt_mistral.storage.store import Info, Listing, ObjectExistsError, ch
 class FolderStore:
     """The files below a folder. See ``Store`` for the methods."""
 
+    bucket_parts = 0
+
     def __init__(self, root: Path) -> None:
         """Use an existing folder."""
         self._root = root

@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import stat
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
 from itertools import islice
@@ -22,6 +23,7 @@ from typing import Final, NamedTuple, Protocol, Self, TypeVar
 from dist_ckpt_mistral.errors import FormatError, SourceError
 from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.storage.remote_reads import Held, RemoteFiles, Wanted
+from dist_ckpt_mistral.storage.shared_rows import SharedRows
 from dist_ckpt_mistral.storage.store import Info
 
 T = TypeVar("T")
@@ -268,6 +270,8 @@ class SourceFiles:
         objects = {number: path for number, path in enumerate(self._paths) if isinstance(path, RemotePath)}
         self._remote = RemoteFiles(objects, self._note) if objects else None
         self._most_open = allow_open_files(len(self._paths) - len(objects))
+        self._shared = threading.local()
+        self._most_shared_bytes = 0
 
     @property
     def is_remote(self) -> bool:
@@ -275,18 +279,28 @@ class SourceFiles:
         return self._remote is not None
 
     def share(self, most_bytes: int) -> None:
-        """Keep up to ``most_bytes`` of objects that several target files want pieces of at about the same time."""
+        """Keep up to ``most_bytes`` of rows that several target files want pieces of: of objects, or in each thread."""
         if self._remote is not None:
             self._remote.share(most_bytes)
+        else:
+            self._most_shared_bytes = most_bytes
 
     def _note(self, path: RemotePath, info: Info) -> None:
         if self._sources is not None:
             self._sources.note(path, Stamp.of_object(info))
 
     def hold(self, wanted: Iterable[Wanted]) -> Readable:
-        """Begin to fetch what is wanted of objects, and return what reads it from memory when it has come."""
+        """Begin to fetch what is wanted of objects, and return what reads it from memory when it has come.
+
+        Of local files, shared rows are read at once, and stay in the memory of this thread until it holds others.
+        """
         if self._remote is None:
-            return self
+            if not self._most_shared_bytes:
+                return self
+            if not hasattr(self._shared, "rows"):
+                self._shared.rows = SharedRows(self.read_into, self._most_shared_bytes)
+            rows: SharedRows = self._shared.rows
+            return rows.hold(wanted)
         stored = (
             of_file
             for each in wanted

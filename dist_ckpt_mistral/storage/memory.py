@@ -13,6 +13,8 @@ from dist_ckpt_mistral.storage.store import Info, Listing, ObjectExistsError, ch
 class MemoryStore:
     """Objects in a dict. See ``Store`` for the methods."""
 
+    bucket_parts = 0
+
     def __init__(self, base: str = "memory://store") -> None:
         """Start empty."""
         self.base = base

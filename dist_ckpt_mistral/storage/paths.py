@@ -122,17 +122,22 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
     if isinstance(target, RemotePath):
         _require_writable_url(target, overwrite=overwrite)
         return
-    if is_url(target):
-        raise OutputError(
-            f"the output {as_given(target)} is a URL of a kind that cannot be written. Choose a local directory, or "
-            "s3://, gs:// or az://."
-        )
+    require_writable_scheme(target)
     try:
         place = placed(target)
         require_replaceable(target, place, overwrite=overwrite)
         _require_creatable(place)
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise OutputError(f"cannot create {target}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def require_writable_scheme(target: Path) -> None:
+    """Raise OutputError if an output was given as a URL of a kind that is only read, or not known."""
+    if is_url(target) and not isinstance(target, RemotePath):
+        raise OutputError(
+            f"the output {as_given(target)} is a URL of a kind that cannot be written. Choose a local path, or s3://, "
+            "gs://, az:// or msc://."
+        )
 
 
 def _require_writable_url(target: RemotePath, *, overwrite: bool) -> None:
@@ -142,9 +147,9 @@ def _require_writable_url(target: RemotePath, *, overwrite: bool) -> None:
     """
     if target.base.startswith(("http:", "https:")):
         raise OutputError(f"the output {target} is on a web server, which is only read. Give a bucket or a path.")
-    if not target.key:
-        raise OutputError(f"the output {target} is a whole bucket. Give a name in it, such as {target}/NAME.")
     fresh = target.refreshed()
+    if target.key.count("/") < fresh.snapshot.store.bucket_parts or not target.key:
+        raise OutputError(f"the output {target} is a whole bucket. Give a name in it, such as {target}/NAME.")
     present = {key.removeprefix(f"{target.key}/") for key in fresh.snapshot.store.below(target.key)}
     if present and RUN_FILE not in present and not overwrite:
         raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")

@@ -14,6 +14,7 @@ import functools
 import os
 import re
 import stat
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
@@ -23,9 +24,10 @@ from typing import Final, Self
 from dist_ckpt_mistral.errors import SourceError
 from dist_ckpt_mistral.storage.store import Info, Listing, Range, Store, read_many
 
-#: The schemes of stores. ``hf://`` and huggingface.co are hub ids, which ``hub`` downloads.
-SCHEMES: Final = ("s3", "gs", "az", "abfs", "http", "https", "memory")
+#: The schemes of stores. ``hf://`` and huggingface.co are hub ids, whose commits ``hub`` finds.
+SCHEMES: Final = ("s3", "gs", "az", "abfs", "msc", "http", "https", "memory")
 _WEB: Final = ("http", "https")
+_MSC: Final = "dist_ckpt_mistral.storage.msc"
 _URL: Final = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/]+)(?:/(.*))?", re.DOTALL)
 _HUB: Final = re.compile(r"https?:/{1,2}(www\.)?(huggingface|hf)\.co(/|$)")
 #: A small read takes this many bytes at the start of an object, which has the whole of a small file or a header.
@@ -44,6 +46,14 @@ def _open_store(base: str, process: int) -> Store:  # noqa: ARG001  (clients do 
         from dist_ckpt_mistral.storage.memory import MemoryStore  # noqa: PLC0415  (only tests and programs use it)
 
         return MemoryStore(base)
+    if scheme == "msc":
+        from dist_ckpt_mistral.storage import msc  # noqa: PLC0415  (as the next ones)
+
+        return msc.open_store(base)
+    if scheme == "hf":
+        from dist_ckpt_mistral.storage.hub_store import HubStore  # noqa: PLC0415
+
+        return HubStore(base)
     from dist_ckpt_mistral.storage.buckets import BucketStore, WebStore  # noqa: PLC0415  (local paths need neither)
 
     return WebStore(base) if scheme in _WEB else BucketStore(base)
@@ -57,6 +67,8 @@ def store_of(base: str) -> Store:
 def forget_stores() -> None:
     """Connect anew from now on, as where the credentials in the environment have changed. Empties ``memory://``."""
     _open_store.cache_clear()
+    if (msc := sys.modules.get(_MSC)) is not None:
+        msc.profile.cache_clear()
 
 
 class Snapshot:
@@ -279,11 +291,20 @@ class RemotePath(PosixPath):
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
-    """The path that a user means by ``name``: a remote one for the URL of a store, else a local one."""
+    """The path that a user means by ``name``: a remote one for the URL of a store, else a local one.
+
+    Raises SourceError and MissingLibraryError for a profile of ``msc://`` that cannot be served.
+    """
     if isinstance(name, Path):
         return name
     text = os.fspath(name)
     match = _URL.fullmatch(text)
     if match is None or _HUB.match(text) or (text[len(match[1]) :].startswith(":/") and "://" not in text):
         return Path(text)
-    return RemotePath(f"{match[1]}:", match[2], *filter(None, (match[3] or "").split("/")))
+    names = [*filter(None, (match[3] or "").split("/"))]
+    if match[1] == "msc":
+        from dist_ckpt_mistral.storage import msc  # noqa: PLC0415  (other paths need no configuration)
+
+        if (folder := msc.local_folder(match[2])) is not None:
+            return folder.joinpath(*names)
+    return RemotePath(f"{match[1]}:", match[2], *names)

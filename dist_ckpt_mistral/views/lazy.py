@@ -293,6 +293,6 @@ def opened(path: str | Path, config: GivenConfig | None) -> tuple[ModelSource, S
     """Open a model as ``open_checkpoint`` does: the model, and the stamps of its files when it was opened."""
     with Sources() as inputs:
         source = open_source(path, config=chosen_config(config), adapters=True)
-        directory = given_directory(config, vision=True)
+        directory = given_directory(config)
         require_equal_twins(source, only_hidden=True)
         return source if directory is None else completed(source, directory), inputs

@@ -55,6 +55,11 @@ class WeightIndex:
     left_out: Mapping[str, str]
     was_stale: tuple[str, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``index --json`` that does not change from run to run, in JSON types."""
+        content = {name: getattr(self, name) for name in ("num_bytes", "left_out", "was_stale", "names")}
+        return {"output": str(self.directory), **content}
+
 
 def write_index(
     checkpoint: str | Path, *, config: GivenConfig | None = None, kerchunk: str | Path | None = None

@@ -162,6 +162,7 @@ def test_a_saved_model_is_the_export_of_its_checkpoint(
     assert {path.name: path.read_bytes() for path in (saved / model).iterdir()} == written
     files = [name for name in sorted(written) if name.endswith(".safetensors")]
     assert [rank[f"saved {model}"]["written"] for rank in results] == [files] * 4
+    assert [rank[f"saved {model}"]["store"] for rank in results] == [True] * 4  # the same bytes
 
 
 @pytest.mark.parametrize("model", SAVED)
@@ -171,5 +172,7 @@ def test_a_save_that_fails_publishes_nothing(model: str, saved: Path, results: l
         told = rank[f"saved {model}"]
         assert "cannot write" in told["full"]
         assert "No space left on device" in told["full"]
+        assert "the store is full" in told["full store"][0]
+        assert told["full store"][1] == {}
         assert "float16 cannot hold: model.norm.weight: 1 become infinite" in told["narrow"]
     assert [*saved.glob(f"*{model}-*")] == []

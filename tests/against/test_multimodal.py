@@ -193,11 +193,13 @@ def test_vision_in_the_root_must_be_whole(damage: str, trip: Trip, tmp_path: Pat
 
 
 def test_the_original_may_be_on_the_hub(trip: Trip, tmp_path: Path) -> None:
-    """A hub id gives all that its directory does, weights included, and is downloaded once."""
+    """A hub id gives all that its directory does; only the small files of it are downloaded."""
     with FakeHub(repositories={"org/seeing": {"main": trip.original}}).serving() as hub:
         done = hub.run(tmp_path / "home", "to-hf", trip.trained, tmp_path / "hf", "--config", "org/seeing")
         assert done.returncode == 0, done.stderr
-        assert sorted(hub.downloaded) == sorted(contents(trip.original))
+        small = [name for name in contents(trip.original) if not name.endswith(".safetensors")]
+        assert sorted(hub.downloaded) == sorted(small)
+        assert {name for name, _ in hub.ranges} <= {*contents(trip.original)} - {*small}
     assert contents(tmp_path / "hf") == contents(trip.original)
 
 

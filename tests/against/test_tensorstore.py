@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,11 @@ def test_an_old_index_says_so(tmp_path: Path) -> None:
     """A shard that is longer, was saved again or is gone: ``index``, its ``--check`` and ``verify`` name it."""
     root, config = tmp_path / "ckpt", ["--config", folder("td_0192")]
     assert dcm.index_problems(shutil.copytree(shards("td_0192"), root)) == ()
-    assert run("index", root, *config).out == [f"wrote an index of 48 arrays (20.8 kB) to {root}"]
+    result, follows = run("index", root, *config).out
+    assert re.fullmatch(rf"wrote an index of 48 arrays \(20\.8 kB\) to {root} in \d+\.\d+ s", result)
+    purpose, _, line = follows.partition(": ")
+    assert purpose == "open a weight with"
+    assert eval(line, {"tensorstore": ts}).shape  # noqa: S307  (what a reader would paste)
     assert run("index", root, "--check").code == 0
     assert dcm.check(root, config=folder("td_0192")).is_sound
     shard = next(root.glob("*.distcp"))

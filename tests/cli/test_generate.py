@@ -159,7 +159,7 @@ def test_generate_prints_what_transformers_writes(path: str, places: dict[str, P
 def test_several_prompts_as_json(places: dict[str, Path]) -> None:
     """With --json everything about each prompt is there."""
     arguments = ["--prompt", TEXT, "--prompt", "b", "--max-new-tokens", NEW_TOKENS, "--json"]
-    found = json.loads("\n".join(run("generate", places["tied-ckpt"], *arguments).out))
+    found = json.loads("\n".join(run("generate", places["tied-ckpt"], *arguments).out))["completions"]
     words = AutoTokenizer.from_pretrained(places["tied"])
     for each, prompt in zip(found, (TEXT, "b"), strict=True):
         text, new = their_text(places["tied"], "tied", prompt)
@@ -183,8 +183,8 @@ def test_sampled_tokens_are_those_of_transformers(options: dict[str, Any], place
     for seed in (3, 4):
         text, new = their_text(places["untied"], NAME, TEXT, do_sample=True, seed=seed, **{"top_k": 0, **options})
         arguments = ["--prompt", TEXT, "--max-new-tokens", NEW_TOKENS, "--json", "--seed", seed, *flags]
-        ours = json.loads("\n".join(run("generate", places["untied"], *arguments).out))
-        assert (ours[0]["text"], ours[0]["new_tokens"]) == (text, new)
+        (ours,) = json.loads("\n".join(run("generate", places["untied"], *arguments).out))["completions"]
+        assert (ours["text"], ours["new_tokens"]) == (text, new)
         found.append(new)
     assert found[0] != found[1]
 
@@ -199,7 +199,7 @@ def test_generation_stops_at_every_end(places: dict[str, Path], tmp_path: Path) 
         path = tmp_path / "hf" / file
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ends}))
         outcome = run("generate", tmp_path / "hf", "--prompt", TEXT, "--max-new-tokens", NEW_TOKENS, "--json")
-        told = json.loads("\n".join(outcome.out))[0]
+        told = json.loads("\n".join(outcome.out))["completions"][0]
         assert (told["new_tokens"], told["ended"]) == (until, True)
         (tmp_path / "hf" / "generation_config.json").unlink(missing_ok=True)
 
@@ -234,7 +234,7 @@ def test_a_tokenizer_can_be_given(places: dict[str, Path], tmp_path: Path) -> No
     arguments = ["generate", shards("td_0192"), "--prompt", "abc", "--config", folder("td_0192")]
     assert "no tokenizer in" in refusal(tmp_path, *arguments)
     outcome = run(*arguments, "--tokenizer", places["tied"], "--max-new-tokens", 3, "--dtype", "float32", "--json")
-    assert len(json.loads("\n".join(outcome.out))[0]["new_tokens"]) == 3
+    assert len(json.loads("\n".join(outcome.out))["completions"][0]["new_tokens"]) == 3
 
 
 def test_what_generate_refuses(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_what_generate_refuses(places: dict[str, Path], tmp_path: Path, monkeypa
     options = ["--max-new-tokens", 5, "--top-k", 3, "--dtype", "float32", "--config", tmp_path / "a b", "--json"]
     words = [*start, "--prompt=-c", "--prompt", "it's\na $b", *options, "--tp", 2, "--pp", 2]
     told = refusal(tmp_path, *words)
-    assert "--tp 2 --pp 2 needs 4 ranks, and there are 1. Start them with: torchrun --nproc-per-node 4 -m " in told
+    assert "--tp 2 --pp 2 needs 4 ranks, and there is 1. Start them with: torchrun --nproc-per-node 4 -m " in told
     remedy = told.partition("-m dist_ckpt_mistral ")[2]
     done = subprocess.run(["bash", "-c", f"printf '%s\\0' {remedy}"], capture_output=True, check=True, timeout=60)
     assert done.stdout == b"".join(str(word).encode() + b"\0" for word in words)

@@ -19,16 +19,18 @@ from gpt_optimizer import on_cpu
 from gpt_stage import HfTensors, Stage
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
+from remote_folders import files_of, get_folder
 from safetensors.torch import load_file
 
 from dist_ckpt_mistral.convert.output import Output
-from dist_ckpt_mistral.errors import DistCkptMistralError
+from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
 from dist_ckpt_mistral.megatron.export_weights import export_weights
 from dist_ckpt_mistral.megatron.live_model import AnyModel
 from dist_ckpt_mistral.megatron.save_hf import save_hf
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.storage.local import TargetFile
+from dist_ckpt_mistral.storage.memory import MemoryStore
 
 
 def _filled(
@@ -110,11 +112,14 @@ def refuse_live(*, config: dict[str, Any], layout: dict[str, Any], hf: str) -> d
 
 
 def save_live(*, config: dict[str, Any], layout: dict[str, Any], hf: str, to: str) -> dict[str, Any]:
-    """Save a real model as a Hugging Face directory; then again where the first rank's disk is full, and too narrow."""
+    """Save a real model as a Hugging Face directory, and in a store; then where either is full, and too narrow."""
     stage, _ = _filled(MistralConfig.from_hf(config), layout, hf)
     small: dict[str, Any] = {"bucket_bytes": 16000, "output": Output(max_file_bytes=40000)}
     done = save_hf(_wrapped(stage, "float16"), hf, to, **small)
     answers: dict[str, Any] = {"written": sorted(done.files)}
+    url = f"memory://bucket/{Path(to).name}"  # of each process, and the first rank writes
+    save_hf(_wrapped(stage, "float16"), hf, url, **small)
+    answers["store"] = get_folder(url) == (files_of(Path(to)) if dist.get_rank() == 0 else {})
     real, calls = TargetFile.write, itertools.count()
 
     def full(file: TargetFile, position: int, data: memoryview | bytes) -> None:
@@ -124,13 +129,15 @@ def save_live(*, config: dict[str, Any], layout: dict[str, Any], hf: str, to: st
 
     def said(name: str, **options: Any) -> str:  # noqa: ANN401
         try:
-            save_hf(stage.chunks, hf, f"{to}-{name}", **small, **options)
+            save_hf(stage.chunks, hf, f"{url}-{name}" if name == "store" else f"{to}-{name}", **small, **options)
         except DistCkptMistralError as error:
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
     with mock.patch.object(TargetFile, "write", full):
         answers["full"] = said("full")
+    with mock.patch.object(MemoryStore, "upload", mock.Mock(side_effect=OutputError("the store is full"))):
+        answers["full store"] = said("store"), get_folder(f"{url}-store")
     with torch.no_grad():
         for name, parameter, _ in stage.parameters():
             if name == "decoder.final_layernorm.weight":

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from models import CASES, config_of_size, model_bytes
 
-from dist_ckpt_mistral.cli.options import size
+from dist_ckpt_mistral.cli.values import size
 from dist_ckpt_mistral.storage.documents import total_bytes
 
 HERE = Path(__file__).parent

@@ -206,7 +206,7 @@ class MistralConfig:
         """
         if isinstance(source, Mapping):
             return _from_hf_mapping(source, where)
-        path = require_config_file(hub.local_directory(str(source), weights=False))
+        path = require_config_file(hub.model_directory(str(source)))
         raw = documents.read_json(path)
         return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
@@ -282,21 +282,17 @@ def chosen_config(given: GivenConfig | None) -> ChosenConfig | None:
         return None
     if isinstance(content, MistralConfig):
         return ChosenConfig(config=content, source="the given configuration", overrides=overrides)
-    path = config_file(hub.local_directory(str(content), weights=False))
+    path = config_file(hub.model_directory(str(content)))
     source = f"the given configuration {path}"
     return ChosenConfig(config=MistralConfig.from_hf(content), source=source, overrides=overrides)
 
 
-def given_directory(given: GivenConfig | None, *, vision: bool = False) -> Path | None:
-    """The directory that a caller gave as configuration, whose other small files can be copied; else None.
-
-    For a hub id it is the snapshot, which includes the weights if ``vision`` is true and the model has a vision tower.
-    """
+def given_directory(given: GivenConfig | None) -> Path | None:
+    """The directory that a caller gave as configuration, whose other small files can be copied; else None."""
     content = _content(given)
     if content is None or isinstance(content, MistralConfig):
         return None
-    weights = vision and MistralConfig.from_hf(content).vision is not None
-    directory = hub.local_directory(str(content), weights=weights)
+    directory = hub.model_directory(str(content))
     return directory if directory.is_dir() else None
 
 

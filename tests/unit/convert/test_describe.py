@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import ConfigError, OutputError, TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer
+from dist_ckpt_mistral.messages import human_bytes
 
 TEMPLATES: Final = "additional_chat_templates/tool_use.jinja"
 #: What an iteration of training has of a model: its shards and their metadata.
@@ -64,7 +66,12 @@ def test_every_iteration_is_described(hf: Path, imported: Path, tmp_path: Path) 
     assert "describe" in refusal(tmp_path, "to-hf", root, tmp_path / "none")
     outcome = run("describe", hf, root)
     assert outcome.code == 0, outcome.err
-    assert outcome.out == [f"wrote 8 files to {root / 'hf'}; the model agrees with iter_0000010"]
+    files = [path for path in (root / "hf").rglob("*") if path.is_file() and path.name != "checksums.json"]
+    size = human_bytes(sum(path.stat().st_size for path in files))
+    result, follows = outcome.out
+    expected = rf"wrote 8 files \({size}\) to {root / 'hf'} in \d+\.\d+ s; the model agrees with iter_0000010"
+    assert re.fullmatch(expected, result)
+    assert follows == f"export an iteration with: dist-ckpt-mistral to-hf {root} HF_DIR"
     for place in (root, root / "iter_0000005"):
         out = tmp_path / f"out of {place.name}"
         outcome = run("to-hf", place, out)
@@ -181,9 +188,9 @@ def test_a_description_is_replaced_only_on_request(hf: Path, imported: Path, tmp
     before = tree(root)
     outcome = run("describe", hf, root, "--overwrite", "--dry-run")
     assert (outcome.code, tree(root)) == (0, before)
-    assert f"would write 8 files to {root / 'hf'}; the model agrees with iter_0000007" in outcome.out
+    assert re.fullmatch(r"would write 8 files \(\S+ kB\) to .*/hf; the model agrees with iter_0000007", outcome.out[0])
     assert run("describe", hf, root, "--overwrite").code == 0
-    assert outcome.out[1:] == [f"  {name}  {len(text)} bytes" for name, text in _files(root / "hf").items()]
+    assert outcome.out[1:] == [f"  {name}  {human_bytes(len(text))}" for name, text in _files(root / "hf").items()]
     assert not (root / "hf" / "stale.txt").exists()
     dcm.to_hf(root, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(hf)

@@ -1,4 +1,4 @@
-"""Models on the hub: every command that takes a Hugging Face directory takes a hub id, and downloads what it needs."""
+"""Models on the hub: every command that takes a Hugging Face directory takes a hub id, and fetches what it needs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from plain_models import contents
 from safetensors.torch import load_file
 
 from dist_ckpt_mistral.storage import hub as hub_module
+from dist_ckpt_mistral.storage.remote_path import RemotePath
 
 SMALL = {"config.json", "generation_config.json"}
 
@@ -54,16 +55,22 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
         ("org/own", "main", {"consolidated.safetensors"}),
     ],
 )
-def test_what_is_downloaded(name: str, revision: str, weights: set[str], hub: FakeHub, tmp_path: Path) -> None:
-    """Of the weights one rendering, transformers' own if there is one; and the model is that of the revision."""
+def test_what_is_fetched(name: str, revision: str, weights: set[str], hub: FakeHub, tmp_path: Path) -> None:
+    """Of the weights one rendering, transformers' own if there is one, by ranges and without a copy in the cache.
+
+    The small files are downloaded, and the model is that of the revision.
+    """
     done = hub.run(tmp_path / "home", "from-hf", name, tmp_path / "ckpt")
     assert done.returncode == 0, done.stderr
     original = hub.repositories[f"org/{name.split('org/')[1].split('@', maxsplit=1)[0].split('/', maxsplit=1)[0]}"][
         revision
     ]
-    left = {"pytorch_model.bin", *({"consolidated.safetensors"} if "model.safetensors" in weights else ())}
-    assert sorted(hub.downloaded) == sorted({file.name for file in original.iterdir()} - left)
-    assert weights <= {*hub.downloaded}
+    large = {"pytorch_model.bin", "consolidated.safetensors", "model.safetensors"}
+    assert sorted(hub.downloaded) == sorted({file.name for file in original.iterdir()} - large)
+    assert {name for name, _ in hub.ranges} == weights
+    fetched, num_bytes = sum(size for _, size in hub.ranges), sum((original / name).stat().st_size for name in weights)
+    assert fetched < num_bytes + (300 << 10)  # and what small reads fetch around the headers
+    assert not [*(tmp_path / "home").rglob("*.safetensors")]
     assert run("to-hf", tmp_path / "ckpt", tmp_path / "out").code == 0
     true = original if "model.safetensors" in weights else original.parent / "both"
     exported = load_file(tmp_path / "out" / "model.safetensors")
@@ -80,7 +87,8 @@ def test_every_command_takes_a_hub_id(hub: FakeHub, tmp_path: Path) -> None:
     assert {*hub.downloaded} == SMALL  # config.json tells the dtype
     equal = hub.run(home, "verify", "org/plain", tmp_path / "ckpt")
     assert (equal.returncode, equal.stdout[:5]) == (0, "equal")
-    assert {*hub.downloaded} == {"model.safetensors"}
+    assert not hub.downloaded
+    assert {name for name, _ in hub.ranges} == {"model.safetensors"}
     assert "no damage found" in hub.run(home, "verify", "org/plain").stdout
     told = json.loads(hub.run(home, "inspect", "org/plain", "--json").stdout)
     assert {each["name"] for each in told["tensors"]} == {*load_file(original / "model.safetensors")}
@@ -92,15 +100,38 @@ def test_every_command_takes_a_hub_id(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_without_the_hub(hub: FakeHub, tmp_path: Path) -> None:
-    """Offline the cache has what was downloaded, and the rest is refused in one line."""
+    """Offline the cache has what was downloaded by ``hf download``, and the rest is refused in one line.
+
+    Online it is read from the cache, too, and the weights are not fetched.
+    """
     home = tmp_path / "home"
     for name, out in (("org/both", "ckpt"), ("org/own", "own")):
+        hub.download(home, name)
         assert hub.run(home, "from-hf", name, tmp_path / out).returncode == 0
+        assert (hub.downloaded, hub.ranges) == ([], [])
         again = hub.run(home, "verify", name, tmp_path / out, offline=True)
         assert (again.returncode, again.stdout[:5], hub.downloaded) == (0, "equal", []), again.stderr
     refused = hub.run(home, "inspect", "org/plain", offline=True)
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
     assert refused.stderr.startswith("error: org/plain is neither a directory nor a model that the hub provides: ")
+
+
+def test_addresses_that_expire_and_the_token(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address of weights is asked for again when it is too old, and the token is told to the hub alone."""
+    monkeypatch.setattr(hub, "uses_of_an_address", 1)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for tokens in hub.tokens.values():
+        tokens.clear()
+    done = hub.run(tmp_path / "home", "verify", "org/plain", hub.repositories["org/plain"]["main"])
+    assert (done.returncode, done.stdout[:5]) == (0, "equal"), done.stderr
+    assert len(hub.ranges) > 1
+    assert hub.tokens == {"hub": {"Bearer hf_secret"}, "weights": {None}}
+
+
+def test_flags_name_the_tokenizer_on_the_hub() -> None:
+    """Megatron gets a hub id, which it can open, and no URL."""
+    assert hub_module.name_for_libraries(RemotePath("hf:", "org", "name@0123")) == "org/name"
+    assert hub_module.name_for_libraries(Path("a/b")) == "a/b"
 
 
 @pytest.mark.parametrize(
@@ -129,4 +160,4 @@ def test_what_the_hub_has_not(name: str, expected: str, hub: FakeHub, tmp_path: 
 def test_paths_are_no_hub_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistyped path is not asked of the hub where it shows that it is one."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    assert hub_module.local_directory(name) == Path(name)
+    assert hub_module.model_directory(name) == Path(name)

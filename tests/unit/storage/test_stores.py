@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from emulators import Emulator, azurite, gcs, moto
 from object_servers import S3Server, s3_for_tests
 
 from dist_ckpt_mistral.errors import FormatError, SourceError
+from dist_ckpt_mistral.storage.buckets import BucketStore, Where
 from dist_ckpt_mistral.storage.folder import FolderStore
 from dist_ckpt_mistral.storage.memory import MemoryStore
+from dist_ckpt_mistral.storage.msc import BucketsInKeys
 from dist_ckpt_mistral.storage.remote_path import store_of
 from dist_ckpt_mistral.storage.store import Info, ObjectExistsError, Range, Store, commit, read_many
 
@@ -26,20 +29,48 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(params=["memory", "folder", "s3"])
+@pytest.fixture(scope="module")
+def moto_s3() -> Iterator[Emulator]:
+    """Another S3 server."""
+    with moto("contract") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def google() -> Iterator[Emulator]:
+    """A server for GCS's client."""
+    with gcs("google") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """A server for Azure's client."""
+    with azurite("contract", tmp_path_factory.mktemp("azurite")) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "folder", "s3", "moto", "gs", "az", "folder in a bucket", "buckets in keys"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """A store of each kind."""
-    if request.param == "memory":
+    kind = request.param
+    if kind == "memory":
         return MemoryStore()
-    if request.param == "folder":
+    if kind == "folder":
         return FolderStore(tmp_path)
-    return store_of(request.getfixturevalue("s3").url)
+    if kind == "s3":
+        return store_of(request.getfixturevalue("s3").url)
+    if kind == "buckets in keys":
+        return BucketsInKeys("memory://profile", MemoryStore)
+    server = request.getfixturevalue({"gs": "google", "az": "azure"}.get(kind, "moto_s3"))
+    url = f"{server.url}/some/folder" if kind == "folder in a bucket" else server.url
+    return BucketStore(url, Where(url=url, options=server.where.options))
 
 
 @pytest.fixture
-def top() -> str:
+def top(store: Store) -> str:
     """A folder that no other test uses."""
-    return f"test-{next(_NUMBERS)}"
+    return "bucket/" * store.bucket_parts + f"test-{next(_NUMBERS)}"
 
 
 def read_all(store: Store, key: str) -> bytes:
