@@ -20,7 +20,17 @@ def run() -> int:
     code = main.main()
     gc.freeze()  # as it ends, Python would walk all objects for garbage, which takes as long as importing rich
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing catches a KeyboardInterrupt while Python shuts down
+    if code == main.EXIT_INTERRUPTED:
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> None:
+    """End at once: Python would wait for threads that wait for the answer of a store."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _exit_during_import(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (a signal handler's signature)

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -13,9 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from forked_ranks import RankServer
 from hypothesis import HealthCheck, settings
-
-from dist_ckpt_mistral.cli.processes import run_ranks
 
 # Small tensors gain nothing from threads, and threads that wait for work take cores from the processes beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +44,42 @@ def pytest_report_header() -> str:
     return f"not installed: {absent}; test modules that import them are left out" if absent else "nothing is left out"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of a run over several environments, one after the other: what one has shown, another need not repeat."""
+    group = parser.getgroup("environments")
+    group.addoption("--passed-to", type=Path, metavar="FILE", help="write the names of the tests that passed to FILE")
+    help_text = "leave out the tests in FILE, written where torch is absent, but for modules that ask what is installed"
+    group.addoption("--shown-by", type=Path, metavar="FILE", help=help_text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect what passes, if asked to; and let files start in the order of the workers' collection."""
+    if config.getoption("--passed-to") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Passed(config.getoption("--passed-to")))
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist's own order: files of many tests first, though they are quick
+
+
+class _Passed:
+    """Writes the names of the tests that passed, once all are done.
+
+    What passes where torch, Megatron and transformers are absent uses none of them, whatever it imports elsewhere.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._names: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take up a test that passed."""
+        if report.when == "call" and report.passed:
+            self._names.append(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the file."""
+        self._file.write_text(json.dumps(sorted(self._names)))
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out the test modules that import, themselves or through helpers, what is not installed here."""
     is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
@@ -64,8 +100,17 @@ def _imported(module: Path) -> frozenset[str]:
     return frozenset(found & {*LIBRARIES}).union(*map(_imported, helpers))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use ranks of Megatron say so by their fixtures; where there is no Megatron, its tests are skipped."""
+@cache
+def _asks_what_is_installed(module: Path) -> bool:
+    """Whether a test module may pass in one way with a library, and in another without: by its text."""
+    return any(word in module.read_text() for word in ("find_spec", "ImportError", "ModuleNotFoundError"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that use ranks, skip those of an absent Megatron, leave out what was shown elsewhere.
+
+    Several workers start with the files that have slow tests, so that none is left with one of them at the end.
+    """
     for item in items:
         if {"launch_ranks", "launch_megatron_lm", "launch_bridge"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
@@ -73,6 +118,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if "megatron" in _ABSENT and item.get_closest_marker("megatron"):
             item.add_marker(pytest.mark.skip(reason="megatron-core is not installed"))
+    shown = config.getoption("--shown-by")
+    if shown is not None:
+        passed = set(json.loads(shown.read_text()))
+        left_out = [item for item in items if item.nodeid in passed and not _asks_what_is_installed(item.path)]
+        config.hook.pytest_deselected(items=left_out)
+        gone = {*map(id, left_out)}
+        items[:] = [item for item in items if id(item) not in gone]
+    if hasattr(config, "workerinput"):
+        weights = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        launches = {item.path for item in items if item.get_closest_marker("ranks")}
+        items.sort(key=lambda item: (item.path not in launches, -min(weights[item.path], 1)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,23 +144,24 @@ def _take_down() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
+def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchRanks]:
     """Run jobs, one after another, on gloo ranks of megatron_ranks.py.
 
-    A job is ``{"task": name of a function there, **arguments}``, all of JSON types, and so is its result. Importing
-    megatron takes seconds, though the ranks of a launch do it once: tests share a launch where they can.
+    A job is ``{"task": name of a function there, **arguments}``, all of JSON types, and so is its result. All launches
+    of a session fork their ranks from one process, which imports megatron once. Tests still share a launch where they
+    can: to build models and groups takes seconds.
     """
-    return _launcher(_WORKER, tmp_path_factory)
+    yield from _launcher(_WORKER, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def launch_megatron_lm(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
+def launch_megatron_lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchRanks]:
     """The same on ranks of megatron_lm_ranks.py, which run Megatron-LM's own training code."""
-    return _launcher(_MEGATRON_LM_WORKER, tmp_path_factory)
+    yield from _launcher(_MEGATRON_LM_WORKER, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def launch_bridge(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
+def launch_bridge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchRanks]:
     """The same on ranks of bridge_ranks.py, which run Megatron-Bridge. Skips where that is not installed.
 
     Bridge 0.6.2 wants transformers up to 5.12, omegaconf, hydra-core, accelerate, einops, and megatron-core 0.19 or
@@ -113,14 +170,17 @@ def launch_bridge(tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     if find_spec("megatron.bridge") is None:
         pytest.skip("Megatron-Bridge pins older versions of what is tested here")
-    return _launcher(_BRIDGE_WORKER, tmp_path_factory)
+    yield from _launcher(_BRIDGE_WORKER, tmp_path_factory)
 
 
-def _launcher(worker: Path, tmp_path_factory: pytest.TempPathFactory) -> LaunchRanks:
+def _launcher(worker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchRanks]:
+    server = RankServer(worker)
+
     def launch(world_size: int, jobs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("ranks")
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        run_ranks([[sys.executable, worker, folder, str(world_size)]], folder, timeout_s=570)
+        server.launch(folder, world_size)
         return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
-    return launch
+    yield launch
+    server.close()

@@ -1,10 +1,12 @@
-"""Replacements that let Megatron train without CUDA, Apex and Transformer Engine."""
+"""Replacements that let Megatron train without CUDA, Apex and Transformer Engine, and Megatron-LM start there."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, Final
 from unittest import mock
 
 import megatron.core.optimizer
@@ -12,6 +14,14 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 
 from dist_ckpt_mistral.megatron.runtime import without_cuda
+
+#: What Megatron-LM needs on a CPU, and what it demands besides the flags of a model.
+_FLAGS_ON_CPU: Final = (
+    *("--use-cpu-initialization", "--distributed-backend", "gloo", "--transformer-impl", "local"),
+    *("--attention-backend", "unfused", "--no-persist-layer-norm", "--no-masked-softmax-fusion"),
+    *("--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion", "--no-gradient-accumulation-fusion"),
+    *("--micro-batch-size", "1", "--lr", "1e-4", "--train-iters", "10", "--save-interval", "1"),
+)
 
 
 @contextlib.contextmanager
@@ -34,6 +44,39 @@ def trainable_on_cpu() -> Iterator[None]:
         mock.patch.object(distrib_optimizer, "quantize_param_shard"),  # for float8; fails without Transformer Engine
     ):
         yield
+
+
+@contextlib.contextmanager
+def megatron_lm_on_cpu() -> Iterator[None]:
+    """Within the block Megatron-LM's own arguments, load and save work too."""
+    device = SimpleNamespace(major=9, minor=0, multi_processor_count=1, total_memory=1 << 34)
+    with (
+        trainable_on_cpu(),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=device),
+        mock.patch.object(torch.cuda, "device_count", return_value=1),
+        mock.patch.object(torch.cuda, "get_rng_state", side_effect=lambda *_: torch.zeros(8, dtype=torch.uint8)),
+        mock.patch.object(torch.cuda, "set_rng_state"),
+    ):
+        yield
+
+
+def megatron_lm_started(flags: Sequence[str]) -> None:
+    """Parse flags as ``pretrain_gpt.py`` does, and set Megatron-LM's global state up. Needs megatron-core 0.19."""
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator  # noqa: PLC0415  (only here)
+    from megatron.core.rerun_state_machine import initialize_rerun_state_machine  # noqa: PLC0415  (likewise)
+    from megatron.training.arguments import parse_args, validate_args  # noqa: PLC0415  (likewise)
+    from megatron.training.global_vars import set_args  # noqa: PLC0415  (likewise)
+
+    sys.argv = ["pretrain_gpt.py", *flags, *_FLAGS_ON_CPU]
+    args = parse_args()
+    validate_args(args, {})
+    args.sequence_parallel = False  # torch's norms refuse it; it changes no weights
+    set_args(args)
+    initialize_rerun_state_machine()
+    init_num_microbatches_calculator(
+        args.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+    )
 
 
 @contextlib.contextmanager

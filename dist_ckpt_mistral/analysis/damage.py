@@ -24,7 +24,7 @@ from dist_ckpt_mistral.formats.places import Kind, locate
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, SHARDED_KEY
 from dist_ckpt_mistral.gather.digest import Digest, digest
-from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, run_all
+from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, INTERRUPTED_WAIT_S, Effort, run_all
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.mapping.checkpoint_map import Twin
@@ -34,6 +34,7 @@ from dist_ckpt_mistral.messages import counted, listed, printable
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key
 from dist_ckpt_mistral.storage import paths
+from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.views.tensorstore_index import index_problems
 
 #: Hexadecimal digits of a SHA-256 in a message, as many as Megatron shows.
@@ -381,6 +382,7 @@ def _check_files(results: _Results, contents: _Contents, expected: _Expected, ef
         lambda number: _check_file(results.directory, contents, present[number], expected, effort),
         range(len(present)),
         workers=effort.threads,
+        patience_s=INTERRUPTED_WAIT_S if isinstance(results.directory, RemotePath) else None,
     )
     results.findings.extend(finding for file in files for finding in file.findings)
     if num_parts := sum(file.num_parts for file in files):

@@ -40,7 +40,7 @@ _EXAMPLES: Final = (
     f"{PROGRAM} to-hf ckpt out",
     f'eval "$({PROGRAM} --print-completion bash)"',
 )
-_EXIT_INTERRUPTED: Final = 130
+EXIT_INTERRUPTED: Final = 130
 #: Options of all commands, which may stand before the command too.
 _ANYWHERE: Final = ("-q", "--quiet", "--debug", "--no-progress", "--json")
 _SHELLS: Final = ("bash", "zsh", "tcsh")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         output.say_on_stderr(f"interrupted: {_notes(error) or 'Nothing was published.'}")
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except (DistCkptMistralError, ImportError, OSError, MemoryError) as error:
         return _fail(error, arguments)
 

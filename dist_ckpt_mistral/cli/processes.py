@@ -41,10 +41,7 @@ def run_ranks(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout
     count = str(len(commands))
     ranks: list[subprocess.Popen[bytes]] = []
     with _reserved_port() as port:
-        # Without NVTE_FLASH_ATTN and the like, which Megatron sets when this process builds a model: each rank sets its
-        # own (models/common/language_module/language_module.py, 0.16 to 0.19).
-        job = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")} | _ENVIRONMENT
-        job |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
+        job = job_environment() | {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
         try:
             for rank, command in enumerate(commands):
                 environment = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -60,6 +57,15 @@ def run_ranks(commands: Sequence[Sequence[str | Path]], folder: Path, *, timeout
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # the rank, and writers that Megatron started and left
                 process.wait()
+
+
+def job_environment() -> dict[str, str]:
+    """The environment that the ranks of a job share, but for its size and port.
+
+    Without NVTE_FLASH_ATTN and the like, which Megatron sets when this process builds a model: each rank sets its own
+    (models/common/language_module/language_module.py, 0.16 to 0.19).
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")} | _ENVIRONMENT
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:

@@ -16,6 +16,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,8 @@ from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.storage.store import Info, ObjectExistsError, Store, commit, pool
 
 _LOG = logging.getLogger(__name__)
+#: After an interrupt, the store is waited for no longer, and what is there stays.
+_INTERRUPTED_WAIT_S: Final = 0.5
 _FOLDER: Final = RUN_FILE.partition("/")[0]
 _RECORD: Final = f"{_FOLDER}/done-{{file}}.json"
 
@@ -51,7 +54,7 @@ def write_to_store(
     """
     run = _Run(target, new, output)
     with _concluded(run, ranks), new.recipe.inputs:
-        kept = ranks.on_first(run.begin)
+        kept, run.version = ranks.on_first(run.begin)
         if output.dry_run:
             return ()
         sizes = [*new.file_bytes.values()]
@@ -76,13 +79,17 @@ class _Run:
         self._store: Store = target.snapshot.store
         self._names = [*new.file_bytes]
         self._id = os.urandom(8).hex()
-        self.is_held = self.is_committed = False
+        self.is_held = self.is_committing = self.is_committed = False
+        self.version: str | None = None  # of the run's own file
 
     def _key(self, name: str) -> str:
         return f"{self.target.key}/{name}"
 
-    def begin(self) -> dict[int, Uploaded]:
-        """Take hold of the output. Returns the whole objects of an earlier run that are kept, by number of the file.
+    def begin(self) -> tuple[dict[int, Uploaded], str | None]:
+        """Take hold of the output.
+
+        Returns the whole objects of an earlier run that are kept, by number of the file, and the version of the run's
+        own file, by which all ranks see whether another run has taken over.
 
         Raises OutputError if another run holds it, or it exists and is not to be replaced.
         """
@@ -109,10 +116,10 @@ class _Run:
         elif present and earlier is None and not output.overwrite:
             raise OutputError(f"the output {self.target} exists. Choose another name or give --overwrite.")
         if output.dry_run:
-            return {}
-        self._hold(facts, replaces=earlier is not None)
+            return {}, None
+        version = self._hold(facts, replaces=earlier is not None)
         self._clear(present, kept)
-        return kept
+        return kept, version
 
     def _earlier(self, present: Mapping[str, Info]) -> dict[str, Any] | None:
         """What the run says that has left the output unfinished; None if there is none."""
@@ -142,18 +149,19 @@ class _Run:
         _LOG.info("resuming %s: %d of %d files are there", self.target, len(kept), len(self._names))
         return kept
 
-    def _hold(self, facts: Fingerprint, *, replaces: bool) -> None:
-        """Create the run's own file; only one run can."""
+    def _hold(self, facts: Fingerprint, *, replaces: bool) -> str | None:
+        """Create the run's own file, which only one run can, and return its version."""
         key = self._key(RUN_FILE)
         if replaces:
             self._store.delete([key])
         try:
-            self._store.write(key, self._about(facts, ended=False), only_new=True)
+            version = self._store.write(key, self._about(facts, ended=False), only_new=True)
         except ObjectExistsError as error:
             raise OutputError(
                 f"another run is writing {self.target}. Wait for it, or choose another output."
             ) from error
         self.is_held, self._facts = True, facts
+        return version
 
     def _about(self, facts: Fingerprint, *, ended: bool) -> bytes:
         who = f"process {os.getpid()} on {socket.gethostname()}"
@@ -190,6 +198,7 @@ class _Run:
             file_bytes=self._new.file_bytes,
             around=self._new.around,
             sha256=self._output.sha256,
+            require_held=self._require_held,
             done=note,
         )
         job.run([file for file in files if file not in kept], effort)
@@ -227,6 +236,8 @@ class _Run:
         with tempfile.TemporaryDirectory(prefix="dist-ckpt-mistral-") as folder:
             small = self._small_files(Path(folder), uploaded)
             self._require_held()
+            self._require_whole(uploaded)
+            self.is_committing = True
             last = [name for name in self._new.commit if name in small]
             others = sorted(small.keys() - {*last})
             put = documents.put_file
@@ -260,11 +271,24 @@ class _Run:
         return found
 
     def _require_held(self) -> None:
-        """Raise OutputError if another run has taken the output over."""
-        key = self._key(RUN_FILE)
-        info = self._store.info(key)
-        if info is None or json.loads(self._read(RUN_FILE, info)).get("id") != self._id:
+        """Raise OutputError if another run has taken the output over: every object of it is that run's from now on."""
+        if not self._holds():
             raise OutputError(f"another run has taken {self.target} over. Choose another output.")
+
+    def _holds(self) -> bool:
+        info = self._store.info(self._key(RUN_FILE))
+        return info is not None and info.version == self.version
+
+    def _require_whole(self, uploaded: Mapping[int, Uploaded]) -> None:
+        """Raise OutputError unless every data object is there as it was uploaded."""
+        present = self._store.below(self.target.key)
+        for each in uploaded.values():
+            key, expected = self._key(each.name), Info(each.num_bytes, each.version)
+            if expected != present.get(key) and expected != self._store.info(key):
+                raise OutputError(
+                    f"{self.target / each.name} was written or deleted by something else. Find out what uses "
+                    f"{self.target}, and continue with --resume."
+                )
 
     def conclude(self, error: BaseException) -> str:
         """After an error: keep what a later run can use, else remove it. Returns what to say of it."""
@@ -272,10 +296,23 @@ class _Run:
             return f"{self.target} is complete."
         if not self.is_held:
             return ""
-        kept = f"Nothing was published. --resume continues what is kept in {self.target}."
+        said = "All data are written, and some may be seen." if self.is_committing else "Nothing was published."
+        kept = f"{said} --resume continues what is kept in {self.target}."
         if isinstance(error, LostRankError):  # other ranks may still be writing
             return kept
+        cleaner = ThreadPoolExecutor(1)  # not the pool of requests, all of whose threads may wait for answers
         try:
+            patience_s = None if isinstance(error, Exception) else _INTERRUPTED_WAIT_S
+            return cleaner.submit(self._clean_up, said, kept).result(patience_s)
+        except TimeoutError:
+            return kept
+        finally:
+            cleaner.shutdown(wait=False)
+
+    def _clean_up(self, said: str, kept: str) -> str:
+        try:
+            if not self._holds():  # what is there is another run's
+                return said
             present = self._store.below(self.target.key)
             has_work = any(key.startswith(self._key(_RECORD.partition("{")[0])) for key in present)
             if has_work and not self._new.recipe.inputs.looks_changed():
@@ -283,8 +320,8 @@ class _Run:
                 return kept
             self._store.delete(present)
         except DistCkptMistralError as failure:
-            return f"Nothing was published, but {self.target}/{_FOLDER} may be left: {failure}"
-        return "Nothing was published."
+            return f"{said} {self.target}/{_FOLDER} may be left: {failure}"
+        return said
 
 
 @contextlib.contextmanager
@@ -295,6 +332,8 @@ def _concluded(run: _Run, ranks: Ranks) -> Iterator[None]:
     except BaseException as error:
         if ranks.is_first and (note := run.conclude(error)):
             error.add_note(note)
+        elif isinstance(error, LostRankError):  # it may have been the first
+            error.add_note(f"If {run.target} is not complete, --resume continues what is kept there.")
         raise
 
 

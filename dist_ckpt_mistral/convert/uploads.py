@@ -5,6 +5,7 @@ Files that want pieces of the same rows are written in step (``in_step``), so th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
@@ -22,7 +23,7 @@ from dist_ckpt_mistral.gather.execute import Copied, Effort, in_step, threads_fo
 from dist_ckpt_mistral.gather.parts import PART_BYTES, Around, Summed, TargetParts
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage.local import SourceFiles
-from dist_ckpt_mistral.storage.store import Store
+from dist_ckpt_mistral.storage.store import Store, pool
 
 #: A part is in memory while it is gathered, while it waits, and while it is on its way, and its sources beside it.
 _TIMES_IN_MEMORY: Final = 5
@@ -30,6 +31,8 @@ _MOST_IN_STEP: Final = 16
 _SCRATCH_BYTES: Final = 512 << 10
 #: How long a thread waits before it looks whether the run was stopped.
 _LOOK_S: Final = 0.1
+#: After an interrupt, uploads have this long to be aborted, which they are when one of their parts has been answered.
+_INTERRUPTED_WAIT_S: Final = 1.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +69,9 @@ class Uploaded:
 class UploadJob:
     """The files of a plan, to be uploaded into a store.
 
-    ``names`` are those of the target files, below the key ``folder``; ``around`` gives what stands around the segments
-    of a file; ``done`` is called with each whole object, from any thread.
+    The target files have the names in ``file_bytes``, below the key ``folder``; ``around`` gives what stands around the
+    segments of a file. ``require_held`` is called before each object appears, and raises if it must not any more;
+    ``done`` is called with each whole object. Both are called from any thread.
     """
 
     plan: BytePlan
@@ -76,6 +80,7 @@ class UploadJob:
     file_bytes: Mapping[str, int]
     around: Callable[[int], Iterable[Around]]
     sha256: bool
+    require_held: Callable[[], None]
     done: Callable[[int, Uploaded], None]
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -106,23 +111,23 @@ class UploadJob:
                 own.scratch = aligned_buffer(_SCRATCH_BYTES)
             return upload.parts.gather(number, sources, own.scratch)
 
-        with (
-            ThreadPoolExecutor(threads, thread_name_prefix="gather") as gatherers,
-            ThreadPoolExecutor(len(uploads), thread_name_prefix="upload") as uploaders,
-        ):
-            running = [uploaders.submit(upload.run) for upload in uploads]
-            try:
-                for number in range(max(len(upload.parts) for upload in uploads)):
-                    for upload in uploads:
-                        if number < len(upload.parts):
-                            upload.wait_for_room()
-                            upload.put(gatherers.submit(gather, upload, number))
-                wait(running)
-            except Stopped:
-                wait(running)  # one of them says why
-            finally:  # also if this thread is interrupted
-                if not all(future.done() and future.exception() is None for future in running):
-                    self.stop.set()
+        gatherers = ThreadPoolExecutor(threads, thread_name_prefix="gather")
+        uploaders = ThreadPoolExecutor(len(uploads), thread_name_prefix="upload")
+        running = [uploaders.submit(upload.run) for upload in uploads]
+        try:
+            with contextlib.suppress(Stopped):  # one of the uploads says why
+                for number, upload in _by_turns(uploads):
+                    upload.wait_for_room()
+                    upload.put(gatherers.submit(gather, upload, number))
+            wait(running)
+        except BaseException as interrupt:
+            self.stop.set()
+            if wait(running, timeout=_INTERRUPTED_WAIT_S).not_done:
+                interrupt.add_note("Parts of uploads may be left in the store, which a lifecycle rule of it removes.")
+            raise
+        finally:
+            for each in (gatherers, uploaders):
+                each.shutdown(wait=False, cancel_futures=True)
         errors = [error for future in running if (error := future.exception()) is not None]
         if errors:
             raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
@@ -174,7 +179,7 @@ class _Upload:
 
     def _blocks(self) -> Iterator[memoryview]:
         for number in range(len(self.parts)):
-            part, sums = self._next().result()
+            part, sums = self._next()
             for each in sums:
                 self._add(each)
             self.parts.put_around(number, part, self._crc32_of)
@@ -183,13 +188,23 @@ class _Upload:
                 self._sha256.update(part.data)
             self._progress.advance(sum(each.piece.high - each.piece.low for each in sums))
             yield part.data
+        # The object appears next. obstore panics if it is called within its own call, so another thread asks.
+        if self._job.stop.is_set():
+            raise Stopped
+        pool().submit(self._job.require_held).result()
 
-    def _next(self) -> Future[tuple[ByteArray, list[Summed]]]:
+    def _next(self) -> tuple[ByteArray, list[Summed]]:
+        """Return the next part when it is there. Raises Stopped, also while its sources are not answered."""
+        gathered: Future[tuple[ByteArray, list[Summed]]] | None = None
         while not self._job.stop.is_set():
             try:
-                return self._gathered.get(timeout=_LOOK_S)
+                gathered = gathered or self._gathered.get(timeout=_LOOK_S)
+                return gathered.result(timeout=_LOOK_S)
             except queue.Empty:
                 continue
+            except TimeoutError:
+                if gathered is not None and gathered.done():
+                    raise
         raise Stopped
 
     def _add(self, summed: Summed) -> None:
@@ -197,6 +212,14 @@ class _Upload:
         crc32 = zlib_ng.crc32_combine(before.crc32, summed.crc32, piece.high - piece.low)
         self._copied[piece.number] = Copied(crc32, before.lost.plus(summed.lost))
         self._crc32_of[piece.number] = crc32
+
+
+def _by_turns(uploads: Sequence[_Upload]) -> Iterator[tuple[int, _Upload]]:
+    """Yield the number of each part, those of all files in step."""
+    for number in range(max(len(upload.parts) for upload in uploads)):
+        for upload in uploads:
+            if number < len(upload.parts):
+                yield number, upload
 
 
 def files_of_rank(file_bytes: Sequence[int], rank: int, world_size: int) -> list[int]:

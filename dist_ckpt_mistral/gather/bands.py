@@ -95,6 +95,8 @@ class BandReader:
             elif holds:
                 sources = self._held(copies, start, end)
             fill(band, start, copies, scratch, sources)
+            if self._stopped:  # while an answer was waited for
+                raise Stopped
             yield band.data
 
     def _held(self, copies: list[_Copy], low: int, high: int) -> Readable:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dist_ckpt_mistral.gather.execute import Effort, band_readers, run_all, threads_for
+from dist_ckpt_mistral.gather.execute import INTERRUPTED_WAIT_S, Effort, band_readers, run_all, threads_for
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage.local import SourceFiles
 
@@ -36,7 +36,11 @@ def compare_bits(plan_a: BytePlan, plan_b: BytePlan, names: list[str], effort: E
             return None
 
         differences = run_all(
-            work, range(len(names)), workers=threads_for(effort, files_a, files_b), stop=reader_a.stop
+            work,
+            range(len(names)),
+            workers=threads_for(effort, files_a, files_b),
+            stop=reader_a.stop,
+            patience_s=INTERRUPTED_WAIT_S if files_a.is_remote or files_b.is_remote else None,
         )
     return ((name, what) for name, what in zip(names, differences, strict=True) if what is not None)
 

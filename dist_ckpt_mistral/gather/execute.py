@@ -41,6 +41,8 @@ _MOST_IN_STEP: Final = 16
 _SHARE_OF_SHARED: Final = 4
 #: Rows of a local file that a thread reads for several files at once: they stay in the last level of the cache.
 _SHARED_ROWS_BYTES: Final = 4 << 20
+#: After an interrupt, threads that wait for a store's answer are waited for no longer: a user waits for the prompt.
+INTERRUPTED_WAIT_S: Final = 1.0
 #: Bytes written before writeback to the disk is started.
 _WRITEBACK_BYTES: Final = 16 << 20
 
@@ -208,7 +210,11 @@ def execute(
                 return [(part, work(part)) for part in stretch]
 
         done = run_all(
-            take_turn, range(turns.count), workers=turns.workers(threads_for(effort, sources)), stop=reader.stop
+            take_turn,
+            range(turns.count),
+            workers=turns.workers(threads_for(effort, sources)),
+            stop=reader.stop,
+            patience_s=INTERRUPTED_WAIT_S if sources.is_remote else None,
         )
     result = dict.fromkeys(numbers, Copied(0, NOTHING))
     for part, copied in sorted(chain.from_iterable(done)):
@@ -370,23 +376,33 @@ def _in_turn(files: Sequence[Sequence[tuple[bool, _Stretch]]]) -> Iterator[_Stre
 
 
 def run_all(
-    work: Callable[[int], T], numbers: Sequence[int], *, workers: int, stop: Callable[[], None] = lambda: None
+    work: Callable[[int], T],
+    numbers: Sequence[int],
+    *,
+    workers: int,
+    stop: Callable[[], None] = lambda: None,
+    patience_s: float | None = None,
 ) -> list[T]:
     """Call ``work`` on every number in ``workers`` threads and return the results in order.
 
     After the first exception, pending calls are cancelled and ``stop`` is called, which may make running calls raise
-    ``Stopped``. The exception is raised when all threads have ended.
+    ``Stopped``. The exception is raised when all threads have ended, that of an interrupt after ``patience_s`` seconds
+    at the latest.
     """
-    if workers <= 1:
+    if workers <= 1 and patience_s is None:
         return [work(number) for number in numbers]
-    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="gather") as pool:
-        futures = [pool.submit(work, number) for number in numbers]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # also if the wait itself is interrupted
-            stop()
-            pool.shutdown(wait=True, cancel_futures=True)
-        failed = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
-        if failed:
-            raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
-        return [future.result() for future in futures]
+    pool = ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="gather")
+    futures = [pool.submit(work, number) for number in numbers]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    except BaseException:  # an interrupt
+        stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(futures, timeout=patience_s)
+        raise
+    stop()
+    pool.shutdown(wait=True, cancel_futures=True)
+    failed = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
+    if failed:
+        raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
+    return [future.result() for future in futures]

@@ -125,10 +125,10 @@ class JoinedTensors:
 
         ``tensors`` (int64 ``[boxes]``) are the numbers of the boxes' tensors, in the order in which they were given.
         """
-        is_single = np.array([tensor.num_chunks == 1 for tensor in self._tensors])[tensors]
-        single = np.flatnonzero(is_single & (lows < highs).all(axis=1))  # a box without elements meets nothing
+        num_chunks = np.array([tensor.num_chunks for tensor in self._tensors], dtype=np.int64)[tensors]
+        single = np.flatnonzero((num_chunks == 1) & (lows < highs).all(axis=1))  # a box without elements meets nothing
         parts = [Overlaps(single, self.first_rows[tensors[single]], lows[single], highs[single])]
-        several = np.flatnonzero(~is_single)
+        several = np.flatnonzero(num_chunks > 1)  # a tensor without chunks has the first row of the one after it
         for equal in equal_rows(self.first_rows[tensors[several], None]):
             boxes = several[equal]
             tensor = tensors[boxes[0]]

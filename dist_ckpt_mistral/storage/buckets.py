@@ -4,12 +4,13 @@
 
 obstore retries server errors, resets and stalls itself. It does not notice an answer that is shorter than asked and
 consistent in itself, so every length is checked here. It publishes no truncated object: if a stream of parts fails, it
-aborts the upload (shared/prototypes/storage measured both; s3fs, msc.open and s3torchconnector publish what they have).
+aborts the upload (measured; s3fs, msc.open and s3torchconnector publish what they have).
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,12 +20,14 @@ from typing import Any, Final, TypeVar
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.errors import OutputError, SourceError
 from dist_ckpt_mistral.storage.retries import attempts, may_pass, reason, retry_seconds
-from dist_ckpt_mistral.storage.store import Info, Listing, ObjectExistsError, changed_object, pool
+from dist_ckpt_mistral.storage.store import Info, Listing, ObjectExistsError, answer_of, changed_object, pool
 
 T = TypeVar("T")
 
-#: A request whose answer does not go on for this long is made again.
-_TIMEOUT: Final = timedelta(seconds=30)
+#: A request whose answer does not begin, or does not go on, for this long is made again.
+_READ_TIMEOUT: Final = timedelta(seconds=30)
+#: A request that is not done by then is made again: on a slow line 4 MiB beside fifteen others take minutes.
+_TIMEOUT: Final = timedelta(minutes=10)
 _CONNECT_TIMEOUT: Final = timedelta(seconds=5)
 #: Variables with which obstore itself finds credentials for S3; without any of them boto3 is asked.
 _OWN_CREDENTIALS: Final = (
@@ -71,6 +74,7 @@ class BucketStore:
 
         self._exceptions: Any = obstore.exceptions
         options: Any = {"timeout": _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT, "allow_http": True}
+        options["read_timeout"] = _READ_TIMEOUT
         retry: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_seconds())}
         retry["backoff"] = {"max_backoff": timedelta(seconds=5)}
         try:
@@ -88,11 +92,12 @@ class BucketStore:
 
     def _tried(self, call: Callable[[], T]) -> T:
         """Call until it goes well, or the time for retries is over: obstore does not retry answers that break off."""
+        end = time.monotonic() + retry_seconds()
         for is_last in attempts():
             try:
-                return call()
+                return answer_of(call)
             except self._exceptions.GenericError as error:
-                if is_last or not may_pass(error):
+                if is_last or not may_pass(error) or time.monotonic() > end:  # the client has retries of its own
                     raise
         raise AssertionError  # the last attempt returns or raises
 
@@ -202,7 +207,7 @@ class BucketStore:
         listed = [*keys]
         try:
             if listed:
-                self._store.delete(listed)
+                answer_of(lambda: self._store.delete(listed))
         except FileNotFoundError:
             for key in listed:
                 self._delete_one(key)
@@ -211,7 +216,7 @@ class BucketStore:
 
     def _delete_one(self, key: str) -> None:
         try:
-            self._store.delete(key)
+            answer_of(lambda: self._store.delete(key))
         except FileNotFoundError:
             pass
         except self._errors as error:

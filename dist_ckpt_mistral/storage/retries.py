@@ -30,7 +30,21 @@ _CODES: Final = {
     **dict.fromkeys(("NoSuchBucket", "ContainerNotFound", "InvalidBucketName"), _ABSENT),
     "RequestTimeTooSkewed": "the clock of this machine is wrong. Set it",
 }
-_STATUSES: Final = {"301": _REGION, "401": _REFUSED, "403": _DENIED}
+_UNTOLD: Final = (
+    "the server refuses the request without saying why, as for expired credentials or another region. Renew the "
+    "credentials, and check AWS_REGION"
+)
+_STATUSES: Final = {"301": _REGION, "400": _UNTOLD, "401": _REFUSED, "403": _DENIED}
+#: What obstore says of an answer with the status 301 that names no place, as S3 answers for a bucket elsewhere.
+_REDIRECT: Final = "redirect without LOCATION"
+_RIGHT_REGION: Final = re.compile(r"<Region>([a-z0-9-]+)</Region>")
+#: Temporary faults, by what is in an error -> what they are.
+_TEMPORARY: Final = {
+    "SlowDown": "the server asks for fewer requests",
+    "error sending request": "the server does not answer",
+    "response body error": "the server's answers break off or stop",
+    "InternalError": "the server fails",
+}
 #: What obstore asks if it has no credentials: the metadata services of the clouds' virtual machines.
 _METADATA_SERVICES: Final = ("169.254.169.254", "169.254.170.2", "metadata.google.internal", "metadata/identity")
 _NO_CREDENTIALS: Final = (
@@ -62,7 +76,7 @@ def may_pass(error: BaseException) -> bool:
     """Whether what failed may go well if it is tried again: not if the server has said why it refuses."""
     text = str(error)
     code, status = _CODE.search(text), _STATUS.search(text)
-    if any(service in text for service in _METADATA_SERVICES):
+    if _REDIRECT in text or any(service in text for service in _METADATA_SERVICES):
         return False
     return not (code and code[1] in _CODES) and not (status and status[1].startswith(("3", "4")))
 
@@ -73,10 +87,20 @@ def reason(error: BaseException) -> str:
     if any(service in text for service in _METADATA_SERVICES):
         return _NO_CREDENTIALS
     code, status = _CODE.search(text), _STATUS.search(text)
+    if _REDIRECT in text:
+        return f"{_REGION} (HTTP 301)"
     if code and code[1] in _CODES:
-        return f"{_CODES[code[1]]} ({code[1]})"
-    if status and status[1] in _STATUSES:
+        why, region = _CODES[code[1]], _RIGHT_REGION.search(text)
+        if why is _REGION and region:
+            why = f"the bucket is in another region. Set AWS_REGION={region[1]}"
+        return f"{why} ({code[1]})"
+    if status and status[1] in _STATUSES and not code:
         return f"{_STATUSES[status[1]]} (HTTP {status[1]})"
+    for sign, why in _TEMPORARY.items():
+        if sign in text:
+            said = f" ({code[1]})" if code else ""
+            tried = f"although it was tried again for {retry_seconds():g} s"
+            return f"{why}{said}, {tried}. Check the network and the address, or wait longer with --retry-time"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     return f"{first} ({code[1]})" if code else first

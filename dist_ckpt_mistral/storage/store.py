@@ -8,14 +8,17 @@ store does. All methods may be called from any thread.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from dist_ckpt_mistral.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
+
+T = TypeVar("T")
 
 #: Requests in flight at once, of the whole process. From 8 on they hide the latency of a request, and servers slow
 #: down a client that sends many more.
@@ -133,6 +136,12 @@ def pool() -> ThreadPoolExecutor:
 
         _POOLS[process] = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="requests")
     return _POOLS[process]
+
+
+def answer_of(call: Callable[[], T]) -> T:
+    """Call, and wait so that an interrupt ends it: clients in other languages do not look whether there was one."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return pool().submit(call).result() if is_main else call()
 
 
 def require_length(what: str, expected: int, got: int) -> None:

@@ -1,4 +1,4 @@
-"""What one rank does in tests of Megatron-Bridge itself: ``python bridge_ranks.py FOLDER N``, as in megatron_ranks.py.
+"""What one rank does in tests of Megatron-Bridge itself: ``python bridge_ranks.py``, as in megatron_ranks.py.
 
 Models, loading, saving and exports are those of ``megatron.bridge`` 0.6.2, without CUDA. Of the package only
 ``export_weights`` and ``load_weights`` have a part in it, where a result says so. Stand-ins take the place of what
@@ -293,4 +293,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     import_bridge()
-    forked_ranks.run(main)
+    forked_ranks.serve(main)

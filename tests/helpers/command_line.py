@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,23 @@ class Outcome:
 def run(*arguments: object) -> Outcome:
     """Run ``dist-ckpt-mistral`` with the given arguments."""
     out, err = io.StringIO(), io.StringIO()
+    code = _run(arguments, out, err)
+    return Outcome(code=code, out=out.getvalue().splitlines(), err=err.getvalue().splitlines())
+
+
+def shown(*arguments: object) -> tuple[int, list[str]]:
+    """Run it as on a terminal, where standard output and standard error are one: its exit code and all lines."""
+    terminal = io.StringIO()
+    code = _run(arguments, terminal, terminal)
+    return code, terminal.getvalue().splitlines()
+
+
+def _run(arguments: Sequence[object], out: io.StringIO, err: io.StringIO) -> int:
     with _fresh_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main([str(argument) for argument in arguments])
+            return main([str(argument) for argument in arguments])
         except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-    return Outcome(code=code, out=out.getvalue().splitlines(), err=err.getvalue().splitlines())
+            return int(stop.code or 0)
 
 
 @contextlib.contextmanager

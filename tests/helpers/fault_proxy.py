@@ -14,16 +14,36 @@ from typing import Final
 
 _BLOCK_BYTES: Final = 1 << 16
 _HEAD_END: Final = b"\r\n\r\n"
-_ERROR: Final = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>try again</Message></Error>"
+_ERROR: Final = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>%s</Code><Message>%s</Message>%s</Error>"
+_REGION: Final = b"<Region>eu-west-1</Region>"
+_ENDPOINT: Final = b"<Endpoint>bucket.s3-eu-west-1.amazonaws.com</Endpoint><Bucket>bucket</Bucket>"
+_MALFORMED: Final = b"The authorization header is malformed; the region 'us-east-1' is wrong; expecting 'eu-west-1'"
+#: What S3 refuses requests with: code -> status, message and what else is in the document
+#: (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html).
+ERRORS: Final = {
+    "ExpiredToken": (b"400 Bad Request", b"The provided token has expired.", b"<Token-0>FwoGZ</Token-0>"),
+    "InvalidAccessKeyId": (b"403 Forbidden", b"The AWS Access Key Id you provided does not exist in our records.", b""),
+    "SignatureDoesNotMatch": (b"403 Forbidden", b"The request signature we calculated does not match.", b""),
+    "AccessDenied": (b"403 Forbidden", b"Access Denied", b""),
+    "PermanentRedirect": (b"301 Moved Permanently", b"The bucket must be addressed by its endpoint.", _ENDPOINT),
+    "AuthorizationHeaderMalformed": (b"400 Bad Request", _MALFORMED, _REGION),
+    "NoSuchBucket": (b"404 Not Found", b"The specified bucket does not exist", b"<BucketName>bucket</BucketName>"),
+    "RequestTimeTooSkewed": (b"403 Forbidden", b"The difference between the times is too large.", b""),
+    "SlowDown": (b"503 Slow Down", b"Please reduce your request rate.", b""),
+    "InternalError": (b"500 Internal Server Error", b"We encountered an internal error. Please try again.", b""),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """What happens to every ``every``-th request of ``method`` whose target contains ``match``, ``most`` times.
 
+    ``method`` may be several, such as ``PUT|POST``.
+
     ``kind`` is one of: reset (the connection breaks within the answer), truncated (it ends there), short (the answer
-    is half as long, and says so), 503, error-in-200 (the answer is an error with the status 200), reset-request (the
-    connection breaks within the request), slow (the answer comes after a second).
+    is half as long, and says so), stalled (it stops there), silent (the request is not passed on, and no answer comes),
+    error-in-200 (the answer is an error with the status 200), reset-request (the connection breaks within the request),
+    slow (the answer comes after a second), or a code of ``ERRORS`` (the answer is that).
     """
 
     kind: str
@@ -49,7 +69,7 @@ class FaultProxy:
         """The kind of fault for a request, empty for none."""
         with self.lock:
             for fault in self.faults:
-                if fault.method == method and fault.match in target:
+                if method in fault.method.split("|") and fault.match in target:
                     self.seen[fault] += 1
                     if self.seen[fault] % fault.every == 0 and self.seen[fault] <= fault.every * fault.most:
                         self.done[fault.kind] += 1
@@ -91,8 +111,10 @@ class FaultProxy:
             client.sendall(b"HTTP/1.1 100 Continue" + _HEAD_END)
             head = head.replace(b"Expect: 100-continue\r\n", b"").replace(b"expect: 100-continue\r\n", b"")
         body += _exactly(client, _length(head) - len(body))
-        if fault == "503":
-            client.sendall(_answer(b"503 Slow Down", _ERROR % b"SlowDown"))
+        if fault == "silent":
+            return _wait_for_end(client)
+        if fault in ERRORS:
+            client.sendall(_refusal(fault, with_body=method != b"HEAD"))
             return True
         server.sendall(head + body)
         head, body = _head(server)
@@ -107,17 +129,19 @@ class FaultProxy:
     def _reply(self, client: socket.socket, fault: str, head: bytes, body: bytes) -> bool:
         half = body[: len(body) // 2]
         if fault == "error-in-200":
-            client.sendall(_answer(b"200 OK", _ERROR % b"InternalError"))
+            client.sendall(_refusal("InternalError", status=b"200 OK"))
             return True
         if fault == "slow":
             time.sleep(1)
         if fault == "short":
             head, body = head.replace(b"Content-Length: %d" % len(body), b"Content-Length: %d" % len(half)), half
-        client.sendall(head + (half if fault in {"reset", "truncated"} else body))
+        client.sendall(head + (half if fault in {"reset", "truncated", "stalled"} else body))
         with self.lock:
             self.sent += len(body)
         if fault == "reset":
             return _reset(client)
+        if fault == "stalled":
+            return _wait_for_end(client)
         return fault != "truncated"
 
 
@@ -154,8 +178,19 @@ def _length(head: bytes) -> int:
     return 0
 
 
-def _answer(status: bytes, body: bytes) -> bytes:
-    return b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+def _refusal(code: str, *, status: bytes = b"", with_body: bool = True) -> bytes:
+    """The answer with an error's document, or with its status alone."""
+    usual, message, more = ERRORS[code]
+    body = _ERROR % (code.encode(), message, more) if with_body else b""
+    head = b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d"
+    return head % (status or usual, len(body)) + _HEAD_END + body
+
+
+def _wait_for_end(connection: socket.socket) -> bool:
+    """Say nothing more until the client gives up."""
+    while connection.recv(_BLOCK_BYTES):
+        pass
+    return False
 
 
 def _reset(connection: socket.socket) -> bool:

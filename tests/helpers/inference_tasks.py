@@ -49,3 +49,10 @@ def run_command(*, layout: dict[str, Any], arguments: list[str]) -> dict[str, An
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main(arguments)
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def run_python(*, layout: dict[str, Any], code: str, folder: str) -> None:  # noqa: ARG001  (the job's)
+    """Run an example of a README in a directory that has what it names; an exception fails the launch."""
+    destroy_parallel_state()
+    with contextlib.chdir(folder):
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102  (what a reader would paste)

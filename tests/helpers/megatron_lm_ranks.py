@@ -1,4 +1,4 @@
-"""What one rank does in tests of Megatron-LM itself: ``python megatron_lm_ranks.py FOLDER N``, as in megatron_ranks.py.
+"""What one rank does in tests of Megatron-LM itself: ``python megatron_lm_ranks.py``, as in megatron_ranks.py.
 
 Arguments, configuration, model, loading and saving are those of ``megatron.training``, which megatron-core's wheels
 ship from 0.19 on. Of the package ``load_weights`` and ``export_weights`` have a part in it, where a result says so.
@@ -308,4 +308,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    forked_ranks.run(main)
+    forked_ranks.serve(main)

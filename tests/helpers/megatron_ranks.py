@@ -1,4 +1,4 @@
-"""What one rank does in multi-rank tests: ``python megatron_ranks.py FOLDER WORLD_SIZE``, which forks the ranks.
+"""What one rank does in multi-rank tests: ``python megatron_ranks.py``, from which ``RankServer`` forks the ranks.
 
 FOLDER/jobs.json names the jobs and FOLDER/rankN.json gets their results; the fixture ``launch_ranks`` provides both.
 The oracle is always a real GPTModel of the installed megatron-core, filled by ``gpt_stage``.
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from filling_tasks import fill_live, refuse_to_fill
 from gpt_optimizer import CONTENT, Optimizer
 from gpt_stage import HfTensors, Stage, hf_rows, set_parallel_state
-from inference_tasks import run_command, run_model
+from inference_tasks import run_command, run_model, run_python
 from live_tasks import export_live, measure_export, refuse_live, save_live
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -385,7 +385,7 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
     task.__name__: task
     for task in (
         *(compare_entries, compare_grouped, save_model, save_entries, load_entries, load_into_model),
-        *(save_described, save_training, reshard_checkpoint, load_training, run_model, run_command),
+        *(save_described, save_training, reshard_checkpoint, load_training, run_model, run_command, run_python),
         *(export_live, measure_export, refuse_live, save_live, fill_live, refuse_to_fill),
         *(load_entries_anywhere, load_live_anywhere, load_by_dcp),
     )
@@ -411,4 +411,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    forked_ranks.run(main)
+    forked_ranks.serve(main)

@@ -25,7 +25,7 @@ from command_line import refusal, run, tree
 from failing_writes import ALONE, at_write, full
 from flipped_bytes import damaged, some
 from genuine import ZARR, folder, shards, truth
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain_models import contents
 from rank_threads import on_ranks
@@ -364,6 +364,7 @@ def arrays(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[int, ...]]:
 
 @settings(max_examples=40)
 @given(st.lists(arrays(), min_size=1, max_size=4), st.integers(1, 400))
+@example([(torch.empty((0, 0)), (1, 1)), (torch.tensor([[0.0, 1.0]]), (1, 1))], 1)  # no chunk, then several
 def test_any_arrays(drawn: list[tuple[torch.Tensor, tuple[int, ...]]], most: int) -> None:
     """Whatever shapes, chunks and dtypes: the index points to what tensorstore reads, which the new one holds too."""
     with tempfile.TemporaryDirectory() as name:

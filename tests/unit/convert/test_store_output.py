@@ -175,6 +175,7 @@ def test_an_error_leaves_nothing_or_what_can_be_resumed(hf: Path, monkeypatch: p
         with pytest.raises(OutputError, match="full") as caught:
             imported(hf)
     assert "--resume continues" in caught.value.__notes__[0]
+    assert caught.value.__notes__[0].startswith("All data are written, and some may be seen.")
     imported(hf)  # the run that failed says that it has ended
 
 
@@ -194,16 +195,59 @@ def test_two_runs_at_once(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_was_taken_over_commits_nothing(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If another run begins with --overwrite meanwhile, the first one finds out before it commits."""
+    """If another run begins meanwhile, the first one finds out before it commits, and leaves all as it is."""
+    other = json.dumps({"id": "another"}).encode()
+    before: dict[str, bytes] = {}
 
     def takes_over(*_: _Anything) -> None:
-        store = remote(_OUT).snapshot.store
-        store.write("some/out/.incomplete/run.json", json.dumps({"id": "another"}).encode())
+        remote(_OUT).snapshot.store.write("some/out/.incomplete/run.json", other)
+        before.update(get_folder(_OUT))
 
     monkeypatch.setattr("dist_ckpt_mistral.storage.local.require_unchanged", takes_over)
+    with pytest.raises(OutputError, match="taken") as caught:
+        imported(hf)
+    assert caught.value.__notes__ == ["Nothing was published."]
+    assert get_folder(_OUT) == before
+    assert before[".incomplete/run.json"] == other
+    assert "latest_checkpointed_iteration.txt" not in before
+
+
+def test_no_object_of_a_run_that_was_taken_over_appears(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was cut off, and goes on when another one has the output, gives up before its object is whole."""
+    upload = MemoryStore.upload
+
+    def taken_over(
+        self: MemoryStore, key: str, parts: Iterable[bytes], *arguments: _Anything, **options: _Anything
+    ) -> str | None:
+        self.write("some/out/.incomplete/run.json", b"{}")
+        return upload(self, key, parts, *arguments, **options)
+
+    monkeypatch.setattr(MemoryStore, "upload", taken_over)
     with pytest.raises(OutputError, match="taken"):
         imported(hf)
-    assert "latest_checkpointed_iteration.txt" not in get_folder(_OUT)
+    assert get_folder(_OUT) == {".incomplete/run.json": b"{}"}
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_data_that_something_else_has_touched(
+    is_deleted: bool, hf: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data object that was written again or deleted before the commit fails the run, and --resume mends it."""
+
+    def spoils(*_: _Anything) -> None:
+        store = remote(_OUT).snapshot.store
+        if is_deleted:
+            store.delete(["some/out/release/__0_0.distcp"])
+        else:
+            store.write("some/out/release/__0_0.distcp", b"another")
+
+    with monkeypatch.context() as spoiled:
+        spoiled.setattr("dist_ckpt_mistral.storage.local.require_unchanged", spoils)
+        with pytest.raises(OutputError, match=r"__0_0\.distcp was written or deleted by something else") as caught:
+            imported(hf)
+    assert caught.value.__notes__ == [f"Nothing was published. --resume continues what is kept in {_OUT}."]
+    imported(hf, resume=True)
+    assert get_folder(_OUT) == expected
 
 
 def test_an_output_that_exists(hf: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

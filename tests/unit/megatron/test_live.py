@@ -1,12 +1,10 @@
-"""The live gather in a process of its own rank, as the README has it. tests/against/test_live_export.py has several."""
+"""The live gather in a process of its own rank. tests/against/test_live_export.py has several."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -23,7 +21,6 @@ from dist_ckpt_mistral.storage.remote_path import forget_stores
 pytestmark = [pytest.mark.megatron, pytest.mark.filterwarnings("ignore")]
 
 _OUT = "memory://bucket/out"
-_README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +38,6 @@ def model(tmp_path: Path) -> Any:  # noqa: ANN401  (megatron is untyped)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return dcm.load_model(tmp_path / "hf_dir", device="cpu")
-
-
-def test_the_readme_snippet(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
-    """An engine gets every tensor of the directory, bit for bit, and the saved directory has the same files."""
-    snippet = next(each for each in re.findall(r"```python\n(.*?)```", _README, re.DOTALL) if "export_weights" in each)
-    got: list[tuple[str, torch.Tensor]] = []
-    monkeypatch.chdir(tmp_path)
-    names = {"dcm": dcm, "model": model, "engine": SimpleNamespace(load_weights=got.extend)}
-    exec(compile(snippet, "README.md", "exec"), names)  # noqa: S102  (what a reader would paste)
-    expected = _tensors(Path("hf_dir"))
-    assert {name for name, _ in got} == {*expected}
-    assert [name for name, tensor in got if not torch.equal(tensor, expected[name])] == []
-    written = _tensors(Path("out"))
-    assert written.keys() == expected.keys()
-    assert [name for name, tensor in written.items() if not torch.equal(tensor, expected[name])] == []
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -165,6 +165,10 @@ def test_coalesced_ranges() -> None:
     ("<Error><Code>AccessDenied</Code></Error>", "permission denied", False),
     ("Error performing PUT http://169.254.169.254/latest/api/token in 1 s", "there are no credentials", False),
     ("Server returned non-2xx status code: 403 Forbidden: ", "permission denied", False),
+    ("Received redirect without LOCATION, this normally indicates an incorrectly configured region", "region", False),
+    ("<Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region>", "Set AWS_REGION=eu-west-1", False),
+    ("Server returned non-2xx status code: 400 Bad Request:", "without saying why, as for expired credentials", False),
+    ("after 3 retries - HTTP error: error sending request", "the server does not answer, although", True),
     ("Server returned non-2xx status code: 503 Busy: <Error><Code>SlowDown</Code></Error>", "SlowDown", True),
     ("connection closed before message completed\nDebug source: ...", "closed before message completed", True),
 ])  # fmt: skip
