@@ -200,7 +200,7 @@ class Driver:
             (self.work / "out").mkdir()
             (self.work / "out" / "precious").write_text("old")
 
-    def _instead(self, write: Callable[..., object], *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+    def _instead(self, write: Callable[..., object], *arguments: Any, **options: Any) -> tuple[()]:  # noqa: ANN401
         """In place of the package's: it is called in forked processes only."""
         call = self.scenario.first
         while True:
@@ -210,12 +210,12 @@ class Driver:
             )
             seen, calls = self._fork(lambda ranks: write(*arguments, **options | {"ranks": ranks}), fault)
             if self._is_forked() or (calls is not None and calls < call):
-                return
+                return ()
             output = replace(options["output"], resume=True, overwrite=self.scenario.old or seen.state == "complete")
             again = options | {"output": output}
             resumed, _ = self._fork(lambda ranks: write(*arguments, **again | {"ranks": ranks}), None)  # noqa: B023
             if self._is_forked():
-                return
+                return ()
             self.outcomes.append(Outcome(call=call, hit=seen, resumed=resumed))
             call += self.scenario.step
 
