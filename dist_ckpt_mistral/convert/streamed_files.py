@@ -64,8 +64,7 @@ class StreamedFile:
         if self._part:
             self._put(self._part)
         self._put(None)
-        assert self._upload is not None  # noqa: S101  (a part has been put)
-        version = self._upload.result()
+        version = self._begun().result()
         self._uploaders.shutdown()
         return Uploaded(
             name=self._name,
@@ -103,15 +102,20 @@ class StreamedFile:
 
     def _put(self, part: bytearray | None) -> None:
         """Hand a part over, when there is room for it."""
-        if self._upload is None:
-            self._upload = self._uploaders.submit(self._run)
-        while not self._upload.done():
+        upload = self._begun()
+        while not upload.done():
             try:
                 self._parts.put(part, timeout=_LOOK_S)
             except queue.Full:
                 continue
             return
         raise Stopped
+
+    def _begun(self) -> Future[str | None]:
+        """The upload, which begins when it is first asked for."""
+        if self._upload is None:
+            self._upload = self._uploaders.submit(self._run)
+        return self._upload
 
     def _run(self) -> str | None:
         return self._store.upload(self._key, self._taken(), self._part_bytes, in_flight=_IN_FLIGHT)

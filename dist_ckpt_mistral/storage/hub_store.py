@@ -58,13 +58,13 @@ class HubStore:
         return Repository(f"{self._owner}/{name}", commit), rest
 
     def _listed(self, repository: Repository) -> Mapping[str, Info]:
-        from huggingface_hub import HfApi  # noqa: PLC0415  (slow; only hub ids need it)
+        from huggingface_hub import HfApi, RepoFile  # noqa: PLC0415  (slow; only hub ids need it)
 
         try:
             tree = [*HfApi().list_repo_tree(repository.id, recursive=True, revision=repository.commit)]
         except Exception as error:  # the errors of the hub and of its transport have no common base class
             raise SourceError(f"cannot list {self.base}: {_one_line(error)}") from error
-        files = {each.path: Info(each.size, each.blob_id) for each in tree if hasattr(each, "blob_id")}
+        files = {each.path: Info(each.size, each.blob_id) for each in tree if isinstance(each, RepoFile)}
         if fnmatch.filter(files, _WEIGHTS):
             files = {path: info for path, info in files.items() if not fnmatch.fnmatchcase(path, _CONSOLIDATED)}
         return files
