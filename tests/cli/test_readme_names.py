@@ -26,7 +26,14 @@ _WIDEST: Final = 120
 #: Options in the pages that belong to other programs.
 _FOREIGN_OPTIONS: Final = {
     "Megatron-LM": {"--use-checkpoint-args", "--norm-epsilon", "--bf16", "--window-size", "--ckpt-format"}
-    | {"--use-legacy-models", "--load", "--hybrid-layer-pattern", "--use-torch-fsdp2", "--use-megatron-fsdp"},
+    | {
+        "--use-legacy-models",
+        "--load",
+        "--hybrid-layer-pattern",
+        "--use-torch-fsdp2",
+        "--use-megatron-fsdp",
+        "--disable-msc",
+    },
     "tools/bench": {"--case", "--layers", "--tp", "--experts", "--chunks"},
 }
 
