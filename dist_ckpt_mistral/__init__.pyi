@@ -39,6 +39,7 @@ from .errors import UnsupportedFormatError as UnsupportedFormatError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .gather.execute import Effort as Effort
 from .gather.progress import Progress as Progress
+from .gather.progress import ProgressBar as ProgressBar
 from .mapping.read_plan import Amount as Amount
 from .mapping.read_plan import ChunkList as ChunkList
 from .mapping.read_plan import ChunkReads as ChunkReads

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Final, TypeAlias
 
 #: Up to this many names are listed one by one, more as patterns.
@@ -22,6 +22,9 @@ _MAX_NUMBERS: Final = 8
 #: Runs of numbers that ``spans`` spells out before "and N more".
 _MAX_RUNS: Final = 6
 _PAIR: Final = 2
+#: A ``repr`` shows collections of at most this many entries, and at most this many characters of a value.
+_MAX_SHOWN: Final = 8
+_MAX_REPR: Final = 120
 _Numbers: TypeAlias = tuple[int, ...]
 
 
@@ -141,3 +144,30 @@ def spans(numbers: Iterable[int], *, most: int = _MAX_RUNS) -> str:
     shown = [f"{run[0]} to {run[-1]}" if len(run) > _PAIR else ", ".join(map(str, run)) for run in runs[:most]]
     more = sum(map(len, runs[most:]))
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def concise_repr(instance: object) -> str:
+    """The ``__repr__`` of public dataclasses, for notebooks: one line with the fields that are not the default.
+
+    A long collection is its size, such as ``<201 entries>``, and an array its shape.
+    """
+    import dataclasses  # noqa: PLC0415  (--help needs none)
+
+    shown = []
+    for field in dataclasses.fields(instance):  # type: ignore[arg-type]  # the caller is a dataclass
+        value = getattr(instance, field.name)
+        is_default = type(value) is type(field.default) and value == field.default
+        shown += [] if is_default else [f"{field.name}={_brief(value)}"]
+    return f"{type(instance).__name__}({', '.join(shown)})"
+
+
+def _brief(value: object) -> str:
+    """The ``repr`` of a value, or what it is in a few words if that is long."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"<array {value.shape}>"
+    text = "" if isinstance(value, Sized) and len(value) > _MAX_SHOWN and not isinstance(value, str) else repr(value)
+    if text and len(text) <= _MAX_REPR:
+        return text
+    if isinstance(value, Sized) and not isinstance(value, str):
+        return f"<{counted(len(value), 'entry', 'entries')}>"
+    return f"{text[:_MAX_REPR]}..."

@@ -143,6 +143,17 @@ def _take_down() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _plain_files() -> None:
+    """Megatron 0.16 opens files through multistorageclient, 0.19 only with --enable-msc: here neither does.
+
+    Unpickling a checkpoint's metadata through it is a million small reads, each of which is measured and reported.
+    The ranks of ``demo`` leave it as it is.
+    """
+    if msc := sys.modules.get("megatron.core.msc_utils"):
+        msc.MultiStorageClientFeature.disable()
+
+
 @pytest.fixture(scope="session")
 def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchRanks]:
     """Run jobs, one after another, on gloo ranks of megatron_ranks.py.

@@ -23,6 +23,7 @@ from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_segments
 from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, twin_differences
+from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.agreement import Disagreement
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.table.table import HfTensor
@@ -65,6 +66,8 @@ class Comparison:
     not_compared: tuple[str, ...]
     configurations: tuple[Disagreement, ...] = ()
     named_by: str = "hf_name"
+
+    __repr__ = concise_repr
 
     @property
     def is_equal(self) -> bool:

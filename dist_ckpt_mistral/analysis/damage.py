@@ -30,7 +30,7 @@ from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.mapping.checkpoint_map import Twin
 from dist_ckpt_mistral.mapping.configuration import Matched, checkpoint_config, matched
 from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter, open_hf, twin_differences
-from dist_ckpt_mistral.messages import counted, listed, printable
+from dist_ckpt_mistral.messages import concise_repr, counted, listed, printable
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key
 from dist_ckpt_mistral.storage import paths
@@ -58,6 +58,8 @@ class Finding:
     hf_names: tuple[str, ...] = ()
     what: str
 
+    __repr__ = concise_repr
+
     def __str__(self) -> str:
         """``file: tensor (Hugging Face names): what``."""
         names = "" if self.hf_names in {(), (self.tensor,)} else f" ({listed([*map(printable, self.hf_names)])})"
@@ -80,6 +82,8 @@ class Check:
     checked: tuple[str, ...]
     not_checked: tuple[str, ...]
     findings: tuple[Finding, ...]
+
+    __repr__ = concise_repr
 
     @property
     def is_sound(self) -> bool:

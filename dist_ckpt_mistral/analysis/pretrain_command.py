@@ -14,7 +14,7 @@ from dist_ckpt_mistral.formats.places import Kind, Place, locate
 from dist_ckpt_mistral.mapping.configuration import directory_config
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source, require_model
-from dist_ckpt_mistral.messages import command_line
+from dist_ckpt_mistral.messages import command_line, concise_repr
 from dist_ckpt_mistral.model.args.flags import pretrain_flags
 from dist_ckpt_mistral.model.args.hybrid import hybrid_pattern
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
@@ -43,6 +43,8 @@ class PretrainCommand:
     config_from: str
     args: Mapping[str, Any]
     groups: Mapping[str, Sequence[str]]
+
+    __repr__ = concise_repr
 
     @property
     def flags(self) -> list[str]:

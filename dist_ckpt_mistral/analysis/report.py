@@ -20,7 +20,7 @@ from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, d
 from dist_ckpt_mistral.mapping.consolidated import consolidated_shapes
 from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
-from dist_ckpt_mistral.messages import counted, grouped, human_bytes
+from dist_ckpt_mistral.messages import concise_repr, counted, grouped, human_bytes
 from dist_ckpt_mistral.model.config.mistral_config import SLIDING, ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.config.parts import is_positive_int
 from dist_ckpt_mistral.model.table.entries import is_optimizer_state, kind_of, model_prefix, why_ignored
@@ -76,6 +76,8 @@ class TensorReport:
     cut: tuple[int, ...] = ()
     files: tuple[str, ...] = ()
 
+    __repr__ = concise_repr
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
@@ -107,6 +109,8 @@ class Report:
     problems: tuple[str, ...]
     iterations: tuple[str, ...] = ()
     saved_at: dict[str, int] | None = None
+
+    __repr__ = concise_repr
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``inspect --json``, in JSON types."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_ckpt_mistral.cli import options, output, usage, values
@@ -12,6 +11,8 @@ from dist_ckpt_mistral.libraries import needed, quiet
 from dist_ckpt_mistral.messages import counted, human_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dist_ckpt_mistral.analysis.compare import Comparison
     from dist_ckpt_mistral.analysis.damage import Check
     from dist_ckpt_mistral.megatron.logits import LogitsComparison

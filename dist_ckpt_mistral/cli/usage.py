@@ -17,6 +17,7 @@ from dist_ckpt_mistral.messages import printable
 
 EXIT_DONE: Final = 0
 EXIT_DATA: Final = 1
+EXIT_USAGE: Final = 2
 EXIT_DIFFERENT: Final = 3
 EXIT_CODES: Final = (
     "Exit codes: 0 done, 1 a problem with the data, 2 wrong usage, 3 verify found a difference or damage, "
@@ -118,8 +119,18 @@ class Parser(argparse.ArgumentParser):
         yield textwrap.fill(EXIT_CODES, columns) + "\n"
 
     def error(self, message: str) -> NoReturn:
-        """Print usage, message and what was probably meant, and exit with 2."""
-        super().error(printable(f"{message}{self._hint(message)}"))
+        """Print what must be given, the message, what was probably meant and where all options stand; exit with 2."""
+        output.say_on_stderr(self._short_usage())
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {printable(message)}{printable(self._hint(message))}\n")
+
+    def _short_usage(self) -> str:
+        """One line: the command, with the arguments and options that it needs."""
+        needed = [
+            " ".join((*action.option_strings[:1], str(action.metavar or action.dest)))
+            for action in self._actions
+            if action.required
+        ]
+        return " ".join(("usage:", self.prog, *needed, "[OPTIONS] (see --help)"))
 
     def _hint(self, message: str) -> str:
         """The known words most like the unknown ones in a message of argparse, as a question; empty without any."""

@@ -16,7 +16,7 @@ from dist_ckpt_mistral.gather.execute import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Segment
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, Ignored
 from dist_ckpt_mistral.mapping.read_plan import ReadingPlan
-from dist_ckpt_mistral.messages import counted, human_bytes, human_seconds
+from dist_ckpt_mistral.messages import concise_repr, counted, human_bytes, human_seconds
 
 _LOG = logging.getLogger(__name__)
 #: Tensors that a message names, with their counts.
@@ -43,6 +43,8 @@ class Loss:
     num_values: int
     overflowed: int
     vanished: int
+
+    __repr__ = concise_repr
 
     @property
     def destroys(self) -> bool:
@@ -149,6 +151,8 @@ class Conversion:
     losses: tuple[Loss, ...] = ()
     costly_load: ReadingPlan | None = None
     is_adapter: bool = False
+
+    __repr__ = concise_repr
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints of it, in JSON types."""

@@ -25,6 +25,7 @@ from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import plan_gather
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, directory_config, matched, to_record
 from dist_ckpt_mistral.mapping.source import ModelSource, open_hf
+from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralConfig
 from dist_ckpt_mistral.model.table.rules import Stage
 from dist_ckpt_mistral.model.table.table import tensor_table
@@ -51,6 +52,8 @@ class Described:
     folder: Path
     files: Mapping[str, int]
     compared: Path | None
+
+    __repr__ = concise_repr
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``describe --json`` that does not change from run to run, in JSON types."""

@@ -11,7 +11,7 @@ from typing import Final
 from dist_ckpt_mistral.convert.journal import NewNotes
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.gather.plan import BytePlan, Part
-from dist_ckpt_mistral.gather.progress import NO_PROGRESS, Progress
+from dist_ckpt_mistral.gather.progress import DEFAULT_PROGRESS, NO_PROGRESS, Progress
 
 #: Time between two looks at what the other ranks have noted.
 _LOOK_S: Final = 0.5
@@ -36,7 +36,7 @@ def copying(plan: BytePlan, numbers: Sequence[int], folder: Path, progress: Prog
         yield
         return
     progress.phase("copy", plan.num_bytes)
-    if ranks.world_size == 1 or progress is NO_PROGRESS:
+    if ranks.world_size == 1 or progress is NO_PROGRESS or progress is DEFAULT_PROGRESS:
         yield
         return
     mine, known, notes, ended = set(numbers), set[Part](), NewNotes(folder), threading.Event()

@@ -25,6 +25,7 @@ from dist_ckpt_mistral.gather.execute import Copied, Effort, Target, execute, ru
 from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.gather.progress import NO_PROGRESS
+from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.storage import documents, local, paths
 from dist_ckpt_mistral.storage.local import Span, TargetFile
 from dist_ckpt_mistral.storage.remote_path import RemotePath
@@ -66,6 +67,8 @@ class Output:
     sha256: bool = False
     durable: bool = True
     max_file_bytes: int = 5_000_000_000
+
+    __repr__ = concise_repr
 
     def __post_init__(self) -> None:
         """Validate ``max_file_bytes``."""

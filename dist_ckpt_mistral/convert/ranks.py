@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
+from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.errors import DistCkptMistralError, LayoutError, LostRankError
 
 T = TypeVar("T")
@@ -139,7 +140,8 @@ def _number(name: str, *, least: int) -> int:
 
 def _in_process_group(rank: int, world_size: int, *, kind: str) -> Ranks:
     """The ranks of torch's process group. If there is none yet, this process joins it as ``rank`` of ``world_size``."""
-    import torch.distributed as dist  # noqa: PLC0415  (one process needs no torch)
+    with libraries.needed("a job of several ranks", "torch", extra="megatron"):
+        import torch.distributed as dist  # noqa: PLC0415  (one process needs no torch)
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=PATIENCE)

@@ -20,7 +20,7 @@ from zlib_ng import zlib_ng
 from dist_ckpt_mistral.gather.bands import ByteArray, Stopped, aligned_buffer
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost
 from dist_ckpt_mistral.gather.execute import Copied, Effort, in_step, threads_for
-from dist_ckpt_mistral.gather.parts import PART_BYTES, Around, Summed, TargetParts
+from dist_ckpt_mistral.gather.parts import LEAST_PART_BYTES, PART_BYTES, Around, Summed, TargetParts
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.storage.store import Store, pool
@@ -90,14 +90,14 @@ class UploadJob:
         for number, segment in enumerate(self.plan.segments):
             numbers_of[segment.file].append(number)
         memory_bytes = effort.memory_for(is_remote=True)
-        most = max(1, min(_MOST_IN_STEP, memory_bytes // (PART_BYTES * _TIMES_IN_MEMORY)))
+        most = max(1, min(_MOST_IN_STEP, memory_bytes // (LEAST_PART_BYTES * _TIMES_IN_MEMORY)))
         found: list[Uploaded] = []
         with SourceFiles(self.plan.source_files, self.plan.derived_files) as sources:
             sources.share(memory_bytes // 4)
             threads = threads_for(effort, sources)
             for batch in in_step(self.plan, files, most):
-                ahead = max(1, most // len(batch))
-                uploads = [_Upload(self, file, numbers_of[file], effort, ahead) for file in batch]
+                part_bytes, ahead = _room(memory_bytes, len(batch))
+                uploads = [_Upload(self, file, numbers_of[file], effort, part_bytes, ahead) for file in batch]
                 found += self._run_batch(uploads, sources, threads)
         return found
 
@@ -113,8 +113,9 @@ class UploadJob:
 
         gatherers = ThreadPoolExecutor(threads, thread_name_prefix="gather")
         uploaders = ThreadPoolExecutor(len(uploads), thread_name_prefix="upload")
-        running = [uploaders.submit(upload.run) for upload in uploads]
+        running: list[Future[Uploaded]] = []
         try:
+            running.extend(uploaders.submit(upload.run) for upload in uploads)
             with contextlib.suppress(Stopped):  # one of the uploads says why
                 for number, upload in _by_turns(uploads):
                     upload.wait_for_room()
@@ -137,11 +138,13 @@ class UploadJob:
 class _Upload:
     """One file on its way."""
 
-    def __init__(self, job: UploadJob, file: int, numbers: Sequence[int], effort: Effort, ahead: int) -> None:
+    def __init__(
+        self, job: UploadJob, file: int, numbers: Sequence[int], effort: Effort, part_bytes: int, ahead: int
+    ) -> None:
         self._job, self._file, self._ahead, self._progress = job, file, ahead, effort.progress
         self._name = [*job.file_bytes][file]
         self._num_bytes = job.file_bytes[self._name]
-        self.parts = TargetParts.of(job.plan, numbers, job.around(file), self._num_bytes)
+        self.parts = TargetParts.of(job.plan, numbers, job.around(file), self._num_bytes, part_bytes)
         self._gathered: queue.Queue[Future[tuple[ByteArray, list[Summed]]]] = queue.Queue(ahead)
         self._copied = {number: Copied(0, NOTHING) for number in numbers}
         self._crc32_of: dict[int, int] = {}
@@ -188,6 +191,7 @@ class _Upload:
                 self._sha256.update(part.data)
             self._progress.advance(sum(each.piece.high - each.piece.low for each in sums))
             yield part.data
+            del part, sums  # not kept while the next ones are waited for
         # The object appears next. obstore panics if it is called within its own call, so another thread asks.
         if self._job.stop.is_set():
             raise Stopped
@@ -212,6 +216,14 @@ class _Upload:
         crc32 = zlib_ng.crc32_combine(before.crc32, summed.crc32, piece.high - piece.low)
         self._copied[piece.number] = Copied(crc32, before.lost.plus(summed.lost))
         self._crc32_of[piece.number] = crc32
+
+
+def _room(memory_bytes: int, num_files: int) -> tuple[int, int]:
+    """The length of parts and how many of each file are gathered ahead, if ``num_files`` are on their way at once."""
+    for part_bytes in (PART_BYTES, LEAST_PART_BYTES):
+        if ahead := memory_bytes // (part_bytes * _TIMES_IN_MEMORY * num_files):
+            return part_bytes, ahead
+    return LEAST_PART_BYTES, 1
 
 
 def _by_turns(uploads: Sequence[_Upload]) -> Iterator[tuple[int, _Upload]]:

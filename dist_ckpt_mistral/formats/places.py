@@ -332,7 +332,7 @@ _DIRECTORIES: Final = (
         what="it holds no model itself, but {files}",
         is_searched=True,
     ),
-    _Row(marks=(("*",),), what="it is empty"),
+    _Row(marks=(("*",),), what="it is empty", advice="Give the directory that has the files."),
 )
 
 
@@ -453,7 +453,7 @@ def _alternatives(place: Place) -> str:
         beside = [name for name, model in _models_in(path.parent, most_deep=1) if model.kind is Kind.CHECKPOINT]
         return f"{path.parent} holds {listed(beside)}." if beside else f"{path.parent} holds no whole iteration."
     if place.kind is Kind.MISSING:
-        return _near(path)
+        return _near(path) or ("" if place.advice else "Check the name.")
     if not place.is_searched:
         return ""
     for name, model in _models_in(path, most_deep=_MOST_DEEP):

@@ -10,7 +10,7 @@ import os
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Final, NamedTuple, Protocol, TypeVar
@@ -21,7 +21,8 @@ from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.gather.bands import MOST_SCRATCH_BYTES, PAGE_BYTES, BandReader, Stopped, band_bytes_within
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
-from dist_ckpt_mistral.gather.progress import NO_PROGRESS, Progress
+from dist_ckpt_mistral.gather.progress import DEFAULT_PROGRESS, NO_PROGRESS, Progress
+from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.storage.local import SourceFiles
 
 _MAX_WORKERS: Final = 4096
@@ -110,7 +111,8 @@ class Effort:
         workers: Number of copying threads, at most 4096; 0 means one per core, at most 8.
         memory_bytes: Total size of copy buffers in bytes; 0 means 32 MiB, or 256 MiB if a store (a URL) is read or
             written, where parts of 8 MiB are on their way.
-        progress: Receives the phases of the work and the bytes that are done; by default nothing does.
+        progress: Receives the phases of the work and the bytes that are done: a ``ProgressBar`` shows them. By
+            default a bar is shown in notebooks alone; ``Progress()`` shows none there either.
 
     Raises:
         ConfigError: ``workers`` is negative or larger than 4096.
@@ -121,7 +123,9 @@ class Effort:
 
     workers: int = 0
     memory_bytes: int = 0
-    progress: Progress = NO_PROGRESS
+    progress: Progress = DEFAULT_PROGRESS
+
+    __repr__ = concise_repr
 
     def __post_init__(self) -> None:
         """Check the number of workers, before anything is started."""
@@ -392,13 +396,14 @@ def run_all(
     if workers <= 1 and patience_s is None:
         return [work(number) for number in numbers]
     pool = ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="gather")
-    futures = [pool.submit(work, number) for number in numbers]
+    futures: list[Future[T]] = []
     try:
+        futures.extend(pool.submit(work, number) for number in numbers)
         wait(futures, return_when=FIRST_EXCEPTION)
     except BaseException:  # an interrupt
         stop()
-        pool.shutdown(wait=False, cancel_futures=True)
-        wait(futures, timeout=patience_s)
+        pool.shutdown(wait=patience_s is None, cancel_futures=True)
+        wait([future for future in futures if not future.cancelled()], timeout=patience_s)
         raise
     stop()
     pool.shutdown(wait=True, cancel_futures=True)

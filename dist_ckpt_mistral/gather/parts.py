@@ -16,7 +16,7 @@ from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather import dtypes
-from dist_ckpt_mistral.gather.bands import ByteArray, fill, overlapping, wanted
+from dist_ckpt_mistral.gather.bands import ByteArray, aligned_buffer, fill, overlapping, wanted
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Segment
 from dist_ckpt_mistral.storage.local import Readable, SourceFiles
@@ -25,6 +25,8 @@ from dist_ckpt_mistral.storage.local import Readable, SourceFiles
 MOST_PARTS: Final = 10_000
 #: A request takes longer to answer than to begin, and eight parts fit in little memory.
 PART_BYTES: Final = 8 << 20
+#: Stores take no shorter parts, but for the last one (S3).
+LEAST_PART_BYTES: Final = 5 << 20
 
 
 class Around(NamedTuple):
@@ -60,10 +62,10 @@ class Summed(NamedTuple):
     lost: Lost
 
 
-def part_bytes_of(num_bytes: int) -> int:
-    """Return the length of the parts of a file of ``num_bytes``: no more parts than a store takes."""
+def part_bytes_of(num_bytes: int, usual_bytes: int = PART_BYTES) -> int:
+    """Return the length of the parts of a file of ``num_bytes``: the usual one if a store takes so many parts."""
     least = -(-num_bytes // MOST_PARTS)
-    return max(PART_BYTES, -(-least // (1 << 20)) << 20)
+    return max(usual_bytes, -(-least // (1 << 20)) << 20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,8 +83,18 @@ class TargetParts:
     around: Sequence[Around]
 
     @classmethod
-    def of(cls, plan: BytePlan, segments: Iterable[int], around: Iterable[Around], num_bytes: int) -> TargetParts:
-        """Cut a file of ``num_bytes`` bytes. Raises PlanError unless ``segments`` and ``around`` fill it exactly."""
+    def of(
+        cls,
+        plan: BytePlan,
+        segments: Iterable[int],
+        around: Iterable[Around],
+        num_bytes: int,
+        part_bytes: int = PART_BYTES,
+    ) -> TargetParts:
+        """Cut a file of ``num_bytes`` bytes into parts of ``part_bytes``, longer ones if it would have too many.
+
+        Raises PlanError unless ``segments`` and ``around`` fill it exactly.
+        """
         pieces = tuple(around)
         spans = [(plan.segments[number].position, number, plan.segments[number].stored_bytes) for number in segments]
         spans += [(each.position, -1 - number, each.num_bytes) for number, each in enumerate(pieces)]
@@ -97,7 +109,7 @@ class TargetParts:
         return cls(
             plan=plan,
             num_bytes=num_bytes,
-            part_bytes=part_bytes_of(num_bytes),
+            part_bytes=part_bytes_of(num_bytes, part_bytes),
             starts=[span[0] for span in spans],
             items=[span[1:] for span in spans],
             around=pieces,
@@ -129,7 +141,8 @@ class TargetParts:
         pieces = [piece for piece in self.pieces(number) if piece.number >= 0]
         spans = [_Span.of(self.plan.segments[piece.number], piece) for piece in pieces]
         held = sources.hold(each for span in spans for each in wanted(span.copies, span.low, span.high))
-        part = np.empty(self.size_bytes(number), dtype=np.uint8)
+        size = self.size_bytes(number)
+        part = aligned_buffer(max(1, size))[:size]  # which is given back to the system at once, unlike what malloc has
         return part, [self._gather(span, part, scratch, held) for span in spans]
 
     def _gather(self, span: _Span, part: ByteArray, scratch: ByteArray, sources: Readable) -> Summed:

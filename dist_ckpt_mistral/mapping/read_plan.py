@@ -28,7 +28,7 @@ from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.chunking import SPEC
-from dist_ckpt_mistral.messages import command_line
+from dist_ckpt_mistral.messages import command_line, concise_repr
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.local_tensors import local_tensors, require_divisible
 from dist_ckpt_mistral.model.table.entries import kind_of
@@ -72,6 +72,8 @@ class ChunkList:
     num_bytes: IntArray
     places: dict[str, IntArray]
 
+    __repr__ = concise_repr
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChunkReads:
@@ -86,6 +88,8 @@ class ChunkReads:
     chunks: IntArray
     needed_bytes: IntArray
     read_bytes: IntArray
+
+    __repr__ = concise_repr
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """Yield ``(chunk, needed_bytes, read_bytes)`` for every read."""
@@ -153,6 +157,8 @@ class Amount:
     num_chunks: int
     file_bytes: Mapping[str, int]
 
+    __repr__ = concise_repr
+
     @property
     def amplification(self) -> float | None:
         """Bytes read per byte needed; None if no byte is needed."""
@@ -186,6 +192,8 @@ class RankReads:
     layers: tuple[int, ...]
     reads: ChunkReads
 
+    __repr__ = concise_repr
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReadingPlan:
@@ -215,6 +223,8 @@ class ReadingPlan:
     groups: tuple[RankReads, ...]
     left_out: str | None = None
     reshard_options: tuple[str, ...] = ()
+
+    __repr__ = concise_repr
 
     @property
     def has_optimizer(self) -> bool:

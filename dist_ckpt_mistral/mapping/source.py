@@ -311,7 +311,7 @@ def open_megatron(
     )
 
 
-def hf_content_metadata(config: MistralConfig, hf_dir: str | Path | None = None) -> dict[str, Any]:
+def hf_content_metadata(config: MistralConfig, hf: str | Path | None = None) -> dict[str, Any]:
     """The record of a model for Megatron's ``save``: with it, an iteration describes itself.
 
     It is the same on all ranks, and has the key ``dist_ckpt_mistral`` and a version. megatron-core stores it as part of
@@ -324,16 +324,16 @@ def hf_content_metadata(config: MistralConfig, hf_dir: str | Path | None = None)
 
     Args:
         config: The configuration of the model. Its ``hf_config`` is what ``to_hf`` writes.
-        hf_dir: Hugging Face directory or hub id of the original model. With it the record has the layout of its files,
+        hf: Hugging Face directory or hub id of the original model. With it the record has the layout of its files,
             so that exports are divided into the same files. It takes about 120 bytes for each tensor.
 
     Returns:
         One item, of plain JSON types.
 
     Raises:
-        ConfigError: ``hf_dir`` has another configuration, which reads weights otherwise.
-        FormatError: ``hf_dir`` holds no model, or is damaged.
-        TensorMismatchError: ``hf_dir`` holds other tensors than a model with ``config``.
+        ConfigError: ``hf`` has another configuration, which reads weights otherwise.
+        FormatError: ``hf`` holds no model, or is damaged.
+        TensorMismatchError: ``hf`` holds other tensors than a model with ``config``.
 
     Example:
         >>> sizes = dict(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
@@ -342,9 +342,9 @@ def hf_content_metadata(config: MistralConfig, hf_dir: str | Path | None = None)
         ['dist_ckpt_mistral']
     """
     hf_files = None
-    if hf_dir is not None:
+    if hf is not None:
         chosen = ChosenConfig(config=config, source="the given configuration")
-        hf_files = open_hf(locate(hf_dir, Kind.HF, Kind.CONSOLIDATED).path, config=chosen).hf_files
+        hf_files = open_hf(locate(hf, Kind.HF, Kind.CONSOLIDATED).path, config=chosen).hf_files
     return {configuration.KEY: configuration.to_record(config, tensor_table(config), hf_files)}
 
 

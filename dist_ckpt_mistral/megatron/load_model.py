@@ -22,7 +22,7 @@ from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
 
 def load_model(
-    path: str | Path,
+    source: str | Path,
     *,
     layout: ParallelLayout = ONE_RANK,
     config: GivenConfig | None = None,
@@ -33,7 +33,7 @@ def load_model(
     allow_lossy: bool = False,
     effort: Effort = DEFAULT_EFFORT,
 ) -> Model:
-    """Build this rank's GPTModel and load the weights in ``path`` into it.
+    """Build this rank's GPTModel and load the weights in ``source`` into it.
 
     Every rank makes the same call and reads only its own part of the weights. The call sets up Megatron's process
     group, parallel state and random numbers where they are missing (``initialize_megatron``). Rows that only pad the
@@ -42,7 +42,7 @@ def load_model(
         model = dcm.load_model("ckpt", layout=dcm.ParallelLayout(tp=2, pp=4))  # under torchrun, on 8 ranks
 
     Args:
-        path: A Megatron checkpoint (root or iteration directory), a Hugging Face directory or a hub id.
+        source: A Megatron checkpoint (root or iteration directory), a Hugging Face directory or a hub id.
         layout: The parallel layout. Its ``dp`` is multiplied so that all ranks of the job are used.
         config: Configuration of a checkpoint that has none: a MistralConfig, a config.json, or a directory or hub id
             with one.
@@ -69,7 +69,7 @@ def load_model(
 
     def opened() -> ModelSource:
         fp8_values_as = None if dtype is None else "float32"  # so that they are rounded once, where losses are counted
-        return open_source(path, config=chosen_config(config), dtype=fp8_values_as)
+        return open_source(source, config=chosen_config(config), dtype=fp8_values_as)
 
     return load_source(
         ranks.from_environment().each(opened),

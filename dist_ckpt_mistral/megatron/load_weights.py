@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
@@ -117,7 +117,7 @@ def planned(model: AnyModel, opened: Callable[[], ModelSource], together: Ranks)
         require_equal_twins(source)
         fillings.append(Filling.planned(chunks, source))
         is_whole = len(chunks) >= (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1)
-        return repr(source.config), is_whole, fillings[0].main_elements
+        return repr(asdict(source.config)), is_whole, fillings[0].main_elements
 
     configs, whole, shares = zip(*together.together(plan), strict=True)
     if len(set(configs)) > 1:

@@ -265,11 +265,11 @@ def _selected(shape: Shape, index: list[Any], hf_name: str) -> _Box:
     return _Box(tuple(offset), tuple(extents), tuple(shown))
 
 
-def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> LazyCheckpoint:
+def open_checkpoint(source: str | Path, *, config: GivenConfig | None = None) -> LazyCheckpoint:
     """Open a model for lazy reading under Hugging Face names.
 
     Args:
-        path: A Megatron checkpoint (its root, or one ``iter_*`` or ``release`` directory in it), a Hugging Face
+        source: A Megatron checkpoint (its root, or one ``iter_*`` or ``release`` directory in it), a Hugging Face
             directory, or a hub id such as ``mistralai/Mistral-7B-v0.3``.
         config: For checkpoints that lost their configuration: a ``MistralConfig``, a config.json, or a directory or hub
             id with one. A directory also gives the vision tower and projector of a multimodal model, which training in
@@ -286,7 +286,7 @@ def open_checkpoint(path: str | Path, *, config: GivenConfig | None = None) -> L
             q = checkpoint["model.layers.0.self_attn.q_proj.weight"]
             some = checkpoint["model.embed_tokens.weight", 100:110]  # reads these rows alone
     """
-    return LazyCheckpoint(*opened(path, config))
+    return LazyCheckpoint(*opened(source, config))
 
 
 def opened(path: str | Path, config: GivenConfig | None) -> tuple[ModelSource, Sources]:

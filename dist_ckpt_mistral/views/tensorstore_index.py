@@ -25,6 +25,7 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT
 from dist_ckpt_mistral.gather.grids import CellGrid, cell_grid
 from dist_ckpt_mistral.gather.links import Link, whole
 from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, require_equal_twins, with_padding_rows
+from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.local import SourceFiles
@@ -54,6 +55,8 @@ class WeightIndex:
     num_bytes: int
     left_out: Mapping[str, str]
     was_stale: tuple[str, ...]
+
+    __repr__ = concise_repr
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``index --json`` that does not change from run to run, in JSON types."""

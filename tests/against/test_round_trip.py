@@ -571,7 +571,7 @@ def test_an_unknown_hub_id_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(FormatError, match="there is no such directory"):
         from_hf("no/such/directory", tmp_path / "ckpt")
-    with pytest.raises(FormatError, match=r"it is empty$"):
+    with pytest.raises(FormatError, match=r"it is empty\. Give the directory that has the files\.$"):
         from_hf(tmp_path, tmp_path.parent / "ckpt")
 
 

@@ -446,7 +446,7 @@ def test_a_process_ends_with_the_exit_code(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {tmp_path / 'none'} is not ")
-    assert done.stderr.endswith(": there is no such directory\n")
+    assert done.stderr.endswith(": there is no such directory. Check the name.\n")
     assert done.stderr.count("\n") == 1
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+from absent_modules import without
 from command_line import refusal, run
 from genuine import folder, shards
 from hf_models import random_model, saved
@@ -154,6 +155,60 @@ def test_generate_prints_what_transformers_writes(path: str, places: dict[str, P
     text, _ = their_text(places["untied"], NAME, TEXT)
     outcome = run("generate", places[path], "--prompt", TEXT, "--max-new-tokens", NEW_TOKENS)
     assert (outcome.code, "\n".join(outcome.out), outcome.err) == (0, text, [])
+
+
+def test_texts_appear_as_they_grow(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt comes first and then piece by piece what follows; together it is the text, and only rank 0 prints."""
+    text, new = their_text(places["untied"], NAME, TEXT)
+    pieces: list[str] = []
+    monkeypatch.setattr("dist_ckpt_mistral.cli.output.say_piece", pieces.append)
+    assert run("generate", places["untied"], "--prompt", TEXT, "--max-new-tokens", NEW_TOKENS).out == [""]
+    assert pieces[0] == TEXT
+    assert "".join(pieces) == text
+    assert 2 < len(pieces) <= 1 + len(new)
+
+
+@pytest.mark.parametrize(
+    ("texts", "pieces"),
+    [
+        (["a", "a b", "a bc"], ["a", " b", "c"]),
+        (["a", "a\N{REPLACEMENT CHARACTER}", "a\xe9"], ["a", "\xe9"]),
+        (["a", "ab", "b"], ["a", "b", "\n", "b"]),
+        (["a\N{REPLACEMENT CHARACTER}"], ["a\N{REPLACEMENT CHARACTER}"]),
+    ],
+    ids=["grows", "half a character", "becomes another text", "ends within a character"],
+)
+def test_pieces_are_never_taken_back(texts: list[str], pieces: list[str]) -> None:
+    """A character waits until it is whole; a text that its next token changes is begun again on its own line."""
+    from dist_ckpt_mistral.megatron.generate import _Pieces  # noqa: PLC0415  (imports megatron)
+
+    said: list[str] = []
+    shown = _Pieces(lambda tokens: texts[len(tokens) - 1], said.append)
+    for count in range(1, len(texts) + 1):
+        shown.show([0] * count)
+    assert shown.end([0] * len(texts)) == texts[-1]
+    assert said == pieces
+
+
+def test_what_is_missing_is_said_before_torch_is_imported(places: dict[str, Path], tmp_path: Path) -> None:
+    """No model, no tokenizer, a layout or a length that does not fit, too few ranks: none waits for the imports."""
+    nowhere, bare = str(tmp_path / "nowhere"), str(shutil.copytree(places["untied"], tmp_path / "bare"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    hf = str(places["untied"])
+    commands = [
+        ["generate", nowhere, "--prompt", "a"],
+        ["generate", bare, "--prompt", "a"],
+        ["generate", hf, "--prompt", "a", "--max-new-tokens", "100000000"],
+        ["generate", hf, "--prompt", "a", "--tp", "2", "--ep", "2"],
+        ["verify", hf, nowhere, "--logits"],
+        ["verify", bare, bare, "--logits", "--prompt", "a"],
+    ]
+    for code, out, modules in without([], commands):
+        assert (code, out) == (1, "")
+        assert modules.isdisjoint({"torch", "transformers", "megatron.core"})
+    told = refusal(tmp_path, *commands[3])
+    assert "--tp 2 --pp 1 --ep 2 needs 4 ranks, and there is 1. Start them with: torchrun --nproc-per-node 4 " in told
 
 
 def test_several_prompts_as_json(places: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
@@ -164,7 +165,12 @@ def lines_of_examples(command: str | None = None) -> Iterator[str]:
 def test_examples_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every --help has examples that fit in 80 columns or are torchrun's; the parser takes each as it stands."""
     taken: list[tuple[str, ...]] = []
-    monkeypatch.setattr(cli, "_run", lambda arguments: taken.append(arguments.words) or 0)
+
+    def take(arguments: argparse.Namespace) -> int:
+        taken.append(arguments.words)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", take)
     examples = [*lines_of_examples(command)]
     assert 1 < len(examples) < 5
     for example in examples:
@@ -256,7 +262,6 @@ def test_other_shells_get_a_script(shell: str) -> None:
 
 def test_all_parsers_are_ours() -> None:
     """No command is declared past the class that adds examples, fields and exit codes."""
-    commands = next(action for action in cli._parser(())._actions if isinstance(action.choices, dict))  # noqa: SLF001
-    assert {name: type(command) for name, command in (commands.choices or {}).items()} == dict.fromkeys(
-        COMMANDS, Parser
-    )
+    actions = cli._parser(())._actions  # noqa: SLF001
+    (commands,) = (action.choices for action in actions if isinstance(action.choices, dict))
+    assert {name: type(command) for name, command in dict(commands).items()} == dict.fromkeys(COMMANDS, Parser)

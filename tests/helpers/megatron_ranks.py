@@ -33,6 +33,7 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
     is_main_replica,
 )
+from megatron.core.msc_utils import MultiStorageClientFeature
 from safetensors.torch import load_file
 from torch_reading import load_tensors
 from view_tasks import load_by_dcp, load_entries_anywhere, load_live_anywhere
@@ -395,6 +396,7 @@ _TASKS: Final[Mapping[str, Callable[..., Any]]] = {
 def main(folder: Path) -> None:
     """Run the jobs in FOLDER/jobs.json, each under the parallel state of its layout."""
     _pretend_cuda()
+    MultiStorageClientFeature.disable()  # slow, as conftest.py says
     dist.init_process_group("gloo")
     results, current = {}, None
     for name, job in json.loads((folder / "jobs.json").read_text()).items():

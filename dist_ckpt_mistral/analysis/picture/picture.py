@@ -104,7 +104,8 @@ def draw(plan: ReadingPlan) -> tuple[Figure, svg.Tooltips]:
     header_height = _FIRST_LINE + _TITLE_PITCH + _PITCH * (1 + len(advice) + len(command)) + 0.1
     height = header_height + _BODY_HEIGHT
     figure = Figure(figsize=(_WIDTH, height), facecolor=style.PAPER)
-    header, body = figure.subfigures(2, 1, height_ratios=(header_height, _BODY_HEIGHT), hspace=0)
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=(header_height, _BODY_HEIGHT), hspace=0)
+    header, body = parts[:, 0]
     _write_header(header, header_height, plan.verdict().partition("; ")[0], [_facts(plan), *advice], command)
     few = max(len(plan.files), len(plan.groups)) <= _MOST_ENDS and len(plan.chunks.files) <= _MOST_CHUNKS
     flows = ribbons.flows(plan) if few else []

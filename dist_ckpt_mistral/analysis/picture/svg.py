@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Final, TypeAlias
 from xml.etree import ElementTree as ET
@@ -46,7 +47,9 @@ def completed(svg: bytes, title: str, description: str, tooltips: Tooltips) -> b
         if name != "style":
             element.set("id", {"desc": "description"}.get(name, name))
         root.insert(0, element)
-    return ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
+    content = io.BytesIO()
+    ET.ElementTree(root).write(content, encoding="utf-8", xml_declaration=True)
+    return content.getvalue()
 
 
 def _add_title(element: ET.Element, text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
 from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, what_is
 from dist_ckpt_mistral.gather import dtypes
+from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.families import FAMILIES, MULTIMODAL_ARCHITECTURE
 from dist_ckpt_mistral.model.config.hf_config import REQUIRED_SIZES, config_fields, config_json, tie_is_open, with_tie
 from dist_ckpt_mistral.model.config.params_json import config_of_params
@@ -93,6 +94,8 @@ class MistralConfig:
     vision: Vision | None = None
     dtype: str | None = None
     hf_config: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    __repr__ = concise_repr
 
     def __post_init__(self) -> None:
         """Check every size at once and report all problems together."""

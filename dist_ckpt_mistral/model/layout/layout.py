@@ -189,7 +189,8 @@ class ParallelLayout(PipelineLayout):
             problems.append(f"ep={self.ep} needs experts, and a dense model has none")
         if problems:
             raise LayoutError(
-                f"Megatron cannot lay out this model with {self.text or 'one rank'}: " + "; ".join(problems)
+                f"Megatron cannot lay out this model with {self.text or 'one rank'}: {'; '.join(problems)}. "
+                "Choose a layout that fits."
             )
 
     def _divisions(self, config: MistralConfig) -> Iterator[tuple[str, int, str, int]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_ckpt_mistral.errors import LayoutError
+from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
 from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
@@ -77,6 +78,8 @@ class LocalTensor:
     replica_id: tuple[int, int, int]
     has_padding: bool
     live_rows: int
+
+    __repr__ = concise_repr
 
     @property
     def layer(self) -> int | None:

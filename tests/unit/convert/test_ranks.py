@@ -180,7 +180,7 @@ def shared(*plan, numbers, **options):
     print("copies", len(numbers))
     return execute(*plan, numbers=numbers, **options)
 writing.execute = shared
-sys.exit(main(["from-hf", {str(hf)!r}, {str(tmp_path / "out")!r}, "--tp", "2", "--pp", "2"]))
+sys.exit(main(["from-hf", {str(hf)!r}, {str(tmp_path / "out")!r}, "--tp", "2", "--pp", "2", "-q"]))
 """
     run_ranks([[sys.executable, "-c", code]] * 4, tmp_path, timeout_s=120)
     dcm.from_hf(hf, tmp_path / "one", tp=2, pp=2)
@@ -286,7 +286,7 @@ def test_torchrun(hf: Path, tmp_path: Path) -> None:
     """``torchrun -m dist_ckpt_mistral``: the first rank works without torch, prints and publishes; the other leaves."""
     dcm.from_hf(hf, tmp_path / "checkpoint", tp=2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = ["-m", "dist_ckpt_mistral", "to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "out")]
+    command = ["-m", "dist_ckpt_mistral", "to-hf", "-q", str(tmp_path / "checkpoint"), str(tmp_path / "out")]
 
     def launch(*options: str, **settings: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | settings

@@ -318,7 +318,7 @@ def test_parts_cut_values_and_checksums_are_those_of_the_whole(
     """With parts of an odd number of bytes, which cut values that are converted, the files are the same."""
     from_hf(hf, tmp_path / "ckpt", effort=_EFFORT)
     to_hf(tmp_path / "ckpt", tmp_path / "hf", dtype="float32", effort=_EFFORT, output=Output(sha256=True))
-    monkeypatch.setattr("dist_ckpt_mistral.gather.parts.part_bytes_of", lambda _: 1001)
+    monkeypatch.setattr("dist_ckpt_mistral.gather.parts.part_bytes_of", lambda *_: 1001)
     to_hf(tmp_path / "ckpt", _OUT, dtype="float32", effort=_EFFORT, output=Output(sha256=True))
     assert get_folder(_OUT) == files_of(tmp_path / "hf")
 
