@@ -58,7 +58,7 @@ class HubStore:
         return Repository(f"{self._owner}/{name}", commit), rest
 
     def _listed(self, repository: Repository) -> Mapping[str, Info]:
-        from huggingface_hub import HfApi, RepoFile  # noqa: PLC0415  (slow; only hub ids need it)
+        from huggingface_hub.hf_api import HfApi, RepoFile  # noqa: PLC0415  (slow; only hub ids need it)
 
         try:
             tree = [*HfApi().list_repo_tree(repository.id, recursive=True, revision=repository.commit)]
