@@ -174,7 +174,7 @@ def test_texts_of_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert told.endswith("\n\\udcff\\x9b2J\n")
     output.say_json({"text": "नमस्ते" + STEERING}, letters=True)
     told = capsys.readouterr().out
-    assert json.loads(told) == {"text": "नमस्ते" + STEERING}
+    assert json.loads(told)["text"] == "नमस्ते" + STEERING
     assert "नमस्ते" in told
     assert told.replace("\n", "").isprintable()
 
