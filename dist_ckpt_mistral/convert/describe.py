@@ -30,8 +30,8 @@ from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralC
 from dist_ckpt_mistral.model.table.rules import Stage
 from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage import paths
-from dist_ckpt_mistral.storage.local import Sources
 from dist_ckpt_mistral.storage.remote_path import as_path
+from dist_ckpt_mistral.storage.sources import Sources
 
 _LOG = logging.getLogger(__name__)
 #: What a directory may hold to count as the root of a training that has saved nothing yet.

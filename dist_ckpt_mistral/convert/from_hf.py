@@ -43,8 +43,8 @@ from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_co
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.table import TensorTable
 from dist_ckpt_mistral.storage import documents, paths
-from dist_ckpt_mistral.storage.local import Sources
 from dist_ckpt_mistral.storage.remote_path import as_path
+from dist_ckpt_mistral.storage.sources import Sources
 
 _LOG = logging.getLogger(__name__)
 #: What is imported.

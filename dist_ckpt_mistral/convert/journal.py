@@ -20,7 +20,8 @@ from dist_ckpt_mistral.gather.casts import Lost
 from dist_ckpt_mistral.gather.execute import Copied
 from dist_ckpt_mistral.gather.plan import BytePlan, Part
 from dist_ckpt_mistral.storage import documents
-from dist_ckpt_mistral.storage.local import Sources, TargetFile
+from dist_ckpt_mistral.storage.local import TargetFile
+from dist_ckpt_mistral.storage.sources import Sources
 from dist_ckpt_mistral.storage.staging import Staging
 
 _FINGERPRINT_FILE: Final = "fingerprint.json"

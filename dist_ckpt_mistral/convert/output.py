@@ -26,7 +26,7 @@ from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.gather.progress import NO_PROGRESS
 from dist_ckpt_mistral.messages import concise_repr
-from dist_ckpt_mistral.storage import documents, local, paths
+from dist_ckpt_mistral.storage import documents, local, paths, sources
 from dist_ckpt_mistral.storage.local import Span, TargetFile
 from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.storage.staging import Staging
@@ -192,7 +192,7 @@ def _write_to_directory(
                 staging.publish(overwrite=output.overwrite, durable=output.durable)
 
         ranks.on_first(finish)
-        ranks.together(lambda: local.require_unchanged(recipe.inputs))  # each rank checks the files that it has read
+        ranks.together(lambda: sources.require_unchanged(recipe.inputs))  # each rank checks the files that it has read
         if output.sha256:
             with _as_output_errors(staging):
                 write_manifest(staging.output / new.folder, effort=effort, ranks=ranks)

@@ -37,7 +37,8 @@ from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_gather
 from dist_ckpt_mistral.mapping.checkpoint_map import Ignored
 from dist_ckpt_mistral.storage import documents, paths
-from dist_ckpt_mistral.storage.local import SourceFiles, Sources
+from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.sources import Sources
 
 _LOG = logging.getLogger(__name__)
 #: Files that may be links out of the checkpoint, because they are parsed before they are copied.

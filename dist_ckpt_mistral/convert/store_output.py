@@ -33,7 +33,7 @@ from dist_ckpt_mistral.gather.bands import Stopped
 from dist_ckpt_mistral.gather.digest import digest
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort
 from dist_ckpt_mistral.gather.parts import PART_BYTES
-from dist_ckpt_mistral.storage import documents, local
+from dist_ckpt_mistral.storage import documents, sources
 from dist_ckpt_mistral.storage.paths import RUN_FILE
 from dist_ckpt_mistral.storage.remote_path import RemotePath
 from dist_ckpt_mistral.storage.store import Info, ObjectExistsError, Store, commit, pool
@@ -65,7 +65,7 @@ def write_to_store(
             uploaded |= share
         copied = {number: each for file in uploaded.values() for number, each in file.copied.items()}
         losses = ranks.on_first(lambda: new.losses.accept(new.plan, copied))
-        ranks.together(lambda: local.require_unchanged(new.recipe.inputs))  # each rank what it has read
+        ranks.together(lambda: sources.require_unchanged(new.recipe.inputs))  # each rank what it has read
         ranks.on_first(lambda: run.commit(uploaded))
     return losses
 

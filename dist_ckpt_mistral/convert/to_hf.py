@@ -41,8 +41,8 @@ from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.config.quantization import described_method
 from dist_ckpt_mistral.model.table.rules import ParamState
-from dist_ckpt_mistral.storage.local import Sources
 from dist_ckpt_mistral.storage.remote_path import as_path
+from dist_ckpt_mistral.storage.sources import Sources
 
 _LOG = logging.getLogger(__name__)
 #: The values of ``weights``, and the state of the parameters that each exports.

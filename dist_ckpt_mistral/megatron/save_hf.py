@@ -24,8 +24,8 @@ from dist_ckpt_mistral.megatron.live_model import AnyModel
 from dist_ckpt_mistral.megatron.live_ranks import LiveRanks
 from dist_ckpt_mistral.megatron.sharded_state_dict import dtype_name
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
-from dist_ckpt_mistral.storage.local import Sources
 from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path
+from dist_ckpt_mistral.storage.sources import Sources
 
 
 def save_hf(

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError, OutputError, SourceError
-from dist_ckpt_mistral.storage.local import SourceFiles, Sources, Stamp, changed, open_to_read
+from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.storage.paths import require_writable_scheme
 from dist_ckpt_mistral.storage.remote_path import RemotePath
+from dist_ckpt_mistral.storage.sources import Sources, Stamp, changed, open_to_read
 from dist_ckpt_mistral.storage.store import Store
 
 #: Larger than any index, configuration or tracker; larger files are not read whole.

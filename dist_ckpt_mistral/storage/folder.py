@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dist_ckpt_mistral.errors import OutputError
-from dist_ckpt_mistral.storage.local import SourceFiles, Stamp, TargetFile, stamps
+from dist_ckpt_mistral.storage.local import SourceFiles, TargetFile
+from dist_ckpt_mistral.storage.sources import Stamp, stamps
 from dist_ckpt_mistral.storage.store import Info, Listing, ObjectExistsError, changed_object, require_length
 
 

@@ -20,7 +20,8 @@ from dist_ckpt_mistral.mapping.rank_plan import box_array, plan_arrays
 from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, require_equal_twins
 from dist_ckpt_mistral.messages import counted
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
-from dist_ckpt_mistral.storage.local import SourceFiles, Sources
+from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.sources import Sources
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,7 @@
 """More servers of objects on this machine: moto for S3, moto as it answers GCS's client, and Azurite for Azure.
 
 GCS's XML interface is that of S3 but for its conditions and tokens, and obstore's client uses nothing else. So moto
-serves it, once a condition and the authorization are translated. The emulators that registries have for GCS
-(fake-gcs-server, gcp-storage-emulator) serve uploads by the JSON interface alone.
+serves it, once a condition and the authorization are translated. fake-gcs-server answers this client's uploads with 400.
 """
 
 from __future__ import annotations

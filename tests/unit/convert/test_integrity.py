@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.gather.digest import digest
 from dist_ckpt_mistral.gather.execute import Effort
-from dist_ckpt_mistral.storage import local
-from dist_ckpt_mistral.storage.local import Sources, Span
+from dist_ckpt_mistral.storage import local, sources
+from dist_ckpt_mistral.storage.local import Span
+from dist_ckpt_mistral.storage.sources import Sources
 
 MANIFEST = "integrity.json"
 CHECKSUMS = "checksums.json"
@@ -103,7 +104,7 @@ def test_files_are_not_read_again_for_a_crc32(outputs: Path, tmp_path: Path, mon
         opened.append(path)
         return local_open(path, *arguments)
 
-    local_open = local.open_to_read
+    local_open = sources.open_to_read
     monkeypatch.setattr(local, "open_to_read", open_to_read)
     dcm.to_hf(outputs / "ckpt", tmp_path / "export")
     dcm.from_hf(outputs / "hf", tmp_path / "ckpt")

@@ -189,7 +189,7 @@ def test_two_runs_at_once(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 imported(hf, **options)
             seen.append(str(caught.value))
 
-    monkeypatch.setattr("dist_ckpt_mistral.storage.local.require_unchanged", second)
+    monkeypatch.setattr("dist_ckpt_mistral.storage.sources.require_unchanged", second)
     imported(hf)
     assert len(seen) == 2
 
@@ -203,7 +203,7 @@ def test_a_run_that_was_taken_over_commits_nothing(hf: Path, monkeypatch: pytest
         remote(_OUT).snapshot.store.write("some/out/.incomplete/run.json", other)
         before.update(get_folder(_OUT))
 
-    monkeypatch.setattr("dist_ckpt_mistral.storage.local.require_unchanged", takes_over)
+    monkeypatch.setattr("dist_ckpt_mistral.storage.sources.require_unchanged", takes_over)
     with pytest.raises(OutputError, match="taken") as caught:
         imported(hf)
     assert caught.value.__notes__ == ["Nothing was published."]
@@ -242,7 +242,7 @@ def test_data_that_something_else_has_touched(
             store.write("some/out/release/__0_0.distcp", b"another")
 
     with monkeypatch.context() as spoiled:
-        spoiled.setattr("dist_ckpt_mistral.storage.local.require_unchanged", spoils)
+        spoiled.setattr("dist_ckpt_mistral.storage.sources.require_unchanged", spoils)
         with pytest.raises(OutputError, match=r"__0_0\.distcp was written or deleted by something else") as caught:
             imported(hf)
     assert caught.value.__notes__ == [f"Nothing was published. --resume continues what is kept in {_OUT}."]

@@ -15,11 +15,12 @@ from plain_models import save_model
 
 from dist_ckpt_mistral.errors import FormatError, SourceError
 from dist_ckpt_mistral.storage import documents, paths
-from dist_ckpt_mistral.storage.local import SourceFiles, Sources, require_unchanged
+from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.storage.memory import MemoryStore
 from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path, forget_stores, store_of
 from dist_ckpt_mistral.storage.remote_reads import Wanted, coalesced
 from dist_ckpt_mistral.storage.retries import may_pass, reason
+from dist_ckpt_mistral.storage.sources import Sources, require_unchanged
 
 
 @pytest.fixture(autouse=True)
