@@ -19,9 +19,10 @@ from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.gather.bands import ByteArray, Stopped, aligned_buffer
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost
-from dist_ckpt_mistral.gather.execute import Copied, Effort, in_step, threads_for
+from dist_ckpt_mistral.gather.execute import Copied, Effort, threads_for
 from dist_ckpt_mistral.gather.parts import LEAST_PART_BYTES, PART_BYTES, Around, Summed, TargetParts
 from dist_ckpt_mistral.gather.plan import BytePlan
+from dist_ckpt_mistral.gather.turns import in_step
 from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.storage.store import Store, pool
 

@@ -1,7 +1,8 @@
 """More servers of objects on this machine: moto for S3, moto as it answers GCS's client, and Azurite for Azure.
 
 GCS's XML interface is that of S3 but for its conditions and tokens, and obstore's client uses nothing else. So moto
-serves it, once a condition and the authorization are translated. fake-gcs-server answers this client's uploads with 400.
+serves it, once a condition and the authorization are translated. fake-gcs-server answers uploads of this client with
+400.
 """
 
 from __future__ import annotations
