@@ -168,7 +168,7 @@ def test_the_plan_as_json() -> None:
     amount = ["needed_bytes", "read_bytes", "amplification", "num_reads", "num_chunks", "files"]
     assert list(told) == [
         *("json_version", "path", "config_from", "layout", "verdict", "remedy", "left_out", "stored_bytes", "total"),
-        "ranks",
+        *("ranks", "warnings"),
     ]
     parts = [*amount, "weights", "optimizer"]
     assert list(told["total"]) == parts
@@ -245,7 +245,8 @@ def test_only_the_metadata_is_read(case: str, tmp_path: Path) -> None:
     assert outcome.code == 0
     assert ["the common state" in line for line in outcome.err] == [True] * (case == "td_0192")
     told = json.loads("\n".join(outcome.out))
-    named = {"path": None, "remedy": None}
+    assert [bool(told["warnings"])] == [case == "td_0192"]
+    named = {"path": None, "remedy": None, "warnings": None}
     assert told | named == planned(case, "--tp", 4) | named
 
 
