@@ -293,7 +293,7 @@ def test_common_options_may_stand_first(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_names_are_never_cut() -> None:
-    """In a narrow terminal long names are folded, and what goes into a file or a pipe has each on one line."""
+    """In a narrow terminal each name has a line of its own, and what goes into a file or a pipe has each on one line."""
     case = folder("opt_fr_0192")
     names = [tensor.name for tensor in inspect(case / "checkpoint", config=case).tensors if tensor.ignored is None]
     lines = run("inspect", case / "checkpoint", "--config", case).out
@@ -303,6 +303,7 @@ def test_names_are_never_cut() -> None:
     narrow = console.file.getvalue()  # type: ignore[attr-defined]  # it is a StringIO
     assert "\N{HORIZONTAL ELLIPSIS}" not in narrow
     assert max(map(len, narrow.splitlines())) <= 80
+    assert set(names) <= {*narrow.splitlines()}
 
 
 def test_inspection_as_a_page(tmp_path: Path) -> None:
