@@ -293,7 +293,7 @@ def test_common_options_may_stand_first(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_names_are_never_cut() -> None:
-    """In a narrow terminal each name has a line of its own, and what goes into a file or a pipe has each on one line."""
+    """In a narrow terminal names have lines of their own, and what goes into a file or a pipe has each on one line."""
     case = folder("opt_fr_0192")
     names = [tensor.name for tensor in inspect(case / "checkpoint", config=case).tensors if tensor.ignored is None]
     lines = run("inspect", case / "checkpoint", "--config", case).out
