@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,9 @@ from hypothesis import HealthCheck, settings
 
 # Small tensors gain nothing from threads, and threads that wait for work take cores from the processes beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A job in the background may ignore Ctrl-C, and so would all that it starts; tests of interrupts send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes depends on who else uses the machine: no deadline.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
