@@ -24,7 +24,7 @@ from dist_ckpt_mistral.gather.parts import LEAST_PART_BYTES, PART_BYTES, Around,
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.gather.turns import in_step
 from dist_ckpt_mistral.storage.local import SourceFiles
-from dist_ckpt_mistral.storage.store import Store, pool
+from dist_ckpt_mistral.storage.store import Store, pool, wait_for
 
 #: A part is in memory while it is gathered, while it waits, and while it is on its way, and its sources beside it.
 _TIMES_IN_MEMORY: Final = 5
@@ -121,7 +121,7 @@ class UploadJob:
                 for number, upload in _by_turns(uploads):
                     upload.wait_for_room()
                     upload.put(gatherers.submit(gather, upload, number))
-            wait(running)
+            wait_for(running)
         except BaseException as interrupt:
             self.stop.set()
             if wait(running, timeout=_INTERRUPTED_WAIT_S).not_done:

@@ -22,6 +22,7 @@ from dist_ckpt_mistral.gather.progress import DEFAULT_PROGRESS, NO_PROGRESS, Pro
 from dist_ckpt_mistral.gather.turns import Turns
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.storage.local import SourceFiles
+from dist_ckpt_mistral.storage.store import wait_for
 
 _MAX_WORKERS: Final = 4096
 _LOCAL_MEMORY_BYTES: Final = 32 << 20
@@ -259,7 +260,7 @@ def run_all(
     futures: list[Future[T]] = []
     try:
         futures.extend(pool.submit(work, number) for number in numbers)
-        wait(futures, return_when=FIRST_EXCEPTION)
+        wait_for(futures, FIRST_EXCEPTION)
     except BaseException:  # an interrupt
         stop()
         pool.shutdown(wait=patience_s is None, cancel_futures=True)

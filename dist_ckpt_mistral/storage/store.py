@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from dist_ckpt_mistral.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 T = TypeVar("T")
 
 #: Requests in flight at once, of the whole process. From 8 on they hide the latency of a request, and servers slow
 #: down a client that sends many more.
 REQUESTS_IN_FLIGHT: Final = 16
+#: How often a thread that waits looks whether there was an interrupt.
+_LOOK_S: Final = 0.5
 #: A longer range is read by several requests at once.
 MOST_BYTES_OF_A_READ: Final = 4 << 20
 
@@ -140,8 +142,24 @@ def pool() -> ThreadPoolExecutor:
 
 def answer_of(call: Callable[[], T]) -> T:
     """Call, and wait so that an interrupt ends it: clients in other languages do not look whether there was one."""
-    is_main = threading.current_thread() is threading.main_thread()
-    return pool().submit(call).result() if is_main else call()
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    answer = pool().submit(call)
+    wait_for([answer])
+    return answer.result()
+
+
+def wait_for(futures: Collection[Future[T]], return_when: str = "ALL_COMPLETED") -> None:
+    """Wait as ``concurrent.futures.wait`` does, and look now and then whether there was an interrupt.
+
+    A signal that comes just before Python begins to wait for a lock does not end that wait.
+    """
+    from concurrent.futures import FIRST_EXCEPTION, wait  # noqa: PLC0415  (as in pool)
+
+    while True:
+        done, others = wait(futures, timeout=_LOOK_S, return_when=return_when)
+        if not others or (return_when == FIRST_EXCEPTION and any(not f.cancelled() and f.exception() for f in done)):
+            return
 
 
 def require_length(what: str, expected: int, got: int) -> None:
