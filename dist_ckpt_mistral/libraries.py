@@ -34,8 +34,13 @@ _PACKAGES: Final = {
 }
 #: Modules that an extra of their own installs, whatever else the importing code needs.
 _EXTRA_OF_MODULE: Final = {"zarr": "views", "fsspec": "views"}
-#: Extra of pyproject.toml -> its modules. If an import in ``needed`` fails, these are named first.
-_MODULES_OF_EXTRA: Final = {"megatron": ("torch", "megatron.core")}
+#: Room or module of this package -> the modules that its import needs, and the extra of pyproject.toml that has them.
+_NEEDS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
+    "megatron": (("torch", "megatron.core"), "megatron"),
+    "views.torch_dcp": (("torch",), "megatron"),
+    "views.zarr_store": (("zarr",), "views"),
+    "views.hf_files": (("fsspec",), "views"),
+}
 _NAME: Final = "dist-ckpt-mistral"
 _BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
 #: Loggers to silence while a command runs.
@@ -57,6 +62,21 @@ def missing(*modules: str) -> list[str]:
     return [_PACKAGES[module] for module in modules if not _is_installed(module)]
 
 
+def public_modules() -> dict[str, str]:
+    """Public name -> the module of this package that defines it, from the stub ``__init__.pyi``."""
+    import ast  # noqa: PLC0415  (the command line needs no public name)
+    from pathlib import Path  # noqa: PLC0415
+
+    stub = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
+    imports = [line for line in stub.body if isinstance(line, ast.ImportFrom)]
+    return {public.name: str(line.module) for line in imports for public in line.names}
+
+
+def of_module(module: str) -> tuple[tuple[str, ...], str]:
+    """What importing a module of this package needs beyond a plain install: other modules, and the extra with them."""
+    return _NEEDS.get(module) or _NEEDS.get(module.partition(".")[0]) or ((), "megatron")
+
+
 @contextlib.contextmanager
 def needed(what: str, *modules: str, extra: str) -> Iterator[None]:
     """Raise MissingLibraryError if any of ``modules``, or any other module that the block imports, is not installed."""
@@ -67,7 +87,6 @@ def needed(what: str, *modules: str, extra: str) -> Iterator[None]:
         top = str(error.name).partition(".")[0]
         if top in _EXTRA_OF_MODULE:
             raise _missing(what, [_PACKAGES[top]], _EXTRA_OF_MODULE[top]) from error
-        require(what, *_MODULES_OF_EXTRA.get(extra, ()), extra=extra)
         raise _missing(what, [_PACKAGES.get(str(error.name), str(error.name))], extra) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,7 +45,8 @@ def read():
 def draw():
     picture.save_picture(dcm.plan_reading(case / "checkpoint", dcm.ParallelLayout(), **ckpt), Path("plan.svg"))
 
-uses = {name: lambda name=name: getattr(dcm, name) for name in dcm.__all__} | {"tensors": read, "picture": draw}
+names = json.loads(sys.argv[3])
+uses = {name: lambda name=name: getattr(dcm, name) for name in names} | {"tensors": read, "picture": draw}
 found = {}
 for name, use in uses.items():
     try:
@@ -52,7 +54,14 @@ for name, use in uses.items():
     except dcm.MissingLibraryError as error:
         assert isinstance(error, ImportError) and isinstance(error, dcm.DistCkptMistralError)
         found[name] = str(error)
-print(json.dumps(found))
+print(json.dumps([found, dir(dcm), dcm.__all__]))
+"""
+#: What help() does with a module, and what a star means.
+ALL: Final = """
+import pydoc
+import dist_ckpt_mistral as dcm
+print(pydoc.render_doc(dcm, renderer=pydoc.plaintext))
+from dist_ckpt_mistral import *
 """
 MEGATRON: Final = {
     *("add_hf_metadata", "build_model", "export_weights", "initialize_megatron", "load_model", "load_weights"),
@@ -72,15 +81,21 @@ MEGATRON: Final = {
     ids=["plain install", "no megatron-core", "no matplotlib", "half of megatron-core"],
 )
 def test_the_library_in_a_plain_install(absent: list[str], expected: set[str], tmp_path: Path) -> None:
-    """What needs an absent library says so, by our own class, with the command; everything else works."""
+    """What needs an absent library says so, by our own class, with the command; all else works, and is listed."""
+    names = [*public_names()]
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(absent), folder("td_0192")],
+        [sys.executable, "-c", PROBE, json.dumps(absent), folder("td_0192"), json.dumps(names)],
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found, listed, starred = json.loads(done.stdout)
     zarr = {"zarr_store", "ZarrStore"} if find_spec("zarr") is None else set()
     assert set(found) == expected | zarr
+    if absent != ["megatron.core.parallel_state"]:  # of a library that is installed, only the import tells
+        assert listed == starred == sorted(set(names) - set(found))
+    if "torch" in absent:
+        assert found["HfNamedReader"].startswith("dist_ckpt_mistral.HfNamedReader needs torch, not installed here.")
+        assert found["load"].startswith("dist_ckpt_mistral.load needs torch, megatron-core, not installed here.")
     for name, message in found.items():
         extra = "plot" if name == "picture" else "views" if name in zarr else "megatron"
         assert message.partition(" needs ")[0].removeprefix("dist_ckpt_mistral.") in {
@@ -89,6 +104,23 @@ def test_the_library_in_a_plain_install(absent: list[str], expected: set[str], t
             "a picture",
         }
         assert f"[{extra}]" in message.partition("not installed here. Run: ")[2]
+
+
+def public_names() -> list[str]:
+    """All names of the stub."""
+    stub = Path(dcm.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    return re.findall(r" as (\w+)$", stub, re.MULTILINE)
+
+
+def test_all_of_it_in_a_plain_install() -> None:
+    """``help`` and ``import *`` do not fail for want of a library that the user may not need."""
+    absent = "import sys; sys.modules |= dict.fromkeys(('torch', 'megatron', 'zarr', 'transformers'))"
+    done = subprocess.run(
+        [sys.executable, "-c", absent + ALL], capture_output=True, text=True, check=False, timeout=120
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "open_checkpoint(source: 'str | Path'" in done.stdout
+    assert "load_model(" not in done.stdout.partition("FUNCTIONS")[2]
 
 
 def test_what_a_library_needs_in_turn() -> None:
