@@ -51,8 +51,9 @@ def answer(
 
     ``seconds`` is how long it took; None for a dry run, after which nothing comes.
     """
+    steps = (*_steps_into_output(), *after.steps)
     if arguments.json:
-        following = [] if seconds is None else [step.line for step in after.steps]
+        following = [] if seconds is None else [step.line for step in steps]
         answer = {**content, "dry_run": seconds is None, "seconds": seconds, "next": following}
         output.say_json(answer, letters=True)
         return
@@ -62,8 +63,17 @@ def answer(
             output.say(f"  {name}  {human_bytes(num_bytes)}")
     elif not arguments.quiet:
         where = [after.where] if after.where else []
-        for more in [*where, *(f"{step.purpose}: {step.line}" for step in after.steps)]:
+        for more in [*where, *(f"{step.purpose}: {step.line}" for step in steps)]:
             output.say(more)
+
+
+def _steps_into_output() -> tuple[Step, ...]:
+    """What a shell does whose current directory the output replaced: it is in the old one, which was removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return (Step(purpose="the output took the place of the current directory; enter it with", line="cd ."),)
+    return ()
 
 
 def imported(root: Path, iteration: int | None, done: Conversion) -> After:
@@ -76,30 +86,38 @@ def imported(root: Path, iteration: int | None, done: Conversion) -> After:
     return After(where=where, steps=(_command("train it with the flags of", "megatron-args", root),))
 
 
-def exported(checkpoint: Path, done: Conversion) -> After:
-    """After to-hf: how to load it, and how to compare it with what it was made of."""
-    compared = _command("compare it with", "verify", checkpoint, done.output)
+def exported(checkpoint: Path, config: Sequence[str], done: Conversion, *, are_same_bits: bool) -> After:
+    """After to-hf: how to load it, and if the bits are those of the checkpoint, how to compare it with that.
+
+    ``config`` are the options that gave the configuration: without them, the comparison would take another one.
+    """
+    compared = (_command("compare it with", "verify", checkpoint, done.output, *config),) if are_same_bits else ()
     if isinstance(done.output, RemotePath):
-        return After(steps=(compared,))
+        return After(steps=compared)
     if done.is_adapter:
         return After(steps=(_python("load it with", f"peft.PeftModel.from_pretrained(model, {str(done.output)!r})"),))
     loaded = _python("load it with", f"transformers.AutoModelForCausalLM.from_pretrained({str(done.output)!r})")
-    return After(steps=(loaded, compared))
+    return After(steps=(loaded, *compared))
 
 
-def resharded(layout: ParallelLayout, done: Conversion) -> After:
-    """After reshard: the flags to train with at that layout."""
-    if done.is_adapter:
-        return After(steps=(_command("look at it with", "inspect", done.output),))
-    return After(steps=(_command("train it with the flags of", "megatron-args", done.output, *layout.options),))
+def resharded(layout: ParallelLayout, config: Sequence[str], done: Conversion) -> After:
+    """After reshard: the flags to train with at that layout, if Megatron-LM can load what has this name.
+
+    ``config`` are the options that gave the configuration: the output has no more of it than the checkpoint had.
+    """
+    names = (done.output.name, *(name.partition("/")[0] for name in done.files))  # of an iteration, or of its root
+    if done.is_adapter or not any(map(checkpoint_directory.iteration_of, names)):
+        return After(steps=(_command("look at it with", "inspect", done.output, *config),))
+    words = [done.output, *layout.options, *config]
+    return After(steps=(_command("train it with the flags of", "megatron-args", *words),))
 
 
-def migrated(done: Conversion) -> After:
-    """After migrate: how to look at it, and to export it."""
+def migrated(config: Sequence[str], done: Conversion) -> After:
+    """After migrate: how to look at it, and to export it, with the options that gave the configuration."""
     return After(
         steps=(
-            _command("look at it with", "inspect", done.output),
-            _command("export it with", "to-hf", done.output, _NEW_HF),
+            _command("look at it with", "inspect", done.output, *config),
+            _command("export it with", "to-hf", done.output, _NEW_HF, *config),
         )
     )
 

@@ -162,7 +162,11 @@ def _to_hf(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         lora_alpha=arguments.lora_alpha,
     )
-    return _write(arguments, convert, partial(after.exported, arguments.checkpoint))
+    are_same_bits = arguments.weights == "model" and arguments.dtype is None and not arguments.merge_adapter
+    follows = partial(
+        after.exported, arguments.checkpoint, options.config_words(arguments), are_same_bits=are_same_bits
+    )
+    return _write(arguments, convert, follows)
 
 
 def add_reshard(commands: usage.Commands) -> None:
@@ -204,7 +208,7 @@ def _reshard(arguments: argparse.Namespace) -> int:
         config=options.given_config(arguments),
         weights_only=arguments.weights_only,
     )
-    return _write(arguments, convert, partial(after.resharded, layout))
+    return _write(arguments, convert, partial(after.resharded, layout, options.config_words(arguments)))
 
 
 def add_migrate(commands: usage.Commands) -> None:
@@ -237,8 +241,8 @@ def _migrate(arguments: argparse.Namespace) -> int:
     from dist_ckpt_mistral.cli import after
     from dist_ckpt_mistral.convert.migrate import migrate
 
-    config = options.given_config(arguments)
-    return _write(arguments, partial(migrate, arguments.checkpoint, arguments.output, config=config), after.migrated)
+    convert = partial(migrate, arguments.checkpoint, arguments.output, config=options.given_config(arguments))
+    return _write(arguments, convert, partial(after.migrated, options.config_words(arguments)))
 
 
 def _declare(

@@ -41,7 +41,8 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
 def add_allow_lossy(command: argparse.ArgumentParser) -> None:
     """Add ``--allow-lossy``, which lets ``--dtype`` destroy values."""
     help_text = (
-        "with --dtype: accept values that become infinite or zero, and count them in a warning (default: refuse)"
+        "with --dtype: accept values that become infinite or zero, and count them in a warning (default: refuse if a "
+        "value becomes infinite, or more than one in 10,000 of a tensor become zero)"
     )
     command.add_argument("--allow-lossy", action="store_true", help=help_text)
 
@@ -118,6 +119,12 @@ def given_config(arguments: argparse.Namespace) -> GivenConfig | None:
     from dist_ckpt_mistral.model.config.mistral_config import ConfigOverride
 
     return ConfigOverride(arguments.config)
+
+
+def config_words(arguments: argparse.Namespace) -> list[str]:
+    """The options of ``add_config`` as they were given, for a command to run next."""
+    given = [] if arguments.config is None else ["--config", arguments.config]
+    return [*given, *(["--override-config"] if arguments.override_config else [])]
 
 
 def add_layout(command: argparse.ArgumentParser, purpose: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands that ``plan`` and ``from-hf`` advise: printed whole, they run as they are and do what was promised."""
+"""The commands that others advise, and name as the next step: they run as they are and do what was promised."""
 
 from __future__ import annotations
 
@@ -93,3 +93,64 @@ def test_an_import_names_the_cut_that_helps(tmp_path: Path, monkeypatch: pytest.
     assert obey(again).err == []
     assert (ckpt / "iter_0000007").is_dir()
     assert planned(ckpt, "--tp", 8)["total"]["amplification"] == 1
+
+
+def next_steps(*arguments: object) -> list[str]:
+    """The commands and lines of Python that a command names at its end."""
+    outcome = run(*arguments, "--json", "--no-sync")
+    assert outcome.code == 0, outcome
+    steps: list[str] = json.loads("\n".join(outcome.out))["next"]
+    return steps
+
+
+def commands(steps: list[str]) -> list[str]:
+    """Those of them that are commands."""
+    return [step for step in steps if step.startswith("dist-ckpt-mistral ")]
+
+
+@pytest.mark.parametrize("case", ["mlm_0161", "td_0192"])
+def test_the_comparison_with_an_export(case: str, tmp_path: Path) -> None:
+    """It takes the configuration of the export: without it there is none, or one with the rows that pad it."""
+    given = ("--config", folder(case) / "config.json", "--override-config")
+    (command,) = commands(next_steps("to-hf", folder(case) / "checkpoint", tmp_path / "hf", *given))
+    assert obey(command).out[-1].startswith("equal: 39 tensors, ")
+
+
+def test_an_export_of_other_bits_is_not_compared(tmp_path: Path) -> None:
+    """Other dtypes and master weights differ by intention: nothing names a command that would find fault with them."""
+    case = folder("opt_plain_0161")
+    for number, options in enumerate((("--weights", "master"), ("--dtype", "float32"))):
+        steps = next_steps("to-hf", case / "checkpoint", tmp_path / str(number), "--config", case, *options)
+        assert [step.partition("(")[0] for step in steps] == ["transformers.AutoModelForCausalLM.from_pretrained"]
+
+
+def test_after_a_reshard(tmp_path: Path) -> None:
+    """The flags to train with, with the configuration that the output lacks as its source did, if Megatron loads it."""
+    case, name = folder("td_0192"), "iter_0000005"
+    given = ("--tp", 4, "--config", case)
+    (command,) = commands(next_steps("reshard", case / "checkpoint", tmp_path / name, *given))
+    assert "--tensor-model-parallel-size 4 " in " ".join(obey(command).out)
+    (command,) = commands(next_steps("reshard", case / "checkpoint", tmp_path / "weights", *given))
+    assert shlex.split(command)[1] == "inspect"
+    assert obey(command).out
+
+
+def test_after_a_migration(tmp_path: Path) -> None:
+    """Both steps have the configuration, which a checkpoint of zarr has in no other place."""
+    case = folder("zarr_ckpt")
+    first, second = commands(next_steps("migrate", case / "checkpoint", tmp_path / "ckpt", "--config", case))
+    assert obey(first).out
+    assert obey(second, HF_DIR=tmp_path / "hf").out
+    assert run("verify", case / "checkpoint", tmp_path / "hf", "--config", case).code == 0
+
+
+def test_after_an_output_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell stays in the directory that was replaced, where it sees nothing: the first step leads into the new."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    outcome = run("from-hf", save_model(tmp_path / "hf"), ".")
+    assert (outcome.code, outcome.err) == (0, [])
+    assert outcome.out[2] == "the output took the place of the current directory; enter it with: cd ."
+    assert (tmp_path / "here" / "release").is_dir()
+    monkeypatch.chdir(tmp_path)
+    assert not any("cd ." in line for line in run("from-hf", tmp_path / "hf", tmp_path / "else").out)
