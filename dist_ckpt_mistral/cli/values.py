@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -14,9 +15,18 @@ _MOST_DIGITS: Final = 40
 
 
 def name(text: str) -> str:
-    """Parse a path or hub id. An empty text, as of an unset shell variable, would mean the current directory."""
+    """Parse a path or hub id. An empty text, as of an unset shell variable, would mean the current directory.
+
+    ``~`` is refused, too: it comes from quotes, or from ``--config=~/model``, where shells do not expand it. As an
+    output it would become a directory of that name.
+    """
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    if text.startswith("~") and not os.path.lexists(text.partition("/")[0]):
+        raise argparse.ArgumentTypeError(
+            f"expected a path, got {text!r:.500}, in which no shell has expanded the ~. Write the directory out, or "
+            f"./{text:.500} if it is a name"
+        )
     return text
 
 

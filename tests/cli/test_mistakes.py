@@ -66,6 +66,10 @@ MISTAKES: Final = {
     "to-hf ckpt new --dtype bf16": (2, "Did you mean bfloat16?"),
     "to-hf ckpt new --workers 0.5": (2, "argument --workers: expected a whole number, got '0.5'"),
     "to-hf ckpt ''": (2, "argument HF: expected a path, got an empty text"),
+    # What no shell has expanded.
+    "to-hf ckpt '~/new'": (2, "got '~/new', in which no shell has expanded the ~. Write the directory out, or ./~/new"),
+    "to-hf ckpt new --config=~someone/hf": (2, "argument --config: expected a path, got '~someone/hf', in which no"),
+    "demo --keep=~": (2, "argument --keep: expected a path, got '~'"),
     # Commands and options.
     "to_hf ckpt new": (2, "Did you mean to-hf?"),
     "tohf ckpt new": (2, "Did you mean to-hf?"),
