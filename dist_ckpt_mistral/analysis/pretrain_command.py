@@ -21,7 +21,7 @@ from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenCon
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state
 from dist_ckpt_mistral.storage import hub
-from dist_ckpt_mistral.storage.remote_path import as_path
+from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path
 
 _LOG = logging.getLogger(__name__)
 
@@ -143,12 +143,23 @@ def _tokenizer_flags(assets: Sequence[Path]) -> list[str]:
     if directory is None:
         _LOG.warning("no tokenizer is stored with the model: add --tokenizer-type and the flags that it needs")
         return []
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", hub.name_for_libraries(directory)]
+    name = hub.name_for_libraries(directory)
+    if isinstance(directory, RemotePath) and name == str(directory):  # no hub id
+        _LOG.warning("Megatron opens no tokenizer in a store: copy %s to a disk, and give --tokenizer-model that", name)
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", name]
 
 
 def _load_flags(path: Path, source: ModelSource) -> list[str]:
-    """``--load`` with the checkpoint root, and ``--ckpt-step`` if ``path`` is one iteration in it."""
+    """``--load`` with the checkpoint root, and ``--ckpt-step`` if ``path`` is one iteration in it.
+
+    Of stores, Megatron-LM reads those of NVIDIA's Multi-Storage Client alone, with --enable-msc (core/msc_utils.py,
+    0.16 to 0.19).
+    """
     stored_checkpoint.require_loadable(source.path)
+    if isinstance(path, RemotePath) and not str(path).startswith("msc://"):
+        _LOG.warning(
+            "Megatron-LM opens directories, and msc:// with --enable-msc: copy %s to a disk, and give --load that", path
+        )
     if path.resolve() != source.path.resolve():
         return ["--load", str(path)]
     root, name = path.resolve().parent, path.resolve().name

@@ -15,6 +15,7 @@ import pytest
 from command_line import run
 from emulators import Emulator, azurite, gcs, moto
 from object_servers import environment
+from plain_models import save_model
 from remote_folders import files_of, get_folder, put_folder
 
 from dist_ckpt_mistral.storage.remote_path import forget_stores
@@ -26,9 +27,10 @@ _CASES = (
     *("bridge_ministral3_0062", "lora_0062"),
 )
 _OLD_FORMATS = {*genuine.ZARR, *genuine.LEGACY, *genuine.FSDP}
-#: What differs on purpose: times, the next command (other libraries open no URLs), and links, which stores do not have.
+#: What differs on purpose: times, the next command and what Megatron opens (other libraries open no URLs), and links,
+#: which stores do not have.
 _TIMES = re.compile(r"[0-9.]+ s\b( \([^)]*/s\))?")
-_LEFT_OUT = re.compile(r"[\w ]+ it with: |.* is a link, which a store does not have")
+_LEFT_OUT = re.compile(r"[\w ]+ it with: |.* is a link, which a store does not have|Megatron.* to a disk, and give --")
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,23 @@ def test_every_command(case: str, tmp_path: Path) -> None:
     assert twins.agree("verify", "OUT/hf", "CKPT") == 0
     twins.agree("from-hf", "OUT/hf", "OUT/back", "--tp", "2", "--pp", "2", reads="OUT")
     twins.agree("reshard", "CKPT", "OUT/cut", "--tp", "4")
+
+
+def test_megatron_opens_no_store(tmp_path: Path) -> None:
+    """megatron-args names what lies in a store, and says of checkpoint and tokenizer that Megatron needs a copy."""
+    hf = save_model(tmp_path / "hf")
+    (hf / "tokenizer.json").write_text("{}")
+    root = "memory://bucket/root"
+    assert run("from-hf", hf, root).code == 0
+    outcome = run("megatron-args", root, "-q")
+    assert f"--load {root} " in outcome.out[-2]
+    assert outcome.out[-1].endswith(f"--tokenizer-model {root}/release/hf")
+    assert outcome.err == [
+        f"Megatron-LM opens directories, and msc:// with --enable-msc: copy {root} to a disk, and give --load that",
+        f"Megatron opens no tokenizer in a store: copy {root}/release/hf to a disk, and give --tokenizer-model that",
+    ]
+    assert run("from-hf", hf, tmp_path / "ckpt").code == 0
+    assert run("megatron-args", tmp_path / "ckpt", "-q").err == []
 
 
 def _server(kind: str, folder: Path) -> AbstractContextManager[Emulator]:
