@@ -24,7 +24,7 @@ from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import hub, paths
-from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path
+from dist_ckpt_mistral.storage.remote_path import BUCKET_SCHEMES, HUB_SCHEME, WEB_SCHEMES, RemotePath, as_path
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -420,10 +420,10 @@ def _missing(path: Path) -> Place:
     if path.is_symlink():
         what = f"it is a link to {path.readlink()}, which does not exist"
     elif paths.is_url(path):
-        what = "it is a URL"
+        what, schemes = "it is a URL", listed([f"{scheme}://" for scheme in (*BUCKET_SCHEMES, *WEB_SCHEMES)])
         advice = (
-            "Of URLs, s3://, gs://, az:// and http(s):// are read; a Hugging Face model on the hub is "
-            "org/name[@revision]. Copy anything else to a local directory."
+            f"Of URLs, these are read: {schemes}. A Hugging Face model on the hub is org/name[@revision], or "
+            f"{HUB_SCHEME}://org/name[@revision]. Copy anything else to a local directory."
         )
     return Place(path=path, kind=Kind.MISSING, what=what, advice=advice)
 

@@ -156,8 +156,8 @@ def test_files(name: str, expected: str, command: tuple[str, ...], tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("ftp://host/run/ckpt", "error: ftp://host/run/ckpt is not {wanted}: it is a URL. Of URLs, s3://, gs://"),
-        ("hdfs://host/a/b/c", "error: hdfs://host/a/b/c is not {wanted}: it is a URL. Of URLs, s3://, gs://, az://"),
+        ("ftp://host/run/ckpt", "error: ftp://host/run/ckpt is not {wanted}: it is a URL. Of URLs, these are read: s3"),
+        ("hdfs://host/a/b/c", "error: hdfs://host/a/b/c is not {wanted}: it is a URL. Of URLs, these are read: s3"),
         ("memory://bucket/ckpt", "error: memory://bucket/ckpt is not {wanted}: there is nothing of this name, and"),
         ("/no/such/place", "error: /no/such/place is not {wanted}: there is no such directory"),
     ],
