@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import stored_checkpoint
-from dist_ckpt_mistral.formats.places import Kind, what_is
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import what_is
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import PICKLE, pickle_in_list

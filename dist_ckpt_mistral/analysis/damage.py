@@ -18,9 +18,10 @@ from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileSum, read_checksums
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, files_in, read_manifest
+from dist_ckpt_mistral.formats.kinds import Kind
 from dist_ckpt_mistral.formats.legacy_torch import RANK_FILE
 from dist_ckpt_mistral.formats.ocdbt import MANIFEST_FILE as INDEX_FILE
-from dist_ckpt_mistral.formats.places import Kind, locate
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE, SHARDED_KEY
 from dist_ckpt_mistral.gather.digest import Digest, digest

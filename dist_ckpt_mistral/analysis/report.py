@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from dist_ckpt_mistral.analysis.sheet import sheet
 from dist_ckpt_mistral.errors import DistCkptMistralError, SourceError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, stored_checkpoint
-from dist_ckpt_mistral.formats.places import Kind, Place, locate
+from dist_ckpt_mistral.formats.kinds import Kind, Place
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.formats.safetensors import FileTensor
 from dist_ckpt_mistral.formats.stored_checkpoint import TORCH, TORCH_DCP, ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist import common_state

@@ -15,7 +15,8 @@ from dist_ckpt_mistral.convert.ranks import ALONE
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, locate, what_is
+from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, INDEX_FILE, Kind
+from dist_ckpt_mistral.formats.places import locate, what_is
 from dist_ckpt_mistral.formats.safetensors import SafetensorsFile, new_file
 from dist_ckpt_mistral.formats.small_files import ASSETS_FOLDER, RECORD_FILE, VISION_FILE
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored

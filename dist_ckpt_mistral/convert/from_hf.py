@@ -20,7 +20,8 @@ from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import ConfigError, LayoutError, OutputError, for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE
-from dist_ckpt_mistral.formats.places import Kind, Place, locate, require_not_swapped
+from dist_ckpt_mistral.formats.kinds import Kind, Place
+from dist_ckpt_mistral.formats.places import locate, require_not_swapped
 from dist_ckpt_mistral.formats.torch_dist import writer
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
 from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk

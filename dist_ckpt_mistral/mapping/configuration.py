@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from dist_ckpt_mistral.errors import ConfigError, FormatError, SourceError, TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
+from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, PARAMS_FILE, Kind
+from dist_ckpt_mistral.formats.places import what_is
 from dist_ckpt_mistral.formats.small_files import NamedTokenizer
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping.adapters import holds_adapter, holds_base, match_adapter

@@ -11,8 +11,9 @@ from typing import Any
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, TensorMismatchError, UnsupportedModelError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.kinds import Kind
 from dist_ckpt_mistral.formats.pickles.reader import paused_collector
-from dist_ckpt_mistral.formats.places import Kind, locate, what_is
+from dist_ckpt_mistral.formats.places import locate, what_is
 from dist_ckpt_mistral.formats.safetensors import read_header
 from dist_ckpt_mistral.formats.small_files import NamedTokenizer
 from dist_ckpt_mistral.gather.compare import compare_bits

@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError, for_all
-from dist_ckpt_mistral.formats.places import Kind, locate
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.mapping.source import (

@@ -15,8 +15,9 @@ from typing import Any, Final
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, UnsupportedFormatError
+from dist_ckpt_mistral.formats.kinds import Kind
 from dist_ckpt_mistral.formats.ocdbt import MANIFEST_FILE, SHARDS_FILE, FileRange, database
-from dist_ckpt_mistral.formats.places import Kind, locate
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint, open_stored
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.gather.digest import digest

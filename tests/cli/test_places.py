@@ -20,7 +20,8 @@ from transformers import MistralForCausalLM
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats.places import Kind, what_is
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import what_is
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CKPT = shards("td_0161")
