@@ -23,7 +23,9 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_segments
-from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, twin_differences
+from dist_ckpt_mistral.mapping.source import ModelSource, open_source
+from dist_ckpt_mistral.mapping.twins import twin_differences
+from dist_ckpt_mistral.mapping.vision import completed
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.agreement import Disagreement
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory

@@ -30,7 +30,8 @@ from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.mapping.checkpoint_map import Twin
 from dist_ckpt_mistral.mapping.configuration import Matched, checkpoint_config, matched
-from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter, open_hf, twin_differences
+from dist_ckpt_mistral.mapping.source import adapter_file_set, open_adapter, open_hf
+from dist_ckpt_mistral.mapping.twins import twin_differences
 from dist_ckpt_mistral.messages import concise_repr, counted, listed, printable
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key

@@ -36,7 +36,8 @@ from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, new_checkpoi
 from dist_ckpt_mistral.mapping.chunking import cut_chunks
 from dist_ckpt_mistral.mapping.configuration import RUN_CONFIG_FILE
 from dist_ckpt_mistral.mapping.read_plan import ReadingPlan, plan_reads
-from dist_ckpt_mistral.mapping.source import ModelSource, open_adapter, open_hf, require_equal_twins
+from dist_ckpt_mistral.mapping.source import ModelSource, open_adapter, open_hf
+from dist_ckpt_mistral.mapping.twins import require_equal_twins
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.args.bridge import to_run_config
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args

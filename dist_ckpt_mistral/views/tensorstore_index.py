@@ -25,7 +25,8 @@ from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT
 from dist_ckpt_mistral.gather.grids import CellGrid, cell_grid
 from dist_ckpt_mistral.gather.links import Link, whole
-from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, require_equal_twins, with_padding_rows
+from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, with_padding_rows
+from dist_ckpt_mistral.mapping.twins import require_equal_twins
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.storage import documents
