@@ -5,9 +5,9 @@ from .analysis.compare import Comparison as Comparison
 from .analysis.compare import Difference as Difference
 from .analysis.compare import compare as compare
 from .analysis.compare import compare_stored as compare_stored
-from .analysis.damage import Check as Check
-from .analysis.damage import Finding as Finding
 from .analysis.damage import check as check
+from .analysis.findings import Check as Check
+from .analysis.findings import Finding as Finding
 from .analysis.pretrain_command import PretrainCommand as PretrainCommand
 from .analysis.pretrain_command import megatron_args as megatron_args
 from .analysis.read_planner import plan_reading as plan_reading

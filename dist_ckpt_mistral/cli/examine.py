@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dist_ckpt_mistral.analysis.compare import Comparison
-    from dist_ckpt_mistral.analysis.damage import Check
+    from dist_ckpt_mistral.analysis.findings import Check
     from dist_ckpt_mistral.megatron.logits import LogitsComparison
 
 
