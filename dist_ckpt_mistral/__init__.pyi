@@ -37,12 +37,12 @@ from .errors import TensorMismatchError as TensorMismatchError
 from .errors import UnsafePickleError as UnsafePickleError
 from .errors import UnsupportedFormatError as UnsupportedFormatError
 from .errors import UnsupportedModelError as UnsupportedModelError
+from .gather.chunk_reads import ChunkList as ChunkList
+from .gather.chunk_reads import ChunkReads as ChunkReads
 from .gather.execute import Effort as Effort
 from .gather.progress import Progress as Progress
 from .gather.progress import ProgressBar as ProgressBar
 from .mapping.read_plan import Amount as Amount
-from .mapping.read_plan import ChunkList as ChunkList
-from .mapping.read_plan import ChunkReads as ChunkReads
 from .mapping.read_plan import RankReads as RankReads
 from .mapping.read_plan import ReadingPlan as ReadingPlan
 from .mapping.source import hf_content_metadata as hf_content_metadata
