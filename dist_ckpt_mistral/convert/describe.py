@@ -24,7 +24,8 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import plan_gather
-from dist_ckpt_mistral.mapping.configuration import checkpoint_config, directory_config, matched, to_record
+from dist_ckpt_mistral.mapping.configuration import checkpoint_config, directory_config, matched
+from dist_ckpt_mistral.mapping.hf_record import to_record
 from dist_ckpt_mistral.mapping.source import ModelSource, open_hf
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralConfig

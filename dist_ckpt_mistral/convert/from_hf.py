@@ -30,7 +30,7 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
-from dist_ckpt_mistral.mapping import configuration
+from dist_ckpt_mistral.mapping import hf_record
 from dist_ckpt_mistral.mapping.adapter_description import RECORD_KEY
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, new_checkpoint_map
 from dist_ckpt_mistral.mapping.chunking import cut_chunks
@@ -274,7 +274,7 @@ def _write_other_files(
         dtype = source.config.dtype if source.config.dtype in dtypes.WEIGHT_DTYPES else dtype
     settings: dict[str, Any] = {"dtype": dtype, "tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
     run_config = to_run_config(source.config, **settings)
-    record = configuration.to_record(source.config, table, source.hf_files)
+    record = hf_record.to_record(source.config, table, source.hf_files)
     if table.adapters:
         (adapter,) = source.adapter_configs
         run_config["peft"] = run_config_section(table, adapter)
@@ -288,7 +288,7 @@ def _write_other_files(
         "content_metadata": {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
-            configuration.KEY: record,
+            hf_record.KEY: record,
         },
     }
     documents.write_bytes(directory / COMMON_FILE, writer.common_state(state))

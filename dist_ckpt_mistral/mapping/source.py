@@ -21,7 +21,7 @@ from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.links import whole as whole_link
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_segments
-from dist_ckpt_mistral.mapping import configuration
+from dist_ckpt_mistral.mapping import hf_record
 from dist_ckpt_mistral.mapping.adapter_description import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -29,7 +29,13 @@ from dist_ckpt_mistral.mapping.adapter_description import (
 )
 from dist_ckpt_mistral.mapping.adapters import adapters_in_files
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, CheckpointMap, Ignored, Twin, hf_links
-from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched
+from dist_ckpt_mistral.mapping.configuration import (
+    Agreed,
+    checkpoint_config,
+    directory_config,
+    matched,
+    named_tokenizer,
+)
 from dist_ckpt_mistral.mapping.consolidated import consolidated_links, indexed_shapes
 from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
@@ -282,7 +288,7 @@ def open_megatron(
     checkpoint = stored_checkpoint.open_stored(path)
     known = matched(checkpoint, checkpoint_config(checkpoint, config), state)
     table, found, stored = known.table, known.found, known.stored
-    hf_files = configuration.original_files(checkpoint)
+    hf_files = hf_record.original_files(checkpoint)
     shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
     twins = found.twins(stored.tensors)
     with paused_collector():  # none of a hundred thousand new links is garbage
@@ -302,7 +308,7 @@ def open_megatron(
         ignored=(*found.ignored, *_padding(table, found, shapes)),
         hf_files=hf_files,
         assets=small_files.folders_beside(checkpoint.directory),
-        named_tokenizer=configuration.named_tokenizer(checkpoint),
+        named_tokenizer=named_tokenizer(checkpoint),
         carried_from=checkpoint.directory if found.table.carried else None,
         twins=twins,
         adapter_configs=adapter_descriptions(checkpoint) if table.adapters else (),
@@ -343,7 +349,7 @@ def hf_content_metadata(config: MistralConfig, hf: str | Path | None = None) -> 
     if hf is not None:
         chosen = ChosenConfig(config=config, source="the given configuration")
         hf_files = open_hf(locate(hf, Kind.HF, Kind.CONSOLIDATED).path, config=chosen).hf_files
-    return {configuration.KEY: configuration.to_record(config, tensor_table(config), hf_files)}
+    return {hf_record.KEY: hf_record.to_record(config, tensor_table(config), hf_files)}
 
 
 def with_padding_rows(source: ModelSource) -> ModelSource:
