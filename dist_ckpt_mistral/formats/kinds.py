@@ -47,7 +47,7 @@ class Kind(Enum):
     BROKEN = "unfinished checkpoint"
     #: There may be a configuration, but no weights in a format that is read.
     WEIGHTLESS = "directory without weights that are read"
-    #: ``what_is`` follows the root to its latest iteration.
+    #: ``places.what_is`` follows the root to its latest iteration.
     ROOT = "root of a Megatron checkpoint"
     MISSING = "nothing"
     OTHER = "something else"
