@@ -93,7 +93,10 @@ def add_effort(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("resources")
     help_text = "number of threads that copy or compare (default: one per core, at most 8)"
     group.add_argument("--workers", type=values.positive, default=0, metavar="N", help=help_text)
-    help_text = "total size of the buffers of all threads (default 32MiB; 256MiB where a URL is read or written)"
+    help_text = (
+        "total size of the buffers of all threads (default 32MiB; 256MiB where a URL is read or written); the process "
+        "as a whole takes more, the most where chunks cut for a large --tp go to a URL"
+    )
     group.add_argument("--memory", type=values.size, default=0, metavar="SIZE", help=help_text)
     help_text = "how long faults of a store (a URL) that may pass are retried, in seconds (default 180)"
     group.add_argument("--retry-time", type=values.positive_number, metavar="SECONDS", help=help_text)
