@@ -5,9 +5,9 @@ from .analysis.compare import Comparison as Comparison
 from .analysis.compare import Difference as Difference
 from .analysis.compare import compare as compare
 from .analysis.compare import compare_stored as compare_stored
-from .analysis.damage import Check as Check
-from .analysis.damage import Finding as Finding
 from .analysis.damage import check as check
+from .analysis.findings import Check as Check
+from .analysis.findings import Finding as Finding
 from .analysis.pretrain_command import PretrainCommand as PretrainCommand
 from .analysis.pretrain_command import megatron_args as megatron_args
 from .analysis.read_planner import plan_reading as plan_reading
@@ -37,12 +37,12 @@ from .errors import TensorMismatchError as TensorMismatchError
 from .errors import UnsafePickleError as UnsafePickleError
 from .errors import UnsupportedFormatError as UnsupportedFormatError
 from .errors import UnsupportedModelError as UnsupportedModelError
+from .gather.chunk_reads import ChunkList as ChunkList
+from .gather.chunk_reads import ChunkReads as ChunkReads
 from .gather.execute import Effort as Effort
 from .gather.progress import Progress as Progress
 from .gather.progress import ProgressBar as ProgressBar
 from .mapping.read_plan import Amount as Amount
-from .mapping.read_plan import ChunkList as ChunkList
-from .mapping.read_plan import ChunkReads as ChunkReads
 from .mapping.read_plan import RankReads as RankReads
 from .mapping.read_plan import ReadingPlan as ReadingPlan
 from .mapping.source import hf_content_metadata as hf_content_metadata

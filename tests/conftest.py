@@ -20,6 +20,8 @@ import pytest
 from forked_ranks import RankServer
 from hypothesis import HealthCheck, settings
 
+from dist_ckpt_mistral.storage.remote_path import forget_stores
+
 # Small tensors gain nothing from threads, and threads that wait for work take cores from the processes beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A job in the background may ignore Ctrl-C, and so would all that it starts; tests of interrupts send it.
@@ -178,6 +180,14 @@ def _plain_files() -> None:
     """
     if msc := sys.modules.get("megatron.core.msc_utils"):
         msc.MultiStorageClientFeature.disable()
+
+
+@pytest.fixture
+def empty_stores() -> Iterator[None]:
+    """Nothing is in the stores in memory, before a test and after it."""
+    forget_stores()
+    yield
+    forget_stores()
 
 
 @pytest.fixture(scope="session")

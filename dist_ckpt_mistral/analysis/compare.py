@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import stored_checkpoint
-from dist_ckpt_mistral.formats.places import Kind, what_is
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import what_is
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import PICKLE, pickle_in_list
@@ -22,7 +23,9 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.plan import BytePlan, plan_segments
-from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, twin_differences
+from dist_ckpt_mistral.mapping.source import ModelSource, open_source
+from dist_ckpt_mistral.mapping.twins import twin_differences
+from dist_ckpt_mistral.mapping.vision import completed
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.agreement import Disagreement
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dist_ckpt_mistral.analysis.report import Report, TensorReport, facts, shortened
+from dist_ckpt_mistral.analysis.report import Report, TensorReport
+from dist_ckpt_mistral.analysis.report_table import facts, shortened
 from dist_ckpt_mistral.messages import human_bytes, printable
 from dist_ckpt_mistral.model.table.entries import split_state_key
 from dist_ckpt_mistral.storage import documents

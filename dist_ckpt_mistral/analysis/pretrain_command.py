@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
-from dist_ckpt_mistral.formats.places import Kind, Place, locate
+from dist_ckpt_mistral.formats.kinds import Kind, Place
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.mapping.configuration import directory_config
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
 from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source, require_model

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dist_ckpt_mistral import libraries
-from dist_ckpt_mistral.analysis import compare, damage, report
+from dist_ckpt_mistral.analysis import compare, damage, report, report_table
 from dist_ckpt_mistral.cli.demo_model import make_model
 from dist_ckpt_mistral.cli.processes import run_forked_ranks
 from dist_ckpt_mistral.convert import from_hf, reshard, to_hf
@@ -140,7 +140,7 @@ def _inspect(checkpoint: Path, say: Say) -> None:
     found = report.inspect(checkpoint)
     if found.problems:
         raise DistCkptMistralError(f"{checkpoint} has problems: {'; '.join(found.problems)}")
-    say(f"   {report.model_line(found.config or {})}; no problems")
+    say(f"   {report_table.model_line(found.config or {})}; no problems")
     say("   $ dist-ckpt-mistral verify checkpoint")
     check = damage.check(checkpoint)
     if not check.is_sound:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dist_ckpt_mistral.formats import hf_directory, places
+from dist_ckpt_mistral.formats import hf_directory, kinds
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.table.table import tensor_table
 from dist_ckpt_mistral.storage import documents
@@ -50,7 +50,7 @@ def make_model(directory: Path) -> None:
     import ml_dtypes
 
     directory.mkdir()
-    documents.write_bytes(directory / places.CONFIG_FILE, _json(_CONFIG))
+    documents.write_bytes(directory / kinds.CONFIG_FILE, _json(_CONFIG))
     tensors = tensor_table(MistralConfig.from_hf(_CONFIG)).hf_tensors()
     described = [(name, _CONFIG["dtype"], tensor.shape) for name, tensor in tensors.items()]
     files = hf_directory.plan_files(described, max_file_bytes=_MAX_FILE_BYTES)
@@ -62,7 +62,7 @@ def make_model(directory: Path) -> None:
             values = 1 + 0.1 * values if len(tensor.shape) == 1 else 0.02 * values  # norms are about 1
             content.append(values.astype(ml_dtypes.bfloat16).tobytes())
         documents.write_bytes(directory / name, b"".join(content))
-    documents.write_bytes(directory / places.INDEX_FILE, files.index_json() or b"")
+    documents.write_bytes(directory / kinds.INDEX_FILE, files.index_json() or b"")
     for name, described_as in _tokenizer().items():
         documents.write_bytes(directory / name, _json(described_as))
 

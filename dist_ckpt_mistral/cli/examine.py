@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dist_ckpt_mistral.analysis.compare import Comparison
-    from dist_ckpt_mistral.analysis.damage import Check
+    from dist_ckpt_mistral.analysis.findings import Check
     from dist_ckpt_mistral.megatron.logits import LogitsComparison
 
 
@@ -70,7 +70,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         output.say_json(content.to_json())
     elif arguments.html is None:
-        output.show(report.render(content))
+        from dist_ckpt_mistral.analysis import report_table
+
+        output.show(report_table.render(content))
     return usage.EXIT_DATA if content.problems else usage.EXIT_DONE
 
 

@@ -17,7 +17,8 @@ from dist_ckpt_mistral.gather.index import IndexedTensor
 from dist_ckpt_mistral.gather.links import whole
 from dist_ckpt_mistral.gather.low_rank import ZerosFile
 from dist_ckpt_mistral.mapping.checkpoint_map import Twin
-from dist_ckpt_mistral.mapping.source import ModelSource, twin_differences
+from dist_ckpt_mistral.mapping.source import ModelSource
+from dist_ckpt_mistral.mapping.twins import twin_differences
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout

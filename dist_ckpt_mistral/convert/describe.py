@@ -15,7 +15,8 @@ from dist_ckpt_mistral.convert.ranks import ALONE
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, locate, what_is
+from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, INDEX_FILE, Kind
+from dist_ckpt_mistral.formats.places import locate, what_is
 from dist_ckpt_mistral.formats.safetensors import SafetensorsFile, new_file
 from dist_ckpt_mistral.formats.small_files import ASSETS_FOLDER, RECORD_FILE, VISION_FILE
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
@@ -23,7 +24,8 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import plan_gather
-from dist_ckpt_mistral.mapping.configuration import checkpoint_config, directory_config, matched, to_record
+from dist_ckpt_mistral.mapping.configuration import checkpoint_config, directory_config, matched
+from dist_ckpt_mistral.mapping.hf_record import to_record
 from dist_ckpt_mistral.mapping.source import ModelSource, open_hf
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, MistralConfig

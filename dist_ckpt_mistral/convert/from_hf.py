@@ -20,7 +20,8 @@ from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import ConfigError, LayoutError, OutputError, for_all
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.checkpoint_directory import ITERATION_TRAIN_STATE_FILE
-from dist_ckpt_mistral.formats.places import Kind, Place, locate, require_not_swapped
+from dist_ckpt_mistral.formats.kinds import Kind, Place
+from dist_ckpt_mistral.formats.places import locate, require_not_swapped
 from dist_ckpt_mistral.formats.torch_dist import writer
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
 from dist_ckpt_mistral.formats.torch_dist.writer import CheckpointLayout, NewChunk
@@ -29,13 +30,14 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.gather.links import Link, compose, reverse
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather
-from dist_ckpt_mistral.mapping import configuration
+from dist_ckpt_mistral.mapping import hf_record
 from dist_ckpt_mistral.mapping.adapter_description import RECORD_KEY
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap, new_checkpoint_map
 from dist_ckpt_mistral.mapping.chunking import cut_chunks
 from dist_ckpt_mistral.mapping.configuration import RUN_CONFIG_FILE
 from dist_ckpt_mistral.mapping.read_plan import ReadingPlan, plan_reads
-from dist_ckpt_mistral.mapping.source import ModelSource, open_adapter, open_hf, require_equal_twins
+from dist_ckpt_mistral.mapping.source import ModelSource, open_adapter, open_hf
+from dist_ckpt_mistral.mapping.twins import require_equal_twins
 from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.args.bridge import to_run_config
 from dist_ckpt_mistral.model.args.megatron_args import to_megatron_args
@@ -272,7 +274,7 @@ def _write_other_files(
         dtype = source.config.dtype if source.config.dtype in dtypes.WEIGHT_DTYPES else dtype
     settings: dict[str, Any] = {"dtype": dtype, "tp": layout.tp, "pp": layout.pp, "ep": layout.ep}
     run_config = to_run_config(source.config, **settings)
-    record = configuration.to_record(source.config, table, source.hf_files)
+    record = hf_record.to_record(source.config, table, source.hf_files)
     if table.adapters:
         (adapter,) = source.adapter_configs
         run_config["peft"] = run_config_section(table, adapter)
@@ -286,7 +288,7 @@ def _write_other_files(
         "content_metadata": {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
-            configuration.KEY: record,
+            hf_record.KEY: record,
         },
     }
     documents.write_bytes(directory / COMMON_FILE, writer.common_state(state))

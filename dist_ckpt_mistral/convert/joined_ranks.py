@@ -13,7 +13,7 @@ from dist_ckpt_mistral.formats.torch_dist import writer
 from dist_ckpt_mistral.formats.torch_dist.common_state import COMMON_FILE
 from dist_ckpt_mistral.formats.torch_dist.writer import NewObject
 from dist_ckpt_mistral.gather.dtypes import TorchDtype
-from dist_ckpt_mistral.mapping import configuration
+from dist_ckpt_mistral.mapping import hf_record
 from dist_ckpt_mistral.mapping.checkpoint_map import Ignored
 from dist_ckpt_mistral.mapping.configuration import Matched
 from dist_ckpt_mistral.messages import listed
@@ -67,9 +67,7 @@ def new_common_file(match: Matched) -> dict[str, bytes]:
         content["args"] = to_megatron_args(config, dtype=dtype, **sizes)
     if dropped:
         _LOG.warning("values in the common state that are no plain ones stay behind: %s", listed(dropped))
-    described = (
-        {} if isinstance(args, Mapping) else {configuration.KEY: configuration.to_record(config, match.table, None)}
-    )
+    described = {} if isinstance(args, Mapping) else {hf_record.KEY: hf_record.to_record(config, match.table, None)}
     content |= {
         "checkpoint_version": content.get("checkpoint_version", 3.0),
         "iteration": content.get("iteration", 0),

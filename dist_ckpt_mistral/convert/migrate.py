@@ -27,7 +27,7 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import TensorIndex
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
-from dist_ckpt_mistral.mapping.source import require_equal_heads
+from dist_ckpt_mistral.mapping.twins import require_equal_heads
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.table.entries import split_state_key, state_key
 from dist_ckpt_mistral.storage.remote_path import as_path

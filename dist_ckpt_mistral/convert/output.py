@@ -19,7 +19,8 @@ from dist_ckpt_mistral.errors import ConfigError, OutputError
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileChecksums, FileSum
 from dist_ckpt_mistral.formats.hf_directory import TensorSpans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
-from dist_ckpt_mistral.formats.places import Kind, require_not_swapped, resolve_directory
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import require_not_swapped, resolve_directory
 from dist_ckpt_mistral.gather.digest import SummedSpan, crc32_of_file, digest
 from dist_ckpt_mistral.gather.execute import Copied, Effort, Target, execute, run_all
 from dist_ckpt_mistral.gather.parts import Around

@@ -24,7 +24,7 @@ from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
 from dist_ckpt_mistral.mapping.chunking import ChunkBox, cut_chunks
 from dist_ckpt_mistral.mapping.configuration import checkpoint_config, matched
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
-from dist_ckpt_mistral.mapping.source import require_equal_heads
+from dist_ckpt_mistral.mapping.twins import require_equal_heads
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.entries import flat_state, is_optimizer_state, model_prefix, split_state_key

@@ -23,20 +23,17 @@ from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.formats import hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, Kind, locate
+from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, INDEX_FILE, Kind
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.parts import Around
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.mapping.merge import adapter_part, base_part, merged, without_zeros
-from dist_ckpt_mistral.mapping.source import (
-    ModelSource,
-    completed,
-    open_megatron,
-    open_source,
-    require_equal_twins,
-)
+from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source
+from dist_ckpt_mistral.mapping.twins import require_equal_twins
+from dist_ckpt_mistral.mapping.vision import completed
 from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.config.quantization import described_method

@@ -12,15 +12,15 @@ from reprlib import repr as short
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats.places import (
+from dist_ckpt_mistral.formats.kinds import (
     CONFIG_FILE,
     CONSOLIDATED_FILE,
     CONSOLIDATED_INDEX_FILE,
     INDEX_FILE,
     SINGLE_FILE,
     Kind,
-    locate,
 )
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.formats.safetensors import FileTensor, SafetensorsFile, new_file, parse_header, read_header
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape, is_countable

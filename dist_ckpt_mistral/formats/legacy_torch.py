@@ -21,17 +21,18 @@ import numpy as np
 
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
 from dist_ckpt_mistral.formats.pickles import reader
+from dist_ckpt_mistral.formats.pickles.tensors import (
+    TENSOR_GLOBALS,
+    PickledTensor,
+    row_major_strides,
+    storage_of,
+    torch_dtype_name,
+)
 from dist_ckpt_mistral.formats.rank_optimizer import StatePlace, read_optimizer
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.formats.torch_dist.archive import LITTLE_ENDIAN, ArchiveReader
 from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
-from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import (
-    MAX_AXES,
-    STORAGES,
-    row_major_strides,
-    torch_dtype_name,
-)
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape, TorchDtype, is_countable
 from dist_ckpt_mistral.messages import listed
@@ -192,7 +193,7 @@ class _Rank:
             archive = ArchiveReader(files, 0, 0, num_bytes, str(path))
             if "byteorder" in archive.names and archive.read("byteorder") != LITTLE_ENDIAN:
                 raise FormatError(f"{path} is big-endian, which is not supported")
-            content = reader.loads(archive.read("data.pkl"), _allowlist(), str(path), persistent=_storage)
+            content = reader.loads(archive.read("data.pkl"), _allowlist(), str(path), persistent=storage_of)
             if not isinstance(content, dict):
                 raise FormatError(f"{path} is not a checkpoint of Megatron: it holds no dict")
             models = _models(content, str(path))
@@ -201,7 +202,7 @@ class _Rank:
                 [(chunk, name, tensor) for chunk, model in enumerate(models) for name, tensor in _flat(model)],
             )
             optimizer = read_optimizer(
-                content.get(_OPTIMIZER), _Tensor, lambda step: _float(files, archive, step, str(path))
+                content.get(_OPTIMIZER), PickledTensor, lambda step: _float(files, archive, step, str(path))
             )
             states = {} if optimizer is None else optimizer.states
             located = for_all(
@@ -242,14 +243,14 @@ def _models(content: Mapping[Any, Any], where: str) -> list[Any]:
     return models
 
 
-def _flat(model: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, _Tensor]]:
+def _flat(model: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, PickledTensor]]:
     """Yield (name, tensor) of all tensors in a model's state dict; modules inside modules are joined with dots."""
     if depth > _MOST_NESTED:
         raise FormatError(f"a model has dicts inside dicts at {short(prefix)}: expected at most {_MOST_NESTED} levels")
     for name, value in model.items():
         if not isinstance(name, str) or not paths.is_plain_name(name.replace("/", "")):
             raise FormatError(f"a model has a tensor called {short(name)}: expected a name that can be printed")
-        if isinstance(value, _Tensor):
+        if isinstance(value, PickledTensor):
             yield prefix + name, value
         elif isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.", depth + 1)
@@ -284,62 +285,31 @@ def _beside(directory: Path, rank: _Rank) -> Iterator[tuple[str, Entry]]:
             )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Storage:
-    """A storage: its key in the archive, and its torch dtype name (empty where it is untyped)."""
-
-    key: str
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Tensor:
-    """The arguments of ``torch._utils._rebuild_tensor_v2`` (and ``_v3``, which adds the dtype)."""
-
-    storage: Any
-    offset: Any
-    shape: Any
-    strides: Any
-    dtype: Any = None
-
-
-def _located(archive: ArchiveReader, name: str, tensor: _Tensor, where: str) -> _LocalTensor:
+def _located(archive: ArchiveReader, name: str, tensor: PickledTensor, where: str) -> _LocalTensor:
     """The bytes of a tensor. Raises FormatError unless they are one row-major part of a storage in the archive.
 
     Several tensors may share a storage: parameters are parts of one buffer where gradients are reduced in buckets.
     """
-    storage, shape = tensor.storage, tensor.shape
-    is_sound = (
-        isinstance(storage, _Storage)
-        and all(
-            type(sizes) is tuple and len(sizes) <= MAX_AXES and all(type(n) is int and n >= 0 for n in sizes)
-            for sizes in (shape, tensor.strides)
-        )
-        and len(shape) == len(tensor.strides)
-        and type(tensor.offset) is int
-        and tensor.offset >= 0
-    )
-    if not is_sound or not is_countable((*shape, 1)) or not is_countable((tensor.offset + 1,)):
+    shape = tensor.shape
+    if not tensor.is_sound or not is_countable((*shape, 1)) or not is_countable((tensor.offset + 1,)):
         raise FormatError(f"{name!r} in {where} is no tensor: {short((shape, tensor.strides, tensor.offset))}")
-    given = tensor.dtype.name if isinstance(tensor.dtype, TorchDtype) else None
-    dtype = dtypes.require_known(storage.dtype or given, f"{name!r} in {where}")
-    pairs = zip(shape, tensor.strides, row_major_strides(shape), strict=True)
-    if math.prod(shape) and any(extent > 1 and stride != expected for extent, stride, expected in pairs):
+    dtype = tensor.dtype_name(f"{name!r} in {where}")
+    if not tensor.is_row_major:
         raise UnsupportedFormatError(
             f"{name!r} in {where} is a view of a storage with the strides {list(tensor.strides)}: expected "
             f"{list(row_major_strides(shape))} (row by row). Save it again as it is in memory (contiguous())."
         )
-    data, itemsize = archive.member(f"data/{storage.key}"), dtypes.itemsize_bytes(dtype)
+    data, itemsize = archive.member(f"data/{tensor.storage.key}"), dtypes.itemsize_bytes(dtype)
     begin, num_bytes = tensor.offset * itemsize, math.prod(shape) * itemsize
     if begin + num_bytes > data.num_bytes:
         raise FormatError(
-            f"{name!r} in {where} needs bytes [{begin}, {begin + num_bytes}) of data/{storage.key}: it has "
+            f"{name!r} in {where} needs bytes [{begin}, {begin + num_bytes}) of data/{tensor.storage.key}: it has "
             f"{data.num_bytes}. The file is damaged."
         )
     return _LocalTensor(dtype=dtype, shape=shape, position=data.position + begin)
 
 
-def _float(files: SourceFiles, archive: ArchiveReader, tensor: _Tensor, where: str) -> float:
+def _float(files: SourceFiles, archive: ArchiveReader, tensor: PickledTensor, where: str) -> float:
     """The value of a float32 scalar. Raises ValueError for another tensor."""
     found = _located(archive, "step", tensor, where)
     if (found.dtype, found.shape) != ("float32", ()):
@@ -365,17 +335,13 @@ def _allowlist() -> Callable[[str, str], Any]:
     """A lookup of what stands in for the names in a rank's archive: tensors as their places, all else inert."""
     inert = common_state.allowlist()
     named: dict[tuple[str, str], Any] = {
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-        ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+        **TENSOR_GLOBALS,
         ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         ("torch._tensor", "_rebuild_from_type"): _rebuild_from_type,
         ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
         ("torch", "Tensor"): "",
         ("torch.nn.parameter", "Parameter"): "",
-        ("torch", "Size"): reader.as_tuple,
-        ("torch.storage", "UntypedStorage"): "",
         ("collections", "OrderedDict"): _state_dict,
-        **{("torch", storage): dtype for storage, dtype in STORAGES.items()},
     }
 
     def find(module: str, name: str) -> Any:  # noqa: ANN401  (stand-ins of any kind)
@@ -384,24 +350,6 @@ def _allowlist() -> Callable[[str, str], Any]:
         return TorchDtype(name) if torch_dtype_name(module, name) else inert(module, name)
 
     return find
-
-
-def _storage(pid: Any) -> _Storage:  # noqa: ANN401  (from a pickle)
-    """The storage of torch.save's persistent id ("storage", type, key, device, elements)."""
-    is_storage = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"  # noqa: PLR2004
-    if not is_storage or not (isinstance(pid[2], str) and pid[2].isascii() and pid[2].isdecimal()):
-        raise FormatError(f"an unexpected persistent object {short(pid)}")
-    return _Storage(pid[2], pid[1] if isinstance(pid[1], str) else "")
-
-
-def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:  # noqa: ANN401  (from a pickle)
-    """Stands in for ``torch._utils._rebuild_tensor_v2``."""
-    return _Tensor(storage, offset, shape, strides)
-
-
-def _rebuild_v3(storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any) -> _Tensor:  # noqa: ANN401
-    """Stands in for ``torch._utils._rebuild_tensor_v3``, which also has the dtype."""
-    return _Tensor(storage, offset, shape, strides, dtype)
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:  # noqa: ANN401  (from a pickle)

@@ -22,9 +22,9 @@ from typing import Any, Final
 import numpy as np
 
 from dist_ckpt_mistral.errors import FormatError, UnsupportedFormatError, for_all
+from dist_ckpt_mistral.formats.pickles.tensors import MAX_AXES
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor, object_key
 from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
-from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import MAX_AXES
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.boxes import unrolled
 from dist_ckpt_mistral.gather.dtypes import Shape, is_countable

@@ -14,7 +14,7 @@ from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats.checkpoint_directory import iteration_name, root_of
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, INDEX_FILE, PARAMS_FILE
+from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, INDEX_FILE, PARAMS_FILE
 from dist_ckpt_mistral.storage import documents, hub, paths
 from dist_ckpt_mistral.storage.remote_path import RemotePath
 

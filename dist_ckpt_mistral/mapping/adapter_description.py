@@ -9,7 +9,8 @@ from typing import Final
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
-from dist_ckpt_mistral.mapping.configuration import KEY, RUN_CONFIG_FILE
+from dist_ckpt_mistral.mapping.configuration import RUN_CONFIG_FILE
+from dist_ckpt_mistral.mapping.hf_record import KEY
 from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig, contradictions
 from dist_ckpt_mistral.storage import documents, paths
 

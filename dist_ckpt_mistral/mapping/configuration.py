@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dist_ckpt_mistral.errors import ConfigError, FormatError, SourceError, TensorMismatchError
 from dist_ckpt_mistral.formats import small_files
-from dist_ckpt_mistral.formats.hf_directory import FileSet
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, Kind, what_is
+from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, PARAMS_FILE, Kind
+from dist_ckpt_mistral.formats.places import what_is
 from dist_ckpt_mistral.formats.small_files import NamedTokenizer
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
 from dist_ckpt_mistral.mapping.adapters import holds_adapter, holds_base, match_adapter
 from dist_ckpt_mistral.mapping.checkpoint_map import CheckpointMap
+from dist_ckpt_mistral.mapping.hf_record import HfRecord, embedded_records, record_in_folder
 from dist_ckpt_mistral.mapping.matching import match_checkpoint
 from dist_ckpt_mistral.model.args.bridge import args_of_run_config, from_run_config, hf_config_of, model_fields
 from dist_ckpt_mistral.model.args.megatron_args import args_disagreements, from_megatron_args, is_padding
@@ -38,60 +39,10 @@ from dist_ckpt_mistral.storage import documents, paths
 if TYPE_CHECKING:
     from dist_ckpt_mistral.mapping.rank_files import RankFiles
 
-#: The key in ``content_metadata``.
-KEY: Final = "dist_ckpt_mistral"
-#: Increased when older versions of this package could misread the record.
-_VERSION: Final = 1
 _LOG = logging.getLogger(__name__)
 
 #: Megatron-Bridge's configuration of a run, beside the shards (training/utils/checkpoint_utils.py, 0.1 to 0.7).
 RUN_CONFIG_FILE: Final = "run_config.yaml"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HfRecord:
-    """The record of a model: its configuration, and the headers of the original files or None.
-
-    ``source`` is the place of the record, in words.
-    """
-
-    source: str
-    config: MistralConfig
-    hf_files: FileSet | None
-
-
-def to_record(config: MistralConfig, table: TensorTable, files: FileSet | None) -> dict[str, Any]:
-    """The record to store under ``KEY``. ``tensor_map`` is for readers without this package."""
-    tensor_map = [
-        {
-            "hf_name": part.hf_name,
-            "mcore_key": rule.mcore_key,
-            "row_blocks": [part.rows.count, part.rows.stride, part.rows.offset, part.rows.length],
-        }
-        for rule in table.rules
-        for part in rule.parts
-    ]
-    return {
-        "version": _VERSION,
-        "hf_config": config.to_hf(),
-        "tensor_map": tensor_map,
-        "hf_files": None if files is None else files.to_record(),
-    }
-
-
-def _record(value: object, where: str, source: str) -> HfRecord:
-    """The record in ``value``, which is stored at ``where``. Raises FormatError if it is damaged."""
-    if not isinstance(value, Mapping) or value.get("version") != _VERSION:
-        found = value.get("version") if isinstance(value, Mapping) else value
-        raise FormatError(f"{where} has version {found!r:.200}: this release reads version {_VERSION}. Update it.")
-    if not isinstance(value.get("hf_config"), Mapping):
-        raise FormatError(f"{where} has no hf_config")
-    files = value.get("hf_files")
-    return HfRecord(
-        source=source,
-        config=MistralConfig.from_hf(value["hf_config"], where=f"hf_config in {where}"),
-        hf_files=None if files is None else FileSet.from_record(files, where),
-    )
 
 
 class Description(Protocol):
@@ -261,30 +212,6 @@ def _params_files(directory: Path) -> list[Path]:
     return [path] if what_is(directory).kind is Kind.CONSOLIDATED and path.is_file() else []
 
 
-def original_files(checkpoint: StoredCheckpoint) -> FileSet | None:
-    """The layout of the Hugging Face files that the model came from, as the first record has it; None without one."""
-    in_folders = filter(None, map(_in_folder, small_files.hf_folders(checkpoint.directory)))
-    return next((record.hf_files for record in (*_embedded(checkpoint), *in_folders) if record.hf_files), None)
-
-
-def _embedded(checkpoint: StoredCheckpoint) -> Iterator[HfRecord]:
-    """Yield the records inside a checkpoint: that of ``content_metadata``, and that of Megatron-LM's args."""
-    for name, source in (("content_metadata", "checkpoint"), ("args", "args in the checkpoint")):
-        content = checkpoint.common_state.get(name)
-        record = content.get(KEY) if isinstance(content, Mapping) else None
-        if record is not None:
-            where = f"{name}[{KEY!r}] of {checkpoint.directory}"
-            yield _record(record, where, f"the Hugging Face configuration inside the {source}")
-
-
-def _in_folder(folder: Path) -> HfRecord | None:
-    """The record in a folder of Hugging Face files; None if it is absent, or a link out of the folder."""
-    path = folder / small_files.RECORD_FILE
-    if not path.is_file() or paths.leads_outside(path, folder):
-        return None
-    return _record(documents.read_json(path), str(path), str(path))
-
-
 def named_tokenizer(checkpoint: StoredCheckpoint) -> NamedTokenizer | None:
     """The directory with a tokenizer that ``tokenizer_model`` in the checkpoint's args names, if it exists here.
 
@@ -346,7 +273,7 @@ def _table_names(checkpoint: StoredCheckpoint) -> Collection[str] | None:
 
 def _descriptions(checkpoint: StoredCheckpoint, skip: Path | None = None) -> Iterator[Description]:
     """All descriptions of the model in a checkpoint, the most complete first; not those in the folder ``skip``."""
-    for record in _embedded(checkpoint):
+    for record in embedded_records(checkpoint):
         yield _recorded(record)
     for folder in small_files.hf_folders(checkpoint.directory):
         if folder != skip:
@@ -401,7 +328,7 @@ def _described_in(folder: Path) -> Iterator[Description]:
     hf_file = folder / CONFIG_FILE
     if hf_file.is_file() and not paths.leads_outside(hf_file, folder):
         yield _hf_file(hf_file)
-    record = _in_folder(folder)
+    record = record_in_folder(folder)
     if record is not None:
         yield _recorded(record)
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, TensorMismatchError, UnsupportedModelError
-from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files, stored_checkpoint
+from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedModelError
+from dist_ckpt_mistral.formats import hf_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.hf_directory import FileSet
+from dist_ckpt_mistral.formats.kinds import Kind
 from dist_ckpt_mistral.formats.pickles.reader import paused_collector
-from dist_ckpt_mistral.formats.places import Kind, locate, what_is
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.formats.safetensors import read_header
 from dist_ckpt_mistral.formats.small_files import NamedTokenizer
-from dist_ckpt_mistral.gather.compare import compare_bits
 from dist_ckpt_mistral.gather.dequantize import dequantized
-from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
 from dist_ckpt_mistral.gather.links import Link
 from dist_ckpt_mistral.gather.links import whole as whole_link
 from dist_ckpt_mistral.gather.plan import BytePlan, only_dtype, plan_gather, plan_segments
-from dist_ckpt_mistral.mapping import configuration
+from dist_ckpt_mistral.mapping import hf_record
 from dist_ckpt_mistral.mapping.adapter_description import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -30,11 +29,16 @@ from dist_ckpt_mistral.mapping.adapter_description import (
 )
 from dist_ckpt_mistral.mapping.adapters import adapters_in_files
 from dist_ckpt_mistral.mapping.checkpoint_map import PADDING, CheckpointMap, Ignored, Twin, hf_links
-from dist_ckpt_mistral.mapping.configuration import Agreed, checkpoint_config, directory_config, matched
+from dist_ckpt_mistral.mapping.configuration import (
+    Agreed,
+    checkpoint_config,
+    directory_config,
+    matched,
+    named_tokenizer,
+)
 from dist_ckpt_mistral.mapping.consolidated import consolidated_links, indexed_shapes
 from dist_ckpt_mistral.mapping.matching import match_consolidated, match_hf
 from dist_ckpt_mistral.mapping.quantized import Quantized, match_quantized
-from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
 from dist_ckpt_mistral.model.config.mistral_config import (
     ChosenConfig,
@@ -43,7 +47,7 @@ from dist_ckpt_mistral.model.config.mistral_config import (
 )
 from dist_ckpt_mistral.model.table.rules import ParamState, Stage
 from dist_ckpt_mistral.model.table.table import HfTensor, TensorTable, tensor_table
-from dist_ckpt_mistral.storage import documents, paths
+from dist_ckpt_mistral.storage import documents
 
 _LOG = logging.getLogger(__name__)
 
@@ -284,7 +288,7 @@ def open_megatron(
     checkpoint = stored_checkpoint.open_stored(path)
     known = matched(checkpoint, checkpoint_config(checkpoint, config), state)
     table, found, stored = known.table, known.found, known.stored
-    hf_files = configuration.original_files(checkpoint)
+    hf_files = hf_record.original_files(checkpoint)
     shapes = {name: tensor.global_shape for name, tensor in stored.tensors.items()}
     twins = found.twins(stored.tensors)
     with paused_collector():  # none of a hundred thousand new links is garbage
@@ -304,7 +308,7 @@ def open_megatron(
         ignored=(*found.ignored, *_padding(table, found, shapes)),
         hf_files=hf_files,
         assets=small_files.folders_beside(checkpoint.directory),
-        named_tokenizer=configuration.named_tokenizer(checkpoint),
+        named_tokenizer=named_tokenizer(checkpoint),
         carried_from=checkpoint.directory if found.table.carried else None,
         twins=twins,
         adapter_configs=adapter_descriptions(checkpoint) if table.adapters else (),
@@ -345,7 +349,7 @@ def hf_content_metadata(config: MistralConfig, hf: str | Path | None = None) -> 
     if hf is not None:
         chosen = ChosenConfig(config=config, source="the given configuration")
         hf_files = open_hf(locate(hf, Kind.HF, Kind.CONSOLIDATED).path, config=chosen).hf_files
-    return {configuration.KEY: configuration.to_record(config, tensor_table(config), hf_files)}
+    return {hf_record.KEY: hf_record.to_record(config, tensor_table(config), hf_files)}
 
 
 def with_padding_rows(source: ModelSource) -> ModelSource:
@@ -360,86 +364,6 @@ def with_padding_rows(source: ModelSource) -> ModelSource:
             rows = source.index.tensors[links[0].source].global_shape[0] - links[0].source_offset[0]
             extended[name] = [replace(links[0], shape=(rows, *links[0].shape[1:]))]
     return replace(source, links={**source.links, **extended})
-
-
-def completed(source: ModelSource, directory: Path | None) -> ModelSource:
-    """Add the vision tower and projector to a language model that was saved without them.
-
-    They come from ``directory``, a Hugging Face directory whose file layout then counts, too; without weights there,
-    from the folder ``hf`` of the checkpoint's root, or else from the release in that root. A source that is complete is
-    returned as it is. Raises TensorMismatchError if the tensors are needed and no place holds them.
-    """
-    carried = [name for name, tensor in source.table.hf_tensors().items() if tensor.rule.stage is Stage.CARRIED]
-    if not carried or source.carried_from is not None:
-        return source
-    what = (
-        f"{source.path} holds a language model alone (Megatron saves no other), and its configuration describes a "
-        f"vision tower and a projector besides ({listed(carried)})"
-    )
-    has_weights = directory is not None and what_is(directory).kind is not Kind.WEIGHTLESS
-    place = directory if has_weights else _place_of_vision(source.path) or directory
-    if place is None:
-        raise TensorMismatchError(
-            f"{what}. Give the original Hugging Face directory, weights included, with --config. Or describe the "
-            "checkpoint's root with that directory, for every iteration in it."
-        )
-    try:
-        original = _open_vision(place, source.table, carried)
-    except DistCkptMistralError as error:
-        raise type(error)(f"{what}, but they cannot come from {place}: {error}") from error
-    links = {name: original.links[name] for name in carried}
-    return replace(
-        source,
-        tensors=(*original.tensors, *source.tensors),  # as the table has them: vision comes first
-        index=source.index.joined(original.index, {link.source: None for each in links.values() for link in each}),
-        links={**source.links, **links},
-        hf_files=source.hf_files or original.hf_files,
-        carried_from=place,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Vision:
-    """A vision tower and projector; fields as in ModelSource."""
-
-    tensors: tuple[HfTensor, ...]
-    index: TensorIndex
-    links: Mapping[str, list[Link]]
-    hf_files: FileSet | None = None
-
-
-def _place_of_vision(iteration: Path) -> Path | None:
-    """The file in the root's folder ``hf`` with a vision tower, or else the directory of a release in the root."""
-    for folder in small_files.hf_folders(iteration):
-        file = folder / small_files.VISION_FILE
-        if file.is_file() and not paths.leads_outside(file, folder):
-            return file
-    root = checkpoint_directory.root_of(iteration)
-    release = None if root is None else root / checkpoint_directory.iteration_name(None)
-    is_usable = release is not None and what_is(release).kind is Kind.CHECKPOINT
-    return release if is_usable and release != iteration.resolve() else None
-
-
-def _open_vision(place: Path, table: TensorTable, carried: Sequence[str]) -> _Vision:
-    """The tensors ``carried`` in a Hugging Face directory, a Megatron checkpoint, or a file of a root's folder."""
-    hf_tensors = table.hf_tensors()
-    if place.is_dir():
-        original = open_source(place)
-        if original.carried_from is None:
-            raise TensorMismatchError("it holds a language model alone, too")
-        tensors = tuple(tensor for tensor in original.tensors if tensor.hf_name in carried)
-        return _Vision(tensors=tensors, index=original.index, links=original.links, hf_files=original.hf_files)
-    files = FileSet(files={place.name: read_header(place)})
-    expected = {name: hf_tensors[name].shape for name in carried}
-    stored = {tensor.name: tensor.shape for tensor in files.tensors()}
-    if stored != expected:
-        wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
-        raise TensorMismatchError(f"it holds other tensors, or in other shapes: {listed(wrong)}")
-    return _Vision(
-        tensors=tuple(hf_tensors[name] for name in carried),
-        index=files.tensor_index(place.parent),
-        links={name: [whole_link(name, expected[name])] for name in carried},
-    )
 
 
 def _described(table: TensorTable, hf_files: FileSet | None) -> tuple[HfTensor, ...]:
@@ -459,48 +383,3 @@ def _padding(table: TensorTable, found: CheckpointMap, shapes: Mapping[str, tupl
             if rows > rule.shape[0]:
                 padded.append((f"{name}[{rule.shape[0]}:{rows}]", PADDING))
     return tuple(padded)
-
-
-def twin_differences(
-    index: TensorIndex, twins: Sequence[Twin], effort: Effort = DEFAULT_EFFORT
-) -> Iterator[tuple[Twin, str]]:
-    """Yield every twin whose values differ from those of its main tensor, and how they differ."""
-    apart = [twin for twin in twins if not index.tensors[twin.name].shares_bytes(index.tensors[twin.main])]
-    found = {
-        twin.name: f"{dtypes[0]}, not {dtypes[1]}"
-        for twin in apart
-        if len(set(dtypes := (index.tensors[twin.name].dtype, only_dtype(index, twin.links)))) > 1
-    }
-    same = {twin.name: twin for twin in apart if twin.name not in found}
-    own = plan_segments(index, {name: (twin.shape, [whole_link(name, twin.shape)]) for name, twin in same.items()})
-    others = plan_segments(index, {name: (twin.shape, twin.links) for name, twin in same.items()})
-    found |= dict(compare_bits(own, others, [*same], effort))
-    for twin in apart:
-        if twin.name in found:
-            yield twin, f"differs from {twin.main!r}, which is stored for the same weights: {found[twin.name]}"
-
-
-def require_equal_twins(source: ModelSource, *, only_hidden: bool = False) -> None:
-    """Raise TensorMismatchError if a tensor that is stored twice has two values, because only one of them is used.
-
-    ``only_hidden`` skips the twins that have a Hugging Face name of their own in ``source``.
-    """
-    _require_equal(str(source.path), source.index, source.hidden_twins if only_hidden else source.twins)
-
-
-def require_equal_heads(match: configuration.Matched) -> None:
-    """Raise TensorMismatchError if the last stage's copy of a tied model's embeddings has other values than they."""
-    if match.ranks is not None and (heads := match.ranks.heads):
-        names = [twin.name for twin in heads]
-        index = match.stored.index({twin.main for twin in heads})
-        _require_equal(str(match.stored.directory), index.joined(match.ranks.raw.index(names), names), heads)
-
-
-def _require_equal(where: str, index: TensorIndex, twins: Sequence[Twin]) -> None:
-    differences = [*twin_differences(index, twins)]
-    if differences:
-        contradictions = "; ".join(f"{twin.name!r} {what}" for twin, what in differences)
-        remove = "remove the tensor that is not meant"
-        tied = f"The configuration ties them. Set tie_word_embeddings to false in config.json, or {remove}"
-        advice = tied if any(twin.is_head for twin, _ in differences) else remove.capitalize()
-        raise TensorMismatchError(f"{where} contradicts itself: {contradictions}. {advice}.")

@@ -16,7 +16,8 @@ import transformers
 
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError
 from dist_ckpt_mistral.formats import small_files
-from dist_ckpt_mistral.formats.places import Kind, what_is
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import what_is
 from dist_ckpt_mistral.mapping.source import ModelSource
 from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.remote_path import RemotePath

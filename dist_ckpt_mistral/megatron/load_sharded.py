@@ -21,16 +21,12 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError, for_all
-from dist_ckpt_mistral.formats.places import Kind, locate
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort
 from dist_ckpt_mistral.mapping.matching import FLAT_STATE_ADVICE
-from dist_ckpt_mistral.mapping.source import (
-    ModelSource,
-    open_megatron,
-    open_source,
-    require_equal_twins,
-    with_padding_rows,
-)
+from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source, with_padding_rows
+from dist_ckpt_mistral.mapping.twins import require_equal_twins
 from dist_ckpt_mistral.megatron.held_weights import HeldEntry, HeldTensor, why_unfit
 from dist_ckpt_mistral.megatron.hf_metadata import (
     HfBox,

@@ -26,7 +26,8 @@ from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort, Mem
 from dist_ckpt_mistral.gather.links import Link, compose
 from dist_ckpt_mistral.gather.plan import BytePlan
 from dist_ckpt_mistral.mapping.rank_plan import HeldArray, plan_arrays
-from dist_ckpt_mistral.mapping.source import ModelSource, open_source, require_equal_twins
+from dist_ckpt_mistral.mapping.source import ModelSource, open_source
+from dist_ckpt_mistral.mapping.twins import require_equal_twins
 from dist_ckpt_mistral.megatron.held_weights import GptModel, HeldEntry, HeldTensor, gpt_models, held_entries
 from dist_ckpt_mistral.megatron.live_model import AnyModel
 from dist_ckpt_mistral.megatron.live_ranks import LiveRanks

@@ -11,9 +11,11 @@ import torch
 
 from dist_ckpt_mistral.analysis.compare import open_pair
 from dist_ckpt_mistral.errors import TensorMismatchError
-from dist_ckpt_mistral.formats.places import Kind, what_is
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import what_is
 from dist_ckpt_mistral.formats.small_files import tokenizer_directories
-from dist_ckpt_mistral.mapping.source import ModelSource, completed, require_model
+from dist_ckpt_mistral.mapping.source import ModelSource, require_model
+from dist_ckpt_mistral.mapping.vision import completed
 from dist_ckpt_mistral.megatron.generate import forward, require_tokens
 from dist_ckpt_mistral.megatron.hf_inference import load_hf_model, load_tokenizer
 from dist_ckpt_mistral.megatron.load_model import load_source

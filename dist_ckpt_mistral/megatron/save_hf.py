@@ -17,7 +17,7 @@ from dist_ckpt_mistral.convert.to_hf import conversion, hf_files, new_directory
 from dist_ckpt_mistral.errors import ConfigError, LostRankError
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Copied, Effort, Target, copy_part, execute
 from dist_ckpt_mistral.gather.plan import Part, Segment
-from dist_ckpt_mistral.mapping.source import completed
+from dist_ckpt_mistral.mapping.vision import completed
 from dist_ckpt_mistral.megatron.export_weights import TIMEOUT
 from dist_ckpt_mistral.megatron.live_gather import LiveGather, open_live, plan_live_gather
 from dist_ckpt_mistral.megatron.live_model import AnyModel

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral.errors import FormatError, SourceError
-from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path
+from dist_ckpt_mistral.storage.remote_path import HUB_SCHEME, RemotePath, as_path
 
 _LOG = logging.getLogger(__name__)
 #: ``org/name``, ``org/name@revision``, or the hub's URL of one, in which ``Path`` turns ``https://`` into ``https:/``.
 #: A name that ends like a file or an iteration is a mistyped path, not a hub id.
 _NAME: Final = re.compile(
-    r"(?:https?:/{1,2}(?:www\.)?(?:huggingface|hf)\.co/|hf:/{1,2})?"
+    rf"(?:https?:/{{1,2}}(?:www\.)?(?:huggingface|hf)\.co/|{HUB_SCHEME}:/{{1,2}})?"
     r"(?P<id>\w[\w.-]*/(?!iter_\d+$|release$)\w[\w.-]*(?<!\.json)(?<!\.safetensors)(?<!\.gguf))"
     r"(?:(?:@|/tree/)(?P<revision>[\w./-]+?))?/?"
 )
@@ -35,7 +35,7 @@ def model_directory(path_or_id: str) -> Path:
         return path
     small = _small_files(name)
     owner, model = name["id"].split("/")
-    remote = RemotePath("hf:", owner, f"{model}@{small.name}")  # a snapshot is named by its commit
+    remote = RemotePath(f"{HUB_SCHEME}:", owner, f"{model}@{small.name}")  # a snapshot is named by its commit
     if _is_offline():
         return small
     try:
@@ -49,7 +49,7 @@ def model_directory(path_or_id: str) -> Path:
 
 def name_for_libraries(directory: Path) -> str:
     """The name by which transformers and Megatron open a directory: of a model on the hub its id, without commit."""
-    if isinstance(directory, RemotePath) and directory.base.startswith("hf://"):
+    if isinstance(directory, RemotePath) and directory.base.startswith(f"{HUB_SCHEME}://"):
         return f"{directory.parts[1]}/{directory.parts[2].partition('@')[0]}"
     return str(directory)
 

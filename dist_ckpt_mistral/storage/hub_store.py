@@ -47,7 +47,7 @@ class HubStore:
     def __init__(self, base: str) -> None:
         """Ask for nothing yet."""
         self.base = base
-        self._owner = base.removeprefix("hf://")
+        self._owner = base.partition("://")[2]
         self._files = functools.cache(self._listed)
         self._addresses: dict[tuple[Repository, str], str] = {}
         self._lock = threading.Lock()

@@ -35,9 +35,8 @@ _SHARE_OF_DESCRIPTORS: Final = 4
 #: Buffers that one preadv may fill (IOV_MAX, linux/uio.h).
 _MOST_BUFFERS: Final = 1024
 #: Bytes of one write, for which Linux's page cache takes a large folio of that size if it can (6.16 and newer, ext4,
-#: XFS). Where a hypervisor takes idle memory back, large folios cost more, probably because they come from what it
-#: took: 4 GB in writes of 512 KiB took 5.5 s of system time, of 128 KiB 2.6 s, ``cp`` 2.0 s. With memory in use before,
-#: both took about the same processor time, 0.68 and 0.71 s for 1.4 GB (Linux 6.18, AMD EPYC, 1 MiB of L2 a core).
+#: XFS). Larger ones cost less where memory is free, and more where other files' page cache fills it (the kernel
+#: compacts memory for them) or a hypervisor has taken it back: tools/bench/README.md has all three states.
 _WRITE_BYTES: Final = 128 << 10
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 #: ``ReadAhead`` requests this many reads at once; more made no difference.

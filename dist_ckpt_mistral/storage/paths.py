@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from dist_ckpt_mistral.errors import OutputError, SourceError
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.storage import local
-from dist_ckpt_mistral.storage.remote_path import RemotePath
+from dist_ckpt_mistral.storage.remote_path import BUCKET_SCHEMES, WEB_SCHEMES, RemotePath
 
 #: Maximum length of a file name on Linux (linux/limits.h).
 _MAX_NAME_BYTES: Final = 255
@@ -135,8 +136,8 @@ def require_writable_scheme(target: Path) -> None:
     """Raise OutputError if an output was given as a URL of a kind that is only read, or not known."""
     if is_url(target) and not isinstance(target, RemotePath):
         raise OutputError(
-            f"the output {as_given(target)} is a URL of a kind that cannot be written. Choose a local path, or s3://, "
-            "gs://, az:// or msc://."
+            f"the output {as_given(target)} is a URL of a kind that cannot be written. Choose a local path, or one of "
+            f"{listed([f'{scheme}://' for scheme in BUCKET_SCHEMES])}."
         )
 
 
@@ -145,7 +146,7 @@ def _require_writable_url(target: RemotePath, *, overwrite: bool) -> None:
 
     What an unfinished run has left counts as absent here: whether it may be resumed or replaced is decided later.
     """
-    if target.base.startswith(("http:", "https:")):
+    if target.base.partition(":")[0] in WEB_SCHEMES:
         raise OutputError(f"the output {target} is on a web server, which is only read. Give a bucket or a path.")
     fresh = target.refreshed()
     if target.key.count("/") < fresh.snapshot.store.bucket_parts or not target.key:

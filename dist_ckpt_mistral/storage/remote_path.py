@@ -24,11 +24,16 @@ from typing import Final, Self
 from dist_ckpt_mistral.errors import SourceError
 from dist_ckpt_mistral.storage.store import Info, Listing, Range, Store, read_many
 
-#: The schemes of stores. ``hf://`` and huggingface.co are hub ids, whose commits ``hub`` finds.
-SCHEMES: Final = ("s3", "gs", "az", "abfs", "msc", "http", "https", "memory")
-_WEB: Final = ("http", "https")
+#: The schemes of buckets, of web servers (which are only read), and of what programs keep in memory.
+BUCKET_SCHEMES: Final = ("s3", "gs", "az", "abfs", "msc")
+WEB_SCHEMES: Final = ("http", "https")
+_MEMORY: Final = "memory"
+#: The scheme of models on the hub. These URLs, and those of huggingface.co, are hub ids, whose commits ``hub`` finds.
+HUB_SCHEME: Final = "hf"
 _MSC: Final = "dist_ckpt_mistral.storage.msc"
-_URL: Final = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/]+)(?:/(.*))?", re.DOTALL)
+_URL: Final = re.compile(
+    rf"({'|'.join((*BUCKET_SCHEMES, *WEB_SCHEMES, _MEMORY))}):/{{1,2}}([^/]+)(?:/(.*))?", re.DOTALL
+)
 _HUB: Final = re.compile(r"https?:/{1,2}(www\.)?(huggingface|hf)\.co(/|$)")
 #: A small read takes this many bytes at the start of an object, which has the whole of a small file or a header.
 _FIRST_PAGE_BYTES: Final = 128 << 10
@@ -42,7 +47,7 @@ _DIRECTORY: Final = stat.S_IFDIR | 0o555
 @functools.cache
 def _open_store(base: str, process: int) -> Store:  # noqa: ARG001  (clients do not survive a fork)
     scheme = base.partition("://")[0]
-    if scheme == "memory":
+    if scheme == _MEMORY:
         from dist_ckpt_mistral.storage.memory import MemoryStore  # noqa: PLC0415  (only tests and programs use it)
 
         return MemoryStore(base)
@@ -50,18 +55,18 @@ def _open_store(base: str, process: int) -> Store:  # noqa: ARG001  (clients do 
         from dist_ckpt_mistral.storage import msc  # noqa: PLC0415  (as the next ones)
 
         return msc.open_store(base)
-    if scheme == "hf":
+    if scheme == HUB_SCHEME:
         from dist_ckpt_mistral.storage.hub_store import HubStore  # noqa: PLC0415
 
         return HubStore(base)
     from dist_ckpt_mistral.storage.buckets import BucketStore, WebStore  # noqa: PLC0415  (local paths need neither)
 
-    return WebStore(base) if scheme in _WEB else BucketStore(base)
+    return WebStore(base) if scheme in WEB_SCHEMES else BucketStore(base)
 
 
 def store_of(base: str) -> Store:
     """The store of a URL without a key, such as ``s3://bucket``. Raises SourceError and MissingLibraryError."""
-    return _open_store(base, 0 if base.startswith("memory://") else os.getpid())
+    return _open_store(base, 0 if base.startswith(f"{_MEMORY}://") else os.getpid())
 
 
 def forget_stores() -> None:

@@ -17,7 +17,9 @@ from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.bands import BandReader
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.mapping.rank_plan import box_array, plan_arrays
-from dist_ckpt_mistral.mapping.source import ModelSource, completed, open_source, require_equal_twins
+from dist_ckpt_mistral.mapping.source import ModelSource, open_source
+from dist_ckpt_mistral.mapping.twins import require_equal_twins
+from dist_ckpt_mistral.mapping.vision import completed
 from dist_ckpt_mistral.messages import counted
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, MistralConfig, chosen_config, given_directory
 from dist_ckpt_mistral.storage.local import SourceFiles

@@ -15,8 +15,9 @@ from typing import Any, Final
 from zlib_ng import zlib_ng
 
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, UnsupportedFormatError
+from dist_ckpt_mistral.formats.kinds import Kind
 from dist_ckpt_mistral.formats.ocdbt import MANIFEST_FILE, SHARDS_FILE, FileRange, database
-from dist_ckpt_mistral.formats.places import Kind, locate
+from dist_ckpt_mistral.formats.places import locate
 from dist_ckpt_mistral.formats.stored_checkpoint import ZARR, StoredCheckpoint, open_stored
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.gather.digest import digest
@@ -24,7 +25,8 @@ from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT
 from dist_ckpt_mistral.gather.grids import CellGrid, cell_grid
 from dist_ckpt_mistral.gather.links import Link, whole
-from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, require_equal_twins, with_padding_rows
+from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, with_padding_rows
+from dist_ckpt_mistral.mapping.twins import require_equal_twins
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.mistral_config import GivenConfig, chosen_config
 from dist_ckpt_mistral.storage import documents

@@ -6,7 +6,6 @@ In memory, which goes the way that buckets go; some conversions then on servers 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from remote_folders import files_of, get_folder, put_folder
 
 from dist_ckpt_mistral.storage.remote_path import forget_stores
 
+pytestmark = pytest.mark.usefixtures("empty_stores")
+
 #: One of each kind of writer and format: torch_dist, MoE, latent attention, zarr, legacy torch, DCP, a multimodal model
 #: of Megatron-Bridge, and an adapter.
 _CASES = (
@@ -29,14 +30,6 @@ _OLD_FORMATS = {*genuine.ZARR, *genuine.LEGACY, *genuine.FSDP}
 #: What differs on purpose: times, the next command (other libraries open no URLs), and links, which stores do not have.
 _TIMES = re.compile(r"[0-9.]+ s\b( \([^)]*/s\))?")
 _LEFT_OUT = re.compile(r"[\w ]+ it with: |.* is a link, which a store does not have")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Nothing is in the store at first."""
-    forget_stores()
-    yield
-    forget_stores()
 
 
 class Twins:

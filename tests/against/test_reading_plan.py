@@ -29,19 +29,10 @@ from torch_reading import edited_metadata, load_tensors, read_metadata
 
 from dist_ckpt_mistral.analysis.read_planner import plan_reading
 from dist_ckpt_mistral.convert.from_hf import from_hf
+from dist_ckpt_mistral.gather.chunk_reads import ChunkList, ChunkReads, WantedBox, chunk_list, chunk_reads
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.index import IndexedTensor, TensorIndex
-from dist_ckpt_mistral.mapping.read_plan import (
-    OPTIMIZER,
-    WEIGHTS,
-    ChunkList,
-    ChunkReads,
-    RankReads,
-    ReadingPlan,
-    WantedBox,
-    chunk_list,
-    chunk_reads,
-)
+from dist_ckpt_mistral.mapping.read_plan import OPTIMIZER, WEIGHTS, RankReads, ReadingPlan
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.table.rules import KeyStyle

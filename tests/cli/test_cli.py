@@ -28,7 +28,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch_reading import described, hf_tensors, read_metadata
 
-from dist_ckpt_mistral.analysis.report import inspect, render
+from dist_ckpt_mistral.analysis.report import inspect
+from dist_ckpt_mistral.analysis.report_table import render
 from dist_ckpt_mistral.cli.main import main
 from dist_ckpt_mistral.convert import migrate
 from dist_ckpt_mistral.convert.from_hf import from_hf

@@ -41,7 +41,7 @@ MISTAKES: Final = {
     "inspect model.nemo": (1, "it is an archive. Unpack it and give the directory that was in it."),
     "to-hf legacy new": (1, "model_optim_rng.pt is not a torch.save archive, or it is truncated"),
     "from-hf mistralai/Mistral-7B-v0.33 new": (1, "is neither a directory nor a model that the hub provides"),
-    "inspect ftp://host/ckpt": (1, "Of URLs, s3://, gs://, az:// and http(s):// are read"),
+    "inspect ftp://host/ckpt": (1, "these are read: s3://, gs://, az://, abfs://, msc://, http://, https://."),
     # Outputs.
     "to-hf ckpt hf": (1, "the output hf exists. Choose another name or give --overwrite."),
     "from-hf hf ckpt": (1, "the output ckpt exists. Choose another name or give --overwrite."),

@@ -20,7 +20,8 @@ from transformers import MistralForCausalLM
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.errors import FormatError
-from dist_ckpt_mistral.formats.places import Kind, what_is
+from dist_ckpt_mistral.formats.kinds import Kind
+from dist_ckpt_mistral.formats.places import what_is
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CKPT = shards("td_0161")
@@ -156,8 +157,8 @@ def test_files(name: str, expected: str, command: tuple[str, ...], tmp_path: Pat
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("ftp://host/run/ckpt", "error: ftp://host/run/ckpt is not {wanted}: it is a URL. Of URLs, s3://, gs://"),
-        ("hdfs://host/a/b/c", "error: hdfs://host/a/b/c is not {wanted}: it is a URL. Of URLs, s3://, gs://, az://"),
+        ("ftp://host/run/ckpt", "error: ftp://host/run/ckpt is not {wanted}: it is a URL. Of URLs, these are read: s3"),
+        ("hdfs://host/a/b/c", "error: hdfs://host/a/b/c is not {wanted}: it is a URL. Of URLs, these are read: s3"),
         ("memory://bucket/ckpt", "error: memory://bucket/ckpt is not {wanted}: there is nothing of this name, and"),
         ("/no/such/place", "error: /no/such/place is not {wanted}: there is no such directory"),
     ],

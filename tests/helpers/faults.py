@@ -28,7 +28,7 @@ from typing import Any, Final, NoReturn
 
 import tqdm
 
-from dist_ckpt_mistral.analysis import report
+from dist_ckpt_mistral.analysis import report, report_table
 from dist_ckpt_mistral.cli import main
 from dist_ckpt_mistral.convert import from_hf, migrate, reshard, rewrite, to_hf
 from dist_ckpt_mistral.convert.output import write_output
@@ -55,7 +55,7 @@ REMOVING: Final = ("unlink", "rmdir")
 READING: Final = ("preadv", "pread")
 #: What is written in two steps: tensors, and not what stands around them.
 _MUCH_BYTES: Final = 900
-_WARM: Final = (from_hf, to_hf, migrate, report, reshard, tqdm)  # imported before the forks
+_WARM: Final = (from_hf, to_hf, migrate, report, report_table, reshard, tqdm)  # imported before the forks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

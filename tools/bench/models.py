@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dist_ckpt_mistral.convert.from_hf import from_hf
-from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, places, stored_checkpoint
+from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, kinds, stored_checkpoint
 from dist_ckpt_mistral.formats.pickles.reader import paused_collector
 from dist_ckpt_mistral.formats.torch_dist import common_state, writer
 from dist_ckpt_mistral.formats.torch_dist.writer import NewChunk
@@ -99,7 +99,7 @@ def config_of_size(num_bytes: int) -> MistralConfig:
 def make_hf_model(directory: Path, config: MistralConfig, num_files: int) -> None:
     """Write a Hugging Face directory with random bytes for weights."""
     directory.mkdir(parents=True)
-    (directory / places.CONFIG_FILE).write_text(json.dumps(config.to_hf()))
+    (directory / kinds.CONFIG_FILE).write_text(json.dumps(config.to_hf()))
     (directory / "tokenizer.json").write_text("{}")
     tensors = [(name, "bfloat16", tensor.shape) for name, tensor in tensor_table(config).hf_tensors().items()]
     max_file_bytes = min(5_000_000_000, int(model_bytes(config) / num_files * _ROOM_IN_FILES))
@@ -111,7 +111,7 @@ def make_hf_model(directory: Path, config: MistralConfig, num_files: int) -> Non
                 output.write(block)
     index = file_set.index_json()
     if index is not None:
-        (directory / places.INDEX_FILE).write_bytes(index)
+        (directory / kinds.INDEX_FILE).write_bytes(index)
 
 
 def _random_blocks(num_bytes: int) -> Iterator[bytes]:

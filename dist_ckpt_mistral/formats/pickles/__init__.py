@@ -1,1 +1,1 @@
-"""Pickles: a check of their opcodes, an unpickler with an allowlist, and a writer. No other module unpickles."""
+"""Pickles: a check of opcodes, an unpickler with an allowlist, tensors, and a writer. No other module unpickles."""

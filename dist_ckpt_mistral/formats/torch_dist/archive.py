@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.pickles import reader
-from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import read_tensor
+from dist_ckpt_mistral.formats.pickles.tensors import read_tensor
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.storage.local import ReadAhead, SourceFiles

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.pickles import writer
+from dist_ckpt_mistral.formats.pickles.tensors import STORAGES, row_major_strides
 from dist_ckpt_mistral.formats.pickles.writer import Call, Global, PersistentId
 from dist_ckpt_mistral.formats.torch_dist.archive import (
     CENTRAL,
@@ -28,7 +29,6 @@ from dist_ckpt_mistral.formats.torch_dist.archive import (
     ArchiveReader,
     Listed,
 )
-from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import STORAGES, row_major_strides
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
 

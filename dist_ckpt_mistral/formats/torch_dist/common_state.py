@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.pickles.reader import OpaqueRecord, StateRecord, empty_dict, record_class
+from dist_ckpt_mistral.formats.pickles.tensors import torch_dtype_name
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
-from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import torch_dtype_name
 from dist_ckpt_mistral.storage import paths
 from dist_ckpt_mistral.storage.local import SourceFiles
 

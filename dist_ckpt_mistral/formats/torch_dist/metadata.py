@@ -21,9 +21,9 @@ from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.pickles import opcodes, reader
 from dist_ckpt_mistral.formats.pickles.reader import OpaqueRecord, as_tuple, record_class
+from dist_ckpt_mistral.formats.pickles.tensors import MAX_AXES, torch_dtype_name
 from dist_ckpt_mistral.formats.stored_metadata import Archives, StoredMetadata, StoredTensor
 from dist_ckpt_mistral.formats.torch_dist.common_state import Entry
-from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import MAX_AXES, torch_dtype_name
 from dist_ckpt_mistral.gather.boxes import IntArray
 from dist_ckpt_mistral.gather.dtypes import MOST, Shape, is_countable
 from dist_ckpt_mistral.storage import documents, paths

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.formats.places import CONFIG_FILE, PARAMS_FILE, what_is
+from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, PARAMS_FILE
+from dist_ckpt_mistral.formats.places import what_is
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.config.families import FAMILIES, MULTIMODAL_ARCHITECTURE

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
-from dist_ckpt_mistral.formats.places import PARAMS_FILE
+from dist_ckpt_mistral.formats.kinds import PARAMS_FILE
 from dist_ckpt_mistral.model.config.parts import is_positive_int
 
 #: Key of params.json -> key of config.json.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,17 +10,9 @@ from command_line import run
 from plain_models import save_model
 from remote_folders import get_folder
 
-from dist_ckpt_mistral.storage.remote_path import forget_stores
+pytestmark = pytest.mark.usefixtures("empty_stores")
 
 _STORE = "memory://bucket"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Nothing is in the store at first."""
-    forget_stores()
-    yield
-    forget_stores()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,10 @@ from plain_models import save_model
 from remote_folders import files_of, get_folder, put_folder
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.storage.remote_path import forget_stores
+
+pytestmark = pytest.mark.usefixtures("empty_stores")
 
 _STORE = "memory://bucket"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Nothing is in the store at first."""
-    forget_stores()
-    yield
-    forget_stores()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.cli.processes import run_ranks
 from dist_ckpt_mistral.convert.ranks import Ranks, of_nodes, works_here
 from dist_ckpt_mistral.formats import places
+from dist_ckpt_mistral.formats.kinds import Kind, Place
 from dist_ckpt_mistral.gather.execute import Effort
 from dist_ckpt_mistral.storage import local
 
@@ -122,9 +123,9 @@ def test_ranks_read_one_iteration(command: str, tmp_path: Path, monkeypatch: pyt
     tracker.write_text("5")
     locate = places.locate
 
-    def locate_and_save(path: str | Path, *kinds: places.Kind) -> places.Place:
+    def locate_and_save(path: str | Path, *wanted: Kind) -> Place:
         with lock:
-            found = locate(path, *kinds)
+            found = locate(path, *wanted)
             if Path(path) == root:
                 tracker.write_text("6")
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,18 +22,12 @@ from dist_ckpt_mistral.storage.memory import MemoryStore
 from dist_ckpt_mistral.storage.paths import require_writable
 from dist_ckpt_mistral.storage.remote_path import as_path, forget_stores
 
+pytestmark = pytest.mark.usefixtures("empty_stores")
+
 #: Whatever a method of the store takes and returns.
 _Anything: TypeAlias = Any
 _OUT = "memory://bucket/some/out"
 _EFFORT = Effort(workers=1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Nothing is in the store at first."""
-    forget_stores()
-    yield
-    forget_stores()
 
 
 @pytest.fixture(scope="module")

@@ -41,13 +41,13 @@ from torch_reading import described, raw_bytes, read_metadata
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.errors import FormatError, UnsafePickleError
 from dist_ckpt_mistral.formats.pickles import reader, writer
+from dist_ckpt_mistral.formats.pickles.tensors import STORAGES, row_major_strides
 from dist_ckpt_mistral.formats.pickles.writer import Call, Global, Instance, LazyDict, LazyList, PersistentId
 from dist_ckpt_mistral.formats.safetensors import new_file, parse_header
 from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
 from dist_ckpt_mistral.formats.torch_dist import common_state
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchivedTensor, ArchiveReader
 from dist_ckpt_mistral.formats.torch_dist.archive_writer import ArchiveLayout, object_archive
-from dist_ckpt_mistral.formats.torch_dist.tensor_pickle import STORAGES, row_major_strides
 from dist_ckpt_mistral.gather.dtypes import KNOWN_DTYPES, to_safetensors
 from dist_ckpt_mistral.storage.local import SourceFiles
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,10 @@ from safetensors.torch import load_file
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.storage.memory import MemoryStore
-from dist_ckpt_mistral.storage.remote_path import forget_stores
 
-pytestmark = [pytest.mark.megatron, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.megatron, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("empty_stores")]
 
 _OUT = "memory://bucket/out"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Nothing is in the store at first."""
-    forget_stores()
-    yield
-    forget_stores()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,12 @@ from dist_ckpt_mistral.errors import FormatError, SourceError
 from dist_ckpt_mistral.storage import documents, paths
 from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.storage.memory import MemoryStore
-from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path, forget_stores, store_of
+from dist_ckpt_mistral.storage.remote_path import RemotePath, as_path, store_of
 from dist_ckpt_mistral.storage.remote_reads import Wanted, coalesced
 from dist_ckpt_mistral.storage.retries import may_pass, reason
 from dist_ckpt_mistral.storage.sources import Sources, require_unchanged
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Nothing is in the store at first."""
-    forget_stores()
-    yield
-    forget_stores()
+pytestmark = pytest.mark.usefixtures("empty_stores")
 
 
 @pytest.fixture
