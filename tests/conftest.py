@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -60,10 +62,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Collect what passes, if asked to; and let files start in the order of the workers' collection."""
-    if config.getoption("--passed-to") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Passed(config.getoption("--passed-to")))
+    if not hasattr(config, "workerinput"):
+        _leave_nothing_behind(config)
+        if config.getoption("--passed-to"):
+            config.pluginmanager.register(_Passed(config.getoption("--passed-to")))
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # xdist's own order: files of many tests first, though they are quick
+
+
+def _leave_nothing_behind(config: pytest.Config) -> None:
+    """Give this session, its workers and all that they start one directory for temporary files, removed at the end.
+
+    Logs of servers, sockets of multiprocessing, and what a killed process could not remove are there. pytest's own
+    directories stay where they were, so that one can look at what a failed test left. The name is short: the path of a
+    Unix socket has 107 bytes. Tests that give up the rights of root come here, too.
+    """
+    outside = tempfile.gettempdir()
+    place = Path(tempfile.mkdtemp(prefix="t-"))
+    place.chmod(0o755)
+    config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tempfile, "tempdir", str(place))
+    patch.setenv("TMPDIR", str(place))
+    patch.setenv("PYTEST_DEBUG_TEMPROOT", os.environ.get("PYTEST_DEBUG_TEMPROOT", outside))
+    config.add_cleanup(patch.undo)
 
 
 class _Passed:

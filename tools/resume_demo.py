@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import signal
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from resume_runs import (
     runs,
 )
 
-from dist_ckpt_mistral.cli.processes import run_ranks
+from dist_ckpt_mistral.cli.processes import run_forked_ranks
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.convert.to_hf import to_hf
 
@@ -62,7 +61,6 @@ _SIZES: Final = {
     "sliding_window": None,
     "tie_word_embeddings": False,
 }
-_RANKS: Final = Path(__file__).with_name("resume_ranks.py")
 _TIMEOUT_S: Final = 900
 _COLUMN: Final = 33
 
@@ -107,7 +105,7 @@ def train(folder: Path, optimizers: Sequence[str]) -> list[Story]:
     from_hf(hf, checkpoint)
     planned = runs(optimizers, checkpoint, folder)
     (folder / "job.json").write_text(json.dumps({"hf": str(hf), "runs": [asdict(run) for run in planned]}))
-    run_ranks([[sys.executable, _RANKS, folder, str(os.getpid())]] * WORLD_SIZE, folder, timeout_s=_TIMEOUT_S)
+    run_forked_ranks("resume_ranks", [folder], WORLD_SIZE, folder, timeout_s=_TIMEOUT_S)
     measured = results(folder)[0]
     stories = []
     for optimizer in optimizers:

@@ -1,39 +1,30 @@
-"""One rank of the trainings of ``resume_demo.py``: ``python tools/resume_ranks.py FOLDER PARENT``.
+"""One rank of the trainings of ``resume_demo.py``, which runs ``main`` with FOLDER as argument.
 
 The environment has torchrun's variables. FOLDER/job.json has the runs; this rank writes its measurements of each to
-FOLDER/rankN.json. PARENT is the process that started it. Megatron's writer processes import this module again, so
-modules that are slow to import are imported in ``main``.
+FOLDER/rankN.json.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from resume_cpu import trainable_on_cpu
 from resume_runs import LAYOUTS, SAVED_AFTER, STEPS, Run
+from resume_training import Training, change_layout
 
 from dist_ckpt_mistral.convert.ranks import from_environment
 from dist_ckpt_mistral.convert.reshard import reshard
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 
-if TYPE_CHECKING:
-    from resume_training import Training
 
-
-def main(folder: Path, parent: int) -> None:
+def main() -> None:
     """Do all runs one after the other, each with the parallel state of its layout."""
-    threading.Thread(target=end_with, args=[parent], daemon=True).start()
-    from resume_cpu import trainable_on_cpu  # noqa: PLC0415  (slow)
-    from resume_training import Training, change_layout  # noqa: PLC0415
-
-    gc.freeze()  # Megatron collects garbage at each save and load, and would look at all modules each time
+    folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
     config, measured, current = MistralConfig.from_hf(job["hf"]), {}, None
     with trainable_on_cpu():
@@ -45,8 +36,6 @@ def main(folder: Path, parent: int) -> None:
                 current = layout
             measured[run.key] = _do(run, Training(config, layout, run.optimizer), job["hf"])
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(measured))
-    sys.stdout.flush()
-    os._exit(0)  # an ordinary exit would wait for Megatron's writer processes
 
 
 def _do(run: Run, training: Training, hf: str) -> dict[str, Any]:
@@ -78,15 +67,3 @@ def _do(run: Run, training: Training, hf: str) -> dict[str, Any]:
         training.save(run.ended)
         measured["float32_loss"] = training.float32_loss()
     return measured
-
-
-def end_with(parent: int) -> None:
-    """Wait until ``parent`` has ended, then kill the process group of this process if this process leads it."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    if os.getpgrp() == os.getpid():
-        os.killpg(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -14,13 +14,12 @@ import json
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.cli.processes import run_ranks
+from dist_ckpt_mistral.cli.processes import run_forked_ranks
 
 SAVED_AT: Final = dcm.ParallelLayout(tp=2, pp=2)
 RESUMED_AT: Final = dcm.ParallelLayout(dp=4)
@@ -82,7 +81,8 @@ def train(folder: Path, root: Path, layout: dcm.ParallelLayout, *, steps: int) -
     sizes = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
     job = {"flags": flags, "layout": sizes, "steps": steps, "hf": str(folder / "hf")}
     (folder / "job.json").write_text(json.dumps(job))
-    run_ranks([[sys.executable, __file__, "--rank-of", folder]] * _RANKS, folder, timeout_s=_TIMEOUT_S)
+    slow = ("resume_cpu", "resume_training")  # import torch and Megatron
+    run_forked_ranks("tutorial", ["--rank-of", folder], _RANKS, folder, imports=slow, timeout_s=_TIMEOUT_S)
     losses: list[float] = json.loads((folder / "losses.json").read_text())
     return losses
 
@@ -139,12 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.rank_of is not None:
-        from resume_ranks import end_with  # noqa: PLC0415  (only ranks)
-
-        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
         pretrain(options.rank_of)
-        sys.stdout.flush()
-        os._exit(0)  # an ordinary exit would wait for Megatron's writer processes
+        return 0
     from resume_demo import quiet_and_tidy  # noqa: PLC0415  (as in make_model)
 
     with contextlib.ExitStack() as stack:

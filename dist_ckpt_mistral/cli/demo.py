@@ -7,7 +7,6 @@ import filecmp
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any, Final
 from dist_ckpt_mistral import libraries
 from dist_ckpt_mistral.analysis import compare, damage, report, report_table
 from dist_ckpt_mistral.cli.demo_model import make_model
-from dist_ckpt_mistral.cli.processes import run_ranks
+from dist_ckpt_mistral.cli.processes import run_forked_ranks
 from dist_ckpt_mistral.convert import from_hf, reshard, to_hf
 from dist_ckpt_mistral.convert.conversion import Conversion, conversion_line
 from dist_ckpt_mistral.errors import DistCkptMistralError, OutputError
@@ -266,15 +265,12 @@ def _load_with_megatron(hf: Path, iteration: Path) -> list[dict[str, Any]]:
 
     Raises DistCkptMistralError if a rank fails or loads wrong rows.
     """
-    check = [sys.executable, "-m", "dist_ckpt_mistral.megatron.load_check"]
-    layout = [f"--tp={_LAYOUT.tp}", f"--pp={_LAYOUT.pp}", f"--parent={os.getpid()}"]
+    check, count = "dist_ckpt_mistral.megatron.load_check", _LAYOUT.world_size
+    layout = [f"--tp={_LAYOUT.tp}", f"--pp={_LAYOUT.pp}"]
     with tempfile.TemporaryDirectory() as reports:
         paths = [path.absolute() for path in (hf, iteration, Path(reports))]
-        ranks = range(_LAYOUT.world_size)
-        run_ranks(
-            [[*check, f"--rank={rank}", *layout, *paths] for rank in ranks], Path(reports), timeout_s=_RANKS_TIMEOUT_S
-        )
-        outcomes = [json.loads(Path(reports, f"rank{rank}.json").read_bytes()) for rank in ranks]
+        run_forked_ranks(check, [*layout, *paths], count, Path(reports), timeout_s=_RANKS_TIMEOUT_S)
+        outcomes = [json.loads(Path(reports, f"rank{rank}.json").read_bytes()) for rank in range(count)]
     different = {rank: outcome["different"] for rank, outcome in enumerate(outcomes) if outcome["different"]}
     if different:
         raise DistCkptMistralError(f"Megatron loaded rows that differ from the original files, by rank: {different}")

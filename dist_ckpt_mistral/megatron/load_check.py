@@ -1,4 +1,4 @@
-"""One rank of a check that Megatron can load a checkpoint: ``python -m dist_ckpt_mistral.megatron.load_check``.
+"""One rank of a check that Megatron can load a checkpoint: ``RANK=0 python -m dist_ckpt_mistral.megatron.load_check``.
 
 Megatron's own ``dist_checkpointing.load`` fills this rank's sharded state dict. The expected values are computed here
 independently of the package, with the safetensors library and torch operations on the original Hugging Face files.
@@ -8,16 +8,14 @@ Only the names come from the tensor table. The check needs no GPU.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import re
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,34 +27,27 @@ from dist_ckpt_mistral.megatron.sharded_state_dict import sharded_state_dict
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 
-#: The option of prctl(2) that sets the signal which a process gets when its parent dies.
-_PR_SET_PDEATHSIG: Final = 1
-
 
 def main() -> None:
     """Join the other ranks, load and compare, and write the result to REPORTS/rankN.json."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--pp", type=int, required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True, help="process id; this process ends with that one")
     parser.add_argument("hf", type=Path, help="Hugging Face directory")
     parser.add_argument("checkpoint", help="iteration directory of the checkpoint")
     parser.add_argument("reports", type=Path, help="directory for the results, empty before the first rank starts")
     arguments = parser.parse_args()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != arguments.parent:
-        raise SystemExit("the parent process has ended")
+    rank = int(os.environ["RANK"])
     layout = ParallelLayout(tp=arguments.tp, pp=arguments.pp)
     dist.init_process_group(
         "gloo",
         init_method=(arguments.reports.absolute() / "rendezvous").as_uri(),
-        rank=arguments.rank,
+        rank=rank,
         world_size=layout.world_size,
         timeout=timedelta(minutes=5),
     )
-    result = check_rank(arguments.hf, arguments.checkpoint, layout, arguments.rank)
-    (arguments.reports / f"rank{arguments.rank}.json").write_text(json.dumps(result))
+    result = check_rank(arguments.hf, arguments.checkpoint, layout, rank)
+    (arguments.reports / f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ from typing import Any
 import pytest
 import resume_demo
 import torch_reading
-from processes import processes_about, until, until_none_is_left
+from processes import processes_about, until_none_is_left
 from resume_runs import (
     BEGUN_AT,
     EXPORTED_AT,
@@ -43,7 +39,6 @@ pytestmark = [pytest.mark.megatron, pytest.mark.ranks, pytest.mark.slow]
 
 #: Names in ``optimizer.state`` of the moments and of the float32 master weights.
 STATES = {"distributed": ("exp_avg", "exp_avg_sq", "param"), "float16": ("exp_avg", "exp_avg_sq", "fp32_param")}
-TOOLS = Path(resume_demo.__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,27 +191,3 @@ def test_nothing_is_left(told: Told) -> None:
     """No rank, and no writer that Megatron started, outlives the demo."""
     until_none_is_left(told.folder)
     assert processes_about(told.folder) == []
-
-
-def test_ranks_end_with_the_demo(tmp_path: Path) -> None:
-    """Where the demo is killed, a rank ends within seconds, and so does what it started."""
-    rank = (
-        "import subprocess, sys; import resume_ranks; "
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)', sys.argv[1]]); "
-        "resume_ranks.end_with(int(sys.argv[2]))"
-    )
-    demo = (
-        "import os, subprocess, sys; "
-        "subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2], str(os.getpid())], start_new_session=True)"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{TOOLS}{os.pathsep}{TOOLS.parent}"}
-    with subprocess.Popen([sys.executable, "-c", demo, rank, tmp_path], env=environment) as started:
-        try:
-            until(lambda: len(processes_about(tmp_path)) == 3, seconds=60)
-        finally:
-            started.kill()
-    try:
-        until_none_is_left(tmp_path)
-    finally:
-        for process_id in processes_about(tmp_path):
-            os.kill(process_id, signal.SIGKILL)

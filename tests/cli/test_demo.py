@@ -70,12 +70,7 @@ def test_the_check_can_fail(told: tuple[subprocess.CompletedProcess[str], Path],
     reports.mkdir()
     arguments = _check_arguments(altered, told[1] / "checkpoint" / "release", reports, pp=1)
     done = subprocess.run(
-        [*_CHECK, *arguments, f"--parent={os.getpid()}"],
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        [*_CHECK, *arguments], env=_environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     outcome = json.loads((reports / "rank0.json").read_bytes())
@@ -100,15 +95,19 @@ def test_a_rank_does_not_outlive_its_parent(
 ) -> None:
     """A rank that waits for one that never comes ends when the process that started it is killed."""
     arguments = _check_arguments(told[1] / "original", told[1] / "checkpoint" / "release", tmp_path, pp=2)
-    program = "import os, subprocess, sys; subprocess.run([*sys.argv[1:], f'--parent={os.getpid()}'])"
-    command = [sys.executable, "-c", program, *_CHECK, *arguments]
-    with subprocess.Popen(command, env=_environment(), stderr=subprocess.DEVNULL) as parent:
+    program = f"""
+import sys
+from pathlib import Path
+from dist_ckpt_mistral.cli.processes import run_forked_ranks
+run_forked_ranks({_CHECK[-1]!r}, sys.argv[1:], 1, Path(sys.argv[-1]), timeout_s=600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.DEVNULL) as parent:
         try:
             until((tmp_path / "rendezvous").exists, seconds=120)
             left = processes_about(tmp_path)
         finally:
             parent.kill()
-    assert len(left) == 2, "the parent and the rank"
+    assert len(left) == 3, "the parent, the process that imports, and its fork, the rank"
     try:
         until(lambda: not processes_about(tmp_path), seconds=20)
     finally:
@@ -117,7 +116,7 @@ def test_a_rank_does_not_outlive_its_parent(
 
 
 def _check_arguments(hf: Path, checkpoint: Path, reports: Path, *, pp: int) -> list[str]:
-    return ["--rank=0", "--tp=1", f"--pp={pp}", str(hf), str(checkpoint), str(reports)]
+    return ["--tp=1", f"--pp={pp}", str(hf), str(checkpoint), str(reports)]
 
 
 def _environment() -> Mapping[str, str]:
@@ -126,6 +125,7 @@ def _environment() -> Mapping[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
+        "RANK": "0",
     }
 
 
@@ -134,7 +134,7 @@ def test_a_failing_rank_fails_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     said: list[str] = []
-    with pytest.raises(DistCkptMistralError, match=r"rank \d ended with 1"):
+    with pytest.raises(DistCkptMistralError, match="the ranks ended with 1"):
         demo.run(None, said.append)
     assert not any("Done" in line for line in said)
     assert list(tmp_path.rglob("config.json")) == []

@@ -7,19 +7,19 @@ after the other, each in a process group of its own. ``RankServer`` starts it an
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from dist_ckpt_mistral.cli.processes import job_environment
+from dist_ckpt_mistral.cli.processes import fork_ranks, job_environment, reserved_port
 
 #: Seconds that a launch may take, the imports of the first one included, on a busy machine.
 _TIMEOUT_S: Final = 570
@@ -97,6 +97,7 @@ def serve(main: Callable[[Path], None]) -> None:
     # A rank that saves spawns a process for the results of Megatron's writers (strategies/filesystem_async.py, 0.16 to
     # 0.19). It would run this program's imports again, for seconds and for nothing, if it knew where the program is.
     del sys.modules["__main__"].__file__
+    gc.freeze()  # Megatron collects garbage at each save and load, and would look at all that was imported each time
     for line in sys.stdin:
         job = json.loads(line)
         launch = os.fork()
@@ -114,30 +115,6 @@ def _run_ranks(main: Callable[[Path], None], folder: Path, world_size: int) -> N
     for stream in (1, 2):
         os.dup2(log, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    with socket.socket() as reservation:  # keeps the port until rank 0 listens on it, as in cli/processes.py
-        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reservation.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_PORT": str(reservation.getsockname()[1])}
-        os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-        ranks = {_fork(main, folder, rank): rank for rank in range(world_size)}
-        while ranks:
-            process, status = os.wait()
-            if process in ranks and status:
-                os.write(2, f"rank {ranks[process]} ended with {os.waitstatus_to_exitcode(status)}\n".encode())
-                os._exit(1)
-            ranks.pop(process, None)
-    os._exit(0)
-
-
-def _fork(main: Callable[[Path], None], folder: Path, rank: int) -> int:
-    process = os.fork()
-    if process:
-        return process
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        main(folder)
-    except BaseException:  # noqa: BLE001  (nothing of the parent's may run here)
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
+    with reserved_port() as port:
+        os.environ |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        fork_ranks(partial(main, folder), world_size)

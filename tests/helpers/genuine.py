@@ -94,7 +94,7 @@ def _place_to_unpack() -> Path:
 
     def remove() -> None:
         if os.getpid() == process:  # and not a fork of it
-            shutil.rmtree(place)
+            shutil.rmtree(place, ignore_errors=True)  # the session has removed it with all others, if it is over
 
     atexit.register(remove)
     return place

@@ -98,6 +98,10 @@ def seaweedfs(folder: Path) -> Iterator[S3Server]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        for port in (master, volume, filer, s3):
+            for number in (port, port + 10_000):  # of gRPC
+                for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # noqa: S108  (where it puts all of them)
+                    left.unlink()
 
 
 def _create_bucket(client: object, process: subprocess.Popen[bytes], log: Path) -> None:

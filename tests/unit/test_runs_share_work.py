@@ -1,4 +1,4 @@
-"""What one run of the tests has shown without torch, the next leaves out: the options of conftest.py that do it."""
+"""What conftest.py gives a run: it leaves out what another has shown without torch, and no temporary file is left."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ from importlib.util import find_spec
 
 def test_asks(): assert find_spec("torch") or True
 """
+#: Leaves files as servers and killed processes do.
+LEAVES = """
+import os, subprocess, sys, tempfile
+from pathlib import Path
+import pytest
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_leaves(number, tmp_path):
+    left = Path(tempfile.mkdtemp(prefix="pymp-"), "listener-0123456789")
+    left.touch()
+    code = "import tempfile; print(tempfile.mkstemp()[1])"
+    told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True).stdout
+    assert Path(told.strip()).parent == left.parents[1] and left.parents[1] not in tmp_path.parents
+    assert left.parents[1].stat().st_mode & 0o777 == 0o755
+    (tmp_path / "kept").touch()
+    assert number == 1
+"""
 
 
 @pytest.fixture
@@ -42,11 +59,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pytest_in(folder: Path, *options: str) -> list[str]:
+def pytest_in(folder: Path, *options: str, **variables: str) -> list[str]:
     """What pytest says of the tests in a folder."""
     path = os.pathsep.join([str(CONFTEST.with_name("helpers")), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False)
+    environment = os.environ | {"PYTHONPATH": path} | variables
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
     return done.stdout.decode().splitlines()
 
 
@@ -67,3 +85,17 @@ def test_what_passed_is_left_out(workers: tuple[str, ...], folder: Path) -> None
         "SKIPPED [1] test_core.py:8: no torch",
         "FAILED test_core.py::test_fails",
     ]
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_only_what_pytest_keeps_is_left(
+    workers: tuple[str, ...], folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temporary files of tests and of what they start are gone, in each worker; those of a failed test are there."""
+    (folder / "test_core.py").write_text(LEAVES)
+    temporary = tmp_path_factory.mktemp("t")
+    monkeypatch.delenv("PYTEST_DEBUG_TEMPROOT")
+    told = pytest_in(folder, *workers, TMPDIR=str(temporary))
+    assert told[-1].startswith("1 failed, 2 passed"), told
+    assert [path.name.partition("-")[0] for path in temporary.iterdir()] == ["pytest"]
+    assert len([*temporary.rglob("kept")]) == 2
