@@ -15,7 +15,7 @@ from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.convert.job_progress import begin_phase, copying
 from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
 from dist_ckpt_mistral.convert.ranks import Ranks
-from dist_ckpt_mistral.errors import ConfigError, OutputError
+from dist_ckpt_mistral.errors import OutputError, require_whole
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileChecksums, FileSum
 from dist_ckpt_mistral.formats.hf_directory import TensorSpans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
@@ -55,7 +55,7 @@ class Output:
             gets its own file. ``from_hf`` and ``reshard`` write one file for each rank of the layout.
 
     Raises:
-        ConfigError: ``max_file_bytes`` is below 1.
+        ConfigError: ``max_file_bytes`` is no whole number of at least 1.
 
     Example:
         >>> dist_ckpt_mistral.to_hf("ckpt", "out", output=Output(overwrite=True))  # doctest: +SKIP
@@ -73,8 +73,7 @@ class Output:
 
     def __post_init__(self) -> None:
         """Validate ``max_file_bytes``."""
-        if self.max_file_bytes < 1:
-            raise ConfigError(f"max_file_bytes: expected at least 1, got {self.max_file_bytes}")
+        require_whole("max_file_bytes", self.max_file_bytes, least=1, meaning="bytes")
 
 
 #: Copies the segments with these numbers into the open files, by number, as ``execute`` does. Into a store, each file

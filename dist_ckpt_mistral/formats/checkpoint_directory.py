@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral.errors import ConfigError, FormatError
+from dist_ckpt_mistral.errors import FormatError, require_whole
 from dist_ckpt_mistral.formats.pickles import reader
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.storage import documents, paths
@@ -65,8 +65,8 @@ def _tracked(tracker: Path) -> str:
 
 def require_iteration(iteration: int | None) -> None:
     """Raise ConfigError unless ``iteration`` is None (a release) or a number that a tracker can name."""
-    if iteration is not None and not (type(iteration) is int and 0 <= iteration < MAX_STEP):
-        raise ConfigError(f"iteration: expected a whole number from 0 to {MAX_STEP - 1}, got {iteration!r}")
+    if iteration is not None:
+        require_whole("iteration", iteration, least=0, most=MAX_STEP - 1)
 
 
 def iteration_name(iteration: int | None) -> str:

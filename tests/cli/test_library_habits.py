@@ -10,7 +10,7 @@ import subprocess
 import sys
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -255,3 +255,42 @@ def test_notes_of_a_library_call_go_to_that_logger(
     assert {record.name.partition(".")[0] for record in caplog.records} == {"dist_ckpt_mistral"}
     assert tuple(capfd.readouterr()) == ("", "")
     assert logging.getLogger().handlers == handlers
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: dcm.Effort(workers=1.5),  # type: ignore[arg-type]
+            "workers: expected a whole number from 0 to 4096 (threads; 0 is one per core), got 1.5",
+        ),
+        (
+            lambda: dcm.Effort(workers=-1),
+            "workers: expected a whole number from 0 to 4096 (threads; 0 is one per core), got -1",
+        ),
+        (
+            lambda: dcm.Effort(memory_bytes="1GB"),  # type: ignore[arg-type]
+            "memory_bytes: expected a whole number of at least 0 (bytes; 0 is the default), got '1GB'",
+        ),
+        (
+            lambda: dcm.Effort(memory_bytes=-1),
+            "memory_bytes: expected a whole number of at least 0 (bytes; 0 is the default), got -1",
+        ),
+        (
+            lambda: dcm.Output(max_file_bytes="5GB"),  # type: ignore[arg-type]
+            "max_file_bytes: expected a whole number of at least 1 (bytes), got '5GB'",
+        ),
+        (
+            lambda: dcm.Output(max_file_bytes=True),
+            "max_file_bytes: expected a whole number of at least 1 (bytes), got True",
+        ),
+        (
+            lambda: dcm.ParallelLayout(tp=None),  # type: ignore[arg-type]
+            "tp must be a whole number of at least 1, got None",
+        ),
+    ],
+)
+def test_numbers_are_whole_numbers(make: Callable[[], object], message: str) -> None:
+    """Options that count something refuse anything else by name, before anything is started."""
+    with pytest.raises(dcm.DistCkptMistralError, match=f"^{re.escape(message)}$"):
+        make()

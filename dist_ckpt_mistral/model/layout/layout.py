@@ -19,6 +19,7 @@ from dist_ckpt_mistral.model.layout.pipeline import PipelineLayout, parse_pipeli
 #: Most ranks of a layout, more than any machine has, so that a list of all ranks fits in memory.
 _MAX_RANKS: Final = 1 << 20
 _TOO_MANY: Final = f"a layout may have {_MAX_RANKS} ranks at most"
+_NO_COUNT: Final = "must be a whole number of at least 1"
 #: Megatron's default rank order; ``--use-tp-pp-dp-mapping`` is tp-cp-ep-pp-dp.
 DEFAULT_ORDER: Final = "tp-cp-ep-dp-pp"
 _AXES: Final = tuple(DEFAULT_ORDER.split("-"))
@@ -77,9 +78,9 @@ class ParallelLayout(PipelineLayout):
         """Refuse a layout that fits no model; set ``vpp`` and ``dp`` if they follow from the other fields."""
         counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
         problems = [
-            f"{name}: {_TOO_MANY}, got {n}" if isinstance(n, int) and n > 1 else f"{name} must be at least 1, got {n!r}"
+            f"{name}: {_TOO_MANY}, got {n}" if isinstance(n, int) and n > 1 else f"{name} {_NO_COUNT}, got {n!r}"
             for name, n in counts.items()
-            if n is not None and not is_positive_int(n)
+            if not (is_positive_int(n) or (n is None and name in {"dp", "etp"}))
         ]
         if is_positive_int(self.pp):
             problems += self.contradictions()

@@ -425,7 +425,7 @@ def test_files_are_filled(tmp_path: Path) -> None:
         ("c", 0, "__3_0.distcp"),
     ]
     assert described(load_tensors(tmp_path / "new")) == described(read_arrays(old))
-    with pytest.raises(ConfigError, match="max_file_bytes: expected at least 1, got 0"):
+    with pytest.raises(ConfigError, match="max_file_bytes: expected a whole number of at least 1"):
         dcm.migrate(old, tmp_path / "again", output=dcm.Output(max_file_bytes=0))
 
 

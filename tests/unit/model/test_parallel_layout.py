@@ -154,7 +154,10 @@ def test_what_does_not_fit_the_model_is_refused(layout: ParallelLayout, reason: 
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        ({"tp": 0, "dp": -1}, "tp must be at least 1, got 0; dp must be at least 1, got -1"),
+        (
+            {"tp": 0, "dp": -1},
+            "tp must be a whole number of at least 1, got 0; dp must be a whole number of at least 1, got -1",
+        ),
         ({"vpp": 2}, "vpp=2 needs at least two pipeline stages, got pp=1"),
         ({"pp": 2, "vpp": 0}, "vpp=0 needs"),
         ({"pp": 2, "vpp": 2, "pp_layers": (3, 3)}, "pp_layers and vpp cannot be combined"),
@@ -302,5 +305,5 @@ def test_an_empty_stage_is_possible() -> None:
 @pytest.mark.parametrize("count", ["2", 2.0, 0, True])
 def test_counts_are_whole_numbers(field: str, count: object) -> None:
     """Anything but a whole number of at least 1 is refused by name."""
-    with pytest.raises(LayoutError, match=f"^{field} must be at least 1, got "):
+    with pytest.raises(LayoutError, match=f"^{field} must be a whole number of at least 1, got "):
         ParallelLayout(**{field: count})  # type: ignore[arg-type]
