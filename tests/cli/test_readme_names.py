@@ -96,7 +96,7 @@ def test_names_exist(block: Block) -> None:
     """Each ``dcm.`` name is public, and takes the keywords that it is given, also where an example is not run."""
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dcm":
-            assert node.attr in dir(dcm), node.attr
+            assert node.attr in modules_of_names(), node.attr
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("dcm."):
             name = ast.unparse(node.func).removeprefix("dcm.")
             module = modules_of_names().get(name)
@@ -149,7 +149,7 @@ def test_prose() -> None:
                 option = re.split(r"[ =]", code)[0]
                 assert option in foreign or re.search(rf"{option}(?![\w-])", helps), f"{page}: {code}"
             for name in re.findall(r"^dcm\.(\w+)", code):
-                assert name in dir(dcm), f"{page}: {code}"
+                assert name in modules_of_names(), f"{page}: {code}"
 
 
 # Links, length, and what .ci/run needs.

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from dist_ckpt_mistral.libraries import public_modules
+
 ROOT: Final = Path(__file__).parents[2]
 #: Languages of blocks that are run; others show what files and folders look like.
 LANGUAGES: Final = ("sh", "console", "python")
@@ -151,5 +153,4 @@ def rewrite(block: Block, outputs: list[list[str]]) -> None:
 @cache
 def modules_of_names() -> Mapping[str, str]:
     """Public name of the package -> the module that defines it, relative to the package."""
-    stub = (ROOT / "dist_ckpt_mistral" / "__init__.pyi").read_text()
-    return {name: module for module, name in re.findall(r"^from \.([\w.]+) import (\w+)", stub, re.MULTILINE)}
+    return public_modules()
