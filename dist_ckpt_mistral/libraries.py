@@ -65,7 +65,7 @@ def missing(*modules: str) -> list[str]:
 def public_modules() -> dict[str, str]:
     """Public name -> the module of this package that defines it, from the stub ``__init__.pyi``."""
     import ast  # noqa: PLC0415  (the command line needs no public name)
-    from pathlib import Path  # noqa: PLC0415
+    from pathlib import Path  # noqa: PLC0415  (the same)
 
     stub = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
     imports = [line for line in stub.body if isinstance(line, ast.ImportFrom)]
