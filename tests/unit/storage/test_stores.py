@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import object_servers
 import pytest
 from emulators import Emulator, azurite, gcs, moto
-from object_servers import S3Server, s3_for_tests
+from object_servers import S3Server, free_ports, s3_for_tests, seaweedfs
 
 from dist_ckpt_mistral.errors import FormatError, SourceError
 from dist_ckpt_mistral.storage.buckets import BucketStore, Where
@@ -171,3 +173,16 @@ def test_commits_in_order(store: Store, top: str) -> None:
     """What is committed last is there last: it was written after all others."""
     commit(store, [(f"{top}/first", b"1"), (f"{top}/last", b"2")])
     assert {key: read_all(store, key) for key in store.below(top)} == {f"{top}/first": b"1", f"{top}/last": b"2"}
+
+
+def test_a_server_whose_port_is_taken_starts_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the choice of ports and the start of a server someone else may take one: that does not fail a test."""
+    with socket.socket() as other:
+        (taken,) = free_ports(1)
+        other.bind(("127.0.0.1", taken + 10_000))  # where its volume server would answer gRPC
+        other.listen()
+        master, _, filer, s3 = free_ports(4)
+        draws = iter([[master, taken, filer, s3], free_ports(4)])
+        monkeypatch.setattr(object_servers, "free_ports", lambda _: next(draws))
+        with seaweedfs(tmp_path) as server:
+            assert server.endpoint not in {f"http://127.0.0.1:{port}" for port in (taken, s3)}
