@@ -211,7 +211,7 @@ def _strict_loader(yaml: Any) -> Any:  # noqa: ANN401  (the module, and a class 
 
     It parses with libyaml if PyYAML was built with it: 2 ms instead of 25 for the run_config.yaml of an import.
     """
-    safe_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    safe_loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     class Strict(safe_loader):  # type: ignore[misc]  # yaml is imported late
         def construct_scalar(self, node: Any) -> Any:  # noqa: ANN401

@@ -1,19 +1,19 @@
 """Compare conversions with ``cp`` of the same bytes: ``python tools/bench/run.py --work DIR [--rounds 5] ...``.
 
 Commands run with their default options. Each round runs each command once, with a ``cp`` before and after it, because
-the speed of a machine may drift. Outputs of the previous round are deleted first. The summary has seconds and the ratio
-to the mean of the two ``cp``s, as minimum, median and maximum, processor time a gigabyte of output and its ratio to
-that of ``cp`` (medians), and peak resident memory including libraries. Each round is appended to a results file, one
-JSON object a line.
+the speed of a machine may drift. The summary has seconds and the ratio to the mean of the two ``cp``s, as minimum,
+median and maximum, processor time a gigabyte of output and its ratio to that of ``cp`` (medians), and peak resident
+memory including libraries. Each round is appended to a results file, one JSON object a line.
 
 "warm" reads sources from the page cache. "cold" reads them from the disk: it drops the page cache before each command,
 as root. Both end without waiting for the disk (``--no-sync``), like ``cp``. "durable" is warm and waits until the
 output is on the disk, as commands do by default, also for ``cp`` (``sync -f``). "to-hf-sha256" measures what
-``--sha256`` costs. A name may end in the value of ``--memory``, such as "to-hf@2MiB", to compare sizes of buffers.
+``--sha256`` costs. "floor" is floor.c, compiled with ``cc``: two threads that only copy the same files. A name may end
+in the value of ``--memory``, such as "to-hf@2MiB", to compare sizes of buffers.
 
-A hypervisor takes idle memory back. Using it again costs seconds a gigabyte. So before each warm or durable run, also
-of ``cp``, another process allocates 2.2 times the memory of the output (at most half of the available memory), writes
-to it and ends. Python's bytecode is cached in DIR/bytecode, as it is for installed modules.
+A hypervisor takes idle memory back within seconds. Using it again costs seconds a gigabyte. So each output, also of
+``cp``, stays until just before the next run, which gets its memory. The first ``cp`` of a mode is not counted. Python's
+bytecode is cached in DIR/bytecode, as it is for installed modules.
 """
 
 from __future__ import annotations
@@ -41,18 +41,9 @@ TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
 #: torchrun starts two ranks, and the first one works with as many threads as alone. The difference is torchrun's start.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
 COMMANDS = ("to-hf", "to-hf-sha256", "from-hf", "verify", "reshard", "to-hf-2-ranks")
-PEERS = ("dcp-full", "model")
-#: Memory to touch, as a multiple of the output's size. The kernel may choose other pages than those freed last: with
-#: 1.2 it often did.
-ROOM_FOR_OUTPUT = 2.2
-#: Writes one byte into each page of as many bytes of memory as its argument says.
-TOUCH_MEMORY = """
-import mmap, sys
-pages = int(sys.argv[1]) // mmap.PAGESIZE
-if pages:
-    memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory[:: mmap.PAGESIZE] = bytes(pages)
-"""
+PEERS = ("dcp-full", "model", "floor")
+#: Threads and bytes of a write of "floor", as conversions use them on two cores.
+FLOOR = ("2", str(128 << 10))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +64,6 @@ class Contest:
     source: Path
     output: Path
     baseline: list[str]
-    output_bytes: int
     moved_bytes: int
 
 
@@ -102,7 +92,10 @@ def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Itera
         name, _, memory = full_name.partition("@")
         extra = [*(["--no-sync"] if no_sync else []), *(["--memory", memory] if memory else [])]
         output = work / f"out-{full_name}"
-        if name in PEERS:
+        if name == "floor":
+            files = [str(file) for file in files_in(hf)]
+            command, source = [str(work / "floor"), *FLOOR, *files, str(output)], hf
+        elif name in PEERS:
             command, source = [sys.executable, str(HERE / "peers.py"), name, str(checkpoint), str(output)], checkpoint
         elif name == "from-hf":
             command = [*TOOL, name, str(hf), str(output), "--tp", str(tp), "--pp", str(pp), *extra]
@@ -128,7 +121,6 @@ def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Itera
             source=source,
             output=output,
             baseline=baseline,
-            output_bytes=0 if name == "verify" else moved_bytes,
             moved_bytes=moved_bytes,
         )
 
@@ -150,12 +142,12 @@ def measure(work: Path, case: str, mode: str, rounds: int, names: list[str], res
     """Run all rounds of one mode, and print their summary."""
     sync = work if mode == "durable" else None
     runs: dict[str, list[tuple[Run, Run, float]]] = defaultdict(list)
+    baseline(next(contests(work, case, names, no_sync=True)), work, mode)
     for number in range(rounds):
         for contest in contests(work, case, names, no_sync=mode != "durable"):
             before = baseline(contest, work, mode)
-            prepare([contest.source], contest.output, mode, contest.output_bytes)
+            prepare([contest.source], work, mode)
             run = timed(contest.command, sync=sync)
-            shutil.rmtree(contest.output, ignore_errors=True)
             base = mean_of(before, baseline(contest, work, mode))
             runs[contest.name].append((run, base, contest.moved_bytes / 1e9))
             fields = {"case": case, "mode": mode, "round": number, "command": contest.name}
@@ -184,31 +176,32 @@ def mean_of(first: Run, second: Run) -> Run:
 
 def baseline(contest: Contest, work: Path, mode: str) -> Run:
     """Run and measure the baseline of a command."""
-    copy = work / "out-cp"
     source, other = map(Path, contest.baseline[-2:])
-    prepare([source, other] if contest.name == "verify" else [source], copy, mode, contest.output_bytes)
-    run = timed(contest.baseline, sync=work if mode == "durable" else None)
-    shutil.rmtree(copy, ignore_errors=True)
-    return run
+    prepare([source, other] if contest.name == "verify" else [source], work, mode)
+    return timed(contest.baseline, sync=work if mode == "durable" else None)
 
 
-def prepare(sources: list[Path], output: Path, mode: str, output_bytes: int) -> None:
-    """Remove the old output, bring the page cache into the state of ``mode``, and touch free memory."""
-    shutil.rmtree(output, ignore_errors=True)
+def prepare(sources: list[Path], work: Path, mode: str) -> None:
+    """Bring the page cache into the state of ``mode``; delete outputs of runs before, whose memory comes next."""
+    subprocess.run(["sync"], check=True)
     if mode == "cold":
-        subprocess.run(["sync"], check=True)
+        delete_outputs(work)
         Path("/proc/sys/vm/drop_caches").write_text("3")
         return
     files = [str(file) for source in sources for file in files_in(source)]
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
-    touched_bytes = min(int(output_bytes * ROOM_FOR_OUTPUT), available_bytes() // 2)
-    subprocess.run([sys.executable, "-c", TOUCH_MEMORY, str(touched_bytes)], check=True)
+    delete_outputs(work)
 
 
-def available_bytes() -> int:
-    """Memory in bytes that can be used without swapping."""
-    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
+def delete_outputs(work: Path) -> None:
+    """Delete what runs have written."""
+    for output in work.glob("out-*"):
+        shutil.rmtree(output)
+
+
+def compile_floor(work: Path) -> None:
+    """Make the program of "floor"."""
+    subprocess.run(["cc", "-O2", "-pthread", "-o", str(work / "floor"), str(HERE / "floor.c")], check=True)
 
 
 def command_name(text: str) -> str:
@@ -256,8 +249,11 @@ def main() -> None:
     make = [sys.executable, str(HERE / "models.py"), arguments.case, str(arguments.size), str(arguments.work)]
     subprocess.run(make, check=True)
     print(f"{model_bytes(config) / 1e9:.2f} GB in {config.num_hidden_layers} layers, {os.cpu_count()} cores")
+    if any(name.partition("@")[0] == "floor" for name in names):
+        compile_floor(arguments.work)
     for mode in arguments.modes:
         measure(arguments.work, arguments.case, mode, arguments.rounds, names, arguments.results)
+    delete_outputs(arguments.work)
 
 
 if __name__ == "__main__":
