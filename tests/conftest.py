@@ -22,6 +22,9 @@ from hypothesis import HealthCheck, settings
 
 from dist_ckpt_mistral.storage.remote_path import forget_stores
 
+#: The fixtures of tests that spoil their input.
+pytest_plugins = ("spoilable",)
+
 # Small tensors gain nothing from threads, and threads that wait for work take cores from the processes beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A job in the background may ignore Ctrl-C, and so would all that it starts; tests of interrupts send it.

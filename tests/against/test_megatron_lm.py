@@ -18,6 +18,7 @@ import torch
 from command_line import run
 from family_models import FAMILY, family_model, model_class
 from hf_models import random_model, saved
+from megatron_lm_cases import LAYOUTS, MODELS, PARTS, RELEASED
 from megatron_reads import reads_of_rank
 from safetensors.torch import load_file
 from torch_reading import described
@@ -44,13 +45,6 @@ pytestmark = pytest.mark.skipif(
     reason="megatron-core 0.16, the last line for Python 3.11, ships no megatron.training",
 )
 
-YARN = {"rope_type": "yarn", "rope_theta": 31000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-MODELS: dict[str, dict[str, Any]] = {
-    "window": {"sliding_window": 5, "rms_norm_eps": 3e-6, "rope_parameters": {"rope_theta": 5e5}},
-    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
-    "yarn": {"tie_word_embeddings": True, "rope_parameters": YARN | {"truncate": False, "beta_fast": 16.0}},
-    "yarn-mscale": {"vocab_size": 128, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
-}
 WITH_EXPERTS = [name for name in FAMILY if name.startswith(("mixtral", "mistral4"))]
 #: Models that megatron-core 0.19 builds, and a prompt longer than a window, but no longer than YaRN's original context.
 SAYING = [name for name in FAMILY if "plain queries" not in name]
@@ -121,79 +115,6 @@ CASES: dict[str, Case] = {
 #: Cases that Megatron-LM builds as a HybridModel, in which attention and MLP are layers of their own.
 HYBRID = [name for name, case in CASES.items() if "--hybrid-layer-pattern" in (case.saves or ())]
 SAVED = [name for name, case in CASES.items() if case.saves is not None and not case.has_record]
-
-#: What megatron_args is asked for, on four ranks: layout -> what Megatron's TransformerConfig must say of it.
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tp2-pp2": ({"tp": 2, "pp": 2}, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-    "pp2-vpp2": ({"pp": 2, "vpp": 2, "dp": 2}, {"virtual_pipeline_model_parallel_size": 2}),
-    "first and last": (
-        {"pp": 2, "num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
-        {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
-    ),
-    "embedding and loss": (
-        {"pp": 2, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
-        {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
-    ),
-    "context": ({"cp": 2, "tp": 2}, {"context_parallel_size": 2, "use_tp_pp_dp_mapping": False}),
-    "pipeline before data": ({"pp": 2, "dp": 2, "order": "tp-cp-ep-pp-dp"}, {"use_tp_pp_dp_mapping": True}),
-    "a layout in words": (
-        {"pp": 2, "vpp": 2, "pipeline_model_parallel_layout": "Et|t|t|tL"},
-        {"virtual_pipeline_model_parallel_size": 2},
-    ),
-    "stages": ({"pp": 4, "pp_layers": (1, 0, 2, 1)}, {"layers_here": [1, 0, 2, 1]}),
-}
-#: Sizes of released models, as far as they matter here; those of newer ones are the defaults of transformers.
-RELEASED: dict[str, dict[str, Any]] = {
-    "Mistral-7B-v0.1": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-05,
-        "rope_parameters": {"rope_theta": 10000.0},
-        "sliding_window": 4096,
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-    },
-    "Mistral-Nemo-2407": {
-        "hidden_size": 5120,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-05,
-        "rope_parameters": {"rope_theta": 1000000.0},
-        "sliding_window": None,
-        "vocab_size": 131072,
-        "max_position_embeddings": 131072,
-    },
-    "Mixtral-8x7B-v0.1": {
-        "model_type": "mixtral",
-        "head_dim": 128,
-        "rope_parameters": {"rope_theta": 1000000.0},
-        "max_position_embeddings": 32768,
-    },
-    "Ministral-8B-Instruct-2410": {
-        "model_type": "ministral",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 36,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-05,
-        "rope_parameters": {"rope_theta": 100000000.0},
-        "sliding_window": 32768,
-        "layer_types": ["full_attention", *["sliding_attention"] * 3] * 9,
-        "vocab_size": 131072,
-        "max_position_embeddings": 32768,
-    },
-    "Ministral-3-8B-Base-2512": {"model_type": "ministral3"},
-    "Mistral-Small-4-119B-2603": {"model_type": "mistral4"},
-}
 
 
 def layout_of(case: Case) -> ParallelLayout:
@@ -439,95 +360,6 @@ def test_run_configs_from_megatrons_own_serializer(form: str, name: str, results
     path = results.run_configs / name / f"{form}.yaml"
     read = from_run_config(documents.read_yaml(path), str(path))
     assert read == unscaled(MistralConfig.from_hf(results.hf[name]))
-
-
-#: Case -> what Megatron's TransformerConfig must say of it, besides sizes that all models have.
-PARTS: dict[str, dict[str, Any]] = {
-    "Mixtral-8x7B-v0.1": {
-        "num_moe_experts": 8,
-        "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 14336,
-        "moe_router_pre_softmax": False,
-        "moe_shared_expert_intermediate_size": None,
-        "sequence_parallel": True,
-    },
-    "Ministral-8B-Instruct-2410": {"window_size": [32767, 0], "window_attn_skip_freq": [0, 1, 1, 1] * 9},
-    "Mistral-Small-4-119B-2603": {
-        "num_moe_experts": 128,
-        "moe_router_topk": 4,
-        "moe_ffn_hidden_size": 2048,
-        "moe_shared_expert_intermediate_size": 2048,
-        "moe_router_pre_softmax": False,
-        "moe_router_group_topk": None,
-        "q_lora_rank": 1024,
-        "kv_lora_rank": 256,
-        "qk_head_dim": 64,
-        "qk_pos_emb_head_dim": 64,
-        "v_head_dim": 128,
-        "rope_type": "yarn",
-        "rotary_scaling_factor": 128.0,
-        "original_max_position_embeddings": 4096,  # its 8192 has no flag, and a warning says so
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-    "mixtral": {
-        "num_moe_experts": 4,
-        "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 20,
-        "moe_shared_expert_intermediate_size": None,
-        "moe_router_pre_softmax": False,
-        "moe_router_topk_scaling_factor": None,
-        "moe_router_num_groups": None,
-        "moe_router_group_topk": None,
-        "moe_router_score_function": "softmax",
-        "moe_layer_freq": 1,
-        "expert_model_parallel_size": 2,
-        "expert_tensor_parallel_size": 1,
-        "sequence_parallel": True,
-        "multi_latent_attention": False,
-        "qk_layernorm": False,
-        "window_size": None,
-    },
-    "ministral": {"window_size": [4, 0], "window_attn_skip_freq": [1, 0, 0, 1], "sequence_parallel": False},
-    "ministral3, tied": {
-        "yarn_rotary_scaling_factor": 4.0,
-        "yarn_original_max_position_embeddings": 16,
-        "yarn_mscale": 1.0,
-        "yarn_mscale_all_dim": 1.0,
-        "position_embedding_type": "yarn",
-    },
-    "mistral4": {
-        "multi_latent_attention": True,
-        "qk_layernorm": True,
-        "q_lora_rank": 12,
-        "kv_lora_rank": 10,
-        "qk_head_dim": 6,
-        "qk_pos_emb_head_dim": 4,
-        "v_head_dim": 8,
-        "kv_channels": 8,
-        "num_query_groups": 4,
-        "position_embedding_type": "rope",
-        "rope_type": "yarn",
-        "rotary_scaling_factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "num_moe_experts": 4,
-        "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 16,
-        "moe_shared_expert_intermediate_size": 16,
-        "moe_router_pre_softmax": False,
-        "ffn_hidden_size": 20,
-    },
-    "mistral4, groups, plain queries": {
-        "q_lora_rank": None,
-        "moe_shared_expert_intermediate_size": 32,
-        "moe_router_pre_softmax": True,
-        "moe_router_topk_scaling_factor": 1.5,
-        "moe_router_num_groups": 2,
-        "moe_router_group_topk": 1,
-    },
-}
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import re
 import shutil
 import warnings
 import zipfile
@@ -14,16 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import mistral_common
 import pytest
 import torch
-from command_line import refusal
-from genuine import folder, shards
+from genuine import shards
 from hf_models import logits, megatron_tensors, random_model, saved
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils._paths import filter_repo_objects
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from plain_models import SIZES, contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,13 +23,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_reading import described, hf_tensors, load_tensors, raw_bytes, read_metadata
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import MistralConfig
 
 from dist_ckpt_mistral.convert.from_hf import from_hf
 from dist_ckpt_mistral.convert.output import Output
 from dist_ckpt_mistral.convert.to_hf import to_hf
-from dist_ckpt_mistral.errors import ConfigError, FormatError, LayoutError, TensorMismatchError
-from dist_ckpt_mistral.model.layout.layout import ParallelLayout
+from dist_ckpt_mistral.errors import TensorMismatchError
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]])
 
@@ -218,39 +209,6 @@ def test_what_travels_in_the_common_state(trip: Trip) -> None:
             assert torch.equal(tensor[rows], trip.tensors[entry["hf_name"].format(layer=layer)])
 
 
-def boxes(directory: Path, vocabulary: int) -> dict[str, set[tuple[tuple[int, ...], tuple[int, ...], str]]]:
-    """Per tensor: offset, size (without rows beyond the vocabulary) and rank of every chunk."""
-    metadata: Any = read_metadata(directory)
-    result: dict[str, set[tuple[tuple[int, ...], tuple[int, ...], str]]] = {}
-    for index, at in metadata.storage_data.items():
-        entry = metadata.state_dict_metadata[index.fqn]
-        if isinstance(entry, TensorStorageMetadata):
-            sizes = next(tuple(chunk.sizes) for chunk in entry.chunks if chunk.offsets == index.offset)
-            if len(sizes) == 2 and index.fqn in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                sizes = (min(sizes[0], vocabulary - index.offset[0]), sizes[1])
-            rank = re.match(r"__(\d+)_", at.relative_path)
-            assert rank is not None
-            result.setdefault(index.fqn, set()).add((tuple(index.offset), sizes, rank[1]))
-    return result
-
-
-@pytest.mark.parametrize("case", ["td_0161", "tied_tp2pp2_0161"])
-def test_chunks_are_cut_as_megatron_cuts_them(case: str, tmp_path: Path) -> None:
-    """The truth of a genuine TP2 x PP2 checkpoint, imported for TP2 x PP2: same chunks, on the same ranks."""
-    (tmp_path / "hf").mkdir()
-    shutil.copy(folder(case) / "config.json", tmp_path / "hf")
-    shutil.copy(folder(case) / "truth.safetensors", tmp_path / "hf" / "model.safetensors")
-    from_hf(tmp_path / "hf", tmp_path / "ckpt", tp=2, pp=2)
-    imported = tmp_path / "ckpt" / "release"
-    assert boxes(imported, 250) == boxes(shards(case), 250)
-    objects = [
-        {key for key in read_metadata(each).state_dict_metadata if "_extra_state" in key}
-        for each in (shards(case), imported)
-    ]
-    assert len(objects[0]) == 16
-    assert objects[0] < objects[1]
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [(a, b) for a in ("float32", "bfloat16", "float16") for b in ("float32", "bfloat16", "float16")],
@@ -391,197 +349,3 @@ def test_frequencies_of_old_files_stay_behind(tmp_path: Path) -> None:
     assert done.ignored == ((old, "recomputed from rope_theta by every reader"),)
     to_hf(tmp_path / "ckpt", tmp_path / "exported")
     assert described(load_file(tmp_path / "exported" / "model.safetensors")) == described(tensors)
-
-
-@pytest.mark.parametrize(("iteration", "tracker", "step"), [(None, "release", "release"), (70, "70", "iter_0000070")])
-def test_a_root_is_written_as_megatron_lm_reads_it(
-    iteration: int | None, tracker: str, step: str, tmp_path: Path
-) -> None:
-    """The tracker file names the one step; root and step both open, with the iteration in the common state."""
-    original = saved(random_model(), tmp_path / "original")
-    from_hf(original, tmp_path / "ckpt", iteration=iteration)
-    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir() if not path.is_symlink()) == sorted(
-        ["hf", "latest_checkpointed_iteration.txt", step]
-    )
-    assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == tracker
-    assert torch.load(tmp_path / "ckpt" / step / "common.pt", weights_only=False)["iteration"] == (iteration or 0)
-    assert json.loads((tmp_path / "ckpt" / step / "metadata.json").read_bytes()) == json.loads(
-        (shards("td_0161") / "metadata.json").read_bytes()
-    )
-    for number, path in enumerate((tmp_path / "ckpt", tmp_path / "ckpt" / step)):
-        to_hf(path, tmp_path / f"exported{number}")
-        assert contents(tmp_path / f"exported{number}") == contents(original)
-
-
-@pytest.mark.parametrize("iteration", [-5, 10**18, True, 1.0])
-def test_iterations_that_no_tracker_can_name(iteration: Any, tmp_path: Path) -> None:  # noqa: ANN401  (wrong types)
-    """What could not be opened again is not written: the library refuses it, and so does the command."""
-    original = saved(random_model(), tmp_path / "original")
-    with pytest.raises(ConfigError, match=rf"from 0 to {10**18 - 1}, got {iteration}"):
-        from_hf(original, tmp_path / "ckpt", iteration=iteration)
-    assert not (tmp_path / "ckpt").exists()
-
-
-def test_the_last_iteration_can_be_reopened(tmp_path: Path) -> None:
-    """The largest number that is accepted is found again through its tracker; one more is refused on the way in."""
-    original = saved(random_model(), tmp_path / "original")
-    from_hf(original, tmp_path / "ckpt", iteration=10**18 - 1)
-    to_hf(tmp_path / "ckpt", tmp_path / "exported")
-    assert contents(tmp_path / "exported") == contents(original)
-    refusal(tmp_path, "from-hf", original, tmp_path / "more", "--iteration", 10**18)
-
-
-def test_an_older_step_of_a_root_can_be_named(tmp_path: Path) -> None:
-    """Of several steps in a root the tracker's is taken, unless one is named."""
-    older, newer = (
-        saved(random_model(dtype), tmp_path / name) for dtype, name in ((torch.half, "a"), (torch.float, "b"))
-    )
-    from_hf(older, tmp_path / "ckpt", iteration=1)
-    from_hf(newer, tmp_path / "more", iteration=2)
-    (tmp_path / "more" / "iter_0000002").rename(tmp_path / "ckpt" / "iter_0000002")
-    (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("2\n")
-    to_hf(tmp_path / "ckpt", tmp_path / "latest")
-    to_hf(tmp_path / "ckpt" / "iter_0000001", tmp_path / "first")
-    assert contents(tmp_path / "latest") == contents(newer)
-    assert contents(tmp_path / "first") == contents(older)
-
-
-def test_the_tokenizer_of_mistral_common_comes_along(tmp_path: Path) -> None:
-    """Mistral's own tokenizer files arrive byte for byte, say the same tokens, and the model the same to them."""
-    data = Path(mistral_common.__file__).with_name("data")
-    original = saved(random_model(vocab_size=131_072, hidden_size=8), tmp_path / "original")
-    shutil.copy(data / "tekken_240911.json", original / "tekken.json")
-    shutil.copy(data / "mistral_instruct_tokenizer_241114.model.v7", original / "tokenizer.model.v7")
-    from_hf(original, tmp_path / "ckpt")
-    to_hf(tmp_path / "ckpt", tmp_path / "exported")
-    assert contents(tmp_path / "exported") == contents(original)
-    text = "Le mistral est un vent; c'est aussi 7 milliards de paramètres."
-    told = []
-    for directory in (original, tmp_path / "exported"):
-        tokenizer = MistralTokenizer.from_file(str(directory / "tekken.json")).instruct_tokenizer.tokenizer
-        tokens = tokenizer.encode(text, bos=True, eos=False)
-        model = AutoModelForCausalLM.from_pretrained(directory)
-        told.append((tokens, model(torch.tensor([tokens])).logits))
-    assert told[0][0] == told[1][0]
-    assert len(told[0][0]) > 10
-    assert torch.equal(told[0][1], told[1][1])
-
-
-def test_small_files_come_from_the_config_directory(tmp_path: Path) -> None:
-    """With --config DIR its tokenizer and other small files are exported; weights of other formats are not."""
-    trained = shutil.copytree(folder("td_0161") / "checkpoint", tmp_path / "trained")
-    given = tmp_path / "given"
-    given.mkdir()
-    shutil.copy(folder("td_0161") / "config.json", given)
-    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "README.md"):
-        (given / name).write_text(f"content of {name}")
-    for name in ("pytorch_model.bin", "consolidated.safetensors", "old.gguf", ".gitattributes"):
-        (given / name).write_text("weights")
-    to_hf(trained, tmp_path / "exported", config=given)
-    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
-        "README.md",
-        "chat_template.jinja",
-        "checksums.json",
-        "config.json",
-        "model.safetensors",
-        "special_tokens_map.json",
-        "tokenizer.json",
-    ]
-    assert (tmp_path / "exported" / "tokenizer.json").read_text() == "content of tokenizer.json"
-
-
-def test_what_is_too_large_to_travel_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file of more than 256 MiB beside the weights stays behind, and a warning says which."""
-    original = saved(random_model(), tmp_path / "original")
-    (original / "tokenizer.json").write_text("{}")
-    (original / "huge.dat").touch()
-    os.truncate(original / "huge.dat", (256 << 20) + 1)
-    from_hf(original, tmp_path / "ckpt")
-    assert "too large to travel inside the checkpoint, left behind: huge.dat" in caplog.text
-    carried = [path.name for path in (tmp_path / "ckpt" / "release" / "hf").iterdir()]
-    assert sorted(carried) == ["config.json", "generation_config.json", "tokenizer.json"]
-
-
-def test_outputs_are_as_open_to_others_as_any_file(tmp_path: Path) -> None:
-    """Files and directories have the modes that the umask gives, not those of temporary files."""
-    original = saved(random_model(), tmp_path / "original")
-    before = os.umask(0o027)
-    try:
-        from_hf(original, tmp_path / "new" / "ckpt")
-        to_hf(tmp_path / "new" / "ckpt", tmp_path / "new" / "hf")
-    finally:
-        os.umask(before)
-    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (tmp_path / "new").rglob("*")}
-    assert modes == {(True, 0o750), (False, 0o640)}
-
-
-def test_a_given_config_wins_over_the_remembered_one(tmp_path: Path) -> None:
-    """With --config FILE that is what is exported, and the checkpoint's other small files still come along."""
-    original = saved(random_model(), tmp_path / "original")
-    from_hf(original, tmp_path / "ckpt")
-    given = json.loads((original / "config.json").read_bytes()) | {"rms_norm_eps": 0.125}
-    (tmp_path / "given.json").write_text(json.dumps(given))
-    done = to_hf(tmp_path / "ckpt", tmp_path / "exported", config=tmp_path / "given.json")
-    assert done.config_from == f"the given configuration {tmp_path / 'given.json'}"
-    assert json.loads((tmp_path / "exported" / "config.json").read_bytes()) == given
-    assert {name: content for name, content in contents(tmp_path / "exported").items() if name != "config.json"} == {
-        name: content for name, content in contents(original).items() if name != "config.json"
-    }
-
-
-def test_a_hub_id_goes_through_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no path is asked of huggingface_hub, for its small files alone; weights that lie there are read there."""
-    original = saved(random_model(), tmp_path / "original")
-    asked = []
-
-    def download(repo_id: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
-        assert revision is None
-        asked.append((repo_id, ignore_patterns))
-        return str(original)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    from_hf("mistralai/Mistral-7B-v0.3", tmp_path / "ckpt")
-    ((repo_id, ignored),) = asked
-    assert repo_id == "mistralai/Mistral-7B-v0.3"
-    wanted = [
-        "model.safetensors",
-        "model-00001-of-00003.safetensors",
-        "config.json",
-        "tokenizer.model.v3",
-        "tekken.json",
-    ]
-    left = ["consolidated.safetensors", "pytorch_model-00001-of-00002.bin", "model.gguf"]
-    filtered = filter_repo_objects([*wanted, *left], ignore_patterns=ignored)
-    assert list(filtered) == wanted[2:]
-    to_hf(tmp_path / "ckpt", tmp_path / "exported")
-    assert contents(tmp_path / "exported") == contents(original)
-
-
-def test_an_unknown_hub_id_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is no directory and not on the hub is refused with what the hub says; other names never leave."""
-
-    def download(repo_id: str, **_: object) -> str:
-        raise LocalEntryNotFoundError(f"no {repo_id} in the cache\nand more to read")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    says = r"^nobody/nothing is neither a directory nor .*: no nobody/nothing in the cache and more to read$"
-    with pytest.raises(FormatError, match=says):
-        from_hf("nobody/nothing", tmp_path / "ckpt")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(FormatError, match="there is no such directory"):
-        from_hf("no/such/directory", tmp_path / "ckpt")
-    with pytest.raises(FormatError, match=r"it is empty\. Give the directory that has the files\.$"):
-        from_hf(tmp_path, tmp_path.parent / "ckpt")
-
-
-def test_copies_of_ranks_get_no_file(tmp_path: Path) -> None:
-    """Data parallelism adds no files to an import, and changes no tensor's bits."""
-    hf = saved(random_model(), tmp_path / "hf")
-    done = from_hf(hf, tmp_path / "ckpt", layout=ParallelLayout(tp=2, pp=2, dp=2))
-    assert [*done.files] == [f"release/__{number}_0.distcp" for number in range(4)]
-    assert min(done.files.values()) > 0
-    assert min(path.stat().st_size for path in (tmp_path / "ckpt" / "release").glob("*.distcp")) > 0
-    to_hf(tmp_path / "ckpt", tmp_path / "back")
-    assert described(hf_tensors(tmp_path / "back")) == described(hf_tensors(hf))
-    with pytest.raises(LayoutError, match="either a layout, or tp, pp and ep"):
-        from_hf(hf, tmp_path / "both", tp=2, layout=ParallelLayout(tp=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +16,9 @@ from transformers.quantizers import quantizer_finegrained_fp8
 if TYPE_CHECKING:
     import pytest
 
+Tensors = dict[str, torch.Tensor]
 WEIGHTS: Final = "model.safetensors"
+Q: Final = "model.layers.0.self_attn.q_proj.weight"
 #: As in config.json of Ministral 3 Instruct, and of a release with blocks.
 PER_TENSOR: Final[dict[str, Any]] = {
     "quant_method": "fp8",
@@ -24,6 +27,13 @@ PER_TENSOR: Final[dict[str, Any]] = {
     "modules_to_not_convert": ["lm_head"],
 }
 PER_BLOCK: Final = PER_TENSOR | {"activation_scheme": "dynamic", "weight_block_size": [4, 4]}
+
+
+def edit(folder: Path, change: Callable[[Tensors], object]) -> None:
+    """Change the tensors of the model in ``folder``."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def is_quantized(name: str) -> bool:

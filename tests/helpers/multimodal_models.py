@@ -12,6 +12,10 @@ import torch
 from family_models import FAMILY, SIZES, randomize
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
+#: How the names of what language models do not have begin.
+VISION: Final = ("vision_tower.", "multi_modal_projector.")
+#: The case that is no variant of another.
+DENSE: Final = "mistral small 3"
 #: Sizes that differ from each other wherever they can. An image of 28 x 28 gives 4 x 4 patches, and these 2 x 2 tokens.
 _VISION: Final[dict[str, Any]] = {
     "model_type": "pixtral",

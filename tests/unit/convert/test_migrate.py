@@ -6,15 +6,10 @@ tests/unit/formats/test_legacy_zarr.py has what is refused.
 from __future__ import annotations
 
 import collections
-import io
 import json
 import logging
-import os
-import pickle
 import re
 import shutil
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,17 +20,13 @@ from command_line import refusal, run, tree
 from failing_writes import ALONE, at_write, full
 from flipped_bytes import damaged, some
 from genuine import ZARR, folder, shards, truth
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from plain_models import contents
 from rank_threads import on_ranks
 from safetensors.torch import load_file
-from torch_reading import described, load_tensors, objects, raw_bytes, stored_boxes
+from torch_reading import described, load_tensors, objects, stored_boxes
 from zarr_checkpoints import (
-    DTYPES,
     chunk_files,
     copied,
-    edit_array,
     in_words,
     load_objects,
     new_checkpoint,
@@ -48,9 +39,7 @@ from zarr_checkpoints import (
 
 import dist_ckpt_mistral as dcm
 from dist_ckpt_mistral.convert.ranks import Ranks
-from dist_ckpt_mistral.errors import ConfigError, FormatError
-from dist_ckpt_mistral.formats.stored_checkpoint import open_stored
-from dist_ckpt_mistral.formats.torch_dist.archive import CENTRAL, END
+from dist_ckpt_mistral.errors import ConfigError
 
 if TYPE_CHECKING:
     from conftest import LaunchRanks
@@ -223,193 +212,6 @@ def test_megatron_loads_optimizer_state(case: str, layout: dict[str, int], resul
         assert loaded["real"]["tensors"] == loaded["factory"]["tensors"] > 20
 
 
-def shared() -> dict[Any, Any]:
-    """Tensors that share storages, views, and what else torch saves."""
-    base = torch.arange(12.0)
-    return {
-        "base": base,
-        "view": base[2:8].view(2, 3),
-        "across": base.view(3, 4).T,
-        "alone": torch.ones(3, dtype=torch.bfloat16),
-        "empty": torch.empty(0, 4),
-        "numbers": np.arange(5),
-        "parameter": torch.nn.Parameter(torch.tensor(2.0)),
-        (torch.float32, torch.bfloat16): [(1, None, True, 2.5, "text", b"bytes")],
-    }
-
-
-def test_objects_of_all_kinds(tmp_path: Path) -> None:
-    """Objects keep values and what they share, nothing at all and megabytes alike, in whatever protocol is unframed."""
-    old = new_checkpoint(tmp_path / "old")
-    write_array(old / "a", numbered([4]), (2,))
-    values: dict[str, Any] = {
-        "shared/shard_0_1": shared(),
-        "none/shard_0_1": None,
-        "list/shard_0_1": [[], {}, ()],
-        "bytes/shard_0_1": io.BytesIO(b"extra"),
-        "large/shard_1.0_2.3": {"x": numbered([5 << 20]), "y": numbered([3])},
-        "large/shard_1.2_2.3": numbered([1 << 20], torch.int64),
-    }
-    save_objects(old, values)
-    save_objects(old, {"three/shard_0_1": shared()}, pickle_protocol=3)
-    dcm.migrate(old, tmp_path / "new")
-    found = unlisted(objects(tmp_path / "new"))
-    assert in_words(found) == in_words(load_objects(old))
-    for name in ("shared", "three"):
-        again = found[f"{name}/shard_0_1"]
-        again["base"][2] = 77
-        assert float(again["view"][0, 0]) == float(again["across"][2, 0]) == 77
-    assert run("verify", tmp_path / "new").code == 0
-
-
-@pytest.mark.parametrize("protocol", [4, 5])
-def test_framed_pickles_are_refused(protocol: int, tmp_path: Path) -> None:
-    """Pickles in frames are none of ``torch.save``'s own; they are named, all of them."""
-    old = new_checkpoint(tmp_path / "old")
-    write_array(old / "a", numbered([4]), (2,))
-    save_objects(old, {f"odd/shard_{i}_3": {"x": 1} for i in range(3)}, pickle_protocol=protocol)
-    line = refusal(tmp_path, "migrate", old, tmp_path / "new")
-    assert all(f"odd/shard_{i}_3.pt is not as torch.save writes it" in line for i in range(3))
-
-
-def directory_first(path: Path) -> None:
-    """Put the directory of an archive before the records."""
-    archive = path.read_bytes()
-    *fixed, num_bytes, begin, _ = END.unpack(archive[-END.size :])
-    directory, at = bytearray(archive[begin : begin + num_bytes]), 0
-    while at < num_bytes:
-        entry = CENTRAL.unpack_from(directory, at)
-        CENTRAL.pack_into(directory, at, *entry[:-1], entry[-1] + num_bytes)
-        at += CENTRAL.size + sum(entry[10:13])
-    path.write_bytes(directory + archive[:begin] + END.pack(*fixed, num_bytes, 0, 0))
-
-
-def test_objects_behind_their_directory_are_refused(tmp_path: Path) -> None:
-    """What would follow the directory would be left behind, so such archives, which torch does not read, are named."""
-    old = new_checkpoint(tmp_path / "old")
-    write_array(old / "a", numbered([4]), (2,))
-    save_objects(old, {f"odd/shard_{i}_3": {"x": numbered([8])} for i in range(3)})
-    for path in (old / "odd").iterdir():
-        directory_first(path)
-    line = refusal(tmp_path, "migrate", old, tmp_path / "new")
-    assert all(f"odd/shard_{i}_3.pt is damaged: data.pkl does not end before its directory" in line for i in range(3))
-
-
-def test_programs_are_refused(tmp_path: Path) -> None:
-    """An archive that torch would take for TorchScript, and run, is no object, whatever else is in it."""
-    old = new_checkpoint(tmp_path / "old")
-    write_array(old / "a", numbered([4]), (2,))
-    save_objects(old, {"odd/shard_0_1": {"x": 1}})
-    with zipfile.ZipFile(old / "odd" / "shard_0_1.pt", "a") as archive:
-        archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/constants.pkl", pickle.dumps((), 2))
-    assert "odd/shard_0_1.pt holds a program, TorchScript" in refusal(tmp_path, "migrate", old, tmp_path / "new")
-
-
-class Hostile:
-    """Unpickled, it makes a directory."""
-
-    def __init__(self, path: Path) -> None:
-        """Name the directory."""
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        """What the pickle asks for."""
-        return os.mkdir, (str(self.path),)
-
-
-def test_hostile_objects(tmp_path: Path) -> None:
-    """An object that would execute something is named and stays where it is; nothing is executed."""
-    old = new_checkpoint(tmp_path / "old")
-    write_array(old / "a", numbered([4]), (2,))
-    save_objects(old, {f"state/shard_{i}_2": {"x": [Hostile(tmp_path / "executed")]} for i in range(2)})
-    line = refusal(tmp_path, "migrate", old, tmp_path / "new")
-    for number in range(2):
-        assert f"state/shard_{number}_2.pt is refused: its pickle asks for posix.mkdir" in line
-    assert run("inspect", old).code == 1  # for want of a configuration
-    assert not (tmp_path / "executed").exists()
-
-
-def test_names_of_old_writers(tmp_path: Path) -> None:
-    """Old writers lost the last number of an object's shape: as Megatron has it, that is one more than the last."""
-    old = new_checkpoint(tmp_path / "old")
-    write_array(old / "a", numbered([4]), (2,))
-    for at in range(3):
-        save_objects(old, {f"state/shard_0.{at}_1": {"at": at}})
-    dcm.migrate(old, tmp_path / "new")
-    assert unlisted(objects(tmp_path / "new")) == {f"state/shard_0.{at}_1.3": {"at": at} for at in range(3)}
-
-
-def test_unpatched_bfloat16(tmp_path: Path) -> None:
-    """What zarr itself calls bfloat16, two bytes of no type, is bfloat16."""
-    old = new_checkpoint(tmp_path / "old")
-    expected = {}
-    for key, name in {"patched": "bfloat16", "little": "<V2", "neither": "|V2"}.items():
-        expected[key] = numbered([6, 2], torch.bfloat16)
-        write_array(old / key, expected[key], (4, 2))
-        edit_array(old / key, dtype=name)
-    dcm.migrate(old, tmp_path / "new")
-    assert described(load_tensors(tmp_path / "new")) == described(expected)
-
-
-@st.composite
-def arrays(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """An array of any shape and dtype, and the shape of its chunks; along the first axis the last may be cut."""
-    chunk = draw(st.lists(st.integers(1, 3), max_size=4))
-    shape = [size * draw(st.integers(0, 3)) for size in chunk]
-    lead = next((axis for axis, size in enumerate(chunk) if size > 1), None)
-    if lead is not None and shape[lead]:
-        shape[lead] -= draw(st.integers(0, chunk[lead] - 1))
-    return numbered(shape, draw(st.sampled_from([*DTYPES]))), tuple(chunk)
-
-
-@settings(max_examples=40)
-@given(st.lists(arrays(), min_size=1, max_size=4), st.integers(1, 400))
-@example([(torch.empty((0, 0)), (1, 1)), (torch.tensor([[0.0, 1.0]]), (1, 1))], 1)  # no chunk, then several
-def test_any_arrays(drawn: list[tuple[torch.Tensor, tuple[int, ...]]], most: int) -> None:
-    """Whatever shapes, chunks and dtypes: the index points to what tensorstore reads, which the new one holds too."""
-    with tempfile.TemporaryDirectory() as name:
-        old, new = new_checkpoint(Path(name) / "old"), Path(name) / "new"
-        for number, (tensor, chunk) in enumerate(drawn):
-            write_array(old / f"key.{number}", tensor, chunk)
-        expected = described(read_arrays(old))
-        assert expected == described({f"key.{number}": tensor for number, (tensor, _) in enumerate(drawn)})
-        assert described(indexed(old)) == expected
-        dcm.migrate(old, new, output=dcm.Output(max_file_bytes=most, checksums=False))
-        assert described(load_tensors(new)) == expected
-
-
-@settings(max_examples=60)
-@given(st.data())
-def test_cut_chunks(data: st.DataObject) -> None:
-    """Chunks cut along any axes are read as tensorstore reads them, or the array is refused: never anything else."""
-    chunk = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    shape = [data.draw(st.integers(1, 7)) for _ in chunk]
-    with tempfile.TemporaryDirectory() as name:
-        old = new_checkpoint(Path(name) / "old")
-        write_array(old / "key", numbered(shape), tuple(chunk))
-        try:
-            found = indexed(old)
-        except FormatError as error:
-            assert "expected a multiple of the chunks" in str(error)  # noqa: PT017  (it may be read as well)
-            assert sum(size % step > 0 for size, step in zip(shape, chunk, strict=True))
-        else:
-            assert described(found) == described(read_arrays(old))
-
-
-def indexed(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor, put together from the bytes that the index points to."""
-    checkpoint, found = open_stored(directory), {}
-    index = checkpoint.index(checkpoint.tensors)
-    for name, tensor in index.tensors.items():
-        whole = torch.full(tensor.global_shape, 1, dtype=getattr(torch, tensor.dtype))
-        for offset, shape, file, at in zip(tensor.offsets, tensor.shapes, tensor.files, tensor.positions, strict=True):
-            data = index.files[file].read_bytes()[at : at + int(np.prod(shape)) * whole.itemsize]
-            part = torch.frombuffer(bytearray(data), dtype=whole.dtype).reshape(tuple(shape))
-            whole[tuple(slice(low, low + size) for low, size in zip(offset, shape, strict=True))] = part
-        found[name] = whole
-    return found
-
-
 def test_files_are_filled(tmp_path: Path) -> None:
     """A data file ends before it would hold more than asked for; what is larger by itself has one of its own."""
     old = new_checkpoint(tmp_path / "old")
@@ -488,23 +290,6 @@ def test_what_lies_beside_comes_along(tmp_path: Path, caplog: pytest.LogCaptureF
     assert set(json.loads((tmp_path / "new" / "checksums.json").read_bytes())["files"]) == {*contents(tmp_path / "new")}
 
 
-def test_keys_that_are_named_like_locks(tmp_path: Path) -> None:
-    """An array and an object whose keys end as the names of lock directories do come along; locks stay behind."""
-    old = new_checkpoint(tmp_path / "old")
-    write_array(old / "a", numbered([4]), (2,))
-    write_array(old / "a.sync", numbered([6]), (3,))
-    save_objects(old, {"b.sync/shard_0_1": {"x": 1}})
-    for key in ("c", "d"):
-        write_array(old / key, numbered([4]), (2,))
-    (old / "c.sync").mkdir()
-    (old / "d.sync").mkdir()
-    (old / "d.sync" / ".zarray").touch()
-    dcm.migrate(old, tmp_path / "new")
-    arrays = {"a": numbered([4]), "a.sync": numbered([6]), "c": numbered([4]), "d": numbered([4])}
-    assert described(load_tensors(tmp_path / "new")) == described(arrays)
-    assert unlisted(objects(tmp_path / "new")) == {"b.sync/shard_0_1": {"x": 1}}
-
-
 def test_common_state_must_be_there(tmp_path: Path) -> None:
     """Without common.pt no Megatron would load the new checkpoint: the old one was not copied whole."""
     old = copied(DENSE, tmp_path / "old")
@@ -551,14 +336,3 @@ def test_what_is_torch_dist_is_not_migrated(tmp_path: Path) -> None:
     for output in (old / "new", old, tmp_path):
         assert "must lie apart" in refusal(tmp_path, "migrate", old, output, "--overwrite")
     assert "no such directory" in refusal(tmp_path, "migrate", tmp_path / "none", tmp_path / "new")
-
-
-def test_bits_survive_whatever_they_mean(tmp_path: Path) -> None:
-    """NaN of every kind, denormal numbers and negative zero are copied, not converted."""
-    old = new_checkpoint(tmp_path / "old")
-    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
-    for dtype in (torch.bfloat16, torch.float16):
-        write_array(old / str(dtype)[6:], bits.view(dtype), (1 << 14,))
-    dcm.migrate(old, tmp_path / "new")
-    found = load_tensors(tmp_path / "new")
-    assert {raw_bytes(tensor) for tensor in found.values()} == {raw_bytes(bits)}
