@@ -13,12 +13,13 @@ import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dist_ckpt_mistral.cli.main import main
 
@@ -59,7 +60,8 @@ def _server() -> subprocess.Popen[bytes]:
     """The process that forks, started by the first call; it ends with this one."""
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # numpy's own threads and buffers, which nobody needs
     command = [sys.executable, __file__]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    server = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     atexit.register(server.communicate)
     return server
 
@@ -71,7 +73,7 @@ def _ask(server: subprocess.Popen[bytes], call: list[str]) -> int:
     server.stdin.write(f"{json.dumps(call)}\n".encode())
     ready, _, _ = select.select([server.stdout], [], [], _TIMEOUT_S)
     if not ready:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)  # and the command, which may wait for something for ever
         _server.cache_clear()
         raise subprocess.TimeoutExpired(call, _TIMEOUT_S)
     return int(server.stdout.readline())
