@@ -43,7 +43,7 @@ class Fault:
     ``kind`` is one of: reset (the connection breaks within the answer), truncated (it ends there), short (the answer
     is half as long, and says so), stalled (it stops there), silent (the request is not passed on, and no answer comes),
     error-in-200 (the answer is an error with the status 200), reset-request (the connection breaks within the request),
-    slow (the answer comes after a second), or a code of ``ERRORS`` (the answer is that).
+    slow (the answer comes late), or a code of ``ERRORS`` (the answer is that).
     """
 
     kind: str
@@ -55,7 +55,10 @@ class Fault:
 
 @dataclass(kw_only=True)
 class FaultProxy:
-    """Passes requests on to ``port``, with faults. ``done`` counts them by kind, ``sent`` the bytes of answers."""
+    """Passes requests on to ``port``, with faults. ``done`` counts them by kind, ``sent`` the bytes of answers.
+
+    A slow answer comes after ``slow_s`` seconds.
+    """
 
     port: int
     faults: list[Fault] = field(default_factory=list)
@@ -63,6 +66,7 @@ class FaultProxy:
     seen: Counter[Fault] = field(default_factory=Counter)
     sent: int = 0
     address: str = ""
+    slow_s: float = 1.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def choose(self, method: str, target: str) -> str:
@@ -132,7 +136,7 @@ class FaultProxy:
             client.sendall(_refusal("InternalError", status=b"200 OK"))
             return True
         if fault == "slow":
-            time.sleep(1)
+            time.sleep(self.slow_s)
         if fault == "short":
             head, body = head.replace(b"Content-Length: %d" % len(body), b"Content-Length: %d" % len(half)), half
         client.sendall(head + (half if fault in {"reset", "truncated", "stalled"} else body))

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import tqdm
+import yaml
 
 from dist_ckpt_mistral.analysis import report, report_table
 from dist_ckpt_mistral.cli import main
@@ -55,7 +56,7 @@ REMOVING: Final = ("unlink", "rmdir")
 READING: Final = ("preadv", "pread")
 #: What is written in two steps: tensors, and not what stands around them.
 _MUCH_BYTES: Final = 900
-_WARM: Final = (from_hf, to_hf, migrate, report, report_table, reshard, tqdm)  # imported before the forks
+_WARM: Final = (from_hf, to_hf, migrate, report, report_table, reshard, tqdm, yaml)  # imported before the forks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -219,14 +219,17 @@ def until(what: str, proxy: FaultProxy) -> None:
     (Fault(kind="stalled", match="model.safetensors", every=4), "remote", False),
     (Fault(kind="silent", method="PUT", match="partNumber", every=1), "local", True),
 ], ids=lambda value: getattr(value, "kind", ""))  # fmt: skip
-def test_interrupted(fault: Fault, source: str, is_left: bool, proxy: FaultProxy, s3: S3Server, hf: Path) -> None:
-    """An interrupt ends the run within two seconds, whatever the server does, and no part is left on it.
+def test_interrupted(
+    fault: Fault, source: str, is_left: bool, proxy: FaultProxy, s3: S3Server, hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt ends the run in seconds, whatever the server does, and no part is left on it.
 
     Only if it answers none of the parts, the upload cannot be aborted, and that is said.
     """
     url = f"{s3.url}/interrupted/{fault.kind}"
     where = put_folder(hf, f"{url}/hf") if source == "remote" else str(hf)
     before = uploads_left(s3)
+    monkeypatch.setattr(proxy, "slow_s", 0.3)  # an interrupted run waits for 1.3 s, and the machine may be slow, too
     proxy.faults = [fault]
     with started(where, f"{url}/out") as process:
         until(fault.kind, proxy)
@@ -239,7 +242,7 @@ def test_interrupted(fault: Fault, source: str, is_left: bool, proxy: FaultProxy
     assert said.startswith("interrupted: ")
     assert said.endswith("Nothing was published.")
     assert ("Parts of uploads may be left" in said) == is_left
-    assert took_s < 2
+    assert took_s < 10  # two, and what a busy machine adds; the server would be waited for for 30
     proxy.faults = []
     assert not get_folder(f"{url}/out")
     assert (uploads_left(s3) != before) == is_left

@@ -60,10 +60,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pytest_in(folder: Path, *options: str, **variables: str) -> list[str]:
-    """What pytest says of the tests in a folder."""
+    """What pytest says of the tests in a folder. Without zarr's plugin, which imports zarr in each process."""
     path = os.pathsep.join([str(CONFTEST.with_name("helpers")), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    environment = os.environ | {"PYTHONPATH": path} | variables
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "xdist", *options]
+    environment = os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | variables
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
     return done.stdout.decode().splitlines()
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -147,7 +148,24 @@ def test_the_command_line(command: list[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 WHEEL: Final = "file:///home/a%20b/dist_ckpt_mistral-0.1.0-py3-none-any.whl"
+RECORD: Final = "dist_ckpt_mistral-0.1.0.dist-info"
 GIT: Final = {"vcs": "git", "requested_revision": "main", "commit_id": "0123abc"}
+
+
+@pytest.fixture(scope="module")
+def package_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with this package, which the first process that imports it there compiles for all."""
+    site = tmp_path_factory.mktemp("libraries") / "site"
+    shutil.copytree(Path(str(dcm.__file__)).parent, site / "dist_ckpt_mistral", ignore=shutil.ignore_patterns("__pyc*"))
+    return site
+
+
+@pytest.fixture
+def site(package_alone: Path) -> Iterator[Path]:
+    """The same with an empty record of its installation."""
+    (package_alone / RECORD).mkdir()
+    yield package_alone
+    shutil.rmtree(package_alone / RECORD)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +184,10 @@ GIT: Final = {"vcs": "git", "requested_revision": "main", "commit_id": "0123abc"
 )
 @pytest.mark.parametrize("installer", ["pip\n", "uv", None])
 def test_the_command_that_installs(
-    origin: dict[str, object] | None, url: str | None, installer: str | None, tmp_path: Path
+    origin: dict[str, object] | None, url: str | None, installer: str | None, site: Path
 ) -> None:
     """By the record of the installer (PEP 610): an index, a wheel, an archive, a repository, a directory."""
-    site = tmp_path / "site"
-    shutil.copytree(Path(str(dcm.__file__)).parent, site / "dist_ckpt_mistral", ignore=shutil.ignore_patterns("__pyc*"))
-    record = site / "dist_ckpt_mistral-0.1.0.dist-info"
-    record.mkdir()
+    record = site / RECORD
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: dist-ckpt-mistral\nVersion: 0.1.0\n")
     if origin is not None:
         (record / "direct_url.json").write_text(json.dumps(origin))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked_ranks import RankServer
 from hf_models import random_model, saved
 from plain_models import contents
 from rank_threads import on_ranks
@@ -32,6 +34,23 @@ from dist_ckpt_mistral.storage import local
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real model in several files."""
     return saved(random_model(), tmp_path_factory.mktemp("ranks") / "hf", max_shard_size=6_000)
+
+
+#: One job: the number of ranks, the folder of their logs, and a task of conversion_ranks.py with its arguments.
+Launch = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Launch]:
+    """Run a job on ranks forked from one process, which imports torch once for all jobs."""
+    server = RankServer(Path(__file__).parents[2] / "helpers" / "conversion_ranks.py")
+
+    def run(count: int, folder: Path, task: str, **arguments: Path | int) -> None:
+        (folder / "job.json").write_text(json.dumps({"task": task} | arguments, default=str))
+        server.launch(folder, count)
+
+    yield run
+    server.close()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -168,22 +187,9 @@ sys.exit(failed or (os.environ["RANK"] == "1") == ("numpy" in sys.modules))
 
 
 @pytest.mark.ranks
-def test_one_rank_of_every_node_works(hf: Path, tmp_path: Path) -> None:
+def test_one_rank_of_every_node_works(hf: Path, tmp_path: Path, launch: Launch) -> None:
     """Of two ranks each on two nodes, the first ones share an import and publish once; one of them speaks."""
-    code = f"""
-import os, sys
-rank = int(os.environ["RANK"])
-os.environ |= {{"LOCAL_RANK": str(rank % 2), "GROUP_RANK": str(rank // 2), "GROUP_WORLD_SIZE": "2"}}
-from dist_ckpt_mistral.convert import output as writing
-from dist_ckpt_mistral.cli.main import main
-execute = writing.execute
-def shared(*plan, numbers, **options):
-    print("copies", len(numbers))
-    return execute(*plan, numbers=numbers, **options)
-writing.execute = shared
-sys.exit(main(["from-hf", {str(hf)!r}, {str(tmp_path / "out")!r}, "--tp", "2", "--pp", "2", "-q"]))
-"""
-    run_ranks([[sys.executable, "-c", code]] * 4, tmp_path, timeout_s=120)
+    launch(4, tmp_path, "import_on_two_nodes", hf=hf, out=tmp_path / "out")
     dcm.from_hf(hf, tmp_path / "one", tp=2, pp=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     said = [(tmp_path / f"rank{rank}.log").read_text().splitlines() for rank in range(4)]
@@ -193,17 +199,11 @@ sys.exit(main(["from-hf", {str(hf)!r}, {str(tmp_path / "out")!r}, "--tp", "2", "
 
 @pytest.mark.parametrize(("victim", "speaker"), [(0, 1), (1, 0)])
 @pytest.mark.ranks
-def test_a_rank_that_is_killed_fails_the_others(hf: Path, tmp_path: Path, victim: int, speaker: int) -> None:
+def test_a_rank_that_is_killed_fails_the_others(
+    hf: Path, tmp_path: Path, victim: int, speaker: int, launch: Launch
+) -> None:
     """A rank is killed while it copies: one that is left says so in one line, and nothing is published."""
-    code = f"""
-import os, signal, sys
-from dist_ckpt_mistral.convert import output as writing
-from dist_ckpt_mistral.cli.main import main
-if os.environ["RANK"] == "{victim}":
-    writing.execute = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-print(main(["from-hf", {str(hf)!r}, {str(tmp_path / "out")!r}]))
-"""
-    run_ranks([["sh", "-c", '"$0" -c "$1" || true', sys.executable, code]] * 2, tmp_path, timeout_s=120)
+    launch(2, tmp_path, "import_with_a_kill", hf=hf, out=tmp_path / "out", victim=victim)
     said, code = (tmp_path / f"rank{speaker}.log").read_text().splitlines()
     assert said.startswith(f"error: rank {speaker} of 2 lost the others: one has ended (")
     assert code == "1"
@@ -247,22 +247,9 @@ def test_who_shares_a_conversion(
 
 
 @pytest.mark.ranks
-def test_all_ranks_of_a_running_job_take_part(hf: Path, tmp_path: Path) -> None:
+def test_all_ranks_of_a_running_job_take_part(hf: Path, tmp_path: Path, launch: Launch) -> None:
     """Where a job has its process group already, all its ranks share a conversion over it, on one node too."""
-    code = f"""
-import os, sys
-os.environ |= {{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}}
-import torch.distributed as dist
-import dist_ckpt_mistral as dcm
-from dist_ckpt_mistral.convert.ranks import from_environment
-dist.init_process_group("gloo")
-group, ranks = id(dist.group.WORLD), from_environment()
-done = dcm.from_hf({str(hf)!r}, {str(tmp_path / "out")!r}, tp=2, ranks=ranks)
-assert (ranks.world_size, id(dist.group.WORLD)) == (2, group), ranks
-print(ranks.exchange(done.num_bytes))
-dist.destroy_process_group()
-"""
-    run_ranks([[sys.executable, "-c", code]] * 2, tmp_path, timeout_s=120)
+    launch(2, tmp_path, "import_in_a_running_job", hf=hf, out=tmp_path / "out")
     done = dcm.from_hf(hf, tmp_path / "one", tp=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     said = [(tmp_path / f"rank{rank}.log").read_text().splitlines()[-1] for rank in (0, 1)]
