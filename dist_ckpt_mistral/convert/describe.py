@@ -12,7 +12,7 @@ from typing import Any, Final
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE
-from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.errors import FormatError, OutputError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
 from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, INDEX_FILE, Kind
@@ -95,6 +95,10 @@ def describe(
     root = as_path(root)
     folder = root / ASSETS_FOLDER
     latest = _latest_iteration(root)
+    if folder.is_dir() and paths.leads_outside(folder, root):
+        raise OutputError(
+            f"{folder} is a link out of {root}, so no command would read what is written there. Remove it."
+        )
     paths.require_writable(folder, overwrite=output.overwrite)
     with Sources() as inputs:
         directory, config, source = _opened(hf)

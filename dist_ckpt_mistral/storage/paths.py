@@ -109,9 +109,12 @@ def require_apart(source: Path, target: Path) -> None:
 
 
 def placed(target: Path) -> Path:
-    """Return the absolute path of an output, without ``.`` and ``..``, which cannot be renamed."""
+    """Return the absolute path of an output, without ``.`` and ``..``, which cannot be renamed.
+
+    An output that is a link to a directory is that directory: the link stays, as with any program that writes there.
+    """
     absolute = target.absolute()
-    return absolute.resolve() if ".." in absolute.parts else absolute
+    return absolute.resolve() if ".." in absolute.parts or absolute.is_symlink() else absolute
 
 
 def require_writable(target: Path, *, overwrite: bool) -> None:
@@ -126,6 +129,11 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
     require_writable_scheme(target)
     try:
         place = placed(target)
+        if target.is_symlink() and not target.exists():  # a disk that is not mounted, or a slip
+            raise OutputError(
+                f"the output {target} exists: it is a link to {target.readlink()}, where nothing is. Make that "
+                "directory, or remove the link."
+            )
         require_replaceable(target, place, overwrite=overwrite)
         _require_creatable(place)
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
@@ -166,23 +174,24 @@ def _require_writable_url(target: RemotePath, *, overwrite: bool) -> None:
 
 def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
     """Raise OutputError or OSError unless the output ``target`` may replace the file or directory at ``place``."""
+    named = f"{target} (a link to {place})" if target.is_symlink() else f"{target}"
+    if overwrite and any(path.exists() and not path.is_dir() for path in (target, place)):  # such as /dev/stdout
+        raise OutputError(
+            f"the output {named} is not a directory, and --overwrite replaces only directories. Choose another name."
+        )
     real = place.parent.resolve() / place.name
     mounted = next((point for point in local.mount_points() if point.is_relative_to(real)), None)
     if mounted == real:
-        raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
+        raise OutputError(f"the output {named} is a mount point, which cannot be renamed. Choose a directory in it.")
     if not (overwrite or is_absent(place)):
-        raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
+        raise OutputError(f"the output {named} exists. Choose another name or give --overwrite.")
     if mounted is not None:
-        raise OutputError(f"the output {target} holds the mount point {mounted}. Choose another name.")
-    if place.exists() and not place.is_dir():  # follows links, such as /dev/stdout
-        raise OutputError(
-            f"the output {target} is not a directory, and --overwrite replaces only directories. Choose another name."
-        )
+        raise OutputError(f"the output {named} holds the mount point {mounted}. Choose another name.")
     directories = (path for pattern in ("iter_*", "release") for path in place.glob(pattern))
     steps = sorted(path.name for path in directories if not path.is_symlink())  # an import links one to the other
     if len(steps) > 1:
         raise OutputError(
-            f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
+            f"the output {named} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
             "all remove. Choose another name."
         )
     is_moved = not (is_absent(place) or place.is_symlink())  # moving a directory rewrites its ``..`` entry
