@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE
@@ -92,6 +93,7 @@ def describe(
         >>> dist_ckpt_mistral.describe("mistralai/Mistral-7B-v0.3", "ckpt").folder  # doctest: +SKIP
         PosixPath('ckpt/hf')
     """
+    require_types(describe, **locals())
     root = as_path(root)
     folder = root / ASSETS_FOLDER
     latest = _latest_iteration(root)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.adapter_directory import adapter_files, adapter_of, adapter_texts, imported_small_files
 from dist_ckpt_mistral.convert.conversion import Conversion, Loss, LossPolicy
 from dist_ckpt_mistral.convert.journal import Recipe
@@ -78,7 +79,7 @@ def to_hf(
         merge_adapter: Export the model with its LoRA adapter merged: each adapted W becomes W + scale * B A, computed
             by numpy in float32 and rounded once.
         base: The model that an adapter belongs to, in any format that is read. Needed to merge an adapter that was
-            saved without its model.
+            saved without its model. Refused for a checkpoint without an adapter, whose configuration is ``config``.
         lora_alpha: The alpha of an adapter whose checkpoint does not say it.
         output: How to write the directory.
         effort: Threads and memory to use.
@@ -97,6 +98,7 @@ def to_hf(
         >>> dist_ckpt_mistral.to_hf("ckpt", "out").num_tensors  # doctest: +SKIP
         291
     """
+    require_types(to_hf, **locals())
     checkpoint, target = as_path(checkpoint), as_path(hf)
     if weights not in _STATES:
         raise ConfigError(f"weights={weights!r} is not supported: expected one of {', '.join(_STATES)}")
@@ -114,7 +116,7 @@ def to_hf(
             chosen = _chosen(config, base, model)
             opened = open_megatron(directory, config=chosen, state=_STATES[weights])
             require_equal_twins(opened)
-            if opened.table.adapters or merge_adapter or lora_alpha is not None:
+            if opened.table.adapters or merge_adapter or (base, lora_alpha) != (None, None):
                 adapter = adapter_of(opened, lora_alpha, None if base is None else str(base))
                 source = _merged(opened, model, adapter, dtype) if merge_adapter else _alone(opened, adapter)
             else:

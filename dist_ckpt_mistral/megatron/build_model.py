@@ -25,6 +25,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import UnsupportedModelError
 from dist_ckpt_mistral.megatron.model_config import gpt_model_arguments, transformer_config
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron, on_device, without_cuda
@@ -82,6 +83,7 @@ def build_model(
             fields.
         UnsupportedModelError: The installed megatron-core cannot express the model.
     """
+    require_types(build_model, **locals())
     device = default_device() if device is None else torch.device(device)
     layout.check(config)
     layout = initialize_megatron(layout, device=device)

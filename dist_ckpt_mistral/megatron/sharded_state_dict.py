@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.dtypes import require_weight_dtype
 from dist_ckpt_mistral.megatron.hf_metadata import (
@@ -83,6 +84,7 @@ def sharded_state_dict(
         TensorMismatchError: Tensors in ``data`` are missing, unknown, or of another shape or dtype. A tensor of a
             ``Supplier`` is checked when it is produced.
     """
+    require_types(sharded_state_dict, **locals())
     at, table = layout.coordinates(rank), tensor_table(config)
     dtype = weight_dtype(config, dtype)
     entries = tensor_entries(
@@ -136,6 +138,7 @@ def optimizer_state_dict(
         LayoutError: The layout does not fit the model, or ``rank`` or ``padded_vocab_size`` does not fit the layout.
         TensorMismatchError: ``data`` does not fit, as for ``sharded_state_dict``.
     """
+    require_types(optimizer_state_dict, **locals())
     which = -1 if distributed else 0
     names = [state.value[which] for state in ParamState if state is not ParamState.WEIGHTS]
     return {

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT
 from dist_ckpt_mistral.convert.to_hf import hf_files, other_files
 from dist_ckpt_mistral.gather.bands import BandReader
@@ -49,6 +50,7 @@ class HfFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is untyp
         max_file_bytes: int = DEFAULT_OUTPUT.max_file_bytes,
     ) -> None:
         """Plan the files; no tensor is read yet."""
+        require_types(HfFileSystem.__init__, **locals())
         super().__init__()
         model, inputs = opened(source, config)
         with inputs:

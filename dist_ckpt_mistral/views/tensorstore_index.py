@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from zlib_ng import zlib_ng
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, UnsupportedFormatError
 from dist_ckpt_mistral.formats.kinds import Kind
 from dist_ckpt_mistral.formats.ocdbt import MANIFEST_FILE, SHARDS_FILE, FileRange, database
@@ -95,6 +96,7 @@ def write_index(
         done = dcm.write_index("ckpt")
         tensorstore.open(f"file://{done.directory}/|ocdbt:hf/model.norm.weight/|zarr3:").result()
     """
+    require_types(write_index, **locals())
     source = open_megatron(locate(checkpoint, Kind.CHECKPOINT).path, config=chosen_config(config))
     require_equal_twins(source, only_hidden=True)
     directory = source.path
@@ -135,6 +137,7 @@ def index_problems(checkpoint: str | Path) -> tuple[str, ...]:
     Example:
         ``assert not dcm.index_problems("ckpt")``
     """
+    require_types(index_problems, **locals())
     stored = open_stored(locate(checkpoint, Kind.CHECKPOINT).path, with_common_state=False)
     if not (stored.directory / MANIFEST_FILE).is_file():
         return ()
