@@ -293,7 +293,9 @@ def source_directory(checkpoint: Path, target: Path, output: Output) -> Path:
     require_not_swapped(checkpoint, target, Kind.CHECKPOINT)
     paths.require_apart(checkpoint, target)
     paths.require_writable(target, overwrite=output.overwrite)
-    return resolve_directory(checkpoint)
+    directory = resolve_directory(checkpoint)
+    paths.require_apart(directory, target)  # which may be mounted a second time without its root
+    return directory
 
 
 @contextlib.contextmanager

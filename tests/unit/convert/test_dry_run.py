@@ -275,6 +275,29 @@ def test_a_directory_of_somebody_else(strangers: Path) -> None:
         assert dry.err == [f"error: cannot create {output}: Permission denied"]
 
 
+def test_an_input_by_another_name(pristine: Path, tmp_path: Path) -> None:
+    """An output in, at or around the input is refused, also where a bind mount gives that a second name."""
+    source = shutil.copytree(pristine / "to-hf", tmp_path / "at" / "ckpt", symlinks=True)
+    before = tree(source)
+    line = "import sys; from dist_ckpt_mistral.cli.main import main; sys.exit(main())"
+    outputs = ("again/ckpt", "again/ckpt/release", "again/ckpt/new/out", "again", "release/out")
+    script = f"""
+        cd '{tmp_path}' && mkdir again release || exit 1
+        mount --bind at again && mount --bind at/ckpt/release release || exit 77
+        for output in {" ".join(outputs)}; do
+            '{sys.executable}' -c '{line}' to-hf at/ckpt $output --overwrite
+        done; true
+    """
+    in_namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(in_namespace, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no mount namespaces here")
+    for output, said in zip(outputs, done.stderr.splitlines(), strict=True):
+        assert f"the output {output} and the input at/ckpt" in said
+        assert said.endswith("must lie apart. Choose another output.")
+    assert tree(source) == before
+
+
 def test_a_mount_point_of_the_same_device(pristine: Path, tmp_path: Path) -> None:
     """A directory that cannot be renamed, or that holds one, is refused before the first byte, not after the last."""
     for name in ("volume", "with blank/volume"):
