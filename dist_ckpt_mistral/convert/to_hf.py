@@ -35,6 +35,7 @@ from dist_ckpt_mistral.mapping.merge import adapter_part, base_part, merged, wit
 from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source
 from dist_ckpt_mistral.mapping.twins import require_equal_twins
 from dist_ckpt_mistral.mapping.vision import completed
+from dist_ckpt_mistral.messages import human_bytes
 from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.config.quantization import described_method
@@ -252,7 +253,10 @@ def conversion(target: Path, source: ModelSource, new: NewFiles, losses: tuple[L
 
 
 def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
-    """The files to write: the original ones if the tensors still fit them, else files as of ``save_pretrained``."""
+    """The files to write: the original ones if the tensors still fit them, else files as of ``save_pretrained``.
+
+    A chosen maximum size counts for the original ones, too; the default does not, so that exports equal the original.
+    """
     if source.table.adapters:
         return adapter_files(source, dtype)
     hf_tensors = source.table.hf_tensors()
@@ -264,9 +268,16 @@ def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fil
         by_name = source.hf_files.by_name(str(source.path), source.table.usual_name)
         original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in by_name.items()}
         is_whole = original.keys() <= source.links.keys() and not source.table.spelling(original).missing
-        if is_whole and original == described(original):
+        largest = max((file.num_bytes for file in source.hf_files.files.values()), default=0)
+        is_small = max_file_bytes == DEFAULT_OUTPUT.max_file_bytes or largest <= max_file_bytes
+        if is_whole and is_small and original == described(original):
             return source.hf_files
-        _LOG.info("the tensors differ in name or dtype from the original files: they are divided into new files")
+        why = (
+            "the tensors differ in name or dtype from the original files"
+            if is_small
+            else f"the original files have up to {human_bytes(largest)}, more than {human_bytes(max_file_bytes)}"
+        )
+        _LOG.info("%s: they are divided into new files", why)
     usual = described(tensor.hf_name for tensor in source.tensors if not tensor.is_alias)
     tensors = [(name, *dtype_and_shape) for name, dtype_and_shape in usual.items()]
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)

@@ -34,6 +34,8 @@ from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.storage.remote_path import as_path
 
+#: The first bytes of ``_references``.
+_REFERENCES: Final = b'{"version": 1, "refs": '
 #: The version of index.ocdbt.json.
 _VERSION: Final = 1
 #: The two name spaces of an index.
@@ -97,6 +99,8 @@ def write_index(
         tensorstore.open(f"file://{done.directory}/|ocdbt:hf/model.norm.weight/|zarr3:").result()
     """
     require_types(write_index, **locals())
+    if kerchunk is not None:
+        documents.require_own_kind(as_path(kerchunk), _REFERENCES, "references of kerchunk")
     source = open_megatron(locate(checkpoint, Kind.CHECKPOINT).path, config=chosen_config(config))
     require_equal_twins(source, only_hidden=True)
     directory = source.path
