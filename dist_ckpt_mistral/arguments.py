@@ -44,8 +44,19 @@ def wrong_types(owner: Callable[..., object], arguments: Mapping[str, object]) -
         kinds = kinds_of.get(name, (object,))
         if not any(map(functools.partial(_is_of, value), kinds)):
             yield f"{name} of {label}(): expected {_either(kinds)}, got {value!r:.60}{_advice(kinds)}"
-        elif Path in kinds and value == "":  # of an unset variable; it would mean the current directory
-            yield f"{name} of {label}(): expected a path, got an empty text"
+        elif Path in kinds and isinstance(value, str | os.PathLike):
+            yield from (
+                f"{name} of {label}(): expected a path, got {what}"
+                for what in _no_path(str(value) if isinstance(value, Path) else os.fspath(value))
+            )
+
+
+def _no_path(text: str) -> Iterator[str]:
+    """Yield what is wrong with the text of a path, where that would be taken for a place that nobody means."""
+    if not text:  # of an unset variable: the current directory
+        yield "an empty text"
+    elif text.startswith("~") and not os.path.lexists(text.partition("/")[0]):  # a directory of that name
+        yield f"{text!r:.200}, whose ~ os.path.expanduser expands"
 
 
 def _either(kinds: tuple[type, ...]) -> str:

@@ -32,7 +32,7 @@ from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatr
 from dist_ckpt_mistral.megatron.sharded_state_dict import weight_dtype
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
+from dist_ckpt_mistral.model.layout.vocabulary import vocabulary_rows
 
 #: One rank's model: a GPTModel, or with virtual pipeline stages a list with one GPTModel for each.
 Model: TypeAlias = GPTModel | list[GPTModel]
@@ -106,7 +106,7 @@ def build_chunks(
     """
     megatron_config, spec = transformer_config(config, layout, dtype, settings), layer_spec(config)
     kind = GPTModel if device.type == "cuda" else CpuGPTModel
-    rows = padded_vocab_size(config.vocab_size, layout.tp) if vocab_rows is None else vocab_rows
+    rows = vocabulary_rows(config.vocab_size, layout.tp, vocab_rows)
     chunks = []
     for vp_stage in range(layout.vpp) if layout.vpp else [None]:
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}

@@ -32,6 +32,7 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
     StoredIndex,
     stored_index,
 )
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_objects, local_tensors
@@ -141,6 +142,10 @@ def optimizer_state_dict(
     require_types(optimizer_state_dict, **locals())
     which = -1 if distributed else 0
     names = [state.value[which] for state in ParamState if state is not ParamState.WEIGHTS]
+    if data is not None and data.keys() != {*names}:
+        raise TensorMismatchError(
+            f"data: expected the states {listed(names)}, got {listed([*map(str, data)]) or 'none'}"
+        )
     return {
         name: nested(
             tensor_entries(

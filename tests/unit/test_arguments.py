@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -90,6 +91,41 @@ def test_what_is_taken() -> None:
     for wrong in ({"rank": True}, {"rank": 0.5}, {"share": True}, {"path": ""}, {"path": None}):
         with pytest.raises(dcm.ConfigError, match=f"{next(iter(wrong))} of .*call"):
             call(**{"path": "path", "rank": 3, **wrong})  # type: ignore[arg-type]
+
+
+def test_places_that_nobody_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ~ that nothing has expanded would become a directory of that name; a NUL is in no name."""
+    save_model(tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    for place in ("~/out", Path("~/out"), "~"):
+        with pytest.raises(
+            dcm.ConfigError, match=r"checkpoint of from_hf\(\): expected a path, got '~.* os.path.expanduser"
+        ):
+            dcm.from_hf("hf", place)
+    for source, place in (("hf", "a\0b"), ("a\0b", "out")):
+        with pytest.raises(dcm.DistCkptMistralError, match=r"a\\x00b"):
+            dcm.from_hf(source, place)
+    assert [each.name for each in tmp_path.iterdir()] == ["hf"]
+    (tmp_path / "~").mkdir()
+    assert dcm.from_hf("hf", "~/out").num_tensors > 1
+
+
+def test_parts_of_a_configuration() -> None:
+    """A MistralConfig names every part that is of another kind, and a family that there is not."""
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    wrong = {
+        "experts": 3,
+        "yarn": {"factor": 2},
+        "vision": 1,
+        "latent_attention": 2,
+        "hf_config": 3,
+        "model_type": "foo",
+    }
+    with pytest.raises(dcm.ConfigError) as caught:
+        dcm.MistralConfig(**sizes, **wrong)  # type: ignore[arg-type]
+    for name, value in wrong.items():
+        assert re.search(rf"{name} .*got {re.escape(repr(value))}", str(caught.value))
 
 
 def test_all_problems_at_once() -> None:

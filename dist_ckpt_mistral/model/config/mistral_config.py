@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from dist_ckpt_mistral.arguments import require_types
+from dist_ckpt_mistral.arguments import require_types, wrong_types
 from dist_ckpt_mistral.errors import ConfigError, FormatError, UnsupportedModelError
 from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, PARAMS_FILE
 from dist_ckpt_mistral.formats.places import what_is
@@ -116,6 +116,10 @@ class MistralConfig:
         tied: object = self.tie_word_embeddings  # from JSON: not yet known to be what the annotation says
         if not isinstance(tied, bool):
             problems.append(f"tie_word_embeddings must be true or false, got {tied!r}")
+        others = ("model_type", "yarn", "experts", "latent_attention", "vision", "hf_config")
+        problems += wrong_types(MistralConfig, {name: getattr(self, name) for name in others})
+        if str(self.model_type) not in FAMILIES:
+            problems.append(f"model_type must be one of {', '.join(FAMILIES)}, got {self.model_type!r}")
         if self.dtype is not None and self.dtype not in dtypes.KNOWN_DTYPES:
             problems.append(f"dtype must be one of {', '.join(dtypes.KNOWN_DTYPES)}, got {self.dtype!r}")
         if self.llama_4_scaling_beta is not None and not is_positive_number(self.llama_4_scaling_beta):
