@@ -15,7 +15,7 @@ from dist_ckpt_mistral.arguments import require_types, require_whole
 from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.convert.job_progress import begin_phase, copying
 from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
-from dist_ckpt_mistral.convert.ranks import Ranks
+from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileChecksums, FileSum
 from dist_ckpt_mistral.formats.hf_directory import TensorSpans
@@ -156,7 +156,7 @@ def _write_to_directory(
         if output.dry_run:
             return ()
 
-        numbers = share(plan, ranks if copy is None else replace(ranks, world_size=1))  # of one rank: the first
+        numbers = share(plan, ranks if copy is None else ALONE) if copy is None or ranks.is_first else []
         my_files = {
             file: staging.output / names[file] for file in sorted({plan.segments[number].file for number in numbers})
         }
