@@ -98,13 +98,6 @@ class LostRankError(DistCkptMistralError):
     """Another rank of the job died. Raised on the rank that notices, because the dead one may have printed nothing."""
 
 
-def require_whole(what: str, value: object, *, least: int, most: int | None = None, meaning: str = "") -> None:
-    """Raise ConfigError unless ``value`` is a whole number from ``least`` to ``most``; ``meaning`` explains it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ConfigError(f"{what}: expected a whole number {limits}{meaning and f' ({meaning})'}, got {value!r:.60}")
-
-
 def for_all(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
     """Call ``work`` on every item and return the results in order.
 

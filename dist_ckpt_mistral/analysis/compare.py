@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import ConfigError, UnsupportedFormatError
 from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.kinds import Kind
@@ -111,6 +112,7 @@ def compare(
         >>> dist_ckpt_mistral.compare("hf_dir", "ckpt").is_equal  # doctest: +SKIP
         True
     """
+    require_types(compare, **locals())
     source_a, source_b = open_pair(as_path(a), as_path(b), config=chosen_config(config))
     directory = given_directory(config)
     if directory is not None:
@@ -140,6 +142,7 @@ def compare_stored(a: str | Path, b: str | Path, *, effort: Effort = DEFAULT_EFF
         >>> dist_ckpt_mistral.compare_stored("old", "ckpt").differences  # doctest: +SKIP
         ()
     """
+    require_types(compare_stored, **locals())
     (keys_a, side_a), (keys_b, side_b) = _stored_side(as_path(a)), _stored_side(as_path(b))
     differences, _, num_bytes = _compare(side_a, side_b, effort)
     return Comparison(

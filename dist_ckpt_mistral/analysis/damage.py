@@ -12,6 +12,7 @@ from dist_ckpt_mistral.analysis import archive_checksums
 from dist_ckpt_mistral.analysis.archive_checksums import ArchivesByPlace, CheckedSpan, Fault, Piece
 from dist_ckpt_mistral.analysis.file_sums import Contents, ExpectedSums, check_files, expected_sums
 from dist_ckpt_mistral.analysis.findings import Check, Finding, Results
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.formats import hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.checkpoint_directory import METADATA_FILE
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
@@ -57,6 +58,7 @@ def check(path: str | Path, *, config: GivenConfig | None = None, effort: Effort
         >>> dist_ckpt_mistral.check("ckpt").is_sound  # doctest: +SKIP
         True
     """
+    require_types(check, **locals())
     wanted = (Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT, Kind.ADAPTER, Kind.BROKEN)
     place, chosen = locate(path, *wanted), chosen_config(config)
     results = Results(directory=place.path)

@@ -33,6 +33,7 @@ def save_html(report: Report, path: Path) -> None:
     """Write the report as one self-contained HTML page, or replace an old one. Raises OutputError."""
     import jinja2  # noqa: PLC0415  (only pages need it)
 
+    documents.require_own_kind(path, b"<!doctype html>", "an HTML page")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)
     text = environment.get_template(_TEMPLATE).render(

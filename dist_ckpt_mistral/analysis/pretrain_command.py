@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import ConfigError
 from dist_ckpt_mistral.formats import checkpoint_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.kinds import Kind, Place
@@ -89,6 +90,7 @@ def megatron_args(
         >>> dist_ckpt_mistral.megatron_args("ckpt", layout=ParallelLayout(tp=2)).flags[:2]  # doctest: +SKIP
         ['--num-layers', '32']
     """
+    require_types(megatron_args, **locals())
     place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.WEIGHTLESS, Kind.CHECKPOINT)
     chosen = chosen_config(config)
     if place.kind is not Kind.CHECKPOINT:

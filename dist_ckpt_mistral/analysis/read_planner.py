@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import SourceError
 from dist_ckpt_mistral.formats import stored_checkpoint
 from dist_ckpt_mistral.formats.stored_checkpoint import StoredCheckpoint
@@ -63,6 +64,7 @@ def plan_reading(
         >>> plan.total.amplification  # doctest: +SKIP
         2.0
     """
+    require_types(plan_reading, **locals())
     stored = _open(as_path(checkpoint), has_config=config is not None)
     stored_checkpoint.require_loadable(stored.directory)
     match = matched(stored, checkpoint_config(stored, chosen_config(config)))

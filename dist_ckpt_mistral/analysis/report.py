@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import DistCkptMistralError, SourceError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, stored_checkpoint
 from dist_ckpt_mistral.formats.kinds import Kind, Place
@@ -127,6 +128,7 @@ def inspect(path: str | Path, *, config: GivenConfig | None = None) -> Report:
         >>> dist_ckpt_mistral.inspect("ckpt").problems  # doctest: +SKIP
         ()
     """
+    require_types(inspect, **locals())
     place = locate(path, Kind.HF, Kind.CONSOLIDATED, Kind.CHECKPOINT, Kind.ADAPTER)
     chosen = chosen_config(config)
     if place.kind is Kind.ADAPTER:

@@ -17,11 +17,14 @@ _MOST_DIGITS: Final = 40
 def name(text: str) -> str:
     """Parse a path or hub id. An empty text, as of an unset shell variable, would mean the current directory.
 
-    ``~`` is refused, too: it comes from quotes, or from ``--config=~/model``, where shells do not expand it. As an
+    ``-`` is refused, too: it means standard output elsewhere, and would become a file of that name.
+    So is ``~``: it comes from quotes, or from ``--config=~/model``, where shells do not expand it. As an
     output it would become a directory of that name.
     """
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    if text == "-" and not os.path.lexists(text):
+        raise argparse.ArgumentTypeError("expected a path, got '-': no command reads or writes a stream. ./- is a name")
     if text.startswith("~") and not os.path.lexists(text.partition("/")[0]):
         raise argparse.ArgumentTypeError(
             f"expected a path, got {text!r:.500}, in which no shell has expanded the ~. Write the directory out, or "

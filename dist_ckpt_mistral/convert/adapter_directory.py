@@ -34,7 +34,7 @@ def adapter_of(source: ModelSource, lora_alpha: float | None = None, base: str |
     if not source.table.adapters:
         raise TensorMismatchError(
             f"{source.path} holds no LoRA adapter: expected keys such as *.adapter.linear_in.weight. "
-            "Export it without --merge-adapter and --lora-alpha."
+            "Export it without --merge-adapter, --base and --lora-alpha."
         )
     ranks = [adapter.rank for adapter in source.table.adapters]
     config = agreed_adapter(source.adapter_configs, str(source.path), ranks, lora_alpha)

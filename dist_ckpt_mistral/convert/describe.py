@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.journal import Recipe
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, NewFiles, Output, write_output
 from dist_ckpt_mistral.convert.ranks import ALONE
-from dist_ckpt_mistral.errors import FormatError
+from dist_ckpt_mistral.errors import FormatError, OutputError
 from dist_ckpt_mistral.formats import checkpoint_directory, hf_directory, small_files
 from dist_ckpt_mistral.formats.hf_directory import FileSet, tensor_spans
 from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, INDEX_FILE, Kind
@@ -92,9 +93,14 @@ def describe(
         >>> dist_ckpt_mistral.describe("mistralai/Mistral-7B-v0.3", "ckpt").folder  # doctest: +SKIP
         PosixPath('ckpt/hf')
     """
+    require_types(describe, **locals())
     root = as_path(root)
     folder = root / ASSETS_FOLDER
     latest = _latest_iteration(root)
+    if folder.is_dir() and paths.leads_outside(folder, root):
+        raise OutputError(
+            f"{folder} is a link out of {root}, so no command would read what is written there. Remove it."
+        )
     paths.require_writable(folder, overwrite=output.overwrite)
     with Sources() as inputs:
         directory, config, source = _opened(hf)

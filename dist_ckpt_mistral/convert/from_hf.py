@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.adapter_import import in_megatron, run_config_section
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.describe import asset_texts, description_texts
@@ -108,6 +109,7 @@ def from_hf(
         >>> dist_ckpt_mistral.from_hf("hf_dir", "ckpt", tp=2).num_tensors  # doctest: +SKIP
         291
     """
+    require_types(from_hf, **locals())
     target = as_path(checkpoint)
     shorthand = ParallelLayout(tp=tp, pp=pp, ep=ep)
     if layout is not None and shorthand != ParallelLayout():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.conversion import Conversion
 from dist_ckpt_mistral.convert.joined_ranks import empty_extra_states, left_behind, new_common_file
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output
@@ -75,6 +76,7 @@ def migrate(
         >>> dist_ckpt_mistral.migrate("old", "ckpt").config_from  # doctest: +SKIP
         'none is needed'
     """
+    require_types(migrate, **locals())
     return rewrite(
         as_path(checkpoint),
         as_path(target),

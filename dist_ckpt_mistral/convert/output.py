@@ -11,11 +11,12 @@ from typing import Final, TypeAlias
 
 from zlib_ng import zlib_ng
 
+from dist_ckpt_mistral.arguments import require_types, require_whole
 from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.convert.job_progress import begin_phase, copying
 from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
-from dist_ckpt_mistral.convert.ranks import Ranks
-from dist_ckpt_mistral.errors import OutputError, require_whole
+from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
+from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileChecksums, FileSum
 from dist_ckpt_mistral.formats.hf_directory import TensorSpans
 from dist_ckpt_mistral.formats.integrity import MANIFEST_FILE, Manifest, files_in
@@ -55,7 +56,7 @@ class Output:
             gets its own file. ``from_hf`` and ``reshard`` write one file for each rank of the layout.
 
     Raises:
-        ConfigError: ``max_file_bytes`` is no whole number of at least 1.
+        ConfigError: ``max_file_bytes`` is no whole number of at least 1, or one of the others no bool.
 
     Example:
         >>> dist_ckpt_mistral.to_hf("ckpt", "out", output=Output(overwrite=True))  # doctest: +SKIP
@@ -72,7 +73,9 @@ class Output:
     __repr__ = concise_repr
 
     def __post_init__(self) -> None:
-        """Validate ``max_file_bytes``."""
+        """Check the switches, and the number."""
+        switches = ("overwrite", "resume", "dry_run", "checksums", "sha256", "durable")
+        require_types(Output, **{name: getattr(self, name) for name in switches})
         require_whole("max_file_bytes", self.max_file_bytes, least=1, meaning="bytes")
 
 
@@ -153,7 +156,10 @@ def _write_to_directory(
         if output.dry_run:
             return ()
 
-        numbers = share(plan, ranks if copy is None else replace(ranks, world_size=1))  # of one rank: the first
+        if copy is None:
+            numbers = share(plan, ranks)
+        else:  # from memory, by the first rank
+            numbers = share(plan, ALONE) if ranks.is_first else []
         my_files = {
             file: staging.output / names[file] for file in sorted({plan.segments[number].file for number in numbers})
         }
@@ -290,7 +296,9 @@ def source_directory(checkpoint: Path, target: Path, output: Output) -> Path:
     require_not_swapped(checkpoint, target, Kind.CHECKPOINT)
     paths.require_apart(checkpoint, target)
     paths.require_writable(target, overwrite=output.overwrite)
-    return resolve_directory(checkpoint)
+    directory = resolve_directory(checkpoint)
+    paths.require_apart(directory, target)  # which may be mounted a second time without its root
+    return directory
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 from dist_ckpt_mistral import libraries
+from dist_ckpt_mistral.arguments import require_whole
 from dist_ckpt_mistral.errors import DistCkptMistralError, LayoutError, LostRankError
 
 T = TypeVar("T")
@@ -33,6 +34,11 @@ class Ranks:
     world_size: int = 1
     kind: str = "rank"
     exchange: Callable[[Any], list[Any]] = field(default=lambda value: [value], repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a rank outside of its job: without a first one nobody would write the output."""
+        require_whole("world_size", self.world_size, least=1, meaning="processes")
+        require_whole("rank", self.rank, least=0, most=self.world_size - 1, meaning="below world_size")
 
     @property
     def is_first(self) -> bool:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.conversion import Conversion
 from dist_ckpt_mistral.convert.joined_ranks import empty_extra_states, left_behind, new_common_file
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output
@@ -75,6 +76,7 @@ def reshard(
     Example:
         >>> dist_ckpt_mistral.reshard("ckpt", "resharded", ParallelLayout(tp=2, pp=2))  # doctest: +SKIP
     """
+    require_types(reshard, **locals())
     return rewrite(
         as_path(checkpoint),
         as_path(target),

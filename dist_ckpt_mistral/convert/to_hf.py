@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.adapter_directory import adapter_files, adapter_of, adapter_texts, imported_small_files
 from dist_ckpt_mistral.convert.conversion import Conversion, Loss, LossPolicy
 from dist_ckpt_mistral.convert.journal import Recipe
@@ -34,6 +35,7 @@ from dist_ckpt_mistral.mapping.merge import adapter_part, base_part, merged, wit
 from dist_ckpt_mistral.mapping.source import ModelSource, open_megatron, open_source
 from dist_ckpt_mistral.mapping.twins import require_equal_twins
 from dist_ckpt_mistral.mapping.vision import completed
+from dist_ckpt_mistral.messages import human_bytes
 from dist_ckpt_mistral.model.config.adapter_config import AdapterConfig
 from dist_ckpt_mistral.model.config.mistral_config import ChosenConfig, GivenConfig, chosen_config, given_directory
 from dist_ckpt_mistral.model.config.quantization import described_method
@@ -78,7 +80,7 @@ def to_hf(
         merge_adapter: Export the model with its LoRA adapter merged: each adapted W becomes W + scale * B A, computed
             by numpy in float32 and rounded once.
         base: The model that an adapter belongs to, in any format that is read. Needed to merge an adapter that was
-            saved without its model.
+            saved without its model. Refused for a checkpoint without an adapter, whose configuration is ``config``.
         lora_alpha: The alpha of an adapter whose checkpoint does not say it.
         output: How to write the directory.
         effort: Threads and memory to use.
@@ -97,6 +99,7 @@ def to_hf(
         >>> dist_ckpt_mistral.to_hf("ckpt", "out").num_tensors  # doctest: +SKIP
         291
     """
+    require_types(to_hf, **locals())
     checkpoint, target = as_path(checkpoint), as_path(hf)
     if weights not in _STATES:
         raise ConfigError(f"weights={weights!r} is not supported: expected one of {', '.join(_STATES)}")
@@ -114,7 +117,7 @@ def to_hf(
             chosen = _chosen(config, base, model)
             opened = open_megatron(directory, config=chosen, state=_STATES[weights])
             require_equal_twins(opened)
-            if opened.table.adapters or merge_adapter or lora_alpha is not None:
+            if opened.table.adapters or merge_adapter or (base, lora_alpha) != (None, None):
                 adapter = adapter_of(opened, lora_alpha, None if base is None else str(base))
                 source = _merged(opened, model, adapter, dtype) if merge_adapter else _alone(opened, adapter)
             else:
@@ -250,7 +253,10 @@ def conversion(target: Path, source: ModelSource, new: NewFiles, losses: tuple[L
 
 
 def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> FileSet:
-    """The files to write: the original ones if the tensors still fit them, else files as of ``save_pretrained``."""
+    """The files to write: the original ones if the tensors still fit them, else files as of ``save_pretrained``.
+
+    A chosen maximum size counts for the original ones, too; the default does not, so that exports equal the original.
+    """
     if source.table.adapters:
         return adapter_files(source, dtype)
     hf_tensors = source.table.hf_tensors()
@@ -262,9 +268,16 @@ def hf_files(source: ModelSource, dtype: str | None, max_file_bytes: int) -> Fil
         by_name = source.hf_files.by_name(str(source.path), source.table.usual_name)
         original = {name: (tensor.dtype, tensor.shape) for name, (_, _, tensor) in by_name.items()}
         is_whole = original.keys() <= source.links.keys() and not source.table.spelling(original).missing
-        if is_whole and original == described(original):
+        largest = max((file.num_bytes for file in source.hf_files.files.values()), default=0)
+        is_small = max_file_bytes == DEFAULT_OUTPUT.max_file_bytes or largest <= max_file_bytes
+        if is_whole and is_small and original == described(original):
             return source.hf_files
-        _LOG.info("the tensors differ in name or dtype from the original files: they are divided into new files")
+        why = (
+            "the tensors differ in name or dtype from the original files"
+            if is_small
+            else f"the original files have up to {human_bytes(largest)}, more than {human_bytes(max_file_bytes)}"
+        )
+        _LOG.info("%s: they are divided into new files", why)
     usual = described(tensor.hf_name for tensor in source.tensors if not tensor.is_alias)
     tensors = [(name, *dtype_and_shape) for name, dtype_and_shape in usual.items()]
     return hf_directory.plan_files(tensors, max_file_bytes=max_file_bytes)

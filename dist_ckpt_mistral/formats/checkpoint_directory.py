@@ -11,7 +11,8 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Final
 
-from dist_ckpt_mistral.errors import FormatError, require_whole
+from dist_ckpt_mistral.arguments import require_whole
+from dist_ckpt_mistral.errors import FormatError
 from dist_ckpt_mistral.formats.pickles import reader
 from dist_ckpt_mistral.formats.torch_dist.archive import ArchiveReader
 from dist_ckpt_mistral.storage import documents, paths

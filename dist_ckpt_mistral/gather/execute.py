@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 
 from zlib_ng import zlib_ng
 
-from dist_ckpt_mistral.errors import require_whole
+from dist_ckpt_mistral.arguments import require_types, require_whole
 from dist_ckpt_mistral.gather.bands import MOST_SCRATCH_BYTES, PAGE_BYTES, BandReader, Stopped, band_bytes_within
 from dist_ckpt_mistral.gather.casts import NOTHING, Lost, cast
 from dist_ckpt_mistral.gather.plan import BytePlan, Part, Segment
@@ -106,7 +106,8 @@ class Effort:
             default a bar is shown in notebooks alone; ``Progress()`` shows none there either.
 
     Raises:
-        ConfigError: ``workers`` is no whole number from 0 to 4096, or ``memory_bytes`` none of at least 0.
+        ConfigError: ``workers`` is no whole number from 0 to 4096, or ``memory_bytes`` none of at least 0, or
+            ``progress`` no ``Progress``.
 
     Example:
         ``dcm.to_hf("ckpt", "out", effort=Effort(workers=4, memory_bytes=64 << 20))``
@@ -119,7 +120,8 @@ class Effort:
     __repr__ = concise_repr
 
     def __post_init__(self) -> None:
-        """Check the numbers, before anything is started."""
+        """Check what was given, before anything is started."""
+        require_types(Effort, progress=self.progress)
         require_whole("workers", self.workers, least=0, most=_MAX_WORKERS, meaning="threads; 0 is one per core")
         require_whole("memory_bytes", self.memory_bytes, least=0, meaning="bytes; 0 is the default")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, UnsupportedModelError
 from dist_ckpt_mistral.formats import hf_directory, small_files, stored_checkpoint
 from dist_ckpt_mistral.formats.hf_directory import FileSet
@@ -345,6 +346,7 @@ def hf_content_metadata(config: MistralConfig, hf: str | Path | None = None) -> 
         >>> [*hf_content_metadata(config)]
         ['dist_ckpt_mistral']
     """
+    require_types(hf_content_metadata, **locals())
     hf_files = None
     if hf is not None:
         chosen = ChosenConfig(config=config, source="the given configuration")

@@ -25,13 +25,14 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import UnsupportedModelError
 from dist_ckpt_mistral.megatron.model_config import gpt_model_arguments, transformer_config
 from dist_ckpt_mistral.megatron.runtime import default_device, initialize_megatron, on_device, without_cuda
 from dist_ckpt_mistral.megatron.sharded_state_dict import weight_dtype
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
-from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
+from dist_ckpt_mistral.model.layout.vocabulary import vocabulary_rows
 
 #: One rank's model: a GPTModel, or with virtual pipeline stages a list with one GPTModel for each.
 Model: TypeAlias = GPTModel | list[GPTModel]
@@ -82,6 +83,7 @@ def build_model(
             fields.
         UnsupportedModelError: The installed megatron-core cannot express the model.
     """
+    require_types(build_model, **locals())
     device = default_device() if device is None else torch.device(device)
     layout.check(config)
     layout = initialize_megatron(layout, device=device)
@@ -104,7 +106,7 @@ def build_chunks(
     """
     megatron_config, spec = transformer_config(config, layout, dtype, settings), layer_spec(config)
     kind = GPTModel if device.type == "cuda" else CpuGPTModel
-    rows = padded_vocab_size(config.vocab_size, layout.tp) if vocab_rows is None else vocab_rows
+    rows = vocabulary_rows(config.vocab_size, layout.tp, vocab_rows)
     chunks = []
     for vp_stage in range(layout.vpp) if layout.vpp else [None]:
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}

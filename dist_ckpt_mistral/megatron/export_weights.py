@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 import torch  # noqa: TC002  (for readers of the annotations)
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.megatron.live_gather import open_live, plan_live_gather, receivers_of
 from dist_ckpt_mistral.megatron.live_model import AnyModel
 from dist_ckpt_mistral.megatron.live_ranks import LiveRanks
@@ -63,6 +64,7 @@ def export_weights(
 
     All but the last are raised by the call itself, on every rank.
     """
+    require_types(export_weights, **locals())
     ranks = LiveRanks(timeout)
 
     def arguments() -> dict[str, object]:

@@ -14,6 +14,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import TensorMismatchError
 from dist_ckpt_mistral.gather.dtypes import Shape
 from dist_ckpt_mistral.gather.links import Link, compose
@@ -137,6 +138,7 @@ def add_hf_metadata(sharded_state_dict: ShardedStateDict, config: MistralConfig)
         TensorMismatchError: A model with ``config`` does not have some of the tensors, or has them in another shape.
             The error names them all.
     """
+    require_types(add_hf_metadata, **locals())
     index = stored_index(tensor_table(config))
     problems = []
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import ConfigError
@@ -64,6 +65,7 @@ def load_model(
         DistCkptMistralError: The model cannot be read, does not fit the layout or cannot be expressed in Megatron.
             An error on one rank is raised on all ranks.
     """
+    require_types(load_model, **locals())
     device = default_device() if device is None else torch.device(device)
     layout = initialize_megatron(layout, device=device)
 

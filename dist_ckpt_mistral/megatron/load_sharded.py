@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.errors import TensorMismatchError, UnsupportedModelError, for_all
 from dist_ckpt_mistral.formats.kinds import Kind
@@ -92,6 +93,7 @@ def load(
         OutputError: A conversion of dtypes destroys values.
         DistCkptMistralError: The source cannot be read.
     """
+    require_types(load, **locals())
     state, result, factories = load_preprocess(sharded_state_dict)
     state, others = extract_sharded_base(state)
     if others:
@@ -137,6 +139,7 @@ class LoadStrategy:
         effort: Effort = DEFAULT_EFFORT,
     ) -> None:
         """Read nothing yet."""
+        require_types(LoadStrategy.__init__, **locals())
         self._source, self._config = source, config
         self._losses, self._effort = LossPolicy(allowed=allow_lossy, names_of=names_of_sources), effort
 

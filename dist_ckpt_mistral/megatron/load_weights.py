@@ -19,6 +19,7 @@ from typing import Final, NamedTuple, TypeVar
 import torch
 from megatron.core import parallel_state
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.conversion import LossPolicy, names_of_sources
 from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import ConfigError, DistCkptMistralError, TensorMismatchError
@@ -87,6 +88,7 @@ def load_weights(
         DistCkptMistralError: The source cannot be read. An error on one rank is raised on all ranks; if values were
             written before, it says so.
     """
+    require_types(load_weights, **locals())
 
     def opened() -> ModelSource:
         return open_source(source, config=chosen_config(config), dtype="float32")  # FP8 values are rounded once

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_p
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert import ranks
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
@@ -64,6 +65,7 @@ def initialize_megatron(
         LayoutError: The number of ranks is not a multiple of that of ``layout``, or the existing parallel state is of
             another layout.
     """
+    require_types(initialize_megatron, **locals())
     device = default_device() if device is None else torch.device(device)
     if not dist.is_initialized():
         _join(device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.convert.conversion import Conversion, LossPolicy
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT, Output, write_output
 from dist_ckpt_mistral.convert.to_hf import conversion, hf_files, new_directory
@@ -74,6 +75,7 @@ def save_hf(
         LayoutError: Ranks were given different arguments.
         LostRankError: A rank did not come within ``timeout``, or ended.
     """
+    require_types(save_hf, **locals())
     target, live = as_path(hf), LiveRanks(timeout)
     ranks = live.ranks
 

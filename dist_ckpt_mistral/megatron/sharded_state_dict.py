@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import ConfigError, TensorMismatchError
 from dist_ckpt_mistral.gather.dtypes import require_weight_dtype
 from dist_ckpt_mistral.megatron.hf_metadata import (
@@ -31,6 +32,7 @@ from dist_ckpt_mistral.megatron.hf_metadata import (
     StoredIndex,
     stored_index,
 )
+from dist_ckpt_mistral.messages import listed
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout
 from dist_ckpt_mistral.model.layout.local_tensors import LocalTensor, local_objects, local_tensors
@@ -83,6 +85,7 @@ def sharded_state_dict(
         TensorMismatchError: Tensors in ``data`` are missing, unknown, or of another shape or dtype. A tensor of a
             ``Supplier`` is checked when it is produced.
     """
+    require_types(sharded_state_dict, **locals())
     at, table = layout.coordinates(rank), tensor_table(config)
     dtype = weight_dtype(config, dtype)
     entries = tensor_entries(
@@ -136,8 +139,13 @@ def optimizer_state_dict(
         LayoutError: The layout does not fit the model, or ``rank`` or ``padded_vocab_size`` does not fit the layout.
         TensorMismatchError: ``data`` does not fit, as for ``sharded_state_dict``.
     """
+    require_types(optimizer_state_dict, **locals())
     which = -1 if distributed else 0
     names = [state.value[which] for state in ParamState if state is not ParamState.WEIGHTS]
+    if data is not None and data.keys() != {*names}:
+        raise TensorMismatchError(
+            f"data: expected the states {listed(names)}, got {listed([*map(str, data)]) or 'none'}"
+        )
     return {
         name: nested(
             tensor_entries(

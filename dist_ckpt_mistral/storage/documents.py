@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from dist_ckpt_mistral.errors import FormatError, OutputError, SourceError
 from dist_ckpt_mistral.storage.local import SourceFiles
-from dist_ckpt_mistral.storage.paths import require_writable_scheme
-from dist_ckpt_mistral.storage.remote_path import RemotePath
+from dist_ckpt_mistral.storage.paths import is_file, require_writable_scheme
+from dist_ckpt_mistral.storage.remote_path import WEB_SCHEMES, RemotePath
 from dist_ckpt_mistral.storage.sources import Sources, Stamp, changed, open_to_read
 from dist_ckpt_mistral.storage.store import Store
 
@@ -62,6 +62,20 @@ def write_link(path: Path, sibling: str) -> None:
     path.symlink_to(sibling)
 
 
+def require_own_kind(path: Path, start: bytes, what: str) -> None:
+    """Raise OutputError if a file with content is there that does not begin with ``start``, as ``what`` does.
+
+    A report or index is written where the user says, and must not take the place of a file of the model by a slip.
+    """
+    is_only_read = isinstance(path, RemotePath) and path.base.partition(":")[0] in WEB_SCHEMES  # so it is not asked
+    if is_only_read or not is_file(path) or path.stat().st_size == 0:
+        return
+    with SourceFiles([path]) as files:
+        found = files.read(0, 0, min(files.size_bytes(0), len(start)))
+    if found.lower() != start.lower():
+        raise OutputError(f"{path} exists and is not {what}: it is not replaced. Choose another name.")
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file atomically: under a temporary name in the same directory, then renamed over an old one.
 
@@ -82,8 +96,8 @@ def write_whole(path: Path, data: bytes) -> None:
             staging.replace(target)
         finally:
             staging.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
+        raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def remove(path: Path) -> None:

@@ -20,6 +20,8 @@ _MAX_NAME_BYTES: Final = 255
 _SCHEME: Final = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:(?=/)")
 
 
+#: Errors of a name: a loop of links is a RuntimeError up to Python 3.12, a NUL a ValueError.
+_UNUSABLE: Final = (OSError, RuntimeError, ValueError)
 #: An unfinished output in a store has this file, which its run created.
 RUN_FILE: Final = ".incomplete/run.json"
 _STEP: Final = re.compile(r"iter_.*|release")
@@ -97,21 +99,38 @@ def leads_outside(path: Path, directory: Path) -> bool:
 
 
 def require_apart(source: Path, target: Path) -> None:
-    """Raise OutputError if the output ``target`` is, lies in, or contains the input ``source``."""
+    """Raise OutputError if the output ``target`` is, lies in, or contains the input ``source``.
+
+    Directories are compared by their inodes, too: a bind mount gives one a second name, as containers do.
+    """
     if isinstance(source, RemotePath) != isinstance(target, RemotePath):
         return
     try:
         real_target, real_source = target.resolve(), source.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
+        is_in_source = _identity(real_source) in map(_identity, (real_target, *real_target.parents))
+        is_around_source = _identity(real_target) in map(_identity, real_source.parents)
+    except _UNUSABLE as error:
         raise OutputError(f"cannot write {target} from {source}: {error}") from error
-    if real_target == real_source or real_source in real_target.parents or real_target in real_source.parents:
+    if is_in_source or is_around_source:
         raise OutputError(f"the output {target} and the input {source} must lie apart. Choose another output.")
 
 
+def _identity(path: Path) -> object:
+    """What two names of one file or directory share: device and inode, or the path itself where nothing is seen."""
+    try:
+        state = path.stat()
+    except OSError:
+        return path
+    return (state.st_dev, state.st_ino) if state.st_ino else path
+
+
 def placed(target: Path) -> Path:
-    """Return the absolute path of an output, without ``.`` and ``..``, which cannot be renamed."""
+    """Return the absolute path of an output, without ``.`` and ``..``, which cannot be renamed.
+
+    An output that is a link to a directory is that directory: the link stays, as with any program that writes there.
+    """
     absolute = target.absolute()
-    return absolute.resolve() if ".." in absolute.parts else absolute
+    return absolute.resolve() if ".." in absolute.parts or absolute.is_symlink() else absolute
 
 
 def require_writable(target: Path, *, overwrite: bool) -> None:
@@ -126,9 +145,14 @@ def require_writable(target: Path, *, overwrite: bool) -> None:
     require_writable_scheme(target)
     try:
         place = placed(target)
+        if target.is_symlink() and not target.exists():  # a disk that is not mounted, or a slip
+            raise OutputError(
+                f"the output {target} exists: it is a link to {target.readlink()}, where nothing is. Make that "
+                "directory, or remove the link."
+            )
         require_replaceable(target, place, overwrite=overwrite)
         _require_creatable(place)
-    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
+    except _UNUSABLE as error:
         raise OutputError(f"cannot create {target}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -166,28 +190,29 @@ def _require_writable_url(target: RemotePath, *, overwrite: bool) -> None:
 
 def require_replaceable(target: Path, place: Path, *, overwrite: bool) -> None:
     """Raise OutputError or OSError unless the output ``target`` may replace the file or directory at ``place``."""
+    named = f"{target} (a link to {place})" if target.is_symlink() else f"{target}"
+    if overwrite and any(path.exists() and not path.is_dir() for path in (target, place)):  # such as /dev/stdout
+        raise OutputError(
+            f"the output {named} is not a directory, and --overwrite replaces only directories. Choose another name."
+        )
     real = place.parent.resolve() / place.name
     mounted = next((point for point in local.mount_points() if point.is_relative_to(real)), None)
     if mounted == real:
-        raise OutputError(f"the output {target} is a mount point, which cannot be renamed. Choose a directory in it.")
+        raise OutputError(f"the output {named} is a mount point, which cannot be renamed. Choose a directory in it.")
     if not (overwrite or is_absent(place)):
-        raise OutputError(f"the output {target} exists. Choose another name or give --overwrite.")
+        raise OutputError(f"the output {named} exists. Choose another name or give --overwrite.")
     if mounted is not None:
-        raise OutputError(f"the output {target} holds the mount point {mounted}. Choose another name.")
-    if place.exists() and not place.is_dir():  # follows links, such as /dev/stdout
-        raise OutputError(
-            f"the output {target} is not a directory, and --overwrite replaces only directories. Choose another name."
-        )
+        raise OutputError(f"the output {named} holds the mount point {mounted}. Choose another name.")
     directories = (path for pattern in ("iter_*", "release") for path in place.glob(pattern))
     steps = sorted(path.name for path in directories if not path.is_symlink())  # an import links one to the other
     if len(steps) > 1:
         raise OutputError(
-            f"the output {target} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
+            f"the output {named} holds {len(steps)} checkpoints ({steps[0]} to {steps[-1]}), which --overwrite would "
             "all remove. Choose another name."
         )
     is_moved = not (is_absent(place) or place.is_symlink())  # moving a directory rewrites its ``..`` entry
-    if is_moved and not os.access(place, os.W_OK, effective_ids=True):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if is_moved:
+        _require_access(place, os.W_OK)
 
 
 def _require_creatable(place: Path) -> None:
@@ -197,8 +222,13 @@ def _require_creatable(place: Path) -> None:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     if not parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
-        is_read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+    _require_access(parent, os.W_OK | os.X_OK)
+
+
+def _require_access(directory: Path, mode: int) -> None:
+    """Raise OSError if this process may not do what ``mode`` says."""
+    if not os.access(directory, mode, effective_ids=True):
+        is_read_only = os.statvfs(directory).f_flag & os.ST_RDONLY
         code = errno.EROFS if is_read_only else errno.EACCES
         raise OSError(code, os.strerror(code))
 

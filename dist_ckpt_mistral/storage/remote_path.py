@@ -34,6 +34,7 @@ _MSC: Final = "dist_ckpt_mistral.storage.msc"
 _URL: Final = re.compile(
     rf"({'|'.join((*BUCKET_SCHEMES, *WEB_SCHEMES, _MEMORY))}):/{{1,2}}([^/]+)(?:/(.*))?", re.DOTALL
 )
+_NOTHING: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{2,}")
 _HUB: Final = re.compile(r"https?:/{1,2}(www\.)?(huggingface|hf)\.co(/|$)")
 #: A small read takes this many bytes at the start of an object, which has the whole of a small file or a header.
 _FIRST_PAGE_BYTES: Final = 128 << 10
@@ -298,11 +299,14 @@ class RemotePath(PosixPath):
 def as_path(name: str | os.PathLike[str]) -> Path:
     """The path that a user means by ``name``: a remote one for the URL of a store, else a local one.
 
-    Raises SourceError and MissingLibraryError for a profile of ``msc://`` that cannot be served.
+    Raises SourceError for a URL of nothing, SourceError and MissingLibraryError for a profile of ``msc://`` that cannot
+    be served.
     """
     if isinstance(name, Path):
         return name
     text = os.fspath(name)
+    if _NOTHING.fullmatch(text):  # of an unset variable; as a path it would be a directory of that name
+        raise SourceError(f"{text} is a URL without a place. Write it out, such as {text.rstrip('/')}//NAME/FOLDER.")
     match = _URL.fullmatch(text)
     if match is None or _HUB.match(text) or (text[len(match[1]) :].startswith(":/") and "://" not in text):
         return Path(text)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from dist_ckpt_mistral.arguments import require_types, require_whole
 from dist_ckpt_mistral.convert.output import DEFAULT_OUTPUT
 from dist_ckpt_mistral.convert.to_hf import hf_files, other_files
 from dist_ckpt_mistral.gather.bands import BandReader
@@ -49,6 +52,8 @@ class HfFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is untyp
         max_file_bytes: int = DEFAULT_OUTPUT.max_file_bytes,
     ) -> None:
         """Plan the files; no tensor is read yet."""
+        require_types(HfFileSystem.__init__, source=source, config=config)
+        require_whole("max_file_bytes", max_file_bytes, least=1, meaning="bytes")
         super().__init__()
         model, inputs = opened(source, config)
         with inputs:
@@ -139,7 +144,9 @@ class HfFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is untyp
         return bytes(content)
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> AbstractBufferedFile:  # noqa: ANN401  (as fsspec)
-        """Open a file to read."""
+        """Open a file to read. Whatever else was written to it would be lost."""
+        if mode != "rb":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
         return _File(self, path, mode, size=self.info(path)["size"], **options)
 
 

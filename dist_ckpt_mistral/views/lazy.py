@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex, TypeAlia
 import numpy as np
 
 from dist_ckpt_mistral import libraries
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import DistCkptMistralError
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.bands import BandReader
@@ -289,6 +290,7 @@ def open_checkpoint(source: str | Path, *, config: GivenConfig | None = None) ->
             q = checkpoint["model.layers.0.self_attn.q_proj.weight"]
             some = checkpoint["model.embed_tokens.weight", 100:110]  # reads these rows alone
     """
+    require_types(open_checkpoint, **locals())
     return LazyCheckpoint(*opened(source, config))
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from zlib_ng import zlib_ng
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import DistCkptMistralError, FormatError, UnsupportedFormatError
 from dist_ckpt_mistral.formats.kinds import Kind
 from dist_ckpt_mistral.formats.ocdbt import MANIFEST_FILE, SHARDS_FILE, FileRange, database
@@ -33,6 +34,8 @@ from dist_ckpt_mistral.storage import documents
 from dist_ckpt_mistral.storage.local import SourceFiles
 from dist_ckpt_mistral.storage.remote_path import as_path
 
+#: The first bytes of ``_references``.
+_REFERENCES: Final = b'{"version": 1, "refs": '
 #: The version of index.ocdbt.json.
 _VERSION: Final = 1
 #: The two name spaces of an index.
@@ -95,6 +98,9 @@ def write_index(
         done = dcm.write_index("ckpt")
         tensorstore.open(f"file://{done.directory}/|ocdbt:hf/model.norm.weight/|zarr3:").result()
     """
+    require_types(write_index, **locals())
+    if kerchunk is not None:
+        documents.require_own_kind(as_path(kerchunk), _REFERENCES, "references of kerchunk")
     source = open_megatron(locate(checkpoint, Kind.CHECKPOINT).path, config=chosen_config(config))
     require_equal_twins(source, only_hidden=True)
     directory = source.path
@@ -135,6 +141,7 @@ def index_problems(checkpoint: str | Path) -> tuple[str, ...]:
     Example:
         ``assert not dcm.index_problems("ckpt")``
     """
+    require_types(index_problems, **locals())
     stored = open_stored(locate(checkpoint, Kind.CHECKPOINT).path, with_common_state=False)
     if not (stored.directory / MANIFEST_FILE).is_file():
         return ()

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import PlanError
 from dist_ckpt_mistral.gather.execute import DEFAULT_EFFORT, Effort, MemoryTarget, execute
 from dist_ckpt_mistral.gather.plan import only_dtype
@@ -54,6 +55,7 @@ class HfNamedReader(StorageReader):
         self, source: str | Path, config: GivenConfig | None = None, *, effort: Effort = DEFAULT_EFFORT
     ) -> None:
         """Open the model; no tensor is read yet."""
+        require_types(HfNamedReader.__init__, **locals())
         self._source, self._inputs = opened(source, config)
         self._effort = effort
 

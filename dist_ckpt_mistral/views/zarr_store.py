@@ -16,6 +16,7 @@ import zarr
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.dtype import ZDType, data_type_registry
 
+from dist_ckpt_mistral.arguments import require_types
 from dist_ckpt_mistral.errors import UnsupportedFormatError
 from dist_ckpt_mistral.gather import dtypes
 from dist_ckpt_mistral.gather.dtypes import Shape
@@ -54,6 +55,7 @@ def zarr_store(source: str | Path, config: GivenConfig | None = None) -> ZarrSto
     Example:
         zarr.open_group(dcm.zarr_store("ckpt"), mode="r")["lm_head.weight"][:10]
     """
+    require_types(zarr_store, **locals())
     register_bfloat16()
     return ZarrStore(open_checkpoint(source, config=config))
 

@@ -109,6 +109,10 @@ def test_a_directory_as_fsspec_lists_it(tmp_path: Path) -> None:
         assert not files.exists(name)
         with pytest.raises(FileNotFoundError):
             files.cat_file(name)
+    with pytest.raises(OSError, match="Read-only file system"):
+        files.open("config.json", "wb")  # what was written there was lost
+    with pytest.raises(dcm.ConfigError, match="max_file_bytes: expected a whole number of at least 1"):
+        dcm.HfFileSystem(tmp_path / "ckpt", max_file_bytes=0)
 
 
 def test_a_changed_source_is_not_read(tmp_path: Path) -> None:

@@ -273,6 +273,17 @@ def test_files_are_split_as_transformers_splits_them(max_bytes: int, tied: bool,
     assert contents(tmp_path / "exported") == contents(expected)
 
 
+def test_original_files_larger_than_asked_for_are_cut(tmp_path: Path) -> None:
+    """A chosen maximum size counts for a model in its original dtypes, too; where its files fit, they come back."""
+    original = saved(random_model(), tmp_path / "original", max_shard_size=10_000)
+    largest = max(path.stat().st_size for path in original.glob("*.safetensors"))
+    from_hf(original, tmp_path / "ckpt")
+    expected = {largest: original, 3001: saved(random_model(), tmp_path / "expected", max_shard_size=3001)}
+    for max_bytes, directory in expected.items():
+        to_hf(tmp_path / "ckpt", tmp_path / f"{max_bytes}", output=Output(max_file_bytes=max_bytes))
+        assert contents(tmp_path / f"{max_bytes}") == contents(directory)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_plain_torch_saves_is_exported(tied: bool, tmp_path: Path) -> None:
     """Megatron's tensors, put together by torch and saved whole by plain DCP, export to what transformers saves."""

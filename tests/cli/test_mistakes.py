@@ -60,6 +60,8 @@ MISTAKES: Final = {
     "from-hf hf new --tp two": (2, "argument --tp: expected a whole number, got 'two'"),
     "from-hf hf new --tp -1": (2, "argument --tp: expected a whole number, got '-1'"),
     # Values.
+    "to-hf ckpt -": (2, "argument HF: expected a path, got '-': no command reads or writes a stream"),
+    "plan ckpt --svg -": (2, "argument --svg: expected a path, got '-'"),
     "to-hf ckpt new --max-file-size 5": (2, "expected a size with its unit, such as 5GB or 5B, got '5'"),
     "to-hf ckpt new --memory lots": (2, "expected a size such as 5GB or 500MB, got 'lots'"),
     "to-hf ckpt new --dtype fp8": (2, "invalid choice: 'fp8' (choose from "),

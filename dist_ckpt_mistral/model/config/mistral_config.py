@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from dist_ckpt_mistral.errors import ConfigError, UnsupportedModelError
+from dist_ckpt_mistral.arguments import require_types, wrong_types
+from dist_ckpt_mistral.errors import ConfigError, FormatError, UnsupportedModelError
 from dist_ckpt_mistral.formats.kinds import CONFIG_FILE, PARAMS_FILE
 from dist_ckpt_mistral.formats.places import what_is
 from dist_ckpt_mistral.gather import dtypes
@@ -115,6 +116,10 @@ class MistralConfig:
         tied: object = self.tie_word_embeddings  # from JSON: not yet known to be what the annotation says
         if not isinstance(tied, bool):
             problems.append(f"tie_word_embeddings must be true or false, got {tied!r}")
+        others = ("model_type", "yarn", "experts", "latent_attention", "vision", "hf_config")
+        problems += wrong_types(MistralConfig, {name: getattr(self, name) for name in others})
+        if str(self.model_type) not in FAMILIES:
+            problems.append(f"model_type must be one of {', '.join(FAMILIES)}, got {self.model_type!r}")
         if self.dtype is not None and self.dtype not in dtypes.KNOWN_DTYPES:
             problems.append(f"dtype must be one of {', '.join(dtypes.KNOWN_DTYPES)}, got {self.dtype!r}")
         if self.llama_4_scaling_beta is not None and not is_positive_number(self.llama_4_scaling_beta):
@@ -208,10 +213,11 @@ class MistralConfig:
             >>> MistralConfig.from_hf("mistralai/Mistral-7B-v0.3").num_key_value_heads  # doctest: +SKIP
             8
         """
+        require_types(MistralConfig.from_hf, source=source, where=where)
         if isinstance(source, Mapping):
             return _from_hf_mapping(source, where)
         path = require_config_file(hub.model_directory(str(source)))
-        raw = documents.read_json(path)
+        raw = _content_of(path)
         return _from_hf_mapping(config_of_params(raw, str(path)) if path.name == PARAMS_FILE else raw, str(path))
 
     def to_hf(self) -> dict[str, Any]:
@@ -252,6 +258,27 @@ def require_config_file(path: Path) -> Path:
     return file
 
 
+def _content_of(path: Path) -> dict[str, Any]:
+    """The content of a configuration file. Raises ConfigError if it is a file of another kind, such as of weights."""
+    try:
+        raw = documents.read_json(path)
+    except FormatError as error:
+        if path.suffix == ".json":
+            raise
+        raise _no_config(path) from error
+    if path.name not in {CONFIG_FILE, PARAMS_FILE} and not raw.keys() & {"model_type", "architectures"}:
+        raise _no_config(path)
+    return raw
+
+
+def _no_config(path: Path) -> ConfigError:
+    beside = config_file(path.parent)
+    advice = f"Give {as_given(beside)}." if beside.is_file() else f"Get {CONFIG_FILE}, or give a directory that has it."
+    return ConfigError(
+        f"{as_given(path)} is no model configuration, such as {CONFIG_FILE}: {what_is(path).what}. {advice}"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ConfigOverride:
     """A configuration that counts even where the model's own descriptions contradict it. Differences are logged.
@@ -264,6 +291,10 @@ class ConfigOverride:
     """
 
     config: str | Path | MistralConfig
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        require_types(ConfigOverride, config=self.config)
 
 
 #: A configuration as an argument: itself, a config.json, a directory or hub id with one, or an override with any.

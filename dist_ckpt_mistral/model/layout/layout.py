@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from dist_ckpt_mistral.arguments import wrong_types
 from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.model.config.mistral_config import MistralConfig
 from dist_ckpt_mistral.model.config.parts import is_positive_int
@@ -76,13 +77,18 @@ class ParallelLayout(PipelineLayout):
 
     def __post_init__(self) -> None:
         """Refuse a layout that fits no model; set ``vpp`` and ``dp`` if they follow from the other fields."""
+        pp_layers: object = self.pp_layers
+        if isinstance(pp_layers, list):
+            object.__setattr__(self, "pp_layers", tuple(pp_layers))
         counts = {name: getattr(self, name) for name in ("tp", "pp", "cp", "dp", "ep", "etp")}
         problems = [
             f"{name}: {_TOO_MANY}, got {n}" if isinstance(n, int) and n > 1 else f"{name} {_NO_COUNT}, got {n!r}"
             for name, n in counts.items()
             if not (is_positive_int(n) or (n is None and name in {"dp", "etp"}))
         ]
-        if is_positive_int(self.pp):
+        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in counts}
+        problems += wrong_types(ParallelLayout, others)
+        if not problems:
             problems += self.contradictions()
         if not problems:
             object.__setattr__(self, "vpp", self._chunks_per_stage())

@@ -12,7 +12,7 @@ from dist_ckpt_mistral.errors import LayoutError
 from dist_ckpt_mistral.messages import concise_repr
 from dist_ckpt_mistral.model.layout.layout import ParallelLayout, RankCoordinates
 from dist_ckpt_mistral.model.layout.pipeline import ModelChunk
-from dist_ckpt_mistral.model.layout.vocabulary import padded_vocab_size
+from dist_ckpt_mistral.model.layout.vocabulary import vocabulary_rows
 from dist_ckpt_mistral.model.table.layers import LEGACY_TIED_HEAD
 from dist_ckpt_mistral.model.table.rules import (
     ROWS,
@@ -188,10 +188,7 @@ def _rows(rule: TensorRule, tp: int, vocab_rows: int | None) -> int:
     """Rows of the tensor of one index, with vocabulary padding where it applies."""
     if not rule.padded_vocabulary:
         return rule.shape[0]
-    rows = padded_vocab_size(rule.shape[0], tp) if vocab_rows is None else vocab_rows
-    if rows < rule.shape[0] or rows % tp:
-        raise LayoutError(f"padded vocabulary size {rows} must be a multiple of tp={tp}, at least {rule.shape[0]}")
-    return rows
+    return vocabulary_rows(rule.shape[0], tp, vocab_rows)
 
 
 def _share(

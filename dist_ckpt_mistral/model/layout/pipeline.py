@@ -8,7 +8,7 @@ pipeline_parallel_layer_layout.py (layout strings).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,6 +37,11 @@ class ModelChunk:
     layers: tuple[int, ...]
     is_first: bool
     is_last: bool
+
+
+def _are_counts(values: Sequence[object], length: int) -> bool:
+    """Whether ``values`` are ``length`` whole numbers of at least 0."""
+    return len(values) == length and all(type(value) is int and value >= 0 for value in values)
 
 
 def parse_pipeline_layout(text: str) -> tuple[str, ...]:
@@ -147,7 +152,7 @@ class PipelineLayout:
             yield f"{' and '.join(used)} cannot be combined"
         if self.pp_layers is not None and (self.vpp or 1) > 1:
             yield "pp_layers and vpp cannot be combined"
-        if self.pp_layers is not None and (len(self.pp_layers) != self.pp or min(self.pp_layers, default=0) < 0):
+        if self.pp_layers is not None and not _are_counts(self.pp_layers, self.pp):
             yield f"pp_layers must give one layer count for each of {self.pp} stages, got {self.pp_layers}"
         yield from self._bad_ends()
         if self.pipeline_model_parallel_layout is not None:

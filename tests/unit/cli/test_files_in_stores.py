@@ -30,6 +30,30 @@ def test_a_page_and_a_list_of_references(ckpt: str, tmp_path: Path) -> None:
     assert get_folder(f"{_STORE}/out") == {name: (tmp_path / name).read_bytes() for name in ("page.html", "k.json")}
 
 
+def test_what_is_not_replaced(ckpt: str, tmp_path: Path) -> None:
+    """A page or list of references replaces its like, or an empty file, and no other file, such as one of the model."""
+    local = tmp_path / "ckpt"
+    assert run("from-hf", tmp_path / "hf", local).code == 0
+    for root, page, references in (
+        (ckpt, f"{_STORE}/p.html", f"{_STORE}/k.json"),
+        (local, tmp_path / "p", tmp_path / "k"),
+    ):
+        for _ in range(2):
+            assert run("inspect", root, "--html", page).code == 0
+            assert run("index", root, "--kerchunk", references).code == 0
+        for words, what in (
+            (("inspect", root, "--html"), "an HTML page"),
+            (("index", root, "--kerchunk"), "references of kerchunk"),
+        ):
+            for victim in (f"{root}/release/metadata.json", f"{root}/release/common.pt"):
+                line = f"error: {victim} exists and is not {what}: it is not replaced. Choose another name."
+                outcome = run(*words, victim)
+                assert (outcome.code, outcome.err[-1]) == (1, line)
+        assert run("verify", root).code == 0
+    (tmp_path / "empty").touch()
+    assert run("inspect", local, "--html", tmp_path / "empty").code == 0
+
+
 def test_a_picture(ckpt: str) -> None:
     """Plan --svg writes its picture into a store."""
     pytest.importorskip("matplotlib")

@@ -291,6 +291,11 @@ def test_a_link_out_of_the_root_is_not_followed(hf: Path, imported: Path, tmp_pa
     outcome = run("to-hf", root, tmp_path / "out")
     assert outcome.code == 1
     assert any("is a link out of the checkpoint" in line for line in outcome.err)
+    before = contents(hf)
+    for options in ((), ("--overwrite",)):
+        line = refusal(tmp_path, "describe", hf, root, *options)
+        assert f"{root / 'hf'} is a link out of {root}, so no command would read what is written there" in line
+    assert contents(hf) == before
 
 
 def test_a_damaged_record_is_named(imported: Path, tmp_path: Path) -> None:

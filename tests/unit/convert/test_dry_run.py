@@ -73,6 +73,15 @@ def make_aside(output: Path) -> None:
     make_directory(output.with_name(f".{output.name}.replaced"))
 
 
+def linked(output: Path, make: Callable[[Path], object]) -> Path:
+    """What ``make`` makes, somewhere else, and a link to it."""
+    place = output.parent / "elsewhere" / "there"
+    place.parent.mkdir()
+    make(place)
+    output.symlink_to(place)
+    return place
+
+
 #: Per case: where the output shall be, what is made there before, further options, and what the refusal says.
 PLACES: Final[dict[str, tuple[str, Callable[[Path], object], tuple[str, ...], str]]] = {
     "directory": ("out", make_directory, (), "exists. Choose another name or give --overwrite"),
@@ -81,7 +90,19 @@ PLACES: Final[dict[str, tuple[str, Callable[[Path], object], tuple[str, ...], st
     "link to a device": ("out", lambda out: out.symlink_to("/dev/null"), ("--overwrite",), "is not a directory"),
     "link to a file": ("out", lambda out: out.symlink_to(__file__), ("--overwrite",), "is not a directory"),
     "pipe to replace": ("out", os.mkfifo, ("--overwrite",), "--overwrite replaces only directories"),
-    "broken link": ("out", lambda out: out.symlink_to("nowhere"), (), "exists"),
+    "broken link": (
+        "out",
+        lambda out: out.symlink_to("nowhere"),
+        (),
+        "exists: it is a link to nowhere, where nothing is",
+    ),
+    "broken link to replace": ("out", lambda out: out.symlink_to("nowhere"), ("--overwrite",), "Make that directory"),
+    "link to a training": (
+        "out",
+        lambda out: linked(out, make_training),
+        ("--overwrite",),
+        "/there) holds 2 checkpoints",
+    ),
     "link in a ring": ("out/a", lambda out: out.parent.symlink_to("out"), (), "out/a"),
     "device": ("/dev/null", lambda _: None, (), "exists"),
     "device to replace": ("/dev/null", lambda _: None, ("--overwrite",), "is not a directory"),
@@ -124,6 +145,23 @@ def test_a_place_that_is_refused(case: str, command: str, pristine: Path, tmp_pa
     assert wet.err[-1].startswith(dry.err[-1])
     assert expected in dry.err[-1]
     assert case == "moved aside" or tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_link_to_a_directory(command: str, pristine: Path, tmp_path: Path) -> None:
+    """The link stays and its target is replaced, with --overwrite or if that is empty: it may be on a larger disk."""
+    output = tmp_path / "out"
+    place = linked(output, make_directory)
+    line = refusal(tmp_path, command, pristine / command, output)
+    assert line.endswith(f"the output {output} (a link to {place}) exists. Choose another name or give --overwrite.")
+    for options in (("--overwrite",), ()):
+        assert run(command, pristine / command, output, *options).code == 0
+        assert output.readlink() == place
+        assert "precious" not in contents(place)
+        assert {path.name for path in (*tmp_path.iterdir(), *place.parent.iterdir())} == {"out", "elsewhere", "there"}
+        assert len(contents(place)) > 1
+        shutil.rmtree(place)
+        place.mkdir()
 
 
 def unreadable(path: Path) -> None:
@@ -235,6 +273,29 @@ def test_a_directory_of_somebody_else(strangers: Path) -> None:
         dry = untouched("migrate", source, output, *options)
         assert dry == run("migrate", source, output, *options)
         assert dry.err == [f"error: cannot create {output}: Permission denied"]
+
+
+def test_an_input_by_another_name(pristine: Path, tmp_path: Path) -> None:
+    """An output in, at or around the input is refused, also where a bind mount gives that a second name."""
+    source = shutil.copytree(pristine / "to-hf", tmp_path / "at" / "ckpt", symlinks=True)
+    before = tree(source)
+    line = "import sys; from dist_ckpt_mistral.cli.main import main; sys.exit(main())"
+    outputs = ("again/ckpt", "again/ckpt/release", "again/ckpt/new/out", "again", "release/out")
+    script = f"""
+        cd '{tmp_path}' && mkdir again release || exit 1
+        mount --bind at again && mount --bind at/ckpt/release release || exit 77
+        for output in {" ".join(outputs)}; do
+            '{sys.executable}' -c '{line}' to-hf at/ckpt $output --overwrite
+        done; true
+    """
+    in_namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(in_namespace, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no mount namespaces here")
+    for output, said in zip(outputs, done.stderr.splitlines(), strict=True):
+        assert f"the output {output} and the input at/ckpt" in said
+        assert said.endswith("must lie apart. Choose another output.")
+    assert tree(source) == before
 
 
 def test_a_mount_point_of_the_same_device(pristine: Path, tmp_path: Path) -> None:

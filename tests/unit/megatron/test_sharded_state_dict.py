@@ -42,7 +42,7 @@ QKV = "decoder.layers.3.self_attention.linear_qkv.weight"
 def api() -> SimpleNamespace:
     """The functions under test, and Megatron's. Importing megatron warns of much that is not ours to mend."""
     names = {
-        "dist_ckpt_mistral.megatron.sharded_state_dict": ("sharded_state_dict",),
+        "dist_ckpt_mistral.megatron.sharded_state_dict": ("optimizer_state_dict", "sharded_state_dict"),
         "dist_ckpt_mistral.megatron.hf_metadata": ("add_hf_metadata",),
         "megatron.core.dist_checkpointing.mapping": ("ShardedObject", "ShardedTensor"),
         "megatron.core.dist_checkpointing.optimizer": ("make_sharded_optimizer_tensor",),
@@ -194,6 +194,8 @@ def test_optimizer_state_takes_the_names_along(api: SimpleNamespace) -> None:
     assert gate.key == up.key == "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight"
     assert (gate.dtype, up.dtype) == (torch.float32, torch.float32)
     assert up.hf_names == ("model.layers.3.mlp.up_proj.weight",)
+    with pytest.raises(TensorMismatchError, match=r"data: expected the states .*exp_avg_sq.*, got momentum$"):
+        api.optimizer_state_dict(CONFIG, TP2, 1, data={"momentum": {}})
 
 
 def test_live_entries_of_another_model_are_refused(api: SimpleNamespace) -> None:

@@ -65,6 +65,16 @@ def test_what_is_no_url_of_a_store(text: str) -> None:
     assert not isinstance(as_path(text), RemotePath)
 
 
+@pytest.mark.parametrize("text", ["s3://", "gs:///", "hf://", "file://"])
+def test_a_url_without_a_place(text: str) -> None:
+    """What an unset variable leaves of a URL is refused: it became a local directory of that name."""
+    with pytest.raises(
+        SourceError,
+        match=f"^{text} is a URL without a place. Write it out, such as {text[:5].partition(':')[0]}://NAME/",
+    ):
+        as_path(text)
+
+
 def test_the_operating_system_gets_no_url() -> None:
     """What would take a URL for a file of this machine fails, and does not look for a folder called ``s3:``."""
     with pytest.raises(TypeError, match="is a URL, not a path of the operating system"):

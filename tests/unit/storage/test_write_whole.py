@@ -50,7 +50,8 @@ def test_an_old_file_stays_until_the_new_one_is_whole(
 ) -> None:
     """Where writing or renaming fails, the error names the file, which is as it was, and nothing lies beside it."""
     path = tmp_path / "page"
-    path.write_text("old")
+    old = "<!DOCTYPE html>old"  # a page replaces pages alone
+    path.write_text(old)
     for broken, instead in (
         ("dist_ckpt_mistral.storage.documents.write_bytes", half),
         ("pathlib.Path.replace", refuse),
@@ -59,10 +60,10 @@ def test_an_old_file_stays_until_the_new_one_is_whole(
             patch.setattr(broken, instead)
             with pytest.raises(OutputError, match=re.escape(f"cannot write {path}: No space left on device")):
                 save(path)
-        assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("page", "old")]
+        assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("page", old)]
     save(path)
     assert [each.name for each in tmp_path.iterdir()] == ["page"]
-    assert path.read_text(encoding="utf-8") != "old"
+    assert path.read_text(encoding="utf-8") != old
 
 
 def test_the_old_content_is_seen_until_the_last_moment(tmp_path: Path) -> None:
