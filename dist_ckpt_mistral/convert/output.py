@@ -15,7 +15,7 @@ from dist_ckpt_mistral.arguments import require_types, require_whole
 from dist_ckpt_mistral.convert.conversion import REFUSE, Loss, LossPolicy
 from dist_ckpt_mistral.convert.job_progress import begin_phase, copying
 from dist_ckpt_mistral.convert.journal import Journal, Recipe, begin, has_seen, has_work, may_resume
-from dist_ckpt_mistral.convert.ranks import ALONE, Ranks
+from dist_ckpt_mistral.convert.ranks import Ranks
 from dist_ckpt_mistral.errors import OutputError
 from dist_ckpt_mistral.formats.checksums import CHECKSUMS_FILE, FileChecksums, FileSum
 from dist_ckpt_mistral.formats.hf_directory import TensorSpans
@@ -156,10 +156,7 @@ def _write_to_directory(
         if output.dry_run:
             return ()
 
-        if copy is None:
-            numbers = share(plan, ranks)
-        else:  # from memory, by the first rank
-            numbers = share(plan, ALONE) if ranks.is_first else []
+        numbers = share(plan, ranks, first_alone=copy is not None)
         my_files = {
             file: staging.output / names[file] for file in sorted({plan.segments[number].file for number in numbers})
         }
@@ -276,8 +273,13 @@ def _sync(targets: Mapping[int, TargetFile], effort: Effort, ranks: Ranks) -> No
     run_all(sync, range(len(files)), workers=effort.threads)
 
 
-def share(plan: BytePlan, ranks: Ranks) -> list[int]:
-    """The numbers of the segments that this rank copies: consecutive ones, of about equal bytes for each rank."""
+def share(plan: BytePlan, ranks: Ranks, *, first_alone: bool = False) -> list[int]:
+    """The numbers of the segments that this rank copies: consecutive ones, of about equal bytes for each rank.
+
+    With ``first_alone`` the first one copies all.
+    """
+    if first_alone:
+        return [*range(len(plan.segments))] if ranks.is_first else []
     total = max(1, plan.num_bytes)
     numbers, before = [], 0
     for number, segment in enumerate(plan.segments):
