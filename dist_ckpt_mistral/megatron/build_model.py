@@ -72,7 +72,7 @@ def build_model(
             in Megatron-LM.
         perform_initialization: Draw random weights. Without it the weights are uninitialized memory.
         transformer_config: Further fields of Megatron's TransformerConfig, such as dropout or recomputation. They
-            replace those that follow from ``config`` and ``layout``.
+            replace defaults, and nothing that ``config`` or ``layout`` says.
 
     Returns:
         The GPTModel; with virtual pipeline stages (``layout.vpp``) the list of this rank's GPTModels.
@@ -80,7 +80,7 @@ def build_model(
     Raises:
         LayoutError: The layout does not fit the model or the number of ranks.
         ConfigError: Neither ``dtype`` nor ``config`` gives a dtype for weights, or ``transformer_config`` has unknown
-            fields.
+            fields, or says something else than ``config`` or ``layout``.
         UnsupportedModelError: The installed megatron-core cannot express the model.
     """
     require_types(build_model, **locals())

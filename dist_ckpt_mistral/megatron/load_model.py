@@ -52,8 +52,8 @@ def load_model(
         device: Device of the model; by default CUDA if available, else the CPU.
         padded_vocab_size: Rows of the embedding and of the output layer; by default the next multiple of 128 x tp, as
             in Megatron-LM.
-        transformer_config: Further fields of Megatron's TransformerConfig. They replace those that follow from the
-            configuration and ``layout``.
+        transformer_config: Further fields of Megatron's TransformerConfig. They replace defaults, and nothing that the
+            configuration or ``layout`` says.
         allow_lossy: Warn, instead of raising an error, if the conversion to ``dtype`` makes finite values infinite or
             other values zero. Warning and error count the values.
         effort: Number of threads and size of the copy buffers.

@@ -51,6 +51,8 @@ _SAME_NAMES_OF_LATENT: Final = (
     *("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type"),
     *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 )
+#: Of these, what training chooses and the model does not say.
+_CHOSEN_IN_TRAINING: Final = frozenset({"hidden_dropout", "attention_dropout"})
 
 
 def gpt_model_arguments(config: MistralConfig) -> dict[str, Any]:
@@ -69,7 +71,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """The TransformerConfig of ``config`` in ``layout``; the fields in ``settings`` replace others.
 
-    Raises UnsupportedModelError for a model that Megatron cannot express, ConfigError for unknown ``settings``.
+    Raises UnsupportedModelError for a model that Megatron cannot express, ConfigError for ``settings`` that are unknown
+    or say something else than ``config`` or ``layout``.
     """
     _require_expressible(config)
     args = to_megatron_args(config, dtype=str(dtype).removeprefix("torch."), tp=1, pp=1)
@@ -90,7 +93,9 @@ def transformer_config(
         values |= {"num_moe_experts": experts.num_experts, **_CONSTANT_WITH_EXPERTS}
         if experts.groups_per_token == experts.num_groups:  # groups do not limit the choice
             values |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
-    values |= {**layout.transformer_config_fields(), **settings}
+    values |= layout.transformer_config_fields()
+    _require_no_other_model(settings, values, {"num_moe_experts", *layout.transformer_config_fields()})
+    values |= settings
     kind = TransformerConfig if latent is None else MLATransformerConfig
     unknown = sorted(values.keys() - {field.name for field in fields(kind)})
     if unknown:
@@ -102,6 +107,24 @@ def transformer_config(
     if config.yarn is not None and latent is None:
         _add_yarn(made, config.yarn)
     return made
+
+
+def _require_no_other_model(settings: Mapping[str, Any], values: Mapping[str, Any], others: set[str]) -> None:
+    """Raise ConfigError for ``settings`` that differ from what the configuration or the layout says.
+
+    These are the fields that describe the model, and ``others``.
+    """
+    decided = {*_SAME_NAMES, *_SAME_NAMES_OF_LATENT, *others} - _CHOSEN_IN_TRAINING
+    differing = [
+        f"{name}={settings[name]!r:.60} where it is {values[name]!r:.60}"
+        for name in sorted(decided & settings.keys() & values.keys())
+        if settings[name] != values[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"transformer_config would make another model or layout: {', '.join(differing)}. "
+            "Give a configuration or a layout with these values instead."
+        )
 
 
 def _require_expressible(config: MistralConfig) -> None:
