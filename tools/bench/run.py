@@ -43,7 +43,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 COMMANDS = ("to-hf", "to-hf-sha256", "from-hf", "verify", "reshard", "to-hf-2-ranks")
 PEERS = ("dcp-full", "model", "floor")
 #: Threads and bytes of a write of "floor", as conversions use them on two cores.
-FLOOR = ("2", str(128 << 10))
+FLOOR = ("2", str(64 << 10))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
