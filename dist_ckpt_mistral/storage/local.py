@@ -36,7 +36,7 @@ _SHARE_OF_DESCRIPTORS: Final = 4
 _MOST_BUFFERS: Final = 1024
 #: Bytes of one write, for which Linux's page cache takes a large folio of that size if it can (6.16 and newer, ext4,
 #: XFS). Where all memory is free, larger ones take up to a tenth less time; where it is in pieces, three times as long,
-#: because pieces of this size are what other programs leave: tools/bench/README.md has the states of memory.
+#: it seems because other programs leave pieces of this size: tools/bench/README.md has the states of memory.
 _WRITE_BYTES: Final = 64 << 10
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 #: ``ReadAhead`` requests this many reads at once; more made no difference.
