@@ -51,8 +51,14 @@ _SAME_NAMES_OF_LATENT: Final = (
     *("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type"),
     *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 )
-#: Of these, what training chooses and the model does not say.
-_CHOSEN_IN_TRAINING: Final = frozenset({"hidden_dropout", "attention_dropout"})
+#: Fields that the model, the layout or the dtype decides: these names but for what training chooses, and others.
+_DECIDED: Final = {*_SAME_NAMES, *_SAME_NAMES_OF_LATENT} - {"hidden_dropout", "attention_dropout"} | {
+    *("num_moe_experts", "gated_linear_unit", "activation_func", "rotary_interleaved", "params_dtype"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+}
 
 
 def gpt_model_arguments(config: MistralConfig) -> dict[str, Any]:
@@ -94,36 +100,32 @@ def transformer_config(
         if experts.groups_per_token == experts.num_groups:  # groups do not limit the choice
             values |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
     values |= layout.transformer_config_fields()
-    _require_no_other_model(settings, values, {"num_moe_experts", *layout.transformer_config_fields()})
-    values |= settings
     kind = TransformerConfig if latent is None else MLATransformerConfig
-    unknown = sorted(values.keys() - {field.name for field in fields(kind)})
+    defaults = {field.name: field.default for field in fields(kind)}
+    unknown = sorted((values.keys() | settings.keys()) - defaults.keys())
     if unknown:
         raise ConfigError(
             f"the installed megatron-core's {kind.__name__} has no {', '.join(unknown)}. "
             "Leave out what you gave of it, or install a version that has it."
         )
-    made = kind(**values)
+    _require_no_other_model(settings, defaults | values)
+    made = kind(**{**values, **settings})
     if config.yarn is not None and latent is None:
         _add_yarn(made, config.yarn)
     return made
 
 
-def _require_no_other_model(settings: Mapping[str, Any], values: Mapping[str, Any], others: set[str]) -> None:
-    """Raise ConfigError for ``settings`` that differ from what the configuration or the layout says.
-
-    These are the fields that describe the model, and ``others``.
-    """
-    decided = {*_SAME_NAMES, *_SAME_NAMES_OF_LATENT, *others} - _CHOSEN_IN_TRAINING
+def _require_no_other_model(settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for ``settings`` that differ from ``values`` in what the model, layout or dtype decides."""
     differing = [
         f"{name}={settings[name]!r:.60} where it is {values[name]!r:.60}"
-        for name in sorted(decided & settings.keys() & values.keys())
+        for name in sorted(_DECIDED & settings.keys())
         if settings[name] != values[name]
     ]
     if differing:
         raise ConfigError(
             f"transformer_config would make another model or layout: {', '.join(differing)}. "
-            "Give a configuration or a layout with these values instead."
+            "Give a configuration, a layout or a dtype with these values instead."
         )
 
 

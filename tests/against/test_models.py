@@ -261,8 +261,11 @@ def test_what_does_not_fit_is_refused(megatron: SimpleNamespace, saved: dict[str
         megatron.build_model(config, dcm.ParallelLayout(tp=3), device="cpu")
     with pytest.raises(ConfigError, match="TransformerConfig has no colour"):
         megatron.build_model(config, device="cpu", transformer_config={"colour": "red"})
-    other = {"num_layers": 1, "tensor_model_parallel_size": 2, "attention_dropout": 0.1}
-    with pytest.raises(ConfigError, match=r"another .*: num_layers=1 where it is \d, tensor_.*=2 where it is 1\. Give"):
+    other = {"num_layers": 1, "num_moe_experts": 2, "tensor_model_parallel_size": 2, "attention_dropout": 0.1}
+    told = (
+        r"another .*: num_layers=1 where it is \d, num_moe_experts=2 where it is None, tensor_.*=2 where it is 1\. Give"
+    )
+    with pytest.raises(ConfigError, match=told):
         megatron.build_model(config, device="cpu", transformer_config=other)
     odd = dcm.MistralConfig.from_hf(config.to_hf() | {"head_dim": 7})
     with pytest.raises(UnsupportedModelError, match="head_dim=7"):
