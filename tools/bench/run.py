@@ -42,6 +42,8 @@ TOOL = [sys.executable, "-m", "dist_ckpt_mistral"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dist_ckpt_mistral"]
 COMMANDS = ("to-hf", "to-hf-sha256", "from-hf", "verify", "reshard", "to-hf-2-ranks")
 PEERS = ("dcp-full", "model", "floor")
+#: The folder of all outputs, and of nothing else.
+OUTPUTS = "bench-outputs"
 #: Threads and bytes of a write of "floor", as conversions use them on two cores.
 FLOOR = ("2", str(64 << 10))
 
@@ -86,12 +88,12 @@ def timed(command: list[str], *, sync: Path | None = None) -> Run:
 
 def contests(work: Path, case: str, names: list[str], *, no_sync: bool) -> Iterator[Contest]:
     """Yield the named commands for the checkpoint ``case``. Their baseline copies what the command copies."""
-    hf, checkpoint, copy = work / CASES[case].hf, work / case, work / "out-cp"
+    hf, checkpoint, copy = work / CASES[case].hf, work / case, work / OUTPUTS / "cp"
     tp, pp = CASES[case].tp, CASES[case].pp
     for full_name in names:
         name, _, memory = full_name.partition("@")
         extra = [*(["--no-sync"] if no_sync else []), *(["--memory", memory] if memory else [])]
-        output = work / f"out-{full_name}"
+        output = work / OUTPUTS / full_name
         if name == "floor":
             files = [str(file) for file in files_in(hf)]
             command, source = [str(work / "floor"), *FLOOR, *files, str(output)], hf
@@ -195,8 +197,8 @@ def prepare(sources: list[Path], work: Path, mode: str) -> None:
 
 def delete_outputs(work: Path) -> None:
     """Delete what runs have written."""
-    for output in work.glob("out-*"):
-        shutil.rmtree(output)
+    shutil.rmtree(work / OUTPUTS, ignore_errors=True)
+    (work / OUTPUTS).mkdir()
 
 
 def compile_floor(work: Path) -> None:
@@ -253,7 +255,7 @@ def main() -> None:
         compile_floor(arguments.work)
     for mode in arguments.modes:
         measure(arguments.work, arguments.case, mode, arguments.rounds, names, arguments.results)
-    delete_outputs(arguments.work)
+    shutil.rmtree(arguments.work / OUTPUTS)
 
 
 if __name__ == "__main__":
