@@ -19,7 +19,7 @@ NORM = "decoder.final_layernorm.weight"
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model: ``hf`` as transformers saves it in one file, ``many`` in many files, ``ckpt`` its import."""
+    """A small model: ``hf`` in one file, ``many`` in many files, ``ckpt`` its import."""
     from plain_models import save_model  # noqa: PLC0415  (needs safetensors)
 
     from dist_ckpt_mistral.convert.from_hf import from_hf  # noqa: PLC0415  (only these tests need it)
